@@ -1,0 +1,73 @@
+"""sitelens finds the attention heads in which a language model keeps a task, and injects the task there.
+
+The public names are loaded when they are first used: importing TransformerLens takes seconds, `import sitelens`
+does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sitelens import figures as figures
+    from sitelens.conditions import Condition as Condition
+    from sitelens.conditions import FewShot as FewShot
+    from sitelens.conditions import PatchHeads as PatchHeads
+    from sitelens.conditions import ZeroShot as ZeroShot
+    from sitelens.defaults import SitelensError as SitelensError
+    from sitelens.defaults import SitelensWarning as SitelensWarning
+    from sitelens.defaults import settings as settings
+    from sitelens.embedding import TaskEmbedding as TaskEmbedding
+    from sitelens.embedding import embed_task as embed_task
+    from sitelens.evaluation import echo as echo
+    from sitelens.evaluation import evaluate as evaluate
+    from sitelens.evaluation import generate as generate
+    from sitelens.models import Model as Model
+    from sitelens.models import fingerprint as fingerprint
+    from sitelens.models import list_models as list_models
+    from sitelens.models import load_model as load_model
+    from sitelens.report import RunConfig as RunConfig
+    from sitelens.report import RunReport as RunReport
+    from sitelens.report import run as run
+    from sitelens.selection import HeadSelection as HeadSelection
+    from sitelens.summary import summarize as summarize
+    from sitelens.tasks import Example as Example
+    from sitelens.tasks import Task as Task
+    from sitelens.tasks import list_tasks as list_tasks
+    from sitelens.tasks import load_task as load_task
+    from sitelens.tasks import load_tasks as load_tasks
+    from sitelens.training import TrainConfig as TrainConfig
+    from sitelens.training import TrainResult as TrainResult
+    from sitelens.training import train_selection as train_selection
+    from sitelens.training import train_selections as train_selections
+
+_HOMES = {
+    "conditions": ("Condition", "FewShot", "PatchHeads", "ZeroShot"),
+    "embedding": ("TaskEmbedding", "embed_task"),
+    "evaluation": ("echo", "evaluate", "generate"),
+    "models": ("Model", "fingerprint", "list_models", "load_model"),
+    "report": ("RunConfig", "RunReport", "run"),
+    "selection": ("HeadSelection",),
+    "defaults": ("SitelensError", "SitelensWarning", "settings"),
+    "summary": ("summarize",),
+    "tasks": ("Example", "Task", "list_tasks", "load_task", "load_tasks"),
+    "training": ("TrainConfig", "TrainResult", "train_selection", "train_selections"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", "figures", *sorted(_HOME_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "figures":
+        return importlib.import_module("sitelens.figures")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'sitelens' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sitelens.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,201 @@
+"""Conditions: what a task is evaluated under, from plain prompting to patched heads.
+
+Few-shot prompting changes the prompt, the others install hooks or swap weights while a prompt is run. A condition
+that touches the last prompt token only also gives `patch()`, and the evaluator then runs it as rows of one batch
+over a shared prefix.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.defaults import SitelensError
+from sitelens.embedding import TaskEmbedding
+from sitelens.forward import HeadEdit, Hook, Mixing
+from sitelens.models import Model, computing_dtype, head_shape
+from sitelens.selection import HeadSelection
+from sitelens.store import Artifact
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A last-token edit of every head: alpha, the vectors mixed in, and how (see `HeadEdit.mix`)."""
+
+    alpha: Float[Tensor, "layer head"]
+    vectors: Float[Tensor, "layer head d_head"]
+    mixing: Mixing = "convex"
+
+    def edit(self, model: Model) -> HeadEdit:
+        """As one row for `model`, on its device."""
+        dtype, device = computing_dtype(model), model.cfg.device
+        alpha, vectors = self.alpha.to(device, dtype), self.vectors.to(device, dtype)
+        return HeadEdit.mix(alpha[None], vectors[None], self.mixing)
+
+
+class Condition(ABC):
+    """What a task is evaluated under.
+
+    n_shots: demonstrations in the prompt, drawn anew for each item.
+    positions: "last" if only the last prompt token is touched, "all" otherwise.
+    steps: "prompt" if only the prompt's forward pass is touched, "every" if each decoding step is, too.
+    """
+
+    n_shots: int = 0
+    positions: ClassVar[Literal["last", "all"]] = "last"
+    steps: ClassVar[Literal["prompt", "every"]] = "prompt"
+    kinds: ClassVar[dict[str, type[Condition]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Condition.kinds[cls.__name__] = cls
+
+    @abstractmethod
+    def fwd_hooks(self, model: Model) -> list[Hook]:
+        """TransformerLens hooks for a `run_with_hooks` of one's own: they act at every forward pass they see.
+
+        Prompts must be left-padded, so that each ends at position -1.
+
+        Raises:
+            SitelensError: if this condition was made for another model.
+        """
+
+    def patch(self, model: Model) -> Patch | None:
+        """The last-token edit that is all this condition does while a prompt is run, or None if it does more.
+
+        Raises:
+            SitelensError: if this condition was made for another model.
+        """
+        return None
+
+    @contextmanager
+    def applied(self, model: Model) -> Iterator[None]:
+        """In effect for one prompt forward pass and the decoding that follows it.
+
+        Hooks that are to act on the prompt only (`steps` is "prompt") fall silent after their first call.
+        """
+        hooks = self.fwd_hooks(model)
+        if self.steps == "prompt":
+            hooks = [(name, _once(hook)) for name, hook in hooks]
+        with model.hooks(fwd_hooks=hooks):
+            yield
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a safetensors file from which `Condition.load` makes it again, on any machine."""
+        return Artifact("condition", {}, *self._state()).save(path)
+
+    @staticmethod
+    def load(path: str | Path) -> Condition:
+        """Read any saved condition.
+
+        Raises:
+            SitelensError: if there is no such file, it is damaged, or its kind is not known here.
+        """
+        artifact = Artifact.load(path, "condition")
+        kind = artifact.meta.pop("condition")
+        if kind not in Condition.kinds:
+            raise SitelensError(f"{path} holds a condition {kind!r} that this version does not know")
+        return Condition.kinds[kind]._from_state(artifact.tensors, artifact.meta)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain JSON (with the key "condition") that `_from_state` takes."""
+        return {}, {"condition": type(self).__name__, "n_shots": self.n_shots}
+
+    @classmethod
+    def _from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
+        return cls(**tensors, **meta)
+
+
+def _once(hook: Any) -> Any:
+    remaining = iter([hook])
+
+    def first_call_only(tensor: Tensor, hook: Any = None) -> Any:
+        act = next(remaining, None)
+        return None if act is None else act(tensor, hook=hook)
+
+    return first_call_only
+
+
+@dataclass(frozen=True, eq=False)
+class FewShot(Condition):
+    """The model as it is, with `n_shots` demonstrations in the prompt, drawn anew for each item."""
+
+    n_shots: int = 10
+
+    def __post_init__(self) -> None:
+        if self.n_shots < 0:
+            raise SitelensError(f"n_shots must be at least 0, got {self.n_shots}")
+
+    def fwd_hooks(self, model: Model) -> list[Hook]:
+        return []
+
+    def patch(self, model: Model) -> Patch:
+        layers, heads, d_head = head_shape(model)
+        return Patch(torch.zeros(layers, heads), torch.zeros(layers, heads, d_head))
+
+
+@dataclass(frozen=True, eq=False)
+class ZeroShot(FewShot):
+    """The model as it is, with no demonstration."""
+
+    n_shots: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_shots != 0:
+            raise SitelensError(f"ZeroShot has no demonstrations: use FewShot({self.n_shots})")
+
+
+@dataclass(frozen=True, eq=False)
+class PatchHeads(Condition):
+    """Task injection: the heads' z at the last prompt token is mixed with the task embedding by alpha.
+
+    Soft, hard, random, high-alpha, low-alpha, task-agnostic and cross-task patching differ only in `selection`
+    and `embedding` (SITE, step 3). `mixing` is "convex", as published, or "additive".
+
+    Raises:
+        SitelensError: if selection and embedding come from different models.
+    """
+
+    selection: HeadSelection
+    embedding: TaskEmbedding
+    mixing: Mixing = "convex"
+    n_shots: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mixing not in get_args(Mixing):
+            raise SitelensError(f"unknown mixing {self.mixing!r}; one of {', '.join(get_args(Mixing))}")
+        shapes = tuple(self.selection.alpha.shape), tuple(self.embedding.mean_z.shape)
+        made_for = {self.selection.model, self.embedding.model} - {None}
+        if shapes[0] != shapes[1][:2] or len(made_for) > 1:
+            raise SitelensError(
+                f"the selection of {self.selection.task!r} {shapes[0]} and the embedding of {self.embedding.task!r} "
+                f"{shapes[1]} come from different models"
+            )
+
+    def patch(self, model: Model) -> Patch:
+        self.selection.check_fits(model)
+        self.embedding.check_fits(model)
+        return Patch(self.selection.alpha, self.embedding.mean_z, self.mixing)
+
+    def fwd_hooks(self, model: Model) -> list[Hook]:
+        return self.patch(model).edit(model).hooks()
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, meta = super()._state()
+        selection = {name: getattr(self.selection, name) for name in ("task", "model", "provenance")}
+        embedding = {name: getattr(self.embedding, name) for name in ("task", "model", "n_prompts", "n_shots", "seed")}
+        meta |= {"selection": selection, "embedding": embedding, "mixing": self.mixing}
+        return tensors | {"alpha": self.selection.alpha, "mean_z": self.embedding.mean_z}, meta
+
+    @classmethod
+    def _from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> PatchHeads:
+        selection = HeadSelection(tensors["alpha"], **meta.pop("selection"))
+        return cls(selection, TaskEmbedding(tensors["mean_z"], **meta.pop("embedding")), **meta)

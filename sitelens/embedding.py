@@ -1,0 +1,115 @@
+"""Task embeddings: the mean of every head's z at the last token of few-shot prompts (SITE, step 1)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.defaults import SitelensError, progress, settings
+from sitelens.forward import capture_z
+from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
+from sitelens.models import Model, check_fit, context_length, fingerprint, head_shape, own_tokenizer, resolve_model
+from sitelens.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
+from sitelens.store import Artifact, default_store
+from sitelens.tasks import Task, load_task
+
+ALGORITHM = 1  # to be raised when the numbers change
+
+
+@dataclass(frozen=True, eq=False)
+class TaskEmbedding:
+    """What a model's heads write, on average, where a few-shot prompt of the task asks for an answer.
+
+    mean_z: in the units of the output projection's input, on the CPU, float32 or wider.
+    task: its name; model: the fingerprint of the model (None: any of this shape).
+    n_prompts, n_shots, seed: how it was measured.
+    """
+
+    mean_z: Float[Tensor, "layer head d_head"]
+    task: str
+    model: str | None
+    n_prompts: int
+    n_shots: int
+    seed: int
+
+    def check_fits(self, model: Model) -> None:
+        """Raise SitelensError unless this embedding was made with `model`."""
+        check_fit(f"the embedding of {self.task!r}", self.model, tuple(self.mean_z.shape), model)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a safetensors file with its metadata."""
+        return self._artifact({}).save(path)
+
+    @staticmethod
+    def load(path: str | Path) -> TaskEmbedding:
+        """Read a saved embedding.
+
+        Raises:
+            SitelensError: if there is no such file, or it is damaged or holds something else.
+        """
+        return TaskEmbedding._from(Artifact.load(path, "embedding"))
+
+    def _artifact(self, spec: dict[str, Any]) -> Artifact:
+        meta = {name: getattr(self, name) for name in ("task", "model", "n_prompts", "n_shots", "seed")}
+        return Artifact("embedding", spec, {"mean_z": self.mean_z}, meta)
+
+    @staticmethod
+    def _from(artifact: Artifact) -> TaskEmbedding:
+        return TaskEmbedding(artifact.tensors["mean_z"], **artifact.meta)
+
+
+def embed_task(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    n_prompts: int = 50,
+    n_shots: int = 10,
+    seed: int = 0,
+    memory_budget: int | str | None = None,
+    show_progress: bool | None = None,
+) -> TaskEmbedding:
+    """The task's embedding: mean z over `n_prompts` prompts of `n_shots` demonstrations and one query.
+
+    Each prompt draws its n_shots + 1 different training items anew (paper: M=50, N=10). Cached on disk.
+
+    Raises:
+        SitelensError: for an unknown task or model, too few training items, or prompts longer than the context.
+    """
+    task, model = load_task(task), resolve_model(model)
+    if n_prompts < 1 or n_shots < 0:
+        raise SitelensError(f"n_prompts must be at least 1 and n_shots at least 0, got {n_prompts} and {n_shots}")
+    spec = {
+        "algorithm": ALGORITHM, "task": task.name, "items": task.digest, "model": fingerprint(model),
+        "n_prompts": n_prompts, "n_shots": n_shots, "seed": seed,
+    }  # fmt: skip
+    store = default_store()
+    if (kept := store.get("embedding", spec)) is not None:
+        return TaskEmbedding._from(kept)
+    prompts = embedding_prompts(task, own_tokenizer(model), n_prompts, n_shots, seed)
+    batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
+    cost = functools.partial(forward_bytes, model)
+    parts = chunks(batch.lengths, cost, settings.budget(memory_budget), max_tokens=MAX_TOKENS)
+    z = torch.empty(n_prompts, *head_shape(model), dtype=torch.float64)
+    for index in progress(parts, f"embed {task.name}", show=show_progress):
+        z[index] = capture_z(batch.rows(index), model).double().cpu()
+    if not torch.isfinite(z).all():
+        raise SitelensError(f"task {task.name!r}: the model's head outputs are not finite (dtype {model.cfg.dtype})")
+    mean_z = z.mean(0).to(torch.float32)
+    embedding = TaskEmbedding(mean_z, task.name, spec["model"], n_prompts, n_shots, seed)
+    store.put(embedding._artifact(spec))
+    return embedding
+
+
+def embedding_prompts(task: Task, tokenizer: Any, n_prompts: int, n_shots: int, seed: int) -> list[Prompt]:
+    """The prompts that `embed_task` averages over."""
+    prompts = []
+    for i in range(n_prompts):
+        *demonstrations, query = draw_demonstrations(task, n_shots + 1, None, seed, "embedding", i)
+        prompts.append(few_shot_prompt(task.template, demonstrations, query, tokenizer))
+    return prompts

@@ -1,0 +1,307 @@
+"""Evaluation: a task under conditions, scored item by item.
+
+Metrics: `first_token` (the model's most likely next token is the first token of an accepted answer; argmax over the
+whole vocabulary), `exact_match` (greedy generation, whole normalised string) and `prefix_match` (the rule of SITE's
+released code, lenient: read it beside the echo baseline).
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from sitelens.conditions import Condition, ZeroShot
+from sitelens.defaults import SitelensError, progress, settings
+from sitelens.forward import HeadEdit, LastToken, PrefixCache, decode, full_logits
+from sitelens.memory import MAX_ROWS, MAX_TOKENS, chunks, forward_bytes, prefix_bytes, step_bytes
+from sitelens.models import Model, context_length, own_tokenizer, resolve_model
+from sitelens.prompts import Prompt, PromptBatch, few_shot_prompts, tokenize
+from sitelens.summary import ECHO
+from sitelens.tasks import METRICS, Example, Task, load_task
+
+COLUMNS = ("task", "condition", "seed", "item", "input", "answer", "predicted", "metric", "score", "logprob", "rank")
+
+
+def evaluate(
+    task: Task | str,
+    conditions: Mapping[str, Condition],
+    model: Model | str | None = None,
+    *,
+    split: str = "test",
+    n_items: int | None = None,
+    metrics: Sequence[str] = ("first_token",),
+    seed: int = 0,
+    max_new_tokens: int = 20,
+    memory_budget: int | str | None = None,
+    show_progress: bool | None = None,
+) -> pd.DataFrame:
+    """Scores of a task under each condition: one row per item, condition and metric.
+
+    Columns: task, condition, seed, item (its index in the split), input, answer, predicted, metric, score (0 or 1),
+    logprob (nats) and rank (1 is the most likely) of the preferred answer's first token. `n_items` takes a sample
+    that depends on seed and task only; `seed` also decides the demonstrations. The split is never filtered. With
+    prefix_match, rows of the condition "echo" (answering with the query itself) stand beside the others.
+
+    Raises:
+        SitelensError: for unknown metrics or splits, no items, an answer that is empty after normalisation, or a
+            condition made for another model.
+    """
+    task, model = load_task(task), resolve_model(model)
+    metrics = _checked_metrics(metrics)
+    if not conditions:
+        raise SitelensError("give at least one condition, for example {'zero-shot': sl.ZeroShot()}")
+    chosen = sample_items(task, split, n_items, seed)
+    items = [task.split(split)[i] for i in chosen]
+    budget = settings.budget(memory_budget)
+    generating = any(metric != "first_token" for metric in metrics)
+    if generating:
+        for item in items:
+            _checked_answers(task, item)
+    answers = _Answers(model, own_tokenizer(model), max_new_tokens if generating else 0, budget)
+    groups: dict[tuple[int, bool], dict[str, Condition]] = {}
+    for name, condition in conditions.items():
+        groups.setdefault((condition.n_shots, condition.patch(model) is not None), {})[name] = condition
+    outputs: dict[str, list[_Output]] = {}
+    bar = progress(range(len(conditions) * len(items)), f"evaluate {task.name}", show=show_progress)
+    for (n_shots, patched), group in groups.items():
+        prompts = _prompts(task, split, chosen, n_shots, model, seed)
+        batch = tokenize(prompts, answers.tokenizer, context_length(model), f"task {task.name!r}, {n_shots} shots")
+        outputs |= (answers.patched if patched else answers.hooked)(batch, group, lambda rows: _advance(bar, rows))
+    next(bar, None)
+    frames = []
+    for metric in metrics:
+        scorer = _SCORERS[metric]
+        for name in conditions:
+            for place, item, out in zip(chosen, items, outputs[name], strict=True):
+                predicted = out.token_text if metric == "first_token" else out.text
+                frames.append((task.name, name, seed, place, item.input, item.output, predicted, metric,
+                               int(scorer(task, item, out)), out.logprob, out.rank))  # fmt: skip
+    frame = pd.DataFrame(frames, columns=list(COLUMNS))
+    if "prefix_match" in metrics:
+        frame = pd.concat(
+            [frame, echo(task, model, split=split, n_items=n_items, metrics=("prefix_match",), seed=seed)]
+        )
+    return frame.reset_index(drop=True)
+
+
+def echo(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    split: str = "test",
+    n_items: int | None = None,
+    metrics: Sequence[str] = ("prefix_match",),
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The echo baseline: the scores of answering with the query itself, as `evaluate` gives them.
+
+    logprob and rank are missing: no model is run (first_token compares the first tokens of query and answer).
+    """
+    task, model = load_task(task), resolve_model(model)
+    metrics = _checked_metrics(metrics)
+    chosen = sample_items(task, split, n_items, seed)
+    items = [task.split(split)[i] for i in chosen]
+    tokenizer = own_tokenizer(model)
+    echoes = [Example(item.input, item.input) for item in items]
+    where = f"task {task.name!r}"
+    prompts = few_shot_prompts(task, items, 0, tokenizer)
+    accepted = tokenize(prompts, tokenizer, None, where).accepted
+    said = tokenize(few_shot_prompts(task, echoes, 0, tokenizer), tokenizer, None, where).answer.tolist()
+    rows = []
+    for metric in metrics:
+        for place, item, first, right in zip(chosen, items, said, accepted, strict=True):
+            out = _Output(first in right, tokenizer.decode([first]), item.input, float("nan"), float("nan"))
+            predicted = out.token_text if metric == "first_token" else out.text
+            score = int(_SCORERS[metric](task, item, out))
+            rows.append((task.name, ECHO, seed, place, item.input, item.output, predicted, metric, score,
+                         out.logprob, out.rank))  # fmt: skip
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def generate(
+    prompts: Sequence[str],
+    condition: Condition | None = None,
+    model: Model | str | None = None,
+    *,
+    max_new_tokens: int = 20,
+    memory_budget: int | str | None = None,
+) -> list[str]:
+    """Greedy continuations of prompts as they stand, up to a newline or the end of text, white space stripped.
+
+    `condition` says what is patched (its `n_shots` plays no part here).
+
+    Raises:
+        SitelensError: if a prompt is empty or too long, or the condition was made for another model.
+    """
+    model = resolve_model(model)
+    if isinstance(prompts, str):
+        raise SitelensError(f"prompts must be a list of texts: write generate([{prompts!r}])")
+    if max_new_tokens < 1:
+        raise SitelensError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not prompts:
+        return []
+    tokenizer, condition = own_tokenizer(model), condition or ZeroShot()
+    batch = tokenize([Prompt(text, ()) for text in prompts], tokenizer, context_length(model))
+    answers = _Answers(model, tokenizer, max_new_tokens, settings.budget(memory_budget))
+    run = answers.hooked if condition.patch(model) is None else answers.patched
+    return [out.text for out in run(batch, {"": condition}, lambda rows: None)[""]]
+
+
+def sample_items(task: Task, split: str, n_items: int | None, seed: int) -> list[int]:
+    """Indices of a split's items: all of them, or a sample of `n_items` in rising order."""
+    total = len(task.split(split))
+    if total == 0:
+        raise SitelensError(f"task {task.name!r} has no {split} items")
+    if n_items is None or n_items >= total:
+        return list(range(total))
+    if n_items < 1:
+        raise SitelensError(f"n_items must be at least 1, got {n_items}")
+    return sorted(random.Random(f"sitelens/items/{task.name}/{split}/{seed}").sample(range(total), n_items))
+
+
+def normalize(text: str, task_name: str) -> str:
+    """A prediction or answer as it is compared: one line, no "(...", no surrounding space, "Saint" for "St.".
+
+    Lower-cased unless the task's name contains "capitalize" or "lowercase" (SITE's released code).
+    """
+    text = text.replace("St.", "Saint").split("\n")[0].split("(")[0].strip()
+    return text if "capitalize" in task_name or "lowercase" in task_name else text.lower()
+
+
+class _Output:
+    """What a model said about one item."""
+
+    __slots__ = ("first_right", "logprob", "rank", "text", "token_text")
+
+    def __init__(self, first_right: bool, token_text: str, text: str, logprob: float, rank: float) -> None:
+        self.first_right, self.token_text, self.text = first_right, token_text, text
+        self.logprob, self.rank = logprob, rank
+
+
+def _exact(task: Task, item: Example, out: _Output) -> bool:
+    return normalize(out.text, task.name) in {normalize(answer, task.name) for answer in item.answers}
+
+
+def _prefix(task: Task, item: Example, out: _Output) -> bool:
+    said = normalize(out.text, task.name)
+    return any(said.startswith(normalize(answer, task.name)) for answer in item.answers)
+
+
+_SCORERS: dict[str, Callable[[Task, Example, _Output], bool]] = {
+    "first_token": lambda task, item, out: out.first_right,
+    "exact_match": _exact,
+    "prefix_match": _prefix,
+}
+
+
+class _Answers:
+    """Runs prompts under conditions: last-token logits and, where wanted, greedy continuations."""
+
+    def __init__(self, model: Model, tokenizer: Any, max_new_tokens: int, budget: int) -> None:
+        self.model, self.tokenizer, self.max_new_tokens, self.budget = model, tokenizer, max_new_tokens, budget
+
+    def patched(
+        self, batch: PromptBatch, conditions: Mapping[str, Condition], advance: Callable[[int], None]
+    ) -> dict[str, list[_Output]]:
+        """Conditions that touch the last token only, as rows of one batch over a shared prefix."""
+        edits = HeadEdit.stack([_required_patch(c, self.model).edit(self.model) for c in conditions.values()])
+        found: list[list[_Output | None]] = [[None] * len(batch) for _ in conditions]
+        share = self.budget // 3  # the prefixes, what is computed, and what decoding keeps
+        with torch.no_grad(), LastToken(self.model) as last_token:
+            for index in chunks(batch.lengths, functools.partial(prefix_bytes, self.model), share):
+                part = batch.rows(index)
+                prefix = PrefixCache.of(part, self.model, share)
+                pairs = [(i, c) for i in range(len(index)) for c in range(len(conditions))]
+                lengths = [part.lengths[i] for i, _ in pairs]
+                for rows in chunks(lengths, self._step_cost, share, max_rows=MAX_ROWS):
+                    item, which = (torch.tensor(side) for side in zip(*(pairs[row] for row in rows), strict=True))
+                    some = prefix.rows(item)
+                    cache = some.cache(growing=True)
+                    edit = edits.rows(which.to(edits.keep.device))
+                    logits = last_token.step(some, edit, cache)
+                    outputs = self._outputs(logits, part.rows(item.tolist()), cache, some.mask)
+                    for i, c, out in zip(item.tolist(), which.tolist(), outputs, strict=True):
+                        found[c][index[i]] = out
+                    advance(len(rows))
+        return {name: [out for out in row if out] for name, row in zip(conditions, found, strict=True)}
+
+    def hooked(
+        self, batch: PromptBatch, conditions: Mapping[str, Condition], advance: Callable[[int], None]
+    ) -> dict[str, list[_Output]]:
+        """Any condition: whole prompts run, and decoded, while it is applied."""
+        found: dict[str, list[_Output | None]] = {name: [None] * len(batch) for name in conditions}
+        cost = functools.partial(forward_bytes, self.model)
+        for index in chunks(batch.lengths, cost, self.budget // 2, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS):
+            part = batch.rows(index)
+            for name, condition in conditions.items():
+                cache = DynamicCache()
+                with torch.no_grad(), condition.applied(self.model):
+                    logits = full_logits(part, self.model, cache)
+                    outputs = self._outputs(logits, part, cache, part.mask.to(logits.device))
+                for i, out in zip(index, outputs, strict=True):
+                    found[name][i] = out
+                advance(len(index))
+        return {name: [out for out in row if out] for name, row in found.items()}
+
+    def _step_cost(self, length: int) -> int:
+        """Bytes of one row: its step, and a copy of its prefix that grows while it is decoded."""
+        grown = 3 * prefix_bytes(self.model, length + self.max_new_tokens) if self.max_new_tokens else 0
+        return step_bytes(self.model, length, gradient=False) + grown
+
+    def _outputs(self, logits: Tensor, batch: PromptBatch, cache: DynamicCache, mask: Tensor) -> list[_Output]:
+        likeliest = logits.argmax(-1).tolist()
+        if (batch.answer >= 0).all():
+            answer = batch.answer.to(logits.device)[:, None]
+            logprobs = logits.double().log_softmax(-1).gather(1, answer)[:, 0].tolist()
+            ranks = (1 + (logits > logits.gather(1, answer)).sum(-1)).tolist()
+        else:  # prompts without known answers
+            logprobs = ranks = [float("nan")] * len(batch)
+        texts = [""] * len(batch)
+        if self.max_new_tokens:
+            texts = decode(self.model, logits, cache, mask, self.tokenizer, self.max_new_tokens)
+        return [
+            _Output(token in accepted, self.tokenizer.decode([token]), text, logprob, rank)
+            for token, accepted, text, logprob, rank in zip(
+                likeliest, batch.accepted, texts, logprobs, ranks, strict=True
+            )
+        ]
+
+
+def _required_patch(condition: Condition, model: Model) -> Any:
+    patch = condition.patch(model)
+    assert patch is not None
+    return patch
+
+
+def _prompts(task: Task, split: str, chosen: Sequence[int], n_shots: int, model: Model, seed: int) -> list[Prompt]:
+    items = [task.split(split)[i] for i in chosen]
+    return few_shot_prompts(task, items, n_shots, own_tokenizer(model), seed, split, chosen)
+
+
+def _advance(bar: Any, rows: int) -> None:
+    for _ in range(rows):
+        next(bar, None)
+
+
+def _checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    unknown = [metric for metric in metrics if metric not in METRICS]
+    if unknown or not metrics:
+        raise SitelensError(
+            f"unknown metric {', '.join(map(repr, unknown)) or '(none given)'}; one of {', '.join(METRICS)}"
+        )
+    return metrics
+
+
+def _checked_answers(task: Task, item: Example) -> None:
+    for answer in item.answers:
+        if not normalize(answer, task.name):
+            raise SitelensError(f"task {task.name!r}: the answer {answer!r} of {item.input!r} is empty after "
+                                "normalisation: it can be scored by first_token only")  # fmt: skip

@@ -1,0 +1,297 @@
+"""Forward passes: prefixes computed once, last-token logits under a head edit, capture of z, greedy decoding.
+
+Nothing before the last prompt token depends on an edit made there. So the keys and values of all tokens but the
+last (the prefix) are computed once, without gradient, and everything else runs one token per prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from sitelens.memory import MAX_TOKENS, chunks, forward_bytes, out_of_memory_is_named
+from sitelens.models import Model, computing_dtype, head_shape, z_hook
+from sitelens.prompts import PromptBatch
+
+Mixing = Literal["convex", "additive"]
+Hook = tuple[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEdit:
+    """The one intervention, for each row: z <- keep * z + add at the last prompt token of every head."""
+
+    keep: Float[Tensor, "row layer head"]
+    add: Float[Tensor, "row layer head d_head"]
+
+    @staticmethod
+    def mix(
+        alpha: Float[Tensor, "row layer head"],
+        vectors: Float[Tensor, "row layer head d_head"],
+        mixing: Mixing = "convex",
+    ) -> HeadEdit:
+        """Convex: z <- (1 - alpha) z + alpha v (the paper's). Additive: z <- z + alpha v."""
+        weight = rearrange(alpha, "row layer head -> row layer head 1")
+        return HeadEdit(1 - alpha if mixing == "convex" else torch.ones_like(alpha), weight * vectors)
+
+    @staticmethod
+    def none(rows: int, model: Model) -> HeadEdit:
+        """The edit that leaves every head as it is."""
+        layers, heads, d_head = head_shape(model)
+        alpha = torch.zeros(rows, layers, heads, dtype=computing_dtype(model), device=model.cfg.device)
+        return HeadEdit(1 - alpha, alpha[..., None].expand(-1, -1, -1, d_head))
+
+    @staticmethod
+    def stack(edits: Sequence[HeadEdit]) -> HeadEdit:
+        """The rows of all edits, one after the other."""
+        return HeadEdit(torch.cat([e.keep for e in edits]), torch.cat([e.add for e in edits]))
+
+    def rows(self, index: Int[Tensor, " chosen"]) -> HeadEdit:
+        """The chosen rows; a row may be chosen often."""
+        return HeadEdit(self.keep[index], self.add[index])
+
+    def apply(self, z: Float[Tensor, "row pos head d_head"], layer: int) -> Float[Tensor, "row pos head d_head"]:
+        """A new z whose last position is edited; the mixing runs in this edit's dtype, the result has z's."""
+        keep = rearrange(self.keep[:, layer], "row head -> row 1 head 1").to(z.device)
+        add = rearrange(self.add[:, layer], "row head d_head -> row 1 head d_head").to(z.device)
+        edited = (z[:, -1:].to(keep.dtype) * keep + add).to(z.dtype)
+        return edited if z.shape[1] == 1 else torch.cat([z[:, :-1], edited], dim=1)
+
+    def hooks(self) -> list[Hook]:
+        """This edit as TransformerLens hooks for one forward pass over whole prompts."""
+        return _edit_hooks(self.keep.shape[1], lambda: self)
+
+
+def _edit_hooks(layers: int, current: Callable[[], HeadEdit | None]) -> list[Hook]:
+    def hook(z: Tensor, hook: Any = None, *, layer: int) -> Tensor | None:
+        edit = current()
+        return None if edit is None else edit.apply(z, layer)
+
+    return [(z_hook(layer), functools.partial(hook, layer=layer)) for layer in range(layers)]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixCache:
+    """Keys and values of all but the last prompt token, never written to, and that last token.
+
+    keys, values: a tensor `[row kv_head pos-1 d]` a layer (none where no prompt has more than one token).
+    mask: real tokens, the last one included; last: the last token; rows are left-padded.
+    """
+
+    keys: tuple[Float[Tensor, "row _ prefix _"], ...]
+    values: tuple[Float[Tensor, "row _ prefix _"], ...]
+    mask: Bool[Tensor, "row pos"]
+    last: Int[Tensor, " row"]
+
+    def __len__(self) -> int:
+        return len(self.last)
+
+    @staticmethod
+    def of(batch: PromptBatch, model: Model, budget: int) -> PrefixCache:
+        """Run every prompt but its last token, in chunks of like length that need at most `budget` bytes.
+
+        The result itself comes on top: `prefix_bytes` tells how much.
+        """
+        lengths = batch.lengths
+        device = model.cfg.device
+        mask = batch.mask.to(device)
+        last = batch.tokens[:, -1].to(device)
+        width = batch.tokens.shape[1] - 1
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for index in chunks(lengths, functools.partial(forward_bytes, model), budget, max_tokens=MAX_TOKENS):
+            part = batch.rows(index)
+            if part.tokens.shape[1] == 1:
+                continue
+            layers = _prefix_layers(part, model)
+            if not keys:
+                keys, values = (
+                    [_like(tensor, len(batch), width) for tensor in kind] for kind in zip(*layers, strict=True)
+                )
+            rows = torch.tensor(index, device=device)
+            for layer, (key, value) in enumerate(layers):
+                start = width - key.shape[2]
+                keys[layer][rows.to(key.device), :, start:] = key
+                values[layer][rows.to(value.device), :, start:] = value
+        return PrefixCache(tuple(keys), tuple(values), mask, last)
+
+    def rows(self, index: Int[Tensor, " chosen"]) -> PrefixCache:
+        """The chosen rows (a row may be chosen often), without the padding that none of them needs."""
+        index = index.to(self.mask.device)
+        mask = self.mask[index]
+        start = mask.shape[1] - int(mask.sum(-1).max())
+        keys, values = (
+            tuple(tensor[index.to(tensor.device), :, start:] for tensor in kind) for kind in (self.keys, self.values)
+        )
+        return PrefixCache(keys, values, mask[:, start:], self.last[index])
+
+    def positions(self) -> Int[Tensor, " row"]:
+        """The last token's position, counted from the first real token."""
+        return self.mask.sum(-1) - 1
+
+    def cache(self, growing: bool = False) -> DynamicCache:
+        """For one forward pass; a growing one also keeps the new tokens, in tensors of its own."""
+        cache = DynamicCache()
+        for keys, values in zip(self.keys, self.values, strict=True):
+            layer = DynamicLayer() if growing else _ReadOnlyLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
+        return cache
+
+
+class _ReadOnlyLayer(DynamicLayer):
+    """Shows stored keys and values followed by new ones, and keeps only the former."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)  # type: ignore[list-item]
+
+
+class LastToken:
+    """Runs the last prompt token over a prefix, with hooks installed once for many calls.
+
+    with LastToken(model) as run:
+        logits = run(prefix, edit)     # [row vocab], differentiable in the edit
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._edit: HeadEdit | None = None
+        self._hooks = model.hooks(fwd_hooks=_edit_hooks(head_shape(model)[0], lambda: self._edit))
+
+    def __enter__(self) -> LastToken:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def __call__(self, prefix: PrefixCache, edit: HeadEdit | None = None) -> Float[Tensor, "row vocab"]:
+        return self.step(prefix, edit, prefix.cache())
+
+    def step(self, prefix: PrefixCache, edit: HeadEdit | None, cache: DynamicCache) -> Float[Tensor, "row vocab"]:
+        """As a call, but with a cache that may keep the token's own keys and values for decoding."""
+        self._edit = edit
+        try:
+            return run_tokens(self.model, prefix.last[:, None], prefix.mask, prefix.positions()[:, None], cache)
+        finally:
+            self._edit = None
+
+
+def run_tokens(
+    model: Model,
+    tokens: Int[Tensor, "row new"],
+    mask: Bool[Tensor, "row all"],
+    positions: Int[Tensor, "row new"],
+    cache: DynamicCache | None = None,
+    logits: bool = True,
+) -> Float[Tensor, "row vocab"]:
+    """Logits after the last of some new tokens; `mask` also covers what the cache holds.
+
+    Without `logits` nothing is unembedded and the result is empty.
+    """
+    kept = 1 if logits else torch.empty(0, dtype=torch.long, device=tokens.device)
+    options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    with out_of_memory_is_named():
+        result = model.forward(
+            tokens, attention_mask=mask, position_ids=positions, logits_to_keep=kept, use_cache=cache is not None,
+            **options,
+        )  # fmt: skip
+    return result[:, -1] if logits else result.new_empty(len(tokens), 0)
+
+
+def all_positions(mask: Bool[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
+    """Each token's position, counted from the row's first real token."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def full_logits(batch: PromptBatch, model: Model, cache: DynamicCache | None = None) -> Float[Tensor, "row vocab"]:
+    """Last-token logits of whole prompts, whatever hooks are installed; fills `cache` when one is given."""
+    mask = batch.mask.to(model.cfg.device)
+    return run_tokens(model, batch.tokens.to(model.cfg.device), mask, all_positions(mask), cache)
+
+
+@torch.no_grad()
+def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head d_head"]:
+    """Every head's z at the last token of whole prompts; nothing is unembedded. Runs as one batch."""
+    layers = head_shape(model)[0]
+    captured: dict[int, Tensor] = {}
+
+    def keep(z: Tensor, hook: Any = None, *, layer: int) -> None:
+        captured[layer] = z[:, -1].clone()
+
+    mask = batch.mask.to(model.cfg.device)
+    with model.hooks(fwd_hooks=[(z_hook(layer), functools.partial(keep, layer=layer)) for layer in range(layers)]):
+        run_tokens(model, batch.tokens.to(model.cfg.device), mask, all_positions(mask), logits=False)
+    return torch.stack([captured[layer].to(model.cfg.device) for layer in range(layers)], dim=1)
+
+
+@torch.no_grad()
+def decode(
+    model: Model,
+    first: Float[Tensor, "row vocab"],
+    cache: DynamicCache,
+    mask: Bool[Tensor, "row pos"],
+    tokenizer: Any,
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy continuations after the prompt's last logits `first`, up to a newline or the end of text.
+
+    `cache` holds the whole prompt and grows. Whatever hooks are installed act at every step.
+    """
+    ends = end_tokens(model, tokenizer)
+    stops: dict[int, bool] = {}
+
+    def is_stop(token: int) -> bool:
+        if token not in stops:
+            stops[token] = token in ends or "\n" in tokenizer.decode([token])
+        return stops[token]
+
+    written: list[list[int]] = [[] for _ in range(len(first))]
+    active = list(range(len(first)))
+    tokens = first.argmax(-1)
+    for step in range(max_new_tokens):
+        going: list[int] = []  # positions in the batch of rows that go on
+        for place, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+            written[row].append(token)
+            if not is_stop(token):
+                going.append(place)
+        if not going or step == max_new_tokens - 1:
+            break
+        if len(going) < len(active):
+            index = torch.tensor(going, device=mask.device)
+            active, mask, tokens = [active[place] for place in going], mask[index], tokens[index]
+            cache.batch_select_indices(index)
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        tokens = run_tokens(model, tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache).argmax(-1)
+    ids = [[token for token in row if token not in ends] for row in written]
+    return [tokenizer.decode(row).split("\n")[0].strip() for row in ids]
+
+
+def end_tokens(model: Model, tokenizer: Any) -> set[int]:
+    """The tokens that end a text: the tokenizer's and those of the model's generation settings."""
+    settings = getattr(model.original_model, "generation_config", None)
+    listed = getattr(settings, "eos_token_id", None)
+    ends = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
+    return {end for end in ends if end is not None}
+
+
+def _like(tensor: Tensor, rows: int, width: int) -> Tensor:
+    return tensor.new_zeros(rows, tensor.shape[1], width, tensor.shape[3])
+
+
+@torch.no_grad()
+def _prefix_layers(batch: PromptBatch, model: Model) -> list[tuple[Tensor, Tensor]]:
+    cache = DynamicCache()  # of plain layers: a sliding window is a matter of the mask, nothing is dropped
+    mask = batch.mask[:, :-1].to(model.cfg.device)
+    run_tokens(model, batch.tokens[:, :-1].to(model.cfg.device), mask, all_positions(mask), cache, logits=False)
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]

@@ -1,0 +1,183 @@
+"""Prompts: the template, few-shot prompts, the answer's tokens, and batches of them.
+
+The default template is the paper's: `Q: {input}\\nA: {output}\\n\\n` for each demonstration, then `Q: {input}\\nA:`.
+The space before the answer belongs to the answer, and an all-digit answer gets none.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.tasks import Example, Task, check_template
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text up to where the answer begins, and every accepted answer as it would continue that text."""
+
+    text: str
+    answers: tuple[str, ...]
+    special_tokens: bool = True  # whether the tokenizer is to add its own (a chat template writes them itself)
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Tokenised prompts, left-padded so that every prompt ends at position -1.
+
+    tokens, mask: token ids, and which of them are real.
+    answer: the first token of the preferred answer (-1 where none is known); accepted: of every accepted answer.
+    texts, answers: what was tokenised.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    answer: Int[Tensor, " batch"]
+    accepted: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+    answers: tuple[tuple[str, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Real tokens of each row."""
+        return self.mask.sum(-1).tolist()
+
+    def rows(self, index: Sequence[int]) -> PromptBatch:
+        """The chosen rows, without the padding that none of them needs."""
+        keep = torch.as_tensor(list(index), dtype=torch.long, device=self.tokens.device)
+        mask = self.mask[keep]
+        start = mask.shape[1] - int(mask.sum(-1).max()) if len(index) else 0
+        return PromptBatch(
+            self.tokens[keep, start:], mask[:, start:], self.answer[keep],
+            tuple(self.accepted[i] for i in index), tuple(self.texts[i] for i in index),
+            tuple(self.answers[i] for i in index),
+        )  # fmt: skip
+
+
+def few_shot_prompt(template: str, demonstrations: Sequence[Example], query: Example, tokenizer: Any) -> Prompt:
+    """The prompt that shows `demonstrations` and asks `query`; none of the former is a zero-shot prompt.
+
+    Raises:
+        SitelensError: if the template is "chat" and the tokenizer has no chat template.
+    """
+    if template == "chat":
+        turns = []
+        for example in demonstrations:
+            turns += [{"role": "user", "content": example.input}, {"role": "assistant", "content": example.output}]
+        turns.append({"role": "user", "content": query.input})
+        if not getattr(tokenizer, "chat_template", None):
+            raise SitelensError("the template 'chat' needs a tokenizer with a chat template; this model's has none")
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return Prompt(text, query.answers, special_tokens=False)
+    check_template(template)
+    head, tail = template.split("{output}")
+    spaced = head.endswith(" ")
+    head = head.removesuffix(" ")
+
+    def answer(text: str) -> str:
+        return " " + text if spaced and not (text.isascii() and text.isdigit()) else text
+
+    shown = "".join(head.replace("{input}", d.input) + answer(d.output) + tail for d in demonstrations)
+    return Prompt(shown + head.replace("{input}", query.input), tuple(map(answer, query.answers)))
+
+
+def draw_demonstrations(task: Task, n_shots: int, query: Example | None, *key: object) -> list[Example]:
+    """`n_shots` different training items in random order, none of them with the query's input.
+
+    The draw depends on the task's name and `key` only (say a seed, a purpose and an item's index).
+
+    Raises:
+        SitelensError: if train has too few items.
+    """
+    if n_shots == 0:
+        return []
+    pool = task.train
+    rng = random.Random("/".join(map(str, ("sitelens/demonstrations", task.name, *key))))
+    # Some to spare: a training item may share the query's input.
+    wanted = min(len(pool), n_shots + sum(query is not None and e.input == query.input for e in pool))
+    drawn = [pool[i] for i in rng.sample(range(len(pool)), wanted)]
+    drawn = [example for example in drawn if query is None or example.input != query.input][:n_shots]
+    if len(drawn) < n_shots:
+        raise SitelensError(f"task {task.name!r} has too few training items for {n_shots} shots: {len(pool)} items")
+    return drawn
+
+
+def few_shot_prompts(
+    task: Task,
+    queries: Sequence[Example],
+    n_shots: int,
+    tokenizer: Any,
+    seed: int = 0,
+    split: str = "test",
+    places: Sequence[int] | None = None,
+) -> list[Prompt]:
+    """One prompt a query, its demonstrations drawn anew, keyed by seed, task, split and the item's place there."""
+    return [
+        few_shot_prompt(task.template, draw_demonstrations(task, n_shots, query, seed, split, place), query, tokenizer)
+        for query, place in zip(queries, places or range(len(queries)), strict=True)
+    ]
+
+
+def tokenize(prompts: Sequence[Prompt], tokenizer: Any, context: int | None = None, where: str = "") -> PromptBatch:
+    """Tokenise prompts with the model's own tokenizer, its own habit of a beginning-of-sequence token included.
+
+    The answer's first token is the one that follows the prompt when both are tokenised together. Where they
+    merge across the boundary, it is the first token of the answer on its own, and a warning says how often.
+
+    Raises:
+        SitelensError: if a prompt is empty or longer than `context` tokens, or an answer has no token.
+    """
+    where = f"{where}: " if where else ""
+    ids = _encode([prompt.text for prompt in prompts], prompts, tokenizer)
+    for prompt, row in zip(prompts, ids, strict=True):
+        if not row:
+            raise SitelensError(f"{where}the prompt {prompt.text!r} has no tokens")
+        if context is not None and len(row) > context:
+            raise SitelensError(f"{where}a prompt has {len(row)} tokens, the model's context holds {context}: "
+                                f"use fewer shots or shorter inputs ({prompt.text[:60]!r}...)")  # fmt: skip
+    pairs = [(i, answer) for i, prompt in enumerate(prompts) for answer in prompt.answers]
+    together = _encode([prompts[i].text + answer for i, answer in pairs], [prompts[i] for i, _ in pairs], tokenizer)
+    accepted: list[list[int]] = [[] for _ in prompts]
+    merged: list[str] = []
+    for (i, answer), row in zip(pairs, together, strict=True):
+        prompt_ids = ids[i]
+        if row[: len(prompt_ids)] == prompt_ids:
+            rest = row[len(prompt_ids) :]
+        else:
+            rest = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            merged.append(prompts[i].text[-20:] + answer)
+        if not rest or not answer.strip():
+            raise SitelensError(f"{where}the answer {answer!r} has no token of its own after {prompts[i].text[-40:]!r}")
+        accepted[i].append(rest[0])
+    if merged:
+        warnings.warn(
+            f"{where}{len(merged)} of {len(pairs)} answers merge with the end of the prompt when tokenised together, "
+            f"for example {merged[0]!r}; their first token is that of the answer alone",
+            SitelensWarning, stacklevel=2,
+        )  # fmt: skip
+    width = max(map(len, ids), default=0)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in ids])
+    mask = torch.arange(width) >= width - lengths[:, None]
+    return PromptBatch(
+        tokens.reshape(len(ids), width), mask, torch.tensor([row[0] if row else -1 for row in accepted]),
+        tuple(map(tuple, accepted)), tuple(p.text for p in prompts), tuple(p.answers for p in prompts),
+    )  # fmt: skip
+
+
+def _encode(texts: list[str], prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=prompts[0].special_tokens)["input_ids"]

@@ -1,0 +1,242 @@
+"""The main job as one call: tasks in, trained selections, a table of conditions, heatmaps and a run.json out."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sitelens import __version__, figures
+from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
+from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.embedding import TaskEmbedding, embed_task
+from sitelens.evaluation import echo, evaluate
+from sitelens.models import DEFAULT_MODEL, Model, fingerprint, head_shape, load_model, resolve_model
+from sitelens.summary import ECHO, summarize
+from sitelens.tasks import Task, load_tasks
+from sitelens.training import TrainConfig, TrainResult, train_selections
+
+RECORDED = ("torch", "transformers", "transformer-lens", "numpy", "pandas", "plotly", "safetensors", "gguf")
+RANDOM = "random"
+SOFT_HARD_GAP = 0.05  # a soft minus hard accuracy above this is worth a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that decides a run's numbers but the weights.
+
+    tasks, model: names (a task may be a file).
+    n_prompts, n_shots: of the embedding; n_shots is also that of the few-shot condition.
+    k: heads in the high-alpha, low-alpha and random conditions (None: a quarter of the model's heads).
+    draws: random selections of k heads. n_items: test items a task (None: all). seed: of everything but training.
+    """
+
+    tasks: tuple[str, ...]
+    model: str = DEFAULT_MODEL
+    n_prompts: int = 50
+    n_shots: int = 10
+    train: TrainConfig = field(default_factory=TrainConfig)
+    k: int | None = None
+    draws: int = 5
+    n_items: int | None = 100
+    metrics: tuple[str, ...] = ("first_token",)
+    seed: int = 0
+
+    @staticmethod
+    def load(path: str | Path) -> RunConfig:
+        """The configuration that a run.json records.
+
+        Raises:
+            SitelensError: if the file is not there or is no run.json.
+        """
+        try:
+            recorded = json.loads(Path(path).read_text("utf-8"))["config"]
+            recorded["train"] = TrainConfig(**recorded["train"])
+            return RunConfig(**recorded | {name: tuple(recorded[name]) for name in ("tasks", "metrics")})
+        except FileNotFoundError as error:
+            raise SitelensError(f"there is no file {path}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise SitelensError(f"{path} is no run.json of sitelens: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class RunReport:
+    """What a run found.
+
+    scores: one row per item, condition and metric; the draws of the random condition have a column `draw`.
+    summary: `summarize(scores)`, and `spread`, the standard deviation over draws where there are some.
+    """
+
+    config: RunConfig
+    model: Model
+    tasks: list[Task]
+    embeddings: dict[str, TaskEmbedding]
+    results: dict[str, TrainResult]
+    scores: pd.DataFrame
+    summary: pd.DataFrame
+    seconds: dict[str, float]
+
+    def table(self, metric: str | None = None) -> str:
+        """The summary as text: conditions down, tasks across, per cent with 95% intervals."""
+        chosen = self.summary[self.summary["metric"] == (metric or self.config.metrics[0])]
+        lines = []
+        tasks = list(dict.fromkeys(chosen["task"]))
+        for start in range(0, len(tasks), 4):
+            block = tasks[start : start + 4]
+            widths = [max(len(name), 16) for name in block]
+            lines += ["", " " * 12 + "".join(f"  {name:>{width}}" for name, width in zip(block, widths, strict=True))]
+            for condition in dict.fromkeys(chosen["condition"]):
+                line = f"{condition:<12}"
+                for name, width in zip(block, widths, strict=True):
+                    cell = chosen[(chosen["task"] == name) & (chosen["condition"] == condition)]
+                    text = "".join(_cell(row) for row in cell.to_dict("records"))
+                    line += f"  {text:>{width}}"
+                lines.append(line)
+        return "\n".join(lines[1:])
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write heatmaps (HTML), selections and embeddings, scores.csv, summary.csv and run.json; returns the paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        written: list[Path] = []
+        for task in self.tasks:
+            stem = task.name.replace("/", "-")
+            selection = self.results[task.name].selection
+            title = f"Head selection: {task.name}<br><sub>{self.config.model}</sub>"
+            written.append(figures.save(selection.heatmap(title), folder / f"{stem}.html"))
+            written.append(selection.save(folder / f"{stem}.selection.safetensors"))
+            written.append(self.embeddings[task.name].save(folder / f"{stem}.embedding.safetensors"))
+        for name, frame in (("scores", self.scores), ("summary", self.summary)):
+            frame.to_csv(folder / f"{name}.csv", index=False)
+            written.append(folder / f"{name}.csv")
+        (folder / "run.json").write_text(json.dumps(self.record(written), indent=1, ensure_ascii=False) + "\n", "utf-8")
+        return [*written, folder / "run.json"]
+
+    def record(self, files: Sequence[Path] = ()) -> dict[str, Any]:
+        """Configuration, versions, model and figures as plain JSON, enough to make the run again."""
+        selections = {
+            name: {
+                "heads": result.selection.n_heads,
+                "alpha_above_half": result.selection.default_k,
+                "share_within_0.1_of_0_or_1": round(result.selection.share_binary, 4),
+                "best_step": result.best_step,
+                "valid_loss": round(float(result.history["valid_loss"].min()), 4),
+            }
+            for name, result in self.results.items()
+        }
+        rows = json.loads(self.summary.round(4).to_json(orient="records"))
+        sources = {
+            task.name: {"source": task.source, "digest": task.digest, "test": len(task.test), "note": task.note}
+            for task in self.tasks
+        }
+        model = {"name": self.config.model, "fingerprint": fingerprint(self.model), "heads": head_shape(self.model)[:2]}
+        versions = {name: metadata.version(name) for name in RECORDED}
+        return {
+            "made_by": f"sitelens run {' '.join(self.config.tasks)} --model {self.config.model}",
+            "config": asdict(self.config),
+            "model": model,
+            "tasks": sources,
+            "selections": selections,
+            "results": rows,
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+            "versions": versions | {"sitelens": __version__},
+            "python": platform.python_version(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "files": [path.name for path in files],
+        }
+
+
+def run(config: RunConfig, model: Model | str | None = None, **options: Any) -> RunReport:
+    """Embed, train and evaluate every task of `config` under all conditions.
+
+    `model` stands in for the one that `config` names. `options` are `memory_budget` and `show_progress`.
+
+    Raises:
+        SitelensError: for bad input, as the functions it calls.
+    """
+    clock = _Clock()
+    tasks = load_tasks(config.tasks)
+    model = resolve_model(model) if model is not None else load_model(config.model)
+    clock.stop("model")
+    embeddings = {
+        task.name: embed_task(
+            task, model, n_prompts=config.n_prompts, n_shots=config.n_shots, seed=config.seed, **options
+        )
+        for task in tasks
+    }
+    clock.stop("embeddings")
+    seed = config.train.seed
+    trained = train_selections(tasks, model, embeddings=embeddings, seeds=(seed,), config=config.train, **options)
+    results = {task.name: trained[task.name, seed] for task in tasks}
+    clock.stop("training")
+    frames = []
+    shown = {"split": "test", "n_items": config.n_items, "metrics": config.metrics, "seed": config.seed}
+    for task in tasks:
+        conditions = run_conditions(results[task.name], embeddings[task.name], config)
+        scores = evaluate(task, conditions, model, **shown, **options)
+        scores = pd.concat([scores[scores["condition"] != ECHO], echo(task, model, **shown)], ignore_index=True)
+        drawn = scores["condition"].str.startswith(f"{RANDOM} ")
+        scores["draw"] = scores["condition"].str.removeprefix(f"{RANDOM} ").where(drawn).astype("Int64")
+        frames.append(scores.assign(condition=scores["condition"].where(~drawn, RANDOM)))
+    clock.stop("evaluation")
+    scores = pd.concat(frames, ignore_index=True)
+    report = RunReport(config, model, tasks, embeddings, results, scores, _summary(scores), clock.seconds)
+    _warn_about_gaps(report.summary)
+    return report
+
+
+def run_conditions(result: TrainResult, embedding: TaskEmbedding, config: RunConfig) -> dict[str, Condition]:
+    """The conditions of a run: prompting, and the trained selection in its variants."""
+    alpha, mixing = result.selection, config.train.mixing
+    k = config.k if config.k is not None else max(1, alpha.n_heads // 4)
+    selections = {
+        "SITE": alpha,
+        "hard": alpha.hard(),
+        "high-alpha": alpha.top(k),
+        "low-alpha": alpha.bottom(k),
+        **{f"{RANDOM} {draw}": alpha.random(k, seed=draw) for draw in range(config.draws)},
+    }
+    patched = {name: PatchHeads(selection, embedding, mixing) for name, selection in selections.items()}
+    return {"zero-shot": ZeroShot(), f"{config.n_shots}-shot": FewShot(config.n_shots), **patched}
+
+
+class _Clock:
+    """Seconds between stops."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def _summary(scores: pd.DataFrame) -> pd.DataFrame:
+    summary = summarize(scores)
+    by = ["task", "condition", "metric"]
+    draws = scores.dropna(subset="draw").groupby([*by, "draw"])["score"].mean()
+    return summary.merge(draws.groupby(by).std().rename("spread").reset_index(), how="left", on=by)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    text = f"{100 * row['mean']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+    return text if pd.isna(row["spread"]) else f"{text} ±{100 * row['spread']:.0f}"
+
+
+def _warn_about_gaps(summary: pd.DataFrame) -> None:
+    means = summary.pivot_table(index=["task", "metric"], columns="condition", values="mean")
+    if {"SITE", "hard"} <= set(means.columns):
+        gaps = means["SITE"] - means["hard"]
+        for (task, metric), gap in gaps[gaps > SOFT_HARD_GAP].items():  # type: ignore[misc]
+            warnings.warn(f"task {task!r}: soft selection is {100 * gap:.0f} points above hard ({metric}): heads of "
+                          "middle alpha matter", SitelensWarning, stacklevel=3)  # fmt: skip

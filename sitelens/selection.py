@@ -1,0 +1,182 @@
+"""Head selections: alpha, one number in [0, 1] for every head, and everything derived from it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sitelens import figures
+from sitelens.defaults import SitelensError
+from sitelens.models import Model, check_fit
+from sitelens.store import Artifact
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Heads = Iterable[tuple[int, int]] | Bool[Tensor, "layer head"]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSelection:
+    """How much of each head's output is replaced by the task embedding.
+
+    alpha: in [0, 1].
+    task: the task it was found for; model: the model's fingerprint (None: any model of this shape).
+    provenance: how it came to be, in words.
+    """
+
+    alpha: Float[Tensor, "layer head"]
+    task: str = ""
+    model: str | None = None
+    provenance: str = "given"
+
+    def __post_init__(self) -> None:
+        alpha = self.alpha
+        if alpha.ndim != 2 or not alpha.is_floating_point():
+            raise SitelensError(
+                f"alpha must be a [layer head] tensor of floats, not {alpha.dtype} {tuple(alpha.shape)}"
+            )
+        if not bool(((alpha >= 0) & (alpha <= 1)).all()):
+            raise SitelensError(
+                f"alpha must lie in [0, 1] and be a number; it spans {alpha.min():.3g} to {alpha.max():.3g}"
+            )
+
+    @property
+    def n_heads(self) -> int:
+        """How many heads the model has in all."""
+        return self.alpha.numel()
+
+    @property
+    def default_k(self) -> int:
+        """The number of heads with alpha > 0.5."""
+        return int((self.alpha > 0.5).sum())
+
+    @property
+    def share_binary(self) -> float:
+        """The share of heads whose alpha is within 0.1 of 0 or 1."""
+        return ((self.alpha <= 0.1) | (self.alpha >= 0.9)).double().mean().item()
+
+    def hard(self, threshold: float = 0.5) -> HeadSelection:
+        """1 where alpha > threshold, else 0."""
+        if not 0 <= threshold <= 1:
+            raise SitelensError(f"the threshold must lie in [0, 1], got {threshold}")
+        return self._derived((self.alpha > threshold).to(self.alpha.dtype), f"hard({threshold:g})")
+
+    def top(self, k: int | None = None) -> HeadSelection:
+        """1 at the k heads of highest alpha, else 0; ties go to the lower (layer, head)."""
+        k = self._checked(k)
+        return self._binary(self.ranking()[:k], f"top({k})")
+
+    def bottom(self, k: int | None = None) -> HeadSelection:
+        """1 at the k heads of lowest alpha, else 0; ties go to the lower (layer, head)."""
+        k = self._checked(k)
+        order = torch.sort(self.alpha.flatten(), stable=True).indices.tolist()
+        return self._binary(self._pairs(order[:k]), f"bottom({k})")
+
+    def random(self, k: int | None = None, seed: int = 0) -> HeadSelection:
+        """1 at k heads drawn uniformly, else 0. The draw depends on seed, k and the number of heads only."""
+        k = self._checked(k)
+        layers, heads = self.alpha.shape
+        drawn = random.Random(f"sitelens/heads/{layers}x{heads}/{k}/{seed}").sample(range(self.n_heads), k)
+        return self._binary(self._pairs(drawn), f"random({k}, seed={seed})")
+
+    def keep(self, heads: Heads) -> HeadSelection:
+        """alpha as it is at the given heads, (layer, head) pairs or a boolean mask, and 0 elsewhere."""
+        mask = self._mask(heads)
+        return self._derived(torch.where(mask, self.alpha, 0.0), f"keep({int(mask.sum())} heads)")
+
+    def without(self, heads: Heads) -> HeadSelection:
+        """0 at the given heads, and alpha as it is elsewhere."""
+        mask = self._mask(heads)
+        return self._derived(torch.where(mask, 0.0, self.alpha), f"without({int(mask.sum())} heads)")
+
+    def ones(self) -> HeadSelection:
+        """Every head at 1."""
+        return self._derived(torch.ones_like(self.alpha), "ones")
+
+    def ranking(self) -> list[tuple[int, int]]:
+        """All heads as (layer, head), highest alpha first; ties by (layer, head)."""
+        return self._pairs(torch.sort(self.alpha.flatten(), descending=True, stable=True).indices.tolist())
+
+    @staticmethod
+    def mean(selections: Sequence[HeadSelection]) -> HeadSelection:
+        """The mean alpha of several selections of one model.
+
+        Raises:
+            SitelensError: if there is none, or models or shapes differ.
+        """
+        if not selections:
+            raise SitelensError("the mean of no selections: give at least one")
+        if len({(s.model, tuple(s.alpha.shape)) for s in selections}) > 1:
+            raise SitelensError("selections of different models have no mean")
+        tasks = "+".join(dict.fromkeys(s.task for s in selections))
+        alpha = torch.stack([s.alpha for s in selections]).mean(0).clamp(0, 1)
+        return HeadSelection(alpha, tasks, selections[0].model, f"mean of {len(selections)} selections")
+
+    def frame(self) -> pd.DataFrame:
+        """One row a head: layer, head, alpha."""
+        index = [(layer, head) for layer in range(self.alpha.shape[0]) for head in range(self.alpha.shape[1])]
+        return pd.DataFrame(index, columns=["layer", "head"]).assign(alpha=self.alpha.flatten().tolist())
+
+    def heatmap(self, title: str | None = None) -> go.Figure:
+        """Layer by head, colours fixed to [0, 1], the numbers in the hover."""
+        title = title if title is not None else f"Head selection: {self.task}" if self.task else "Head selection"
+        return figures.alpha_heatmap(self.alpha.detach().cpu().numpy(), title=title)
+
+    def check_fits(self, model: Model) -> None:
+        """Raise SitelensError unless this selection was made for `model`."""
+        check_fit(f"the selection of {self.task!r}", self.model, tuple(self.alpha.shape), model)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a safetensors file with its metadata."""
+        meta = {"task": self.task, "model": self.model, "provenance": self.provenance}
+        return Artifact("selection", {}, {"alpha": self.alpha}, meta).save(path)
+
+    @staticmethod
+    def load(path: str | Path) -> HeadSelection:
+        """Read a saved selection.
+
+        Raises:
+            SitelensError: if there is no such file, or it is damaged or holds something else.
+        """
+        artifact = Artifact.load(path, "selection")
+        return HeadSelection(artifact.tensors["alpha"], **artifact.meta)
+
+    def _derived(self, alpha: Tensor, how: str) -> HeadSelection:
+        return replace(self, alpha=alpha, provenance=f"{self.provenance} | {how}")
+
+    def _binary(self, heads: Iterable[tuple[int, int]], how: str) -> HeadSelection:
+        return self._derived(self._mask(heads).to(self.alpha.dtype), how)
+
+    def _pairs(self, flat: Iterable[int]) -> list[tuple[int, int]]:
+        return [divmod(i, self.alpha.shape[1]) for i in flat]
+
+    def _checked(self, k: int | None) -> int:
+        k = self.default_k if k is None else k
+        if not 0 <= k <= self.n_heads:
+            raise SitelensError(f"k must lie in 0 to {self.n_heads}, the number of heads; got {k}")
+        return k
+
+    def _mask(self, heads: Heads) -> Tensor:
+        if isinstance(heads, Tensor):
+            if heads.dtype != torch.bool or heads.shape != self.alpha.shape:
+                raise SitelensError(f"a mask of heads must be boolean of shape {tuple(self.alpha.shape)}, "
+                                    f"not {heads.dtype} {tuple(heads.shape)}")  # fmt: skip
+            return heads.to(self.alpha.device)
+        mask = torch.zeros_like(self.alpha, dtype=torch.bool)
+        layers, width = self.alpha.shape
+        for layer, head in heads:
+            if not (0 <= layer < layers and 0 <= head < width):
+                raise SitelensError(
+                    f"there is no head ({layer}, {head}): layers 0 to {layers - 1}, heads 0 to {width - 1}"
+                )
+            mask[layer, head] = True
+        return mask

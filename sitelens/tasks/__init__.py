@@ -1,0 +1,311 @@
+"""Tasks: pairs of an input and its answer, split into train, valid and test.
+
+Built-in tasks need no download (`antonym`), `fv/NAME` is one of the 57 Function Vectors tasks, and own tasks come
+from a JSON or CSV file, a DataFrame or a list of pairs.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import json
+import math
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.tasks import builtin, function_vectors
+
+QA_TEMPLATE = "Q: {input}\nA: {output}\n\n"
+METRICS = ("first_token", "exact_match", "prefix_match")
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item: an input, its answer, and further answers that count as right."""
+
+    input: str
+    output: str
+    also: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every accepted answer, the preferred one first."""
+        return (self.output, *self.also)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples of one input-output rule.
+
+    name, source: what it is called and where it comes from.
+    train, valid, test: demonstrations and training items come from train, choices are made on valid.
+    metric: the metric its makers report, one of `METRICS`.
+    template: a text with {input} and {output}, or "chat" (see `sitelens.prompts`).
+    note: anything a result should carry along (how it was split, what was dropped).
+    """
+
+    name: str
+    source: str
+    train: tuple[Example, ...]
+    valid: tuple[Example, ...]
+    test: tuple[Example, ...]
+    metric: str = "first_token"
+    template: str = QA_TEMPLATE
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise SitelensError(f"task {self.name!r}: unknown metric {self.metric!r}; one of {', '.join(METRICS)}")
+        check_template(self.template)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides a result: name, items, metric and template."""
+        content = asdict(self)
+        del content["source"], content["note"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def split(self, name: str) -> tuple[Example, ...]:
+        """The items of "train", "valid" or "test".
+
+        Raises:
+            SitelensError: for another name.
+        """
+        if name not in SPLITS:
+            raise SitelensError(f"unknown split {name!r}; one of {', '.join(SPLITS)}")
+        return getattr(self, name)
+
+    @staticmethod
+    def from_pairs(name: str, pairs: Iterable[Any], **options: Any) -> Task:
+        """A task from (input, output) pairs, (input, output, further answers) triples, dicts or Examples.
+
+        Items are split 70/9/21 as the Function Vectors tasks are. `options` are further fields of Task.
+
+        Raises:
+            SitelensError: naming the item that cannot be used and why, or if there are fewer than 3 items.
+        """
+        examples = [_example(item, f"task {name!r}, item {number}") for number, item in enumerate(pairs, start=1)]
+        if len(examples) < 3:
+            raise SitelensError(f"task {name!r} has {len(examples)} items: at least 3 are needed, one for each split")
+        _warn_about_repeats(name, examples)
+        train, valid, test = (tuple(examples[i] for i in part) for part in function_vectors_split(len(examples)))
+        return Task(name, options.pop("source", "own"), train, valid, test, **options)
+
+    @staticmethod
+    def from_frame(name: str, frame: pd.DataFrame, **options: Any) -> Task:
+        """A task from a DataFrame with columns input, output and optionally also (lists, or text with "|").
+
+        Raises:
+            SitelensError: if a column is missing, and as `from_pairs`.
+        """
+        missing = {"input", "output"} - set(frame.columns)
+        if missing:
+            found = ", ".join(map(str, frame.columns))
+            raise SitelensError(f"task {name!r}: no column {' or '.join(sorted(missing))}; there are: {found}")
+        columns = [column for column in ("input", "output", "also") if column in frame.columns]
+        return Task.from_pairs(name, frame[columns].to_dict("records"), **options)
+
+
+def load_task(name: str | Path | Task) -> Task:
+    """A task by name ("antonym", "fv/antonym"), or from a .json or .csv file. A Task is returned as it is.
+
+    A JSON file is a list of {"input", "output", "also"?}, or an object with "examples" (such a list) or with
+    "train", "valid" and "test" (three of them), and optionally "name", "metric" and "template".
+
+    Raises:
+        SitelensError: for an unknown name (with the nearest ones) or a file that cannot be used (which item, why).
+    """
+    if isinstance(name, Task):
+        return name
+    text = str(name)
+    if text.endswith((".json", ".csv")):
+        return _from_file(Path(text))
+    if text in builtin.names():
+        return _builtin(text)
+    if text.startswith("fv/") and text[3:] in function_vectors.registry():
+        return _function_vectors(text[3:])
+    known = task_names()
+    # "antonim" is near "antonym"; "fv/antonim" near "fv/antonym"
+    near = difflib.get_close_matches(text, known, n=4, cutoff=0.6)
+    hint = f"did you mean {', '.join(near)}?" if near else "sl.list_tasks() lists them all"
+    raise SitelensError(f"unknown task {text!r}: {hint} (a file must end in .json or .csv)")
+
+
+def load_tasks(names: Iterable[str | Path | Task]) -> list[Task]:
+    """Several tasks, as `load_task`, in the order given.
+
+    Raises:
+        SitelensError: as `load_task`, and if two different tasks have the same name.
+    """
+    tasks = [load_task(name) for name in ([names] if isinstance(names, str | Path | Task) else names)]
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
+            raise SitelensError(f"the task {name!r} is given {count} times; names must differ")
+    return tasks
+
+
+def task_names() -> list[str]:
+    """All names that `load_task` knows."""
+    return [*builtin.names(), *(f"fv/{name}" for name in sorted(function_vectors.registry()))]
+
+
+def list_tasks() -> pd.DataFrame:
+    """One row a task: name, kind, items, where it comes from, description."""
+    rows: list[tuple[str, str, int | None, str, str]] = []
+    for name in builtin.names():
+        rows.append((name, builtin.kind(name), len(builtin.pairs(name)), "built in", builtin.describe(name)))
+    for name, row in sorted(function_vectors.registry().items()):
+        rows.append((f"fv/{name}", row["category"], row["examples"], function_vectors.SOURCE, "Todd et al. 2024"))
+    frame = pd.DataFrame(rows, columns=["name", "kind", "items", "source", "description"])
+    return frame.astype({"items": "Int64"})
+
+
+def check_template(template: str) -> None:
+    """Raise SitelensError unless `template` is "chat" or has {input} before {output}, once each."""
+    if template == "chat":
+        return
+    at_input, at_output = template.find("{input}"), template.find("{output}")
+    if template.count("{input}") != 1 or template.count("{output}") != 1 or at_output < at_input:
+        raise SitelensError(
+            f"the template {template!r} must contain {{input}} and after it {{output}}, each once, or be 'chat'; "
+            f"the default is {QA_TEMPLATE!r}"
+        )
+    if template[:at_output].endswith("}"):
+        raise SitelensError(f"the template {template!r} must have some text between {{input}} and {{output}}")
+
+
+def function_vectors_split(n: int) -> tuple[list[int], list[int], list[int]]:
+    """Indices of train, valid and test as Todd et al. split: scikit-learn's train_test_split twice, seed 32.
+
+    70% train, 9% valid, 21% test. (For a test size t, scikit-learn takes the first ceil(t n) indices of
+    `RandomState(seed).permutation(n)` as the test part and the following ones as the train part.)
+    """
+
+    def halves(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        order = np.random.RandomState(32).permutation(len(indices))
+        cut = math.ceil(0.3 * len(indices))
+        return indices[order[cut:]], indices[order[:cut]]
+
+    train, rest = halves(np.arange(n))
+    test, valid = halves(rest)
+    return train.tolist(), valid.tolist(), test.tolist()
+
+
+def _builtin(name: str) -> Task:
+    examples = [Example(*pair) for pair in builtin.pairs(name)]
+    random.Random(f"sitelens/split/{name}").shuffle(examples)
+    n_train, n_valid, _ = builtin.split_sizes(name, len(examples))
+    parts = examples[:n_train], examples[n_train : n_train + n_valid], examples[n_train + n_valid :]
+    train, valid, test = (tuple(part) for part in parts)
+    return Task(name, "built in", train, valid, test)
+
+
+def _function_vectors(name: str) -> Task:
+    examples = [Example(item["input"], item["output"]) for item in function_vectors.items(name)]
+    train, valid, test = (tuple(examples[i] for i in part) for part in function_vectors_split(len(examples)))
+    shared = len({example.input for example in train} & {example.input for example in test})
+    note = f"{shared} inputs of train also stand in test (as upstream)" if shared else ""
+    return Task(f"fv/{name}", function_vectors.SOURCE, train, valid, test, metric="prefix_match", note=note)
+
+
+def _from_file(path: Path) -> Task:
+    if not path.exists():
+        raise SitelensError(f"there is no task file {path}")
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SitelensError(f"{path} is not UTF-8 text: {error}") from error
+    if path.suffix == ".csv":
+        reader = csv.DictReader(text.splitlines(keepends=True), restkey="(too many fields)")
+        fields = reader.fieldnames or []
+        if not {"input", "output"} <= set(fields):
+            raise SitelensError(f"{path}: the header must name input and output; it is: {', '.join(fields) or 'empty'}")
+        return Task.from_pairs(path.stem, _named(list(reader), path), source=str(path))
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SitelensError(f"{path} is not JSON: {error}") from error
+    if isinstance(content, list):
+        content = {"examples": content}
+    if not isinstance(content, dict):
+        raise SitelensError(f"{path} must hold a list of items or an object, not {type(content).__name__}")
+    options: dict[str, Any] = {key: content[key] for key in ("metric", "template", "note") if key in content}
+    name = str(content.get("name", path.stem))
+    if "examples" in content:
+        return Task.from_pairs(name, _named(content["examples"], path), source=str(path), **options)
+    if not set(SPLITS) <= content.keys():
+        raise SitelensError(f'{path} must hold "examples", or "train", "valid" and "test"')
+    parts: dict[str, tuple[Example, ...]] = {}
+    for split in SPLITS:
+        items = enumerate(_named(content[split], path), start=1)
+        parts[split] = tuple(_example(item, f"{path}, {split} item {number}") for number, item in items)
+        if not parts[split]:
+            raise SitelensError(f"{path}: the {split} split is empty")
+    _warn_about_repeats(name, [example for part in parts.values() for example in part])
+    return Task(name, str(path), parts["train"], parts["valid"], parts["test"], **options)
+
+
+def _named(items: Any, path: Path) -> Sequence[Any]:
+    if not isinstance(items, list):
+        raise SitelensError(f"{path}: the items must be a list, not {type(items).__name__}")
+    return items
+
+
+def _example(item: Any, where: str) -> Example:
+    """One item in any accepted form, checked; `where` names it in an error."""
+    if isinstance(item, Example):
+        return item
+    if isinstance(item, Mapping):
+        missing = [key for key in ("input", "output") if item.get(key) is None]
+        if missing:
+            raise SitelensError(f"{where}: no {' and no '.join(missing)} in {dict(item)!r}")
+        fields = (item["input"], item["output"], item.get("also") or ())
+    elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) in (2, 3):
+        fields = (*item, ()) if len(item) == 2 else tuple(item)
+    else:
+        raise SitelensError(f"{where}: {item!r} is neither a pair (input, output) nor an object with these fields")
+    source, answers, also = fields
+    if isinstance(answers, list | tuple):  # several accepted answers, the preferred one first
+        answers, also = (answers[0] if answers else ""), (*answers[1:], *also)
+    if isinstance(also, float):  # an empty cell of a DataFrame
+        also = ()
+    also = tuple(also.split("|")) if isinstance(also, str) else tuple(also)
+    texts = (source, answers, *also)
+    if any(isinstance(text, bool | dict | list | tuple) or text != text for text in texts):
+        raise SitelensError(f"{where}: input and output must be text, not {source!r} and {answers!r}")
+    source, answers, *also = (str(text).strip() for text in texts)
+    if not source:
+        raise SitelensError(f"{where}: the input is empty")
+    if not answers:
+        raise SitelensError(f"{where}: the output of {source!r} is empty")
+    return Example(source, answers, tuple(text for text in also if text and text != answers))
+
+
+def _warn_about_repeats(name: str, examples: Sequence[Example]) -> None:
+    repeats = [example for example, count in Counter(examples).items() if count > 1]
+    if repeats:
+        text = (
+            f"task {name!r}: {len(repeats)} items stand there more than once, for example {repeats[0].input!r}; "
+            "copies may fall into different splits"
+        )
+        warnings.warn(text, SitelensWarning, stacklevel=3)
+    outputs: dict[str, set[str]] = {}
+    for example in examples:
+        outputs.setdefault(example.input, set()).add(example.output)
+    clashes = [f"{source!r}: {', '.join(sorted(found))}" for source, found in outputs.items() if len(found) > 1]
+    if clashes:
+        more = f" and {len(clashes) - 5} more" if len(clashes) > 5 else ""
+        text = f"task {name!r}: the same input with different outputs: {'; '.join(clashes[:5])}{more}"
+        warnings.warn(text, SitelensWarning, stacklevel=3)

@@ -1,0 +1,99 @@
+"""Tiny random models of every family, with a word-level tokenizer made on the spot: no files, no network."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+from sitelens.models import Model, _tokenizers
+from sitelens.tasks import Task
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Every answer must be one known word; two-letter words give enough of them.
+WORDS = [first + second for first in LETTERS[:12] for second in LETTERS[:8]]
+WINDOW = 8  # tokens of the sliding window, shorter than most prompts
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "GPTNeoX": ("GPTNeoXForCausalLM", {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
+    "Llama": ("LlamaForCausalLM", _COMMON),
+    "Mistral": ("MistralForCausalLM", _COMMON | {"sliding_window": WINDOW}),
+    "Mixtral": ("MixtralForCausalLM", _COMMON | {"num_local_experts": 4, "sliding_window": WINDOW}),
+    "Qwen3": ("Qwen3ForCausalLM", _COMMON | {"head_dim": 16}),
+    "Gemma3Text": (
+        "Gemma3ForCausalLM",
+        _COMMON | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW,
+                   "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+}  # fmt: skip
+FAMILIES = list(_FAMILIES)
+
+
+def tokenizer(bos: bool = False) -> Any:
+    """A tokenizer of whole words and single signs; a space goes with the word behind it, as in byte-level BPE."""
+    signs = ["Q", "A", ":", "\n", "\n\n", " ", *"0123456789"]
+    entries = ["<pad>", "<bos>", "<eos>", "<unk>", *signs, *WORDS, *(" " + word for word in WORDS)]
+    model = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token="<unk>"))
+    from tokenizers import Regex, decoders, processors
+
+    pattern = Regex(r"\n\n|\n| ?[a-z]+|[QA:]|[0-9]| ")
+    model.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    model.decoder = decoders.Fuse()
+    if bos:
+        model.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@functools.cache
+def _network(family: str, dtype: torch.dtype, seed: int) -> Any:
+    name, options = _FAMILIES[family]
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=len(tokenizer()), pad_token_id=0, bos_token_id=1, eos_token_id=2, **options
+    )
+    torch.manual_seed(seed)
+    network = getattr(transformers, name)(config)
+    with torch.no_grad():  # larger than at a usual start, so that every head matters
+        for weight in network.parameters():
+            if weight.ndim > 1:
+                weight.mul_(4)
+    return network.to(dtype).eval()
+
+
+def raw(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A Hugging Face model as it comes, with eager attention."""
+    network = copy.deepcopy(_network(family, dtype, seed))
+    network.set_attn_implementation("eager")
+    return network
+
+
+def bridge(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, bos: bool = False) -> Model:
+    """The same weights as `raw`, as a TransformerBridge with frozen weights and its own tokenizer."""
+    network = raw(family, dtype, seed)
+    model = build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name=family)
+    model.requires_grad_(False)
+    model.tokenizer = tokenizer(bos)
+    _tokenizers[model] = model.tokenizer
+    return model
+
+
+def output_projections(network: Any) -> list[torch.nn.Module]:
+    """The attention output projection of every layer of a raw model; its input is z with heads side by side."""
+    ends = ("attn.c_proj", "attention.dense", "self_attn.o_proj")
+    return [module for name, module in network.named_modules() if name.endswith(ends)]
+
+
+def task(name: str = "shift", n: int = 60, step: int = 1, **options: Any) -> Task:
+    """A task on the tokenizer's words: each word's answer stands `step` places on."""
+    return Task.from_pairs(name, [(WORDS[i], WORDS[(i + step) % len(WORDS)]) for i in range(n)], **options)
