@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sitelens.conditions import FewShot as FewShot
     from sitelens.conditions import PatchHeads as PatchHeads
     from sitelens.conditions import ZeroShot as ZeroShot
+    from sitelens.conversion import list_models as list_models
     from sitelens.defaults import SitelensError as SitelensError
     from sitelens.defaults import SitelensWarning as SitelensWarning
     from sitelens.defaults import settings as settings
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from sitelens.evaluation import generate as generate
     from sitelens.models import Model as Model
     from sitelens.models import fingerprint as fingerprint
-    from sitelens.models import list_models as list_models
     from sitelens.models import load_model as load_model
     from sitelens.report import RunConfig as RunConfig
     from sitelens.report import RunReport as RunReport
@@ -43,20 +43,24 @@ if TYPE_CHECKING:
     from sitelens.training import TrainResult as TrainResult
     from sitelens.training import train_selection as train_selection
     from sitelens.training import train_selections as train_selections
+    from sitelens.transfer import TransferMatrix as TransferMatrix
+    from sitelens.transfer import transfer_matrix as transfer_matrix
 
 _HOMES = {
     "conditions": ("Condition", "FewShot", "PatchHeads", "ZeroShot"),
+    "conversion": ("list_models",),
     "embedding": ("TaskEmbedding", "embed_task"),
     "evaluation": ("echo", "evaluate", "generate"),
-    "models": ("Model", "fingerprint", "list_models", "load_model"),
+    "models": ("Model", "fingerprint", "load_model"),
     "report": ("RunConfig", "RunReport", "run"),
     "selection": ("HeadSelection",),
     "defaults": ("SitelensError", "SitelensWarning", "settings"),
     "summary": ("summarize",),
     "tasks": ("Example", "Task", "list_tasks", "load_task", "load_tasks"),
     "training": ("TrainConfig", "TrainResult", "train_selection", "train_selections"),
+    "transfer": ("TransferMatrix", "transfer_matrix"),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF: dict[str, str] = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", "figures", *sorted(_HOME_OF)]
 

@@ -55,7 +55,7 @@ def _run(options: argparse.Namespace) -> None:
         print(report.table(metric) + "\n")
     print(f"random: mean of {config.draws} draws, ± their standard deviation; echo: answering with the query itself")
     if options.out is not None:
-        report.save(options.out)
+        report.save(options.out, options.formats)
         print(f"heatmaps, selections, embeddings, scores and run.json are in {options.out}")
 
 
@@ -89,12 +89,17 @@ def _tasks(options: argparse.Namespace) -> None:
         frame = frame[frame["name"].str.contains(options.pattern, regex=False)]
         if frame.empty:
             raise SitelensError(f"no task has {options.pattern!r} in its name")
+    if options.built_in:
+        frame = frame[frame["source"] == "built in"]
+    if options.names:
+        print("\n".join(frame["name"]))
+        return
     print(frame.drop(columns="source").to_string(index=False, na_rep="?"))
     print("\nOwn tasks: a .json file (a list of {input, output}) or a .csv file with these columns.")
 
 
 def _models(options: argparse.Namespace) -> None:
-    from sitelens.models import list_models
+    from sitelens.conversion import list_models
 
     print(list_models().to_string(index=False))
     print("\nAlso a hub id (owner/name), a folder with a transformers model, or a .gguf file.")
@@ -162,6 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     ))  # fmt: skip
     tasks = command("tasks", _tasks, "list the tasks", "With a word: those whose name contains it.")
     tasks.add_argument("pattern", nargs="?", help="part of a name")
+    tasks.add_argument("--built-in", action="store_true", help="only those that need no download")
+    tasks.add_argument("--names", action="store_true", help="only the names, a line each")
     command("models", _models, "list the packaged models")
     cache = command("cache", _cache, "show or clear the cache")
     cache.add_argument("--clear", metavar="KIND", nargs="?", const="all",
@@ -175,6 +182,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("tasks", nargs="*", metavar="TASK", help="a name (see `sitelens tasks`), or a .json or .csv file")
     add("--out", metavar="DIR", type=Path, help="write heatmaps (HTML), selections, scores and run.json there")
+    add("--formats", nargs="+", choices=["html", "png", "svg", "pdf"], default=["html"], help="of the heatmaps")
     add("--again", metavar="RUN.JSON", type=Path, help="make the run again that a run.json records")
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file")

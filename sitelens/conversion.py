@@ -12,11 +12,13 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import pandas as pd
 from filelock import FileLock
 
 from sitelens.defaults import SitelensError, SitelensWarning, settings
@@ -53,6 +55,17 @@ PACKAGED = {
         layers=18, heads=4, d_head=256, licence="Gemma Terms of Use",
     ),
 }  # fmt: skip
+
+
+def list_models() -> pd.DataFrame:
+    """One row a packaged model: name, layers, heads, d_head, licence, requirement, whether it is ready to load."""
+    rows = [
+        {"name": name, "layers": spec.layers, "heads": spec.heads, "d_head": spec.d_head, "licence": spec.licence,
+         "packages": " ".join(requirement for requirement, _, _ in spec.parts),
+         "ready": is_whole(folder_of(spec.sha256), full=False)}
+        for name, spec in PACKAGED.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def folder_of(sha256: str) -> Path:
@@ -103,6 +116,20 @@ def is_whole(folder: Path, full: bool = True) -> bool:
     return whole
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers' own progress bars only where ours are shown."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    wanted = settings.progress if settings.progress is not None else sys.stderr.isatty()
+    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+
+
 def _file_digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -149,12 +176,14 @@ def _download_wheel(name: str, requirement: str, work: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path, sha256: str) -> None:
     """Write a GGUF file's weights, dequantised to float32, and its tokenizer as a folder, all or nothing."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     try:
-        network = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        with quiet_transformers():
+            network = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**place)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise SitelensError(f"{gguf} could not be read as a GGUF language model: {error}") from error
     for name, value in (("hf_quantizer", None), ("is_quantized", False)):
@@ -164,7 +193,8 @@ def _convert(gguf: Path, folder: Path, sha256: str) -> None:
     network.config.architectures = [type(network).__name__]
     work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        network.save_pretrained(work)
+        with quiet_transformers():
+            network.save_pretrained(work)
         tokenizer.save_pretrained(work)
         listed = {file.name: [file.stat().st_size, _file_digest(file)] for file in sorted(work.iterdir())}
         (work / "sitelens.json").write_text(json.dumps({"gguf_sha256": sha256, "files": listed}, indent=1))

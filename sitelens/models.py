@@ -16,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module, detect_tokenizer_bos_eos
 
-from sitelens.conversion import PACKAGED, folder_of, gguf_folder, is_whole, packaged_folder
+from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder, quiet_transformers
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.store import digest, tensor_bytes
 
@@ -89,17 +88,6 @@ def resolve_model(model: str | Path | Model | None) -> Model:
     if model.original_model.training:
         raise SitelensError(f"{model_name(model)} is in training mode, where dropout is random: call model.eval()")
     return model
-
-
-def list_models() -> pd.DataFrame:
-    """One row a packaged model: name, layers, heads, d_head, licence, requirement, whether it is ready to load."""
-    rows = [
-        {"name": name, "layers": spec.layers, "heads": spec.heads, "d_head": spec.d_head, "licence": spec.licence,
-         "packages": " ".join(requirement for requirement, _, _ in spec.parts),
-         "ready": is_whole(folder_of(spec.sha256), full=False)}
-        for name, spec in PACKAGED.items()
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 def z_hook(layer: int) -> str:
@@ -235,8 +223,9 @@ def _boot(folder: str | Path, name: str, dtype: torch.dtype | str, device: Any) 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SitelensError(

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -103,23 +103,44 @@ class RunReport:
                 lines.append(line)
         return "\n".join(lines[1:])
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write heatmaps (HTML), selections and embeddings, scores.csv, summary.csv and run.json; returns the paths."""
+    def save(self, folder: str | Path, formats: Sequence[str] = ("html",)) -> list[Path]:
+        """Write heatmaps, selections and embeddings, scores.csv, summary.csv, table.md and run.json.
+
+        Returns the paths.
+
+        Raises:
+            SitelensError: if a static format is asked for and there is no Chrome; all else is written before.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         written: list[Path] = []
+        maps: list[tuple[Any, Path]] = []
         for task in self.tasks:
             stem = task.name.replace("/", "-")
             selection = self.results[task.name].selection
             title = f"Head selection: {task.name}<br><sub>{self.config.model}</sub>"
-            written.append(figures.save(selection.heatmap(title), folder / f"{stem}.html"))
+            maps += [(selection.heatmap(title), folder / f"{stem}.{ending}") for ending in formats]
             written.append(selection.save(folder / f"{stem}.selection.safetensors"))
             written.append(self.embeddings[task.name].save(folder / f"{stem}.embedding.safetensors"))
         for name, frame in (("scores", self.scores), ("summary", self.summary)):
             frame.to_csv(folder / f"{name}.csv", index=False)
             written.append(folder / f"{name}.csv")
-        (folder / "run.json").write_text(json.dumps(self.record(written), indent=1, ensure_ascii=False) + "\n", "utf-8")
-        return [*written, folder / "run.json"]
+        record = json.dumps(self.record([*written, *(path for _, path in maps)]), indent=1, ensure_ascii=False)
+        for name, text in (("table.md", self.markdown()), ("run.json", record)):
+            (folder / name).write_text(text + "\n", "utf-8")
+            written.append(folder / name)
+        return [*written, *(figures.save(figure, path) for figure, path in maps)]
+
+    def markdown(self) -> str:
+        """The summary as Markdown tables, one a metric: tasks down, conditions across, per cent."""
+        parts = []
+        for metric, rows in self.summary.groupby("metric", sort=False):
+            cells = rows.assign(text=[_cell(row) for row in rows.to_dict("records")])
+            table = cells.pivot_table(index="task", columns="condition", values="text", aggfunc="first", sort=False)
+            lines = [["task", *table.columns], ["---"] * (len(table.columns) + 1)]
+            lines += [[str(name), *row.fillna("")] for name, row in table.iterrows()]
+            parts.append(f"{metric}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return "\n\n".join(parts)
 
     def record(self, files: Sequence[Path] = ()) -> dict[str, Any]:
         """Configuration, versions, model and figures as plain JSON, enough to make the run again."""
@@ -228,7 +249,7 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
     return summary.merge(draws.groupby(by).std().rename("spread").reset_index(), how="left", on=by)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: Mapping[Any, Any]) -> str:
     text = f"{100 * row['mean']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
     return text if pd.isna(row["spread"]) else f"{text} ±{100 * row['spread']:.0f}"
 

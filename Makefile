@@ -1,0 +1,41 @@
+# make demo   from nothing to trained head maps of four tasks on a real model
+# make test   ruff, pyright and every test
+# make test-fast   the tests that need neither the real model nor minutes
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-fast check format table clean
+
+demo: .venv/.installed
+	$(BIN)/sitelens run antonym country-capital capitalize choose_first_of_3 --out figures/demo --progress
+
+test: check
+	$(BIN)/python -m pytest
+
+test-fast: .venv/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Every built-in task under every condition (about 45 minutes on two cores).
+table: .venv/.installed
+	$(BIN)/sitelens run $$($(BIN)/sitelens tasks --built-in --names) --out figures/builtin --progress
+
+# torch first: with it in place, nothing else asks for another build of it.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv

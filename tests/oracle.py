@@ -1,0 +1,108 @@
+"""What the library must compute, done the slow way on raw Hugging Face models and sharing no code with it.
+
+One row at a time, whole prompts, no padding, no cache: forward pre-hooks on the attention output projections edit,
+or keep, the heads' outputs z at one position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests import micro
+
+Ids = Sequence[int]
+
+
+def encode(text: str, bos: bool = False) -> list[int]:
+    """Token ids of one text."""
+    return micro.tokenizer(bos)(text)["input_ids"]
+
+
+def mixed(z: Tensor, alpha: Tensor, vectors: Tensor, mixing: str = "convex") -> Tensor:
+    """The intervention itself on z `[head d_head]`."""
+    weight = alpha.unsqueeze(-1)
+    return (1 - weight) * z + weight * vectors if mixing == "convex" else z + weight * vectors
+
+
+@contextmanager
+def patched(network: Any, alpha: Tensor, vectors: Tensor, mixing: str = "convex", at: int = -1) -> Iterator[None]:
+    """All heads mixed at one position; alpha is `[layer head]`, vectors `[layer head d_head]`."""
+
+    def hook(layer: int) -> Callable[..., Any]:
+        def act(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            z = args[0]
+            here = at % z.shape[1]
+            heads = z[0, here].unflatten(-1, vectors.shape[1:]).to(alpha.dtype)
+            edited = mixed(heads, alpha[layer], vectors[layer], mixing).to(z.dtype).reshape(1, 1, -1)
+            return (torch.cat([z[:, :here], edited, z[:, here + 1 :]], dim=1), *args[1:])
+
+        return act
+
+    handles = [m.register_forward_pre_hook(hook(i)) for i, m in enumerate(micro.output_projections(network))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def logits(network: Any, ids: Ids) -> Tensor:
+    """`[vocab]` after the last token of one prompt, under whatever hooks are installed."""
+    return network(torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
+
+
+def patched_logits(
+    network: Any, rows: Sequence[Ids], alpha: Tensor, vectors: Tensor, mixing: str = "convex"
+) -> Tensor:
+    """`[row vocab]`, each row with its own alpha `[row layer head]` and vectors; differentiable in both."""
+    found = []
+    for ids, row_alpha, row_vectors in zip(rows, alpha, vectors, strict=True):
+        with patched(network, row_alpha, row_vectors, mixing):
+            found.append(logits(network, ids))
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def head_outputs(network: Any, rows: Sequence[Ids], heads: int) -> Tensor:
+    """z at the last token, `[row layer head d_head]`."""
+    captured: list[Tensor] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _, args: captured.append(args[0][0, -1].unflatten(-1, (heads, -1))))
+        for module in micro.output_projections(network)
+    ]
+    for ids in rows:
+        logits(network, ids)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(captured).unflatten(0, (len(rows), -1))
+
+
+@torch.no_grad()
+def greedy(network: Any, ids: Ids, new: int, step: Callable[[list[int]], Tensor] | None = None) -> list[int]:
+    """`new` greedy tokens, the whole text run again for each; never stops early."""
+    text = list(ids)
+    for _ in range(new):
+        text.append(int((step or (lambda now: logits(network, now)))(text).argmax()))
+    return text[len(ids) :]
+
+
+def patched_greedy(
+    network: Any, ids: Ids, new: int, alpha: Tensor, vectors: Tensor, mixing: str = "convex"
+) -> list[int]:
+    """As `greedy`, with the heads mixed at the prompt's last token, and there only."""
+    with patched(network, alpha, vectors, mixing, at=len(ids) - 1):
+        return greedy(network, ids, new)
+
+
+def text_of(ids: Ids) -> str:
+    """Generated tokens up to the end of text or a newline, stripped."""
+    tokenizer = micro.tokenizer()
+    ids = list(ids)
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(ids).split("\n")[0].strip()
