@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sitelens.conditions import FewShot as FewShot
     from sitelens.conditions import PatchHeads as PatchHeads
     from sitelens.conditions import ZeroShot as ZeroShot
+    from sitelens.config import TrainConfig as TrainConfig
     from sitelens.conversion import list_models as list_models
     from sitelens.defaults import SitelensError as SitelensError
     from sitelens.defaults import SitelensWarning as SitelensWarning
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from sitelens.tasks import list_tasks as list_tasks
     from sitelens.tasks import load_task as load_task
     from sitelens.tasks import load_tasks as load_tasks
-    from sitelens.training import TrainConfig as TrainConfig
     from sitelens.training import TrainResult as TrainResult
     from sitelens.training import train_selection as train_selection
     from sitelens.training import train_selections as train_selections
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "conditions": ("Condition", "FewShot", "PatchHeads", "ZeroShot"),
+    "config": ("TrainConfig",),
     "conversion": ("list_models",),
     "embedding": ("TaskEmbedding", "embed_task"),
     "evaluation": ("echo", "evaluate", "generate"),
@@ -57,7 +58,7 @@ _HOMES = {
     "defaults": ("SitelensError", "SitelensWarning", "settings"),
     "summary": ("summarize",),
     "tasks": ("Example", "Task", "list_tasks", "load_task", "load_tasks"),
-    "training": ("TrainConfig", "TrainResult", "train_selection", "train_selections"),
+    "training": ("TrainResult", "train_selection", "train_selections"),
     "transfer": ("TransferMatrix", "transfer_matrix"),
 }
 _HOME_OF: dict[str, str] = {name: home for home, names in _HOMES.items() for name in names}

@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     config = _config(options)
+    from sitelens.tasks import load_tasks
+
+    load_tasks(config.tasks)  # a wrong name shows before a model is loaded
     from sitelens.models import load_model
     from sitelens.report import run
 
@@ -60,8 +63,8 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
+    from sitelens.config import TrainConfig
     from sitelens.report import RunConfig
-    from sitelens.training import TrainConfig
 
     if options.again is not None:
         if options.tasks:
@@ -75,8 +78,8 @@ def _config(options: argparse.Namespace) -> RunConfig:
         init=options.init if options.init == "random" else _number(options.init, "--init"),
     )  # fmt: skip
     return RunConfig(
-        tasks=tuple(options.tasks), model=options.model, n_prompts=options.n_prompts, n_shots=options.n_shots,
-        train=train, k=options.k, draws=options.draws, n_items=options.n_items or None,
+        tasks=tuple(options.tasks), template=options.template, model=options.model, n_prompts=options.n_prompts,
+        n_shots=options.n_shots, train=train, k=options.k, draws=options.draws, n_items=options.n_items or None,
         metrics=tuple(dict.fromkeys(options.metrics)), seed=options.seed,
     )  # fmt: skip
 
@@ -134,6 +137,14 @@ def _cache(options: argparse.Namespace) -> None:
         print("nothing yet")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for those that are no values."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default is not None and action.default is not False and "default" not in (action.help or "")
+        return super()._get_help_string(action) if shown else action.help
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sitelens",
@@ -155,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, act: Callable[[argparse.Namespace], None], text: str, more: str = "") -> Any:
         added = commands.add_parser(
             name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}", parents=[common],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )  # fmt: skip
         added.set_defaults(command=act)
         return added
@@ -182,16 +193,18 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("tasks", nargs="*", metavar="TASK", help="a name (see `sitelens tasks`), or a .json or .csv file")
     add("--out", metavar="DIR", type=Path, help="write heatmaps (HTML), selections, scores and run.json there")
-    add("--formats", nargs="+", choices=["html", "png", "svg", "pdf"], default=["html"], help="of the heatmaps")
+    add("--formats", nargs="+", choices=["html", "png", "svg", "pdf"], default=["html"],
+        help="of the heatmaps (default: html)")  # fmt: skip
     add("--again", metavar="RUN.JSON", type=Path, help="make the run again that a run.json records")
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file")
     group.add_argument("--dtype", help="for example float32 or bfloat16 (default: the checkpoint's)")
     group.add_argument("--device", help="for example cpu or cuda (default: a GPU where there is one)")
     group.add_argument("--memory-budget", metavar="SIZE", help="extra memory beside the weights (default: 2GiB)")
-    group = parser.add_argument_group("task embedding")
+    group = parser.add_argument_group("prompts and task embedding")
     group.add_argument("--n-prompts", metavar="M", type=int, default=50, help="prompts averaged over")
     group.add_argument("--n-shots", metavar="N", type=int, default=10, help="demonstrations a prompt")
+    group.add_argument("--template", help="text with {input} and {output}, or 'chat' (default: the task's own)")
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=400, help="Adam steps")
     group.add_argument("--lr", type=float, default=0.2, help="learning rate")
@@ -205,7 +218,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
     group.add_argument("--metrics", nargs="+", choices=["first_token", "exact_match", "prefix_match"],
-                       default=["first_token"], help="how answers are scored")  # fmt: skip
+                       default=["first_token"],
+                       help="how answers are scored (default: first_token)")  # fmt: skip
     group.add_argument("--k", type=int, help="heads in high-alpha, low-alpha and random (default: a quarter of all)")
     group.add_argument("--draws", type=int, default=5, help="random selections")
     group.add_argument("--seed", type=int, default=0, help="decides prompts, demonstrations and test items")

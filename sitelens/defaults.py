@@ -90,12 +90,14 @@ def parse_bytes(text: str) -> int:
     return int(number * base ** " kmgt".index(match.group(2) or " "))
 
 
-def progress(items: Iterable[Item], label: str, total: int | None = None, show: bool | None = None) -> Iterator[Item]:
-    """`items`, with a progress bar on standard error where `show` (default: `settings.progress`) wants one."""
+def tracked(
+    items: Iterable[Item], label: str, total: int | None = None, progress: bool | None = None
+) -> Iterator[Item]:
+    """`items`, with a progress bar on standard error where `progress` (default: `settings.progress`) wants one."""
     from tqdm.auto import tqdm
 
-    wanted = settings.progress if show is None else show
-    yield from tqdm(items, desc=label, total=total, disable=None if wanted is None else not wanted, leave=False)
+    wanted = settings.progress if progress is None else progress
+    yield from tqdm(items, desc=label, disable=None if wanted is None else not wanted, leave=False)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sitelens.defaults import SitelensError, progress, settings
+from sitelens.defaults import SitelensError, settings, tracked
 from sitelens.forward import capture_z
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.models import Model, check_fit, context_length, fingerprint, head_shape, own_tokenizer, resolve_model
@@ -72,7 +72,7 @@ def embed_task(
     n_shots: int = 10,
     seed: int = 0,
     memory_budget: int | str | None = None,
-    show_progress: bool | None = None,
+    progress: bool | None = None,
 ) -> TaskEmbedding:
     """The task's embedding: mean z over `n_prompts` prompts of `n_shots` demonstrations and one query.
 
@@ -96,7 +96,7 @@ def embed_task(
     cost = functools.partial(forward_bytes, model)
     parts = chunks(batch.lengths, cost, settings.budget(memory_budget), max_tokens=MAX_TOKENS)
     z = torch.empty(n_prompts, *head_shape(model), dtype=torch.float64)
-    for index in progress(parts, f"embed {task.name}", show=show_progress):
+    for index in tracked(parts, f"embed {task.name}", progress=progress):
         z[index] = capture_z(batch.rows(index), model).double().cpu()
     if not torch.isfinite(z).all():
         raise SitelensError(f"task {task.name!r}: the model's head outputs are not finite (dtype {model.cfg.dtype})")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from sitelens.conditions import Condition, ZeroShot
-from sitelens.defaults import SitelensError, progress, settings
+from sitelens.defaults import SitelensError, settings, tracked
 from sitelens.forward import HeadEdit, LastToken, PrefixCache, decode, full_logits
 from sitelens.memory import MAX_ROWS, MAX_TOKENS, chunks, forward_bytes, prefix_bytes, step_bytes
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
@@ -40,7 +41,7 @@ def evaluate(
     seed: int = 0,
     max_new_tokens: int = 20,
     memory_budget: int | str | None = None,
-    show_progress: bool | None = None,
+    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Scores of a task under each condition: one row per item, condition and metric.
 
@@ -69,7 +70,7 @@ def evaluate(
     for name, condition in conditions.items():
         groups.setdefault((condition.n_shots, condition.patch(model) is not None), {})[name] = condition
     outputs: dict[str, list[_Output]] = {}
-    bar = progress(range(len(conditions) * len(items)), f"evaluate {task.name}", show=show_progress)
+    bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}", progress=progress)
     for (n_shots, patched), group in groups.items():
         prompts = _prompts(task, split, chosen, n_shots, model, seed)
         batch = tokenize(prompts, answers.tokenizer, context_length(model), f"task {task.name!r}, {n_shots} shots")
@@ -175,14 +176,15 @@ def normalize(text: str, task_name: str) -> str:
     return text if "capitalize" in task_name or "lowercase" in task_name else text.lower()
 
 
+@dataclass(frozen=True, slots=True)
 class _Output:
     """What a model said about one item."""
 
-    __slots__ = ("first_right", "logprob", "rank", "text", "token_text")
-
-    def __init__(self, first_right: bool, token_text: str, text: str, logprob: float, rank: float) -> None:
-        self.first_right, self.token_text, self.text = first_right, token_text, text
-        self.logprob, self.rank = logprob, rank
+    first_right: bool
+    token_text: str
+    text: str
+    logprob: float
+    rank: int | float  # not a number where no model was asked
 
 
 def _exact(task: Task, item: Example, out: _Output) -> bool:

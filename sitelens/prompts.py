@@ -10,6 +10,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.texts)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Real tokens of each row."""
         return self.mask.sum(-1).tolist()

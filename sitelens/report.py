@@ -8,7 +8,7 @@ import platform
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import pandas as pd
 
 from sitelens import __version__, figures
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
+from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.evaluation import echo, evaluate
 from sitelens.models import DEFAULT_MODEL, Model, fingerprint, head_shape, load_model, resolve_model
 from sitelens.summary import ECHO, summarize
 from sitelens.tasks import Task, load_tasks
-from sitelens.training import TrainConfig, TrainResult, train_selections
+from sitelens.training import TrainResult, train_selections
 
 RECORDED = ("torch", "transformers", "transformer-lens", "numpy", "pandas", "plotly", "safetensors", "gguf")
 RANDOM = "random"
@@ -35,6 +36,7 @@ class RunConfig:
     """All that decides a run's numbers but the weights.
 
     tasks, model: names (a task may be a file).
+    template: instead of the tasks' own, a text with {input} and {output}, or "chat".
     n_prompts, n_shots: of the embedding; n_shots is also that of the few-shot condition.
     k: heads in the high-alpha, low-alpha and random conditions (None: a quarter of the model's heads).
     draws: random selections of k heads. n_items: test items a task (None: all). seed: of everything but training.
@@ -42,6 +44,7 @@ class RunConfig:
 
     tasks: tuple[str, ...]
     model: str = DEFAULT_MODEL
+    template: str | None = None
     n_prompts: int = 50
     n_shots: int = 10
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -179,13 +182,15 @@ class RunReport:
 def run(config: RunConfig, model: Model | str | None = None, **options: Any) -> RunReport:
     """Embed, train and evaluate every task of `config` under all conditions.
 
-    `model` stands in for the one that `config` names. `options` are `memory_budget` and `show_progress`.
+    `model` stands in for the one that `config` names. `options` are `memory_budget` and `progress`.
 
     Raises:
         SitelensError: for bad input, as the functions it calls.
     """
     clock = _Clock()
     tasks = load_tasks(config.tasks)
+    if config.template is not None:
+        tasks = [replace(task, template=config.template) for task in tasks]
     model = resolve_model(model) if model is not None else load_model(config.model)
     clock.stop("model")
     embeddings = {

@@ -146,15 +146,29 @@ class Store:
         return pd.DataFrame(rows, columns=["kind", "task", "model", "bytes", "modified", "path"])
 
     def clear(self, kind: str | None = None) -> int:
-        """Remove the artifacts of one kind, or all, and stale temporary files. Returns how many artifacts went."""
+        """Remove the artifacts of one kind, all, or those that are "damaged"; and stale temporary files.
+
+        Returns how many artifacts went.
+        """
         removed = 0
-        for path in self.root.glob(f"{kind or '*'}/*.safetensors"):
-            path.unlink(missing_ok=True)
-            removed += 1
+        for path in self.root.glob(f"{kind if kind not in (None, 'damaged') else '*'}/*.safetensors"):
+            if kind != "damaged" or _is_damaged(path):
+                path.unlink(missing_ok=True)
+                removed += 1
         for path in self.root.glob("*/.*.tmp"):
             if time.time() - path.stat().st_mtime > STALE_TEMPORARY_SECONDS:
                 path.unlink(missing_ok=True)
         return removed
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        Artifact.load(path)
+    except DamagedArtifactError:
+        return True
+    except SitelensError:  # gone, or of a newer version
+        return False
+    return False
 
 
 def default_store() -> Store:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.models import (
@@ -20,7 +21,7 @@ from sitelens.models import (
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact, default_store, tensor_bytes
 from sitelens.tasks import Task, load_tasks
-from sitelens.training_loop import HISTORY, Run, TrainConfig, train_runs
+from sitelens.training_loop import HISTORY, Run, train_runs
 
 ALGORITHM = 1  # to be raised when the numbers change
 FEW_BINARY = 0.5  # a share of near-binary alphas below this is worth a warning
@@ -51,7 +52,7 @@ def train_selection(
     embedding: TaskEmbedding | None = None,
     config: TrainConfig | None = None,
     memory_budget: int | str | None = None,
-    show_progress: bool | None = None,
+    progress: bool | None = None,
 ) -> TrainResult:
     """Train alpha for one task. Without `embedding`, `embed_task(task, model)` is used. Cached on disk.
 
@@ -61,7 +62,7 @@ def train_selection(
     config = config or TrainConfig()
     task = load_tasks([task])[0]
     embeddings = None if embedding is None else {task.name: embedding}
-    options = {"memory_budget": memory_budget, "show_progress": show_progress}
+    options = {"memory_budget": memory_budget, "progress": progress}
     results = train_selections([task], model, embeddings=embeddings, seeds=(config.seed,), config=config, **options)
     return results[task.name, config.seed]
 
@@ -75,7 +76,7 @@ def train_selections(
     config: TrainConfig | None = None,
     shared: bool = False,
     memory_budget: int | str | None = None,
-    show_progress: bool | None = None,
+    progress: bool | None = None,
 ) -> dict[tuple[str, int], TrainResult]:
     """Train alpha for every task and seed, all in one batch; the numbers are those of training one by one.
 
@@ -90,7 +91,7 @@ def train_selections(
     loaded = load_tasks(tasks)
     if not loaded or not seeds or len(set(seeds)) < len(seeds):
         raise SitelensError("give at least one task, and seeds that differ")
-    options: dict[str, Any] = {"memory_budget": memory_budget, "show_progress": show_progress}
+    options: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
     known = embeddings or {}
     vectors = [known.get(task.name) or embed_task(task, model, **options) for task in loaded]
     for embedding in vectors:
@@ -102,9 +103,7 @@ def train_selections(
     artifacts = [store.get("selection", spec) for spec in specs]
     missing = [run for run, kept in zip(runs, artifacts, strict=True) if kept is None]
     if missing:
-        trained = iter(
-            train_runs(missing, loaded, vectors, model, config, settings.budget(memory_budget), show_progress)
-        )
+        trained = iter(train_runs(missing, loaded, vectors, model, config, settings.budget(memory_budget), progress))
         for i, (run, spec) in enumerate(zip(runs, specs, strict=True)):
             if artifacts[i] is None:
                 meta = {"provenance": f"SITE, {config.checkpoint} of {config.steps} steps, seed {run.seed}"}

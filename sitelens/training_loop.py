@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sitelens.defaults import SitelensError, progress
+from sitelens.config import TrainConfig
+from sitelens.defaults import SitelensError, tracked
 from sitelens.embedding import TaskEmbedding
 from sitelens.forward import HeadEdit, LastToken, Mixing, PrefixCache
 from sitelens.memory import MAX_ROWS, chunks, prefix_bytes, step_bytes
@@ -33,42 +34,6 @@ from sitelens.prompts import PromptBatch, few_shot_prompt, tokenize
 from sitelens.tasks import Task
 
 HISTORY = ("step", "loss", "valid_loss", "mean_alpha", "share_binary")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How alpha is trained; the defaults are the paper's.
-
-    steps, lr, batch_size: Adam steps, its learning rate, training items a step.
-    eval_every, n_valid: validation loss after every so many steps, on the first so many validation items.
-    checkpoint: keep the alpha of the "best" validation loss (the paper's text), or the "last" (its released code).
-    init: alpha at the start, a number between 0 and 1, or "random" (uniform, drawn by seed).
-    mixing: "convex", as published, or "additive".
-    seed: decides which items are drawn, and a random init.
-    """
-
-    steps: int = 400
-    lr: float = 0.2
-    batch_size: int = 1
-    eval_every: int = 50
-    n_valid: int = 100
-    checkpoint: Literal["best", "last"] = "best"
-    init: float | Literal["random"] = 0.5
-    mixing: Mixing = "convex"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every", "n_valid"):
-            if getattr(self, name) < 1:
-                raise SitelensError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise SitelensError(f"TrainConfig.lr must be positive, got {self.lr}")
-        if self.checkpoint not in ("best", "last"):
-            raise SitelensError(f"TrainConfig.checkpoint must be 'best' or 'last', got {self.checkpoint!r}")
-        if self.mixing not in get_args(Mixing):
-            raise SitelensError(f"TrainConfig.mixing must be one of {', '.join(get_args(Mixing))}, got {self.mixing!r}")
-        if self.init != "random" and not (isinstance(self.init, int | float) and 0 < self.init < 1):
-            raise SitelensError(f"TrainConfig.init must be 'random' or lie between 0 and 1, got {self.init!r}")
 
 
 @dataclass(frozen=True)
@@ -100,25 +65,39 @@ def train_runs(
     model: Model,
     config: TrainConfig,
     budget: int,
-    show_progress: bool | None,
+    progress: bool | None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Train all runs together; yields each one's alpha and history."""
+    """Train all runs; yields each one's alpha and history.
+
+    They advance together in groups whose validation prefixes fit half of the budget, so that these are computed
+    once; a group's results come before the next group begins.
+    """
+    for group in _groups(runs, tasks, model, config, budget // 2):
+        yield from _train_group(group, tasks, embeddings, model, config, budget, progress)
+
+
+def _train_group(
+    runs: Sequence[Run],
+    tasks: Sequence[Task],
+    embeddings: Sequence[TaskEmbedding],
+    model: Model,
+    config: TrainConfig,
+    budget: int,
+    progress: bool | None,
+) -> Iterator[dict[str, Tensor]]:
     dtype, device = computing_dtype(model), model.cfg.device
     vectors = torch.stack([embedding.mean_z.to(device, dtype) for embedding in embeddings])
+    share = budget // 4  # for the prefixes in training, and for what a step computes; validation has the other half
     train, rows = _training_rows(runs, tasks, model, config)
-    valid, checks = _validation_rows(runs, tasks, model, config)
-    share = budget // 3  # for the prefixes in training, for those in validation, and for what a step computes
-    validation = _Prefixes(valid, model, share)
     logits = _initial_logits(runs, config, head_shape(model)[:2], dtype).to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([logits], lr=config.lr)
-    history = torch.full((config.steps, len(runs), len(HISTORY)), torch.nan, dtype=torch.float64)
-    best = torch.full((len(runs),), torch.inf, dtype=torch.float64)
-    kept = torch.zeros_like(logits)
-    bar = progress(range(config.steps), _label(runs, tasks), show=show_progress)
+    record = _Record(len(runs), config, torch.zeros_like(logits, requires_grad=False))
+    bar = tracked(range(config.steps), _label(runs, tasks), progress=progress)
     with LastToken(model) as last_token:
-        step_losses = functools.partial(
+        losses_of = functools.partial(
             _losses, last_token=last_token, vectors=vectors, mixing=config.mixing, budget=share
         )
+        validation = _Validation(*_validation_rows(runs, tasks, model, config), model, budget // 2, share)
         for start, stop in _windows(rows.prompt, train.lengths, model, share):
             distinct, local = torch.unique(rows.prompt[start:stop], return_inverse=True)
             batch = train.rows(distinct.tolist())
@@ -126,34 +105,42 @@ def train_runs(
             for step, index in zip(range(start, stop), local, strict=True):
                 next(bar)
                 alpha = torch.sigmoid(logits)
-                losses, gradient = step_losses(
-                    alpha.detach(), replace(rows, prompt=index), batch, prefix, gradient=True
-                )
+                now = replace(rows, prompt=index)
+                losses, gradient = losses_of(alpha.detach(), now, batch, prefix, gradient=True)
                 _check_finite(losses, rows, runs, tasks, step)
                 optimizer.zero_grad()
                 alpha.backward(gradient)
                 optimizer.step()
-                now = torch.sigmoid(logits.detach())
-                history[step, :, 0] = step + 1
-                history[step, :, 1] = _mean_by_run(losses, rows.run, len(runs))
-                history[step, :, 3] = now.mean((1, 2))
-                history[step, :, 4] = ((now <= 0.1) | (now >= 0.9)).double().mean((1, 2))
+                alpha = torch.sigmoid(logits.detach())
+                record.step(step, _mean_by_run(losses, rows.run, len(runs)), alpha)
                 if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-                    measured = torch.zeros(len(checks.run), dtype=torch.float64)
-                    for part, part_batch, part_prefix in validation.parts():
-                        chosen = torch.isin(checks.prompt, part)
-                        place = torch.searchsorted(part, checks.prompt[chosen])
-                        some = _Rows(place, checks.run[chosen], checks.task[chosen])
-                        measured[chosen], _ = step_losses(now, some, part_batch, part_prefix, gradient=False)
-                    history[step, :, 2] = loss = _mean_by_run(measured, checks.run, len(runs))
-                    better = torch.ones_like(best, dtype=torch.bool) if config.checkpoint == "last" else loss < best
-                    best = torch.where(better, loss, best)
-                    kept = torch.where(better.to(device)[:, None, None], now, kept)
+                    record.validation(step, validation.losses(alpha, losses_of), alpha)
     next(bar, None)
-    if not torch.isfinite(best).all():
+    if not torch.isfinite(record.best).all():
         raise SitelensError("the validation loss is not finite: nothing is kept; is the model's dtype wide enough?")
     for i in range(len(runs)):
-        yield {"alpha": kept[i].cpu(), "history": history[:, i].clone()}
+        yield {"alpha": record.alpha[i].cpu(), "history": record.history[:, i].clone()}
+
+
+class _Record:
+    """What is remembered of a training: the history, and each run's alpha at the checkpoint that is kept."""
+
+    def __init__(self, runs: int, config: TrainConfig, alpha: Float[Tensor, "run layer head"]) -> None:
+        self.history = torch.full((config.steps, runs, len(HISTORY)), torch.nan, dtype=torch.float64)
+        self.best = torch.full((runs,), torch.inf, dtype=torch.float64)
+        self.alpha = alpha
+        self._keep_last = config.checkpoint == "last"
+
+    def step(self, step: int, loss: Float[Tensor, " run"], alpha: Float[Tensor, "run layer head"]) -> None:
+        now = self.history[step]
+        now[:, 0], now[:, 1], now[:, 3] = step + 1, loss, alpha.mean((1, 2))
+        now[:, 4] = ((alpha <= 0.1) | (alpha >= 0.9)).double().mean((1, 2))
+
+    def validation(self, step: int, loss: Float[Tensor, " run"], alpha: Float[Tensor, "run layer head"]) -> None:
+        self.history[step, :, 2] = loss
+        better = torch.ones_like(loss, dtype=torch.bool) if self._keep_last else loss < self.best
+        self.best = torch.where(better, loss, self.best)
+        self.alpha = torch.where(rearrange(better, "run -> run 1 1").to(alpha.device), alpha, self.alpha)
 
 
 def _losses(
@@ -187,26 +174,27 @@ def _losses(
     return losses, total
 
 
-class _Prefixes:
-    """Prefixes of a batch in parts that fit a budget, kept when all of them fit, computed anew each time when not."""
+class _Validation:
+    """Validation losses, over prefixes that are kept when they fit the budget and computed anew when not."""
 
-    def __init__(self, batch: PromptBatch, model: Model, budget: int) -> None:
-        self.batch, self.model, self.budget = batch, model, budget
-        cost = functools.partial(prefix_bytes, model)
-        self.index = [sorted(part) for part in chunks(batch.lengths, cost, budget)]
-        self.kept: list[tuple[Tensor, PromptBatch, PrefixCache]] = []
+    def __init__(self, batch: PromptBatch, rows: _Rows, model: Model, budget: int, working: int) -> None:
+        self.batch, self.rows, self.model, self.working = batch, rows, model, working
+        self.parts = [sorted(p) for p in chunks(batch.lengths, functools.partial(prefix_bytes, model), budget)]
+        self.kept: PrefixCache | None = None
 
-    def parts(self) -> Iterator[tuple[Int[Tensor, " chosen"], PromptBatch, PrefixCache]]:
-        """(which rows, in rising order; these rows; their prefixes), part by part."""
-        if self.kept:
-            yield from self.kept
-            return
-        for index in self.index:
+    def losses(self, alpha: Float[Tensor, "run layer head"], losses_of: Callable[..., Any]) -> Float[Tensor, " run"]:
+        """Each run's mean loss under its alpha."""
+        measured = torch.zeros(len(self.rows.run), dtype=torch.float64)
+        for index in self.parts:
             batch = self.batch.rows(index)
-            part = torch.tensor(index), batch, PrefixCache.of(batch, self.model, self.budget)
-            if len(self.index) == 1:
-                self.kept.append(part)
-            yield part
+            prefix = self.kept or PrefixCache.of(batch, self.model, self.working)
+            self.kept = prefix if len(self.parts) == 1 else None
+            part = torch.tensor(index)
+            chosen = torch.isin(self.rows.prompt, part)
+            place = torch.searchsorted(part, self.rows.prompt[chosen])
+            rows = _Rows(place, self.rows.run[chosen], self.rows.task[chosen])
+            measured[chosen], _ = losses_of(alpha, rows, batch, prefix, gradient=False)
+        return _mean_by_run(measured, self.rows.run, len(alpha))
 
 
 def _training_rows(
@@ -227,8 +215,9 @@ def _training_rows(
 def _validation_rows(
     runs: Sequence[Run], tasks: Sequence[Task], model: Model, config: TrainConfig
 ) -> tuple[PromptBatch, _Rows]:
-    """The first validation items of every task, and one row for each of them and each run that uses them."""
-    counts = [min(config.n_valid, len(task.valid)) for task in tasks]
+    """The first validation items of every task in a run, and one row for each of them and each run that uses them."""
+    used = {member for run in runs for member in run.members}
+    counts = [min(config.n_valid, len(task.valid)) if i in used else 0 for i, task in enumerate(tasks)]
     items = [(member, item) for member, count in enumerate(counts) for item in range(count)]
     first = [sum(counts[:member]) for member in range(len(tasks))]
     prompt = [first[member] + item for run in runs for member in run.members for item in range(counts[member])]
@@ -248,6 +237,21 @@ def _zero_shot(items: Sequence[tuple[int, int]], split: str, tasks: Sequence[Tas
     prompts = [few_shot_prompt(task.template, [], example, tokenizer) for task, example in chosen]
     names = ", ".join(dict.fromkeys(task.name for task, _ in chosen))
     return tokenize(prompts, tokenizer, context_length(model), f"{split} items of {names}")
+
+
+def _groups(
+    runs: Sequence[Run], tasks: Sequence[Task], model: Model, config: TrainConfig, budget: int
+) -> list[list[Run]]:
+    """Runs in their order, as many together as their tasks' validation prefixes fit the budget (one at least)."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        if groups:
+            batch, _ = _validation_rows([*groups[-1], run], tasks, model, config)
+            if len(batch) * prefix_bytes(model, max(batch.lengths)) <= budget:
+                groups[-1].append(run)
+                continue
+        groups.append([run])
+    return groups
 
 
 def _windows(

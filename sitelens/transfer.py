@@ -14,13 +14,14 @@ from scipy.spatial.distance import squareform
 
 from sitelens import figures
 from sitelens.conditions import Condition, PatchHeads, ZeroShot
+from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError
 from sitelens.embedding import embed_task
 from sitelens.evaluation import evaluate
 from sitelens.models import Model, model_name, resolve_model
 from sitelens.store import Artifact
 from sitelens.tasks import Task, load_tasks
-from sitelens.training import TrainConfig, train_selections
+from sitelens.training import train_selections
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -114,7 +115,7 @@ def transfer_matrix(
     config: TrainConfig | None = None,
     seed: int = 0,
     memory_budget: int | str | None = None,
-    show_progress: bool | None = None,
+    progress: bool | None = None,
 ) -> TransferMatrix:
     """Every task's heads (or embedding, or both) on every task. Missing embeddings and selections are made first.
 
@@ -130,7 +131,7 @@ def transfer_matrix(
     loaded, model, config = load_tasks(tasks), resolve_model(model), config or TrainConfig()
     if len(loaded) < 2:
         raise SitelensError(f"a transfer matrix needs at least two tasks, got {len(loaded)}")
-    shared: dict[str, Any] = {"memory_budget": memory_budget, "show_progress": show_progress}
+    shared: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
     vectors = {
         task.name: embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=seed, **shared) for task in loaded
     }

@@ -8,10 +8,14 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing waits for a hub
 
+import jaxtyping
 import pytest
+import torch
 
 from sitelens.defaults import overridden, settings
 from tests import micro
+
+torch.set_num_threads(1)  # for models this small more threads only wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +44,11 @@ def data_folder() -> Path:
     if folder is None:
         pytest.skip("SITELENS_DATA is not set: it names the folder with the real data sets")
     return folder
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """The library as it is in use, without the type checks of the tests: what it says itself about wrong types."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -86,6 +87,23 @@ def bridge(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, bos: 
     model.tokenizer = tokenizer(bos)
     _tokenizers[model] = model.tokenizer
     return model
+
+
+def lent(family: str, dtype: torch.dtype = torch.float32) -> Iterator[Model]:
+    """A bridge that tests share, for a fixture to `yield from`: each test must hand it back without hooks."""
+    model = _shared_bridge(family, dtype)
+    yield model
+    left = hooks_left(model)
+    model.reset_hooks(including_permanent=True)
+    assert not left
+
+
+_shared_bridge = functools.cache(bridge)
+
+
+def hooks_left(model: Model) -> list[str]:
+    """The hook points of a bridge on which something is installed."""
+    return [name for name, point in model.hook_dict.items() if point.has_hooks() or point._forward_hooks]
 
 
 def output_projections(network: Any) -> list[torch.nn.Module]:

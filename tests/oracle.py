@@ -6,7 +6,8 @@ or keep, the heads' outputs z at one position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,9 +57,7 @@ def logits(network: Any, ids: Ids) -> Tensor:
     return network(torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
 
 
-def patched_logits(
-    network: Any, rows: Sequence[Ids], alpha: Tensor, vectors: Tensor, mixing: str = "convex"
-) -> Tensor:
+def patched_logits(network: Any, rows: Sequence[Ids], alpha: Tensor, vectors: Tensor, mixing: str = "convex") -> Tensor:
     """`[row vocab]`, each row with its own alpha `[row layer head]` and vectors; differentiable in both."""
     found = []
     for ids, row_alpha, row_vectors in zip(rows, alpha, vectors, strict=True):
@@ -83,11 +82,11 @@ def head_outputs(network: Any, rows: Sequence[Ids], heads: int) -> Tensor:
 
 
 @torch.no_grad()
-def greedy(network: Any, ids: Ids, new: int, step: Callable[[list[int]], Tensor] | None = None) -> list[int]:
-    """`new` greedy tokens, the whole text run again for each; never stops early."""
+def greedy(network: Any, ids: Ids, new: int) -> list[int]:
+    """`new` greedy tokens, the whole text run again for each, under whatever hooks are installed; never stops early."""
     text = list(ids)
     for _ in range(new):
-        text.append(int((step or (lambda now: logits(network, now)))(text).argmax()))
+        text.append(int(logits(network, text).argmax()))
     return text[len(ids) :]
 
 
@@ -99,10 +98,24 @@ def patched_greedy(
         return greedy(network, ids, new)
 
 
-def text_of(ids: Ids) -> str:
-    """Generated tokens up to the end of text or a newline, stripped."""
-    tokenizer = micro.tokenizer()
-    ids = list(ids)
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(ids).split("\n")[0].strip()
+def text_of(ids: Ids, ends: Collection[int] = (2,)) -> str:
+    """Generated tokens up to one that ends the text or a newline, stripped."""
+    kept = itertools.takewhile(lambda token: token not in ends, ids)
+    return micro.tokenizer().decode(list(kept)).split("\n")[0].strip()
+
+
+@contextmanager
+def added_to_stream(network: Any, vector: Tensor, reach: slice) -> Iterator[None]:
+    """`vector` added to what the first layer leaves in the residual stream, at the positions of `reach`."""
+
+    def act(module: Any, args: Any, output: Any) -> Any:
+        resid = (output if isinstance(output, Tensor) else output[0]).clone()
+        resid[:, reach] += vector
+        return resid if isinstance(output, Tensor) else (resid, *output[1:])
+
+    first = next(m for name, m in network.named_modules() if name.endswith((".h.0", ".layers.0")))
+    handle = first.register_forward_hook(act)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -6,15 +6,13 @@ from a JSON or CSV file, a DataFrame or a list of pairs.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import json
 import math
 import random
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,26 +21,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.defaults import SitelensError
 from sitelens.tasks import builtin, function_vectors
+from sitelens.tasks.examples import Example, parse_examples, read_file, warn_about_repeats
 
 QA_TEMPLATE = "Q: {input}\nA: {output}\n\n"
 METRICS = ("first_token", "exact_match", "prefix_match")
 SPLITS = ("train", "valid", "test")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One item: an input, its answer, and further answers that count as right."""
-
-    input: str
-    output: str
-    also: tuple[str, ...] = ()
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """Every accepted answer, the preferred one first."""
-        return (self.output, *self.also)
 
 
 @dataclass(frozen=True)
@@ -94,14 +79,9 @@ class Task:
         Items are split 70/9/21 as the Function Vectors tasks are. `options` are further fields of Task.
 
         Raises:
-            SitelensError: naming the item that cannot be used and why, or if there are fewer than 3 items.
+            SitelensError: naming the item that cannot be used and why, or if there are fewer than 4 items.
         """
-        examples = [_example(item, f"task {name!r}, item {number}") for number, item in enumerate(pairs, start=1)]
-        if len(examples) < 3:
-            raise SitelensError(f"task {name!r} has {len(examples)} items: at least 3 are needed, one for each split")
-        _warn_about_repeats(name, examples)
-        train, valid, test = (tuple(examples[i] for i in part) for part in function_vectors_split(len(examples)))
-        return Task(name, options.pop("source", "own"), train, valid, test, **options)
+        return _from_examples(name, parse_examples(pairs, f"task {name!r}, "), **{"source": "own", **options})
 
     @staticmethod
     def from_frame(name: str, frame: pd.DataFrame, **options: Any) -> Task:
@@ -143,7 +123,7 @@ def load_task(name: str | Path | Task) -> Task:
     raise SitelensError(f"unknown task {text!r}: {hint} (a file must end in .json or .csv)")
 
 
-def load_tasks(names: Iterable[str | Path | Task]) -> list[Task]:
+def load_tasks(names: Iterable[str | Path | Task] | str | Path | Task) -> list[Task]:
     """Several tasks, as `load_task`, in the order given.
 
     Raises:
@@ -221,91 +201,34 @@ def _function_vectors(name: str) -> Task:
 
 
 def _from_file(path: Path) -> Task:
-    if not path.exists():
-        raise SitelensError(f"there is no task file {path}")
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SitelensError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), restkey="(too many fields)")
-        fields = reader.fieldnames or []
-        if not {"input", "output"} <= set(fields):
-            raise SitelensError(f"{path}: the header must name input and output; it is: {', '.join(fields) or 'empty'}")
-        return Task.from_pairs(path.stem, _named(list(reader), path), source=str(path))
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SitelensError(f"{path} is not JSON: {error}") from error
-    if isinstance(content, list):
-        content = {"examples": content}
-    if not isinstance(content, dict):
-        raise SitelensError(f"{path} must hold a list of items or an object, not {type(content).__name__}")
-    options: dict[str, Any] = {key: content[key] for key in ("metric", "template", "note") if key in content}
-    name = str(content.get("name", path.stem))
+    content = read_file(path)
+    options = {key: content[key] for key in ("metric", "template", "note") if key in content}
+    name = content.get("name", path.stem)
+    for key, value in {**options, "name": name}.items():
+        if not isinstance(value, str):
+            raise SitelensError(f"{path}: {key} must be text, not {value!r}")
     if "examples" in content:
-        return Task.from_pairs(name, _named(content["examples"], path), source=str(path), **options)
+        examples = parse_examples(_listed(content["examples"], path), f"{path}, ")
+        return _from_examples(name, examples, source=str(path), **options)
     if not set(SPLITS) <= content.keys():
         raise SitelensError(f'{path} must hold "examples", or "train", "valid" and "test"')
-    parts: dict[str, tuple[Example, ...]] = {}
-    for split in SPLITS:
-        items = enumerate(_named(content[split], path), start=1)
-        parts[split] = tuple(_example(item, f"{path}, {split} item {number}") for number, item in items)
-        if not parts[split]:
+    parts = {split: tuple(parse_examples(_listed(content[split], path), f"{path}, {split} ")) for split in SPLITS}
+    for split, part in parts.items():
+        if not part:
             raise SitelensError(f"{path}: the {split} split is empty")
-    _warn_about_repeats(name, [example for part in parts.values() for example in part])
-    return Task(name, str(path), parts["train"], parts["valid"], parts["test"], **options)
+    warn_about_repeats(name, [example for part in parts.values() for example in part])
+    return Task(name, str(path), **parts, **options)
 
 
-def _named(items: Any, path: Path) -> Sequence[Any]:
+def _from_examples(name: str, examples: Sequence[Example], **options: Any) -> Task:
+    if len(examples) < 4:
+        raise SitelensError(f"task {name!r} has {len(examples)} items: at least 4 are needed to fill every split")
+    warn_about_repeats(name, examples)
+    train, valid, test = (tuple(examples[i] for i in part) for part in function_vectors_split(len(examples)))
+    return Task(name, train=train, valid=valid, test=test, **options)
+
+
+def _listed(items: Any, path: Path) -> list[Any]:
     if not isinstance(items, list):
         raise SitelensError(f"{path}: the items must be a list, not {type(items).__name__}")
     return items
-
-
-def _example(item: Any, where: str) -> Example:
-    """One item in any accepted form, checked; `where` names it in an error."""
-    if isinstance(item, Example):
-        return item
-    if isinstance(item, Mapping):
-        missing = [key for key in ("input", "output") if item.get(key) is None]
-        if missing:
-            raise SitelensError(f"{where}: no {' and no '.join(missing)} in {dict(item)!r}")
-        fields = (item["input"], item["output"], item.get("also") or ())
-    elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) in (2, 3):
-        fields = (*item, ()) if len(item) == 2 else tuple(item)
-    else:
-        raise SitelensError(f"{where}: {item!r} is neither a pair (input, output) nor an object with these fields")
-    source, answers, also = fields
-    if isinstance(answers, list | tuple):  # several accepted answers, the preferred one first
-        answers, also = (answers[0] if answers else ""), (*answers[1:], *also)
-    if isinstance(also, float):  # an empty cell of a DataFrame
-        also = ()
-    also = tuple(also.split("|")) if isinstance(also, str) else tuple(also)
-    texts = (source, answers, *also)
-    if any(isinstance(text, bool | dict | list | tuple) or text != text for text in texts):
-        raise SitelensError(f"{where}: input and output must be text, not {source!r} and {answers!r}")
-    source, answers, *also = (str(text).strip() for text in texts)
-    if not source:
-        raise SitelensError(f"{where}: the input is empty")
-    if not answers:
-        raise SitelensError(f"{where}: the output of {source!r} is empty")
-    return Example(source, answers, tuple(text for text in also if text and text != answers))
-
-
-def _warn_about_repeats(name: str, examples: Sequence[Example]) -> None:
-    repeats = [example for example, count in Counter(examples).items() if count > 1]
-    if repeats:
-        text = (
-            f"task {name!r}: {len(repeats)} items stand there more than once, for example {repeats[0].input!r}; "
-            "copies may fall into different splits"
-        )
-        warnings.warn(text, SitelensWarning, stacklevel=3)
-    outputs: dict[str, set[str]] = {}
-    for example in examples:
-        outputs.setdefault(example.input, set()).add(example.output)
-    clashes = [f"{source!r}: {', '.join(sorted(found))}" for source, found in outputs.items() if len(found) > 1]
-    if clashes:
-        more = f" and {len(clashes) - 5} more" if len(clashes) > 5 else ""
-        text = f"task {name!r}: the same input with different outputs: {'; '.join(clashes[:5])}{more}"
-        warnings.warn(text, SitelensWarning, stacklevel=3)

@@ -34,8 +34,7 @@ def items(name: str) -> list[dict[str, Any]]:
     Raises:
         SitelensError: if the file can neither be found nor downloaded, or is not the expected one.
     """
-    path = local_path(name) or _download(name)
-    return json.loads(path.read_text("utf-8"))
+    return _parsed(name, local_path(name) or _download(name))
 
 
 def local_path(name: str) -> Path | None:
@@ -68,8 +67,23 @@ def _download(name: str) -> Path:
             "SITELENS_DATA to it."
         ) from error
     if row["sha256"] is None:
+        try:
+            _parsed(name, path)
+        except SitelensError:
+            path.unlink()  # whatever came instead is not worth keeping
+            raise
         _record_hash(name, path, folder)
     return path
+
+
+def _parsed(name: str, path: Path) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if found and all(isinstance(item["input"], str) and isinstance(item["output"], str) for item in found):
+            return found
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise SitelensError(f"fv/{name}: {path} holds no list of inputs and outputs")
 
 
 def _known_hash(name: str, folder: Path) -> str | None:

@@ -1,0 +1,144 @@
+"""Examples, and how they are read from whatever a user has: pairs, objects, JSON and CSV files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sitelens.defaults import SitelensError, SitelensWarning
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item: an input, its answer, and further answers that count as right."""
+
+    input: str
+    output: str
+    also: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every accepted answer, the preferred one first."""
+        return (self.output, *self.also)
+
+
+def parse_examples(items: Any, where: str) -> list[Example]:
+    """Examples from pairs, triples (with further answers), objects or Examples; `where` begins an error's text.
+
+    Raises:
+        SitelensError: naming the item (counted from 1) and the reason.
+    """
+    return [_example(item, f"{where}item {number}") for number, item in enumerate(items, start=1)]
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A task file as an object: a CSV file's rows, or a JSON file's list, are its "examples".
+
+    Raises:
+        SitelensError: if the file is not there, not UTF-8, or not what its name says.
+    """
+    if not path.is_file():
+        raise SitelensError(f"there is no task file {path}")
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise SitelensError(f"{path} is not UTF-8 text: {error}") from error
+    if path.suffix == ".csv":
+        return {"examples": _csv_rows(text, path)}
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SitelensError(f"{path} is not JSON: {error}") from error
+    if isinstance(content, list):
+        return {"examples": content}
+    if not isinstance(content, dict):
+        raise SitelensError(f"{path} must hold a list of items or an object, not {type(content).__name__}")
+    return content
+
+
+def warn_about_repeats(name: str, examples: Sequence[Example]) -> None:
+    """Warn of exact copies, and list inputs that stand there with different outputs."""
+    repeats = [example for example, count in Counter(examples).items() if count > 1]
+    if repeats:
+        text = (
+            f"task {name!r}: {len(repeats)} items stand there more than once, for example {repeats[0].input!r}; "
+            "copies may fall into different splits"
+        )
+        warnings.warn(text, SitelensWarning, stacklevel=3)
+    outputs: dict[str, set[str]] = {}
+    for example in examples:
+        outputs.setdefault(example.input, set()).add(example.output)
+    clashes = [f"{source!r}: {', '.join(sorted(found))}" for source, found in outputs.items() if len(found) > 1]
+    if clashes:
+        more = f" and {len(clashes) - 5} more" if len(clashes) > 5 else ""
+        text = f"task {name!r}: the same input with different outputs: {'; '.join(clashes[:5])}{more}"
+        warnings.warn(text, SitelensWarning, stacklevel=3)
+
+
+def _csv_rows(text: str, path: Path) -> list[dict[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="too many", strict=True)
+    try:
+        fields = reader.fieldnames or []
+        if not {"input", "output"} <= set(fields):
+            raise SitelensError(f"{path}: the header must name input and output; it is: {', '.join(fields) or 'empty'}")
+        rows: list[dict[str, Any]] = list(reader)
+    except csv.Error as error:
+        raise SitelensError(f"{path}, line {reader.line_num}: {error}; is a quotation mark not closed?") from error
+    for number, row in enumerate(rows, start=1):
+        if "too many" in row:
+            raise SitelensError(f"{path}, item {number}: more fields than the header has; quote a text with commas")
+    return rows
+
+
+def _example(item: Any, where: str) -> Example:
+    if isinstance(item, Example):
+        source, output, also = item.input, item.output, item.also
+    elif isinstance(item, Mapping):
+        missing = [key for key in ("input", "output") if item.get(key) is None]
+        if missing:
+            raise SitelensError(f"{where}: no {' and no '.join(missing)} in {dict(item)!r}")
+        source, output, also = item["input"], item["output"], item.get("also")
+    elif isinstance(item, Sequence) and not isinstance(item, str | bytes) and len(item) in (2, 3):
+        source, output, also = (*item, None) if len(item) == 2 else item
+    else:
+        raise SitelensError(f"{where}: {item!r} is neither a pair (input, output) nor an object with these fields")
+    further = _listed(also, where)
+    if isinstance(output, list | tuple):  # several accepted answers, the preferred one first
+        further = [*output[1:], *further]
+        output = output[0] if output else ""
+    if not all(_is_text(text) for text in (source, output, *further)):
+        raise SitelensError(f"{where}: input, output and also must be text, not {source!r}, {output!r}, {further!r}")
+    source, output, *further = (str(text).strip() for text in (source, output, *further))
+    if not source:
+        raise SitelensError(f"{where}: the input is empty")
+    if not output:
+        raise SitelensError(f"{where}: the output of {source!r} is empty")
+    return Example(source, output, tuple(dict.fromkeys(text for text in further if text and text != output)))
+
+
+def _listed(also: Any, where: str) -> list[Any]:
+    if isinstance(also, str):
+        return also.split("|")
+    if isinstance(also, list | tuple | np.ndarray):
+        return list(also)
+    if also is None or (not isinstance(also, Mapping) and pd.isna(also)):  # an empty cell
+        return []
+    raise SitelensError(f"{where}: also must be a list of text, or text with | between answers, not {also!r}")
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, Real) and not isinstance(value, bool | np.bool_):
+        return bool(value == value)  # a number that is one
+    return isinstance(value, str)

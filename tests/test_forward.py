@@ -1,0 +1,500 @@
+"""Forward passes against the oracle: every family, both paths, gradients, hooks that go away, and what rows share."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sitelens.conditions import PatchHeads
+from sitelens.defaults import SitelensError, overridden
+from sitelens.embedding import TaskEmbedding, embed_task, embedding_prompts
+from sitelens.forward import (
+    HeadEdit,
+    LastToken,
+    PrefixCache,
+    all_positions,
+    capture_z,
+    decode,
+    full_logits,
+    run_tokens,
+)
+from sitelens.memory import chunks, prefix_bytes
+from sitelens.models import Model, head_shape, z_hook
+from sitelens.prompts import Prompt, PromptBatch, tokenize
+from sitelens.selection import HeadSelection
+from tests import micro, oracle
+
+# Tokens of the prompts in a batch: across the sliding window, at its edge, inside it, and one token only.
+LENGTHS = (15, 9, micro.WINDOW, 4, 1)
+TEXTS = [" ".join(micro.WORDS[17 * i : 17 * i + length]) for i, length in enumerate(LENGTHS)]
+AMPLE = 2**30  # bytes: everything fits into one chunk
+EXACT = 3e-6  # share of the scale of logits or gradients; float32 rounding alone gives up to half of it
+MIXINGS = ("convex", "additive")
+
+
+@functools.cache
+def raw(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    return micro.raw(family, dtype).requires_grad_(False)
+
+
+@pytest.fixture
+def model(family: str) -> Iterator[Model]:
+    yield from micro.lent(family)
+
+
+@pytest.fixture
+def llama() -> Iterator[Model]:
+    yield from micro.lent("Llama")
+
+
+@pytest.fixture
+def llama_bfloat16() -> Iterator[Model]:
+    yield from micro.lent("Llama", torch.bfloat16)
+
+
+@pytest.fixture
+def llama_double() -> Iterator[Model]:
+    yield from micro.lent("Llama", torch.float64)
+
+
+@pytest.fixture
+def gpt2_double() -> Iterator[Model]:
+    """The one family that computes in float64 throughout."""
+    yield from micro.lent("GPT2", torch.float64)
+
+
+def batch_of(texts: Sequence[str]) -> PromptBatch:
+    return tokenize([Prompt(text, ()) for text in texts], micro.tokenizer())
+
+
+def ids_of(texts: Sequence[str]) -> list[list[int]]:
+    return [oracle.encode(text) for text in texts]
+
+
+def random_mix(model: Model, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """An alpha and vectors, as large as the micro models' z, of its own for each row."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, heads, d_head = head_shape(model)
+    alpha = torch.rand(rows, layers, heads, generator=generator, dtype=dtype)
+    return alpha, 0.3 * torch.randn(rows, layers, heads, d_head, generator=generator, dtype=dtype)
+
+
+def last_logits(model: Model, batch: PromptBatch, edit: HeadEdit | None, budget: int = AMPLE) -> Tensor:
+    prefix = PrefixCache.of(batch, model, budget)
+    with torch.no_grad(), LastToken(model) as run:
+        return run(prefix, edit)
+
+
+def hooked_logits(model: Model, batch: PromptBatch, hooks: list[Any]) -> Tensor:
+    """Whole prompts by way of TransformerLens' own run_with_hooks: [row pos vocab]."""
+    with torch.no_grad():
+        return model.run_with_hooks(
+            batch.tokens, fwd_hooks=hooks, attention_mask=batch.mask, position_ids=all_positions(batch.mask)
+        )
+
+
+def summed_loss(logits: Tensor) -> Tensor:
+    answers = torch.arange(len(logits)) + 30
+    return torch.nn.functional.cross_entropy(logits, answers, reduction="sum")
+
+
+def assert_close(found: Tensor, expected: Tensor, share: float = EXACT) -> None:
+    """Within a share of the largest expected value."""
+    assert found.shape == expected.shape
+    assert ((found - expected).abs().max() / expected.abs().max()).item() <= share
+
+
+# -- against the oracle --
+
+
+def test_texts_have_the_lengths_they_are_named_for() -> None:
+    assert batch_of(TEXTS).lengths == list(LENGTHS) == [len(ids) for ids in ids_of(TEXTS)]
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_prefix_path_gives_the_oracles_logits_and_gradients(family: str, model: Model, mixing: Any) -> None:
+    start, vectors = random_mix(model, len(TEXTS))
+    untouched = oracle.patched_logits(raw(family), ids_of(TEXTS), 0 * start, vectors)
+    alpha, expected_alpha = (start.clone().requires_grad_() for _ in range(2))
+    expected = oracle.patched_logits(raw(family), ids_of(TEXTS), expected_alpha, vectors, mixing)
+    summed_loss(expected).backward()
+    prefix = PrefixCache.of(batch_of(TEXTS), model, AMPLE)
+    with LastToken(model) as run:
+        logits = run(prefix, HeadEdit.mix(alpha, vectors, mixing))
+    summed_loss(logits).backward()
+    assert_close(logits.detach(), expected.detach())
+    assert_close(alpha.grad, expected_alpha.grad)
+    assert ((expected - untouched).abs().amax(-1) > 0.05 * expected.abs().max()).all()  # every row was patched
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_whole_prompts_under_hooks_give_the_oracles_logits(family: str, model: Model, mixing: Any) -> None:
+    alpha, vectors = random_mix(model, len(TEXTS), seed=1)
+    logits = hooked_logits(model, batch_of(TEXTS), HeadEdit.mix(alpha, vectors, mixing).hooks())[:, -1]
+    assert_close(logits, oracle.patched_logits(raw(family), ids_of(TEXTS), alpha, vectors, mixing))
+
+
+def test_both_paths_agree(model: Model) -> None:
+    edit = HeadEdit.mix(*random_mix(model, len(TEXTS), seed=2))
+    assert_close(last_logits(model, batch_of(TEXTS), edit), hooked_logits(model, batch_of(TEXTS), edit.hooks())[:, -1])
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_hooks_of_a_condition_give_the_oracles_logits(family: str, model: Model, mixing: Any) -> None:
+    alpha, vectors = (tensor[0] for tensor in random_mix(model, 1, seed=3))
+    condition = PatchHeads(HeadSelection(alpha), TaskEmbedding(vectors, "random", None, 1, 0, 0), mixing)
+    logits = hooked_logits(model, batch_of(TEXTS), condition.fwd_hooks(model))[:, -1]
+    rows = len(TEXTS)
+    many = alpha.expand(rows, -1, -1), vectors.expand(rows, -1, -1, -1)
+    assert_close(logits, oracle.patched_logits(raw(family), ids_of(TEXTS), *many, mixing))
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_prompts_of_one_length_need_no_padding(family: str, model: Model, length: int) -> None:
+    texts = [" ".join(micro.WORDS[i : i + length]) for i in (3, 30, 60)]
+    alpha, vectors = random_mix(model, 3, seed=4)
+    logits = last_logits(model, batch_of(texts), HeadEdit.mix(alpha, vectors))
+    assert_close(logits, oracle.patched_logits(raw(family), ids_of(texts), alpha, vectors))
+
+
+def test_captured_z_is_what_enters_the_output_projection(family: str, model: Model) -> None:
+    captured = capture_z(batch_of(TEXTS), model)
+    assert_close(captured, oracle.head_outputs(raw(family), ids_of(TEXTS), model.cfg.n_heads))
+
+
+@pytest.mark.parametrize("budget", [1, AMPLE])
+def test_embedding_is_the_mean_of_the_oracles_z(family: str, model: Model, budget: int) -> None:
+    task = micro.task()
+    embedding = embed_task(task, model, n_prompts=5, n_shots=2, memory_budget=budget)
+    texts = [prompt.text for prompt in embedding_prompts(task, micro.tokenizer(), 5, 2, 0)]
+    assert_close(embedding.mean_z, oracle.head_outputs(raw(family), ids_of(texts), model.cfg.n_heads).mean(0))
+
+
+# -- alpha 0 and alpha 1 --
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_alpha_zero_is_the_untouched_model_to_the_bit(model: Model, mixing: Any) -> None:
+    batch = batch_of(TEXTS)
+    alpha, vectors = random_mix(model, len(TEXTS))
+    edit = HeadEdit.mix(0 * alpha, vectors, mixing)
+    prefix = PrefixCache.of(batch, model, AMPLE)
+    untouched = run_tokens(model, prefix.last[:, None], prefix.mask, prefix.positions()[:, None], prefix.cache())
+    for nothing in (edit, HeadEdit.none(len(TEXTS), model), None):
+        assert torch.equal(last_logits(model, batch, nothing), untouched)
+    assert torch.equal(hooked_logits(model, batch, edit.hooks()), hooked_logits(model, batch, []))
+
+
+def test_alpha_one_with_a_prompts_own_z_gives_its_own_head_outputs(family: str, model: Model) -> None:
+    batch = batch_of(TEXTS)
+    own = capture_z(batch, model)
+    edit = HeadEdit.mix(torch.ones(own.shape[:3]), own)
+    with model.hooks(fwd_hooks=edit.hooks()):
+        assert torch.equal(capture_z(batch, model), own)
+    untouched = torch.stack([oracle.logits(raw(family), ids) for ids in ids_of(TEXTS)])
+    assert_close(last_logits(model, batch, edit), untouched)
+
+
+def test_alpha_one_with_another_prompts_z_gives_the_oracles_logits(family: str, model: Model) -> None:
+    batch = batch_of(TEXTS)
+    others = capture_z(batch, model).roll(1, 0)
+    ones = torch.ones(others.shape[:3])
+    with model.hooks(fwd_hooks=HeadEdit.mix(ones, others).hooks()):
+        assert torch.equal(capture_z(batch, model), others)
+    logits = last_logits(model, batch, HeadEdit.mix(ones, others))
+    assert_close(logits, oracle.patched_logits(raw(family), ids_of(TEXTS), ones, others))
+
+
+# -- what an edit leaves alone --
+
+
+def test_earlier_positions_and_earlier_layers_stay_the_same_to_the_bit(model: Model) -> None:
+    alpha, vectors = random_mix(model, len(TEXTS))
+    alpha[:, 0] = 0
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(resid: Tensor, hook: Any) -> None:
+        seen.setdefault(hook.name, []).append(resid.clone())
+
+    reading = [(f"blocks.{layer}.hook_resid_post", keep) for layer in range(2)]
+    hooked_logits(model, batch_of(TEXTS), reading)
+    hooked_logits(model, batch_of(TEXTS), [*HeadEdit.mix(alpha, vectors).hooks(), *reading])
+    (first, first_edited), (second, second_edited) = seen.values()
+    assert torch.equal(first, first_edited)
+    assert torch.equal(second[:, :-1], second_edited[:, :-1])
+    assert ((second - second_edited)[:, -1].abs().amax(-1) > 0).all()
+
+
+def test_apply_does_not_write_to_its_input(llama: Model) -> None:
+    alpha, vectors = random_mix(llama, 2)
+    for positions in (1, 3):
+        z = torch.randn(2, positions, *vectors.shape[2:])
+        before = z.clone()
+        edited = HeadEdit.mix(alpha, vectors).apply(z, 1)
+        assert torch.equal(z, before)
+        assert torch.equal(edited[:, :-1], before[:, :-1])
+        torch.testing.assert_close(edited[:, -1], oracle.mixed(before[:, -1], alpha[:, 1], vectors[:, 1]))
+
+
+def test_prefix_is_never_written_to(model: Model) -> None:
+    prefix = PrefixCache.of(batch_of(TEXTS), model, AMPLE)
+    before = [tensor.clone() for tensor in (*prefix.keys, *prefix.values, prefix.mask, prefix.last)]
+    alpha, vectors = random_mix(model, len(TEXTS))
+    with LastToken(model) as run:
+        first = run(prefix, HeadEdit.mix(alpha.requires_grad_(), vectors))
+        first.sum().backward()
+        cache = prefix.cache(growing=True)
+        logits = run.step(prefix, HeadEdit.mix(alpha.detach(), vectors), cache)
+        decode(model, logits, cache, prefix.mask, micro.tokenizer(), 5)
+        again = run(prefix, HeadEdit.mix(alpha.detach(), vectors))
+    assert cache.get_seq_length() > prefix.keys[0].shape[2]
+    after = (*prefix.keys, *prefix.values, prefix.mask, prefix.last)
+    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+    assert torch.equal(first, again)
+
+
+# -- hooks go away --
+
+
+def test_hooks_are_gone_afterwards(model: Model) -> None:
+    batch = batch_of(TEXTS)
+    before = full_logits(batch, model)
+    edit = HeadEdit.mix(*random_mix(model, len(TEXTS)))
+    patched = last_logits(model, batch, edit)
+    hooked_logits(model, batch, edit.hooks())
+    capture_z(batch, model)
+    assert not torch.equal(before, patched)
+    assert not micro.hooks_left(model)
+    assert torch.equal(full_logits(batch, model), before)
+
+
+def fail_in_the_body(model: Model, batch: PromptBatch) -> None:
+    prefix = PrefixCache.of(batch, model, AMPLE)
+    with LastToken(model) as run:
+        run(prefix, HeadEdit.mix(*random_mix(model, len(batch))))
+        raise RuntimeError("of our own")
+
+
+def fail_in_a_step(model: Model, batch: PromptBatch) -> None:
+    last_logits(model, batch, HeadEdit.mix(*random_mix(model, len(batch) - 1)))
+
+
+def fail_in_a_whole_prompt(model: Model, batch: PromptBatch) -> None:
+    hooked_logits(model, batch, HeadEdit.mix(*random_mix(model, len(batch) - 1)).hooks())
+
+
+def fail_while_applied(model: Model, batch: PromptBatch) -> None:
+    alpha, vectors = (tensor[0] for tensor in random_mix(model, 1))
+    with PatchHeads(HeadSelection(alpha), TaskEmbedding(vectors, "random", None, 1, 0, 0)).applied(model):
+        full_logits(batch, model)
+        raise RuntimeError("of our own")
+
+
+@pytest.mark.parametrize("fail", [fail_in_the_body, fail_in_a_step, fail_in_a_whole_prompt, fail_while_applied])
+def test_hooks_are_gone_after_an_error(llama: Model, fail: Callable[[Model, PromptBatch], None]) -> None:
+    batch = batch_of(TEXTS)
+    before = full_logits(batch, llama)
+    with pytest.raises(RuntimeError):
+        fail(llama, batch)
+    assert not micro.hooks_left(llama)
+    assert torch.equal(full_logits(batch, llama), before)
+
+
+def test_an_edit_does_not_outlive_the_step_that_failed(llama: Model) -> None:
+    batch = batch_of(TEXTS)
+    untouched = last_logits(llama, batch, None)
+    prefix = PrefixCache.of(batch, llama, AMPLE)
+    with torch.no_grad(), LastToken(llama) as run:
+        with pytest.raises(RuntimeError):
+            run(prefix, HeadEdit.mix(*random_mix(llama, len(batch) - 1)))
+        assert torch.equal(run(prefix), untouched)
+        run(prefix, HeadEdit.mix(*random_mix(llama, len(batch))))
+        assert torch.equal(run(prefix), untouched)
+
+
+def test_runs_nest_without_touching_each_other(llama: Model) -> None:
+    batch = batch_of(TEXTS)
+    outer_edit, inner_edit = (HeadEdit.mix(*random_mix(llama, len(batch), seed)) for seed in (0, 1))
+    expected = [last_logits(llama, batch, edit) for edit in (outer_edit, inner_edit)]
+    prefix = PrefixCache.of(batch, llama, AMPLE)
+    with torch.no_grad(), LastToken(llama) as outer:
+        with LastToken(llama) as inner:
+            found = [outer(prefix, outer_edit), inner(prefix, inner_edit)]
+        found_after = outer(prefix, outer_edit)
+    assert not torch.equal(*expected)
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(found_after, expected[0])
+
+
+def test_running_out_of_memory_names_the_budget_and_leaves_no_hook(llama: Model) -> None:
+    def exhaust(z: Tensor, hook: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with (
+        llama.hooks(fwd_hooks=[(z_hook(1), exhaust)]),
+        pytest.raises(SitelensError, match=r"out of memory.*memory_budget"),
+    ):
+        last_logits(llama, batch_of(TEXTS), None)
+    assert not micro.hooks_left(llama)
+
+
+# -- rows, order, chunks --
+
+
+@pytest.mark.parametrize("index", [[4, 0, 2, 1, 3], [1, 1, 3, 1], [3], [4, 4]], ids=str)
+def test_chosen_rows_give_their_own_logits(model: Model, index: list[int]) -> None:
+    batch = batch_of(TEXTS)
+    edit = HeadEdit.mix(*random_mix(model, len(batch)))
+    whole = last_logits(model, batch, edit)
+    chosen = torch.tensor(index)
+    prefix = PrefixCache.of(batch, model, AMPLE).rows(chosen)
+    with torch.no_grad(), LastToken(model) as run:
+        assert_close(run(prefix, edit.rows(chosen)), whole[chosen])
+    assert prefix.mask.shape[1] == max(LENGTHS[i] for i in index)
+    assert prefix.positions().tolist() == [LENGTHS[i] - 1 for i in index]
+
+
+def test_stacked_edits_act_row_by_row(llama: Model) -> None:
+    edits = [HeadEdit.mix(*random_mix(llama, rows, seed)) for seed, rows in enumerate((2, 3))]
+    stacked = last_logits(llama, batch_of(TEXTS), HeadEdit.stack(edits))
+    apart = [last_logits(llama, batch_of(part), edit) for part, edit in zip((TEXTS[:2], TEXTS[2:]), edits, strict=True)]
+    assert_close(stacked, torch.cat(apart))
+
+
+@pytest.mark.parametrize("budget", [1, 30_000, AMPLE])
+def test_prefix_does_not_depend_on_the_chunks(model: Model, budget: int) -> None:
+    batch = batch_of(TEXTS)
+    alone = [PrefixCache.of(batch.rows([i]), model, AMPLE) for i in range(len(batch))]
+    whole = PrefixCache.of(batch, model, budget)
+    for row, length in enumerate(LENGTHS):
+        for layer in range(len(alone[row].keys)):
+            for found, single in ((whole.keys, alone[row].keys), (whole.values, alone[row].values)):
+                real = found[layer][row, :, found[layer].shape[2] - (length - 1) :]
+                assert_close(real, single[layer][0])
+
+
+@pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [2, 0, 4, 1, 3]], ids=str)
+@pytest.mark.parametrize("budget", [1, 30_000, AMPLE])
+def test_order_and_chunks_do_not_matter_in_float64(gpt2_double: Model, order: list[int], budget: int) -> None:
+    edit = HeadEdit.mix(*random_mix(gpt2_double, len(TEXTS), dtype=torch.float64))
+    expected = last_logits(gpt2_double, batch_of(TEXTS), edit)
+    shuffled = batch_of([TEXTS[i] for i in order])
+    assert_close(last_logits(gpt2_double, shuffled, edit.rows(torch.tensor(order)), budget), expected[order], 1e-13)
+
+
+def test_rows_alone_give_the_same_logits_and_gradients_in_float64(gpt2_double: Model) -> None:
+    start, vectors = random_mix(gpt2_double, len(TEXTS), dtype=torch.float64)
+    whole, alone = (start.clone().requires_grad_() for _ in range(2))
+    prefix = PrefixCache.of(batch_of(TEXTS), gpt2_double, AMPLE)
+    with LastToken(gpt2_double) as run:
+        together = run(prefix, HeadEdit.mix(whole, vectors))
+        apart = [
+            run(prefix.rows(torch.tensor([i])), HeadEdit.mix(alone[i : i + 1], vectors[i : i + 1]))
+            for i in range(len(TEXTS))
+        ]
+    summed_loss(together).backward()
+    summed_loss(torch.cat(apart)).backward()
+    assert_close(torch.cat(apart).detach(), together.detach(), 1e-13)
+    assert_close(alone.grad, whole.grad, 1e-13)
+
+
+def test_padded_rows_are_the_oracles_in_float64(llama_double: Model) -> None:
+    alpha, vectors = random_mix(llama_double, len(TEXTS), dtype=torch.float64)
+    expected = oracle.patched_logits(raw("Llama", torch.float64), ids_of(TEXTS), alpha, vectors)
+    assert_close(last_logits(llama_double, batch_of(TEXTS), HeadEdit.mix(alpha, vectors)), expected, 1e-6)
+
+
+def test_embedding_does_not_depend_on_the_memory_budget(gpt2_double: Model, tmp_path: Any) -> None:
+    found = []
+    for budget in (1, 200_000, AMPLE):
+        with overridden(cache_dir=tmp_path / str(budget)):
+            found.append(embed_task(micro.task(), gpt2_double, n_prompts=6, n_shots=3, memory_budget=budget).mean_z)
+    assert_close(found[0], found[2], 1e-7)  # stored as float32
+    assert_close(found[1], found[2], 1e-7)
+
+
+def test_prefix_bytes_are_what_a_prefix_takes(model: Model) -> None:
+    prefix = PrefixCache.of(batch_of([TEXTS[0], TEXTS[0]]), model, AMPLE)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*prefix.keys, *prefix.values))
+    assert held == 2 * prefix_bytes(model, LENGTHS[0])
+
+
+# -- numbers --
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_gradient_of_the_loss_passes_gradcheck(gpt2_double: Model, mixing: Any) -> None:
+    alpha, vectors = random_mix(gpt2_double, 2, dtype=torch.float64)
+    prefix = PrefixCache.of(batch_of([TEXTS[1], TEXTS[3]]), gpt2_double, AMPLE)
+    with LastToken(gpt2_double) as run:
+        assert torch.autograd.gradcheck(
+            lambda a: summed_loss(run(prefix, HeadEdit.mix(a, vectors, mixing))), alpha.requires_grad_()
+        )
+
+
+def test_bfloat16_paths_agree_and_alpha_stays_float32(llama_bfloat16: Model) -> None:
+    alpha, vectors = random_mix(llama_bfloat16, len(TEXTS))
+    edit = HeadEdit.mix(alpha.requires_grad_(), vectors)
+    prefix = PrefixCache.of(batch_of(TEXTS), llama_bfloat16, AMPLE)
+    with LastToken(llama_bfloat16) as run:
+        fast = run(prefix, edit)
+    summed_loss(fast.float()).backward()
+    full = hooked_logits(llama_bfloat16, batch_of(TEXTS), edit.hooks())[:, -1]
+    assert fast.dtype == full.dtype == torch.bfloat16
+    assert edit.keep.dtype == alpha.grad.dtype == torch.float32
+    assert HeadEdit.none(1, llama_bfloat16).keep.dtype == torch.float32
+    assert_close(fast.detach().float(), full.float(), 2**-7)
+    assert_close(full.float(), oracle.patched_logits(raw("Llama"), ids_of(TEXTS), alpha.detach(), vectors), 2**-6)
+
+
+def test_bfloat16_is_mixed_in_float32_and_rounded_once(llama_bfloat16: Model) -> None:
+    alpha, vectors = random_mix(llama_bfloat16, 3)
+    z = torch.randn(3, 1, *vectors.shape[2:]).bfloat16()
+    expected = oracle.mixed(z[:, 0].float(), alpha[:, 0], vectors[:, 0]).bfloat16()
+    in_bfloat16 = oracle.mixed(z[:, 0], alpha[:, 0].bfloat16(), vectors[:, 0].bfloat16())
+    assert torch.equal(HeadEdit.mix(alpha, vectors).apply(z, 0)[:, 0], expected)
+    assert not torch.equal(in_bfloat16, expected)
+
+
+# -- chunks --
+
+SIZES = st.lists(st.integers(1, 40), max_size=30)
+LIMITS = {"budget": st.integers(1, 400), "max_rows": st.integers(1, 12), "max_tokens": st.integers(1, 120)}
+
+
+def cost(length: int) -> int:
+    return 3 * length + 2
+
+
+@given(lengths=SIZES, **LIMITS)
+def test_chunks_hold_every_row_once_shortest_first(lengths: list[int], **limits: int) -> None:
+    parts = chunks(lengths, cost, **limits)
+    assert [i for part in parts for i in part] == sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    assert all(parts)
+
+
+def fits(lengths: list[int], budget: int, max_rows: int, max_tokens: int) -> bool:
+    """Whether rows padded to the longest fit together."""
+    rows, longest = len(lengths), max(lengths)
+    return rows * cost(longest) <= budget and rows <= max_rows and rows * longest <= max_tokens
+
+
+@given(lengths=SIZES, **LIMITS)
+def test_chunks_stay_within_their_limits_or_are_one_row(lengths: list[int], **limits: int) -> None:
+    for part in chunks(lengths, cost, **limits):
+        assert len(part) == 1 or fits([lengths[i] for i in part], **limits)
+
+
+@given(lengths=SIZES, **LIMITS)
+def test_chunks_are_not_split_without_need(lengths: list[int], **limits: int) -> None:
+    parts = chunks(lengths, cost, **limits)
+    for part, following in itertools.pairwise(parts):
+        assert not fits([lengths[i] for i in [*part, following[0]]], **limits)

@@ -1,0 +1,257 @@
+"""Memory: what a row is said to need is what it takes at most, and no call takes more than its budget."""
+
+from __future__ import annotations
+
+import functools
+import random
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers.cache_utils import DynamicCache
+
+from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
+from sitelens.config import TrainConfig
+from sitelens.embedding import TaskEmbedding, embed_task
+from sitelens.evaluation import evaluate
+from sitelens.forward import HeadEdit, LastToken, PrefixCache, capture_z, full_logits
+from sitelens.memory import forward_bytes, prefix_bytes, step_bytes
+from sitelens.models import Model, _tokenizers
+from sitelens.prompts import Prompt, PromptBatch, tokenize
+from sitelens.selection import HeadSelection
+from sitelens.tasks import Example, Task
+from sitelens.training import train_selections
+from tests import micro
+
+MIB = 2**20
+LONG, SHORT = 205, 12  # tokens of a prompt
+_COMMON: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {
+    "GPT2": {"n_embd": 128, "n_layer": 2, "n_head": 8},
+    "GPTNeoX": {name: value for name, value in _COMMON.items() if name != "num_key_value_heads"}
+    | {"num_attention_heads": 8},
+    "Llama": _COMMON,
+    "Mistral": _COMMON | {"sliding_window": micro.WINDOW},
+    "Mixtral": _COMMON | {"num_local_experts": 4, "sliding_window": micro.WINDOW},
+    "Qwen3": _COMMON | {"head_dim": 32},
+    "Gemma3Text": _COMMON | {"head_dim": 32, "sliding_window": micro.WINDOW},
+}
+
+
+@functools.cache
+def model_of(family: str, dtype: torch.dtype = torch.float32, vocabulary: int | None = None) -> Model:
+    """A model large enough that its activations outweigh all else, with random weights."""
+    size = vocabulary or len(micro.tokenizer())
+    config = getattr(transformers, f"{family}Config")(vocab_size=size, pad_token_id=0, **OPTIONS[family])
+    name = type(micro.raw(family)).__name__
+    network = getattr(transformers, name)(config).to(dtype).eval()
+    network.set_attn_implementation("eager")
+    model = build_bridge_from_module(network, name, hf_config=config, model_name=family)
+    model.requires_grad_(False)
+    model.tokenizer = _tokenizers[model] = micro.tokenizer()
+    return model
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the tensors that are made within it and still live: now, and at most so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._live: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {self._key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and (key := self._key(leaf)) not in self._live and key not in given:
+                storage = leaf.untyped_storage()
+                self._live[key] = weakref.ref(storage, functools.partial(self._freed, key, storage.nbytes()))
+                self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return result
+
+    @staticmethod
+    def _key(tensor: Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    def _freed(self, key: int, size: int, reference: Any) -> None:
+        del self._live[key]
+        self.now -= size
+
+
+def peak(action: Callable[[], object]) -> int:
+    """Bytes that the tensors made by `action` take at most at one time."""
+    with Allocations() as allocations:
+        action()
+    return allocations.peak
+
+
+def test_live_bytes_are_counted_as_worked_out_by_hand() -> None:
+    start, size = torch.randn(100, 100, requires_grad=True), 4 * 100 * 100
+
+    def chain() -> Tensor:
+        hidden = start.tanh().tanh()  # both are kept for the backward pass
+        return torch.autograd.grad(hidden.sum(), start)[0]
+
+    assert peak(lambda: start.detach().t()) == 0  # a view
+    assert peak(lambda: start.detach().clone().clone().clone()) == 2 * size  # one lives until the next is there
+    assert 4 * size <= peak(chain) <= 4 * size + 8  # two kept, a gradient taken in and a gradient given
+
+
+def prompts(rows: int, length: int, model: Model) -> PromptBatch:
+    rng = random.Random(length)
+    texts = ["Q: " + " ".join(rng.choices(micro.WORDS, k=length - 5)) + "\nA:" for _ in range(rows)]
+    batch = tokenize([Prompt(text, (f" {micro.WORDS[0]}",)) for text in texts], model.tokenizer)
+    assert set(batch.lengths) == {length}
+    return batch
+
+
+class TestEstimates:
+    """Each estimate, times the rows of a batch, is an upper bound of what running it takes."""
+
+    rows = 4
+
+    @pytest.fixture(params=[SHORT, LONG])
+    def length(self, request: pytest.FixtureRequest) -> int:
+        return request.param
+
+    def test_a_prefix_takes_exactly_what_is_said(self, family: str, length: int) -> None:
+        model = model_of(family)
+        prefix = PrefixCache.of(prompts(self.rows, length, model), model, 10**9)
+        taken = sum(tensor.nbytes for tensor in (*prefix.keys, *prefix.values))
+        assert taken == self.rows * prefix_bytes(model, length)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_full_forward(self, family: str, length: int, dtype: torch.dtype) -> None:
+        model = model_of(family, dtype)
+        batch = prompts(self.rows, length, model)
+        bound = self.rows * forward_bytes(model, length)
+        assert peak(lambda: capture_z(batch, model)) <= bound
+        assert peak(lambda: full_logits(batch, model, DynamicCache())) <= bound
+
+    def test_the_attention_of_the_longest_prompts(self, family: str) -> None:
+        model = model_of(family)
+        batch = prompts(2, 700, model)
+        assert peak(lambda: capture_z(batch, model)) <= 2 * forward_bytes(model, 700)
+
+    @pytest.mark.parametrize("gradient", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_step(self, family: str, gradient: bool, dtype: torch.dtype) -> None:
+        self.check_step(model_of(family, dtype), LONG, gradient)
+
+    @pytest.mark.parametrize("gradient", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_step_into_a_large_vocabulary(self, gradient: bool, dtype: torch.dtype) -> None:
+        self.check_step(model_of("Llama", dtype, vocabulary=100_000), SHORT, gradient)
+
+    def check_step(self, model: Model, length: int, gradient: bool) -> None:
+        batch = prompts(self.rows, length, model)
+        prefix = PrefixCache.of(batch, model, 10**9)
+        shape = self.rows, model.cfg.n_layers, model.cfg.n_heads
+        vectors = torch.randn(*shape, model.cfg.d_head)
+
+        def step() -> None:
+            alpha = torch.full(shape, 0.5, requires_grad=gradient)
+            with torch.set_grad_enabled(gradient):
+                logits = last_token(prefix.rows(torch.arange(self.rows)), HeadEdit.mix(alpha, vectors))
+                loss = torch.nn.functional.cross_entropy(logits.float(), batch.answer, reduction="sum")
+            if gradient:
+                torch.autograd.grad(loss, alpha)
+
+        with LastToken(model) as last_token:
+            assert peak(step) <= self.rows * step_bytes(model, length, gradient)
+
+
+def task_of(name: str, length: int, n: int = 24) -> Task:
+    """Zero-shot prompts of `length` tokens."""
+    rng = random.Random(name)
+    items = [Example(" ".join(rng.choices(micro.WORDS, k=length - 5)), micro.WORDS[i]) for i in range(n)]
+    return Task(name, "own", tuple(items), tuple(items[:8]), tuple(items))
+
+
+def vectors_of(model: Model, name: str) -> TaskEmbedding:
+    shape = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head
+    return TaskEmbedding(torch.randn(shape), name, None, 1, 0, 0)
+
+
+def conditions_of(model: Model, n: int) -> Mapping[str, Condition]:
+    """Patched heads of many kinds, beside the untouched model."""
+    embedding, shape = vectors_of(model, "any"), (model.cfg.n_layers, model.cfg.n_heads)
+    patched = {f"patched {i}": PatchHeads(HeadSelection(torch.rand(shape)), embedding) for i in range(n)}
+    return {"zero-shot": ZeroShot(), **patched}
+
+
+class TestBudget:
+    """With room enough a call takes more than the budget; under the budget it does not."""
+
+    def check(self, call: Callable[[int], object], budget: int) -> None:
+        assert peak(lambda: call(2**40)) > budget
+        assert peak(lambda: call(budget)) <= budget
+
+    @pytest.mark.parametrize(
+        ("family", "n_tasks", "length", "batch_size", "budget"),
+        [("Llama", 2, LONG, 4, 21 * MIB), ("Llama", 8, LONG, 4, 21 * MIB), ("Llama", 16, 60, 4, 6 * MIB),
+         ("Llama", 4, LONG, 40, 21 * MIB), ("GPT2", 4, LONG, 4, 32 * MIB), ("Gemma3Text", 4, LONG, 4, 21 * MIB)],
+    )  # fmt: skip
+    def test_training(self, family: str, n_tasks: int, length: int, batch_size: int, budget: int) -> None:
+        model = model_of(family)
+        tasks = [task_of(f"task {i}", length) for i in range(n_tasks)]
+        embeddings = {task.name: vectors_of(model, task.name) for task in tasks}
+        seeds = iter(range(100))
+
+        def train(budget: int) -> None:
+            config = TrainConfig(steps=3, eval_every=3, batch_size=batch_size, n_valid=6)
+            options = {"seeds": (next(seeds),), "config": config, "memory_budget": budget}
+            train_selections(tasks, model, embeddings=embeddings, **options)
+
+        self.check(train, budget)
+
+    @pytest.mark.parametrize(
+        ("n_conditions", "length", "budget"), [(1, LONG, 21 * MIB), (12, LONG, 21 * MIB), (12, 60, 4 * MIB)]
+    )
+    def test_evaluation_of_patched_heads(self, n_conditions: int, length: int, budget: int) -> None:
+        model, task = model_of("Llama"), task_of("any", length, n=40)
+        conditions = conditions_of(model, n_conditions)
+        self.check(lambda budget: evaluate(task, conditions, model, memory_budget=budget), budget)
+
+    @pytest.mark.parametrize(("length", "budget"), [(LONG, 21 * MIB), (SHORT, MIB // 2)])
+    def test_evaluation_with_generation(self, length: int, budget: int) -> None:
+        model, task = model_of("Llama"), task_of("any", length, n=24)
+        options: dict[str, Any] = {"metrics": ("first_token", "exact_match"), "max_new_tokens": 4}
+        conditions = conditions_of(model, 2)
+        self.check(lambda budget: evaluate(task, conditions, model, memory_budget=budget, **options), budget)
+
+    @pytest.mark.parametrize("metric", ["first_token", "exact_match"])
+    def test_evaluation_of_whole_prompts(self, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(FewShot, "patch", lambda condition, model: None)
+        model, task = model_of("Llama"), task_of("any", LONG)
+        options: dict[str, Any] = {"metrics": (metric,), "max_new_tokens": 4}
+        self.check(lambda budget: evaluate(task, {"": ZeroShot()}, model, memory_budget=budget, **options), 14 * MIB)
+
+    @pytest.mark.parametrize("shared_prefix", [True, False])
+    def test_evaluation_over_a_large_vocabulary(self, shared_prefix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not shared_prefix:
+            monkeypatch.setattr(FewShot, "patch", lambda condition, model: None)
+        model, task = model_of("Llama", vocabulary=100_000), task_of("any", SHORT, n=16)
+        self.check(lambda budget: evaluate(task, {"": ZeroShot()}, model, memory_budget=budget), 16 * MIB)
+
+    def test_an_embedding(self) -> None:
+        model, task = model_of("Llama"), task_of("any", 40)
+        seeds = iter(range(100))
+
+        def embed(budget: int) -> None:
+            embed_task(task, model, n_prompts=24, n_shots=4, seed=next(seeds), memory_budget=budget)
+
+        self.check(embed, 16 * MIB)

@@ -1,0 +1,181 @@
+"""The packaged model, really trained and evaluated: what must show, the main job, the README's example."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import sitelens as sl
+from sitelens import cli
+from sitelens.defaults import overridden
+from sitelens.forward import HeadEdit, LastToken, PrefixCache
+from sitelens.models import Model, default_model, own_tokenizer
+from sitelens.prompts import few_shot_prompts, tokenize
+from tests import oracle
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+FV_TASKS = ("fv/antonym", "fv/country-capital", "fv/capitalize", "fv/choose_first_of_3")
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory: pytest.TempPathFactory, real_cache: Path) -> Path:
+    """One cache for all tests here, with the converted models of the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    (real_cache / "models").mkdir(parents=True, exist_ok=True)
+    (folder / "models").symlink_to(real_cache / "models")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def use_module_cache(own_cache: Path, module_cache: Path) -> Iterator[None]:
+    with overridden(cache_dir=module_cache):
+        yield
+
+
+@pytest.fixture
+def model(use_module_cache: None) -> Iterator[Model]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield default_model()
+    except sl.SitelensError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the packaged model cannot be had: {error}")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fv_runs(model: Model, data_folder: Path) -> dict[tuple[str, int], sl.TrainResult]:
+    """The four tasks of PROTOCOL's table with the paper's settings, country-capital under five seeds."""
+    with overridden(data_dir=data_folder):
+        runs = sl.train_selections(["fv/country-capital"], model, seeds=range(5))
+        return runs | sl.train_selections([task for task in FV_TASKS if task != "fv/country-capital"], model)
+
+
+def test_default_model_is_what_it_says(model: Model) -> None:
+    assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head) == (30, 9, 64)
+    assert sl.fingerprint(model) == "9757a0c2bc68fad61e30b018e376786e"  # these weights and no others
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert own_tokenizer(model)("Q: hot\nA:")["input_ids"][0] != own_tokenizer(model).bos_token_id
+
+
+def test_fast_path_equals_raw_hooks_on_full_prompts(model: Model, module_cache: Path) -> None:
+    folder = next((module_cache / "models").glob("gguf-b179c9*/config.json")).parent
+    raw = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    raw.requires_grad_(False)
+    task, tokenizer = sl.load_task("choose_first_of_3"), own_tokenizer(model)
+    batch = tokenize([few_shot_prompts(task, task.test[:1], shots, tokenizer)[0] for shots in (0, 1, 3)], tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    alpha = torch.rand(3, 30, 9, generator=generator).requires_grad_()
+    vectors = torch.randn(3, 30, 9, 64, generator=generator) * 0.3
+    with LastToken(model) as last_token:
+        logits = last_token(PrefixCache.of(batch, model, 2**30), HeadEdit.mix(alpha, vectors))
+    (gradient,) = torch.autograd.grad(logits.log_softmax(-1).gather(1, batch.answer[:, None]).sum(), alpha)
+    for row, length in enumerate(batch.lengths):
+        own_alpha = alpha[row].detach().clone().requires_grad_()
+        expected = oracle.patched_logits(raw, batch.tokens[row, -length:], own_alpha, vectors[row])
+        (own_gradient,) = torch.autograd.grad(expected.log_softmax(-1)[batch.answer[row]], own_alpha)
+        assert (logits[row] - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert (gradient[row] - own_gradient).abs().max() < 1e-3 * own_gradient.abs().max()
+
+
+def test_fv_tasks_show_what_the_protocol_says(
+    model: Model, fv_runs: dict[tuple[str, int], sl.TrainResult], data_folder: Path
+) -> None:
+    with overridden(data_dir=data_folder):
+        accuracy = {}
+        for (name, seed), run in fv_runs.items():
+            mean_z, alpha = sl.embed_task(name, model), run.selection
+            conditions = {"zero-shot": sl.ZeroShot(), "SITE": sl.PatchHeads(alpha, mean_z)}
+            if seed == 0:
+                conditions["low-alpha"] = sl.PatchHeads(alpha.bottom(64), mean_z)
+                conditions["all-ones"] = sl.PatchHeads(alpha.ones(), mean_z)
+            scores = sl.evaluate(name, conditions, model)
+            accuracy[name, seed] = scores.groupby("condition")["score"].mean()
+    assert accuracy["fv/antonym", 0]["SITE"] >= 0.40
+    assert accuracy["fv/capitalize", 0]["SITE"] >= 0.88
+    assert accuracy["fv/choose_first_of_3", 0]["SITE"] >= 0.95
+    assert sum(accuracy["fv/country-capital", seed]["SITE"] for seed in range(5)) / 5 >= 0.40
+    for name in FV_TASKS:
+        for condition in ("low-alpha", "all-ones"):
+            assert accuracy[name, 0][condition] <= accuracy[name, 0]["zero-shot"] + 0.08, (name, condition)
+    shares = [run.selection.share_binary for run in fv_runs.values()]
+    assert sum(shares) / len(shares) >= 0.75
+
+
+def test_one_task_alone_gives_the_same_alpha_as_in_a_batch(model: Model) -> None:
+    config = sl.TrainConfig(steps=12, eval_every=6, n_valid=8)
+    vectors = {name: sl.embed_task(name, model, n_prompts=3, n_shots=3) for name in ("antonym", "capitalize")}
+    together = sl.train_selections(list(vectors), model, embeddings=vectors, config=config)
+    with overridden(cache_dir=sl.settings.cache() / "alone"):
+        alone = sl.train_selection("capitalize", model, embedding=vectors["capitalize"], config=config)
+    difference = (together["capitalize", 0].selection.alpha - alone.selection.alpha).abs().max()
+    assert difference < 1e-3
+
+
+def test_the_command_writes_all_of_a_run_and_makes_it_again(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [
+        "--n-prompts",
+        "5",
+        "--n-shots",
+        "4",
+        "--steps",
+        "40",
+        "--eval-every",
+        "20",
+        "--n-valid",
+        "10",
+        "--n-items",
+        "12",
+        "--draws",
+        "2",
+    ]
+    out = tmp_path / "first"
+    assert cli.main(["run", "antonym", "choose_first_of_3", *small, "--out", str(out), "--no-progress"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("zero-shot", "4-shot", "SITE", "hard", "high-alpha", "low-alpha", "random", "echo", "antonym"):
+        assert word in printed
+    record = json.loads((out / "run.json").read_text())
+    assert record["model"]["fingerprint"] == sl.fingerprint(model)
+    assert all((out / name).exists() for name in [*record["files"], "antonym.html", "plotly.min.js"])
+    alpha = sl.HeadSelection.load(out / "antonym.selection.safetensors")
+    alpha.check_fits(model)
+    with overridden(cache_dir=sl.settings.cache() / "again"):  # nothing is taken from the first run but run.json
+        (sl.settings.cache()).mkdir()
+        (sl.settings.cache() / "models").symlink_to(sl.settings.cache().parent / "models")
+        again = tmp_path / "again"
+        assert cli.main(["run", "--again", str(out / "run.json"), "--out", str(again), "--no-progress"]) == 0
+    first, second = (pd.read_csv(folder / "scores.csv") for folder in (out, again))
+    pd.testing.assert_frame_equal(first, second, atol=1e-3)
+    assert record["results"] == json.loads((again / "run.json").read_text())["results"]
+
+
+def test_the_readmes_example_runs_as_printed(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "figures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shown: list[go.Figure] = []
+    monkeypatch.setattr(go.Figure, "show", lambda figure: shown.append(figure))
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    scores, grid = names["scores"], names["grid"]
+    assert isinstance(scores, pd.DataFrame) and isinstance(grid, sl.TransferMatrix)
+    means = scores.groupby("condition")["score"].mean()
+    assert means["SITE"] > means["10-shot"] > means["zero-shot"]
+    assert sl.generate(["Q: hot\nA:"], names["site"], model) == ["cold"]  # type: ignore[arg-type]
+    assert len(shown) == 1 and (tmp_path / "figures" / "transfer.html").stat().st_size > 10_000
+    assert (grid.own > grid.zero_shot).all()

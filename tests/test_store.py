@@ -1,0 +1,444 @@
+"""Artifacts on disk come back as they were written, or not at all, whoever writes and whatever breaks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import strategies as st
+
+from sitelens import store as store_module
+from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.store import Artifact, DamagedArtifactError, Store, canonical_json, default_store, digest
+
+DTYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
+]  # fmt: skip
+SMALL = Artifact("embedding", {"task": 'é"\n', "n": 3}, {"z": torch.arange(3.0)}, {"model": "m"})
+KILLED_ENTRIES = 3
+LARGE = 200_000  # elements, so that a kill often falls into the middle of a write
+
+quick = hypothesis.settings(
+    deadline=None, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)  # the machine may be busy
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+objects = st.dictionaries(st.text(), plain, max_size=4)
+kinds = st.text("abcdefghijklmnopqrstuvwxyz_-", min_size=1, max_size=12)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    raw = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    return torch.randint(0, 256, shape, generator=raw).to(draw(st.sampled_from(DTYPES)))
+
+
+artifacts = st.builds(Artifact, kinds, objects, st.dictionaries(st.text(max_size=8), tensors(), max_size=3), objects)
+
+
+def same(one: Artifact, other: Artifact | None) -> bool:
+    return (
+        other is not None
+        and (one.kind, one.spec, one.meta) == (other.kind, other.spec, other.meta)
+        and one.tensors.keys() == other.tensors.keys()
+        and all(same_tensor(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
+    )
+
+
+def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def numbered(n: int, size: int = 64) -> Artifact:
+    return Artifact("embedding", {"n": n}, {"z": torch.full((size,), float(n))}, {"task": f"task {n}"})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "artifacts")
+
+
+@pytest.fixture(scope="module")
+def workers() -> Any:
+    """Processes that have torch imported already, forked from a clean one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_store"])
+    return context
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+# What is written is what is read
+
+
+@quick
+@hypothesis.given(artifacts)
+def test_an_artifact_comes_back_as_it_was_saved(artifact: Artifact):
+    with tempfile.TemporaryDirectory() as folder:
+        path = artifact.save(Path(folder) / "new" / "a.safetensors")
+        assert same(Artifact.load(path), artifact)
+        assert same(Artifact.load(path, artifact.kind), artifact)
+        assert files(Path(folder)) == ["a.safetensors"]
+
+
+@quick
+@hypothesis.given(artifacts, objects)
+def test_a_store_finds_an_artifact_by_its_spec_alone(artifact: Artifact, other: dict[str, Any]):
+    hypothesis.assume(artifact.spec != other)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        assert store.get(artifact.kind, artifact.spec) is None
+        assert store.put(artifact) == store.path(artifact.kind, artifact.spec)
+        assert same(artifact, store.get(artifact.kind, json.loads(json.dumps(artifact.spec))))
+        assert store.get(artifact.kind, other) is None
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (2, 3)], ids=str)
+def test_every_dtype_and_shape_survives(store: Store, dtype: torch.dtype, shape: tuple[int, ...]):
+    tensor = torch.arange(6).reshape(2, 3).to(dtype) if shape == (2, 3) else torch.zeros(shape, dtype=dtype)
+    store.put(Artifact("k", {}, {"z": tensor}))
+    found = store.get("k", {})
+    assert found is not None
+    assert found.tensors["z"].dtype == dtype and found.tensors["z"].shape == shape
+    assert found.tensors["z"].tolist() == tensor.tolist()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(12.0).reshape(3, 4).T,
+        torch.arange(12.0)[::3],
+        torch.arange(4.0).expand(3, 4),
+        torch.nn.Parameter(torch.arange(3.0)),
+        torch.tensor([float("nan"), float("inf"), -0.0]),
+    ],
+    ids=["transposed", "strided", "expanded", "parameter", "not finite"],
+)
+def test_unusual_tensors_survive(store: Store, tensor: torch.Tensor):
+    store.put(Artifact("k", {}, {"z": tensor}))
+    found = store.get("k", {})
+    assert found is not None and not found.tensors["z"].requires_grad
+    assert torch.equal(found.tensors["z"].view(torch.int32), tensor.detach().contiguous().view(torch.int32))
+
+
+def test_saving_again_replaces(tmp_path: Path):
+    path = numbered(1).save(tmp_path / "a.safetensors")
+    assert numbered(2).save(path) == path
+    assert same(Artifact.load(path), numbered(2))
+
+
+def test_loaded_tensors_outlive_their_file(tmp_path: Path):
+    path = numbered(1).save(tmp_path / "a.safetensors")
+    loaded = Artifact.load(path)
+    numbered(2).save(path)
+    path.unlink()
+    assert same(loaded, numbered(1))
+
+
+# Names
+
+
+@quick
+@hypothesis.given(kinds, kinds, objects, objects)
+def test_two_specs_never_share_a_path(kind: str, other_kind: str, spec: dict[str, Any], other: dict[str, Any]):
+    hypothesis.assume((kind, spec) != (other_kind, other))
+    assert Store(Path("root")).path(kind, spec) != Store(Path("root")).path(other_kind, other)
+
+
+@quick
+@hypothesis.given(kinds, objects, st.randoms())
+def test_the_order_of_a_spec_does_not_matter(kind: str, spec: dict[str, Any], rng: random.Random):
+    names = list(spec)
+    rng.shuffle(names)
+    shuffled = {name: spec[name] for name in names}
+    assert Store(Path("root")).path(kind, spec) == Store(Path("root")).path(kind, shuffled)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [({"n": 1}, {"n": True}), ({"n": 1}, {"n": "1"}), ({"n": None}, {}), ({"n": [1, [2]]}, {"n": [[1], 2]})],
+    ids=str,
+)
+def test_specs_of_different_types_differ(one: dict[str, Any], other: dict[str, Any]):
+    assert digest(one) != digest(other)
+
+
+def test_an_entry_is_named_by_kind_and_digest(store: Store):
+    path = store.put(numbered(1))
+    assert path.parent == store.root / "embedding"
+    assert path.suffix == ".safetensors" and len(path.stem) == 40 and set(path.stem) <= set("0123456789abcdef")
+
+
+def test_the_default_store_lies_in_the_cache_folder(own_cache: Path):
+    assert default_store().root == own_cache / "artifacts"
+
+
+def test_a_spec_that_is_not_a_number_is_refused():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"lr": float("nan")})
+
+
+# Damage
+
+
+@hypothesis.settings(quick, max_examples=200)
+@hypothesis.given(artifacts, st.data())
+def test_a_changed_byte_is_never_read_as_something_else(artifact: Artifact, data: st.DataObject):
+    with tempfile.TemporaryDirectory() as folder:
+        path = artifact.save(Path(folder) / "a.safetensors")
+        content = bytearray(path.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(content)
+        try:
+            found = Artifact.load(path)
+        except DamagedArtifactError:
+            return
+        assert same(found, artifact)  # the byte was white space that pads the header
+
+
+def test_every_changed_byte_is_noticed(tmp_path: Path):
+    path = SMALL.save(tmp_path / "a.safetensors")
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    padding = header - len(content[:header].rstrip(b" "))
+    for place in (*range(header - padding), *range(header, len(content))):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(DamagedArtifactError, match=r"a\.safetensors"):
+            Artifact.load(path)
+
+
+def test_every_truncation_is_noticed(tmp_path: Path):
+    path = SMALL.save(tmp_path / "a.safetensors")
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedArtifactError, match=r"a\.safetensors"):
+            Artifact.load(path)
+
+
+def test_appended_bytes_are_noticed(tmp_path: Path):
+    path = SMALL.save(tmp_path / "a.safetensors")
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(DamagedArtifactError):
+        Artifact.load(path)
+
+
+def test_a_damaged_entry_is_named_removed_and_made_anew(store: Store):
+    path = store.put(numbered(1))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(SitelensWarning, match=path.name) as caught:
+        assert store.get("embedding", {"n": 1}) is None
+    assert len(caught) == 1
+    assert not path.exists()
+    assert store.get("embedding", {"n": 1}) is None
+    store.put(numbered(1))
+    assert same(numbered(1), store.get("embedding", {"n": 1}))
+
+
+def test_an_entry_under_another_name_is_noticed(store: Store):
+    wrong = store.path("embedding", {"n": 2})
+    store.put(numbered(1)).rename(wrong)
+    with pytest.warns(SitelensWarning, match="does not hold what its name says"):
+        assert store.get("embedding", {"n": 2}) is None
+    assert not wrong.exists()
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path):
+    path = numbered(1).save(tmp_path / "a.safetensors")
+    with pytest.raises(SitelensError, match=r"a\.safetensors holds a embedding, not a selection"):
+        Artifact.load(path, "selection")
+
+
+def test_a_file_of_a_newer_format_asks_for_an_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as newer:
+        newer.setattr(store_module, "FORMAT", store_module.FORMAT + 1)
+        path = numbered(1).save(tmp_path / "a.safetensors")
+    with pytest.raises(SitelensError, match=r"a\.safetensors was written by a newer sitelens .*upgrade") as caught:
+        Artifact.load(path)
+    assert not isinstance(caught.value, DamagedArtifactError)
+
+
+def test_a_safetensors_file_of_others_is_refused(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"z": torch.zeros(2)}, path)
+    with pytest.raises(DamagedArtifactError, match="not one of sitelens"):
+        Artifact.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(SitelensError, match=r"there is no file .*nothing\.safetensors"):
+        Artifact.load(tmp_path / "nothing.safetensors")
+
+
+def test_a_file_is_a_json_header_and_raw_numbers(tmp_path: Path):
+    content = SMALL.save(tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header.keys() == {"__metadata__", "z"}
+    assert json.loads(header["__metadata__"]["sitelens"])["spec"] == SMALL.spec
+    assert header["z"] == {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
+    assert content[8 + length :] == SMALL.tensors["z"].numpy().tobytes()  # nothing more: no pickle
+
+
+# Writing is all or nothing
+
+
+@pytest.mark.parametrize("step", ["replace", "fsync"])
+def test_a_failing_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str):
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    path = numbered(1).save(tmp_path / "a.safetensors")
+    monkeypatch.setattr(os, step, fail)
+    for target in (path, tmp_path / "b.safetensors"):
+        with pytest.raises(OSError, match="disk full"):
+            numbered(2).save(target)
+    assert files(tmp_path) == ["a.safetensors"]
+    assert same(Artifact.load(path), numbered(1))
+
+
+def test_threads_that_write_and_read_at_once_see_whole_artifacts(store: Store):
+    failures: list[object] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(15):
+            n = rng.randrange(3)
+            store.put(numbered(n))
+            found = store.get("embedding", {"n": n})
+            if not same(numbered(n), found):
+                failures.append(found)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert len(files(store.root)) == 3
+
+
+def put_many(root: Path, rounds: int) -> None:
+    for i in range(rounds):
+        Store(root).put(numbered(i % KILLED_ENTRIES, LARGE))
+
+
+def put_for_ever(root: Path) -> None:
+    while True:
+        put_many(root, 1000)
+
+
+def test_processes_that_write_at_once_leave_whole_artifacts(store: Store, workers: Any):
+    writers = [workers.Process(target=put_many, args=(store.root, 12)) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    assert len(files(store.root)) == KILLED_ENTRIES
+    for n in range(KILLED_ENTRIES):
+        assert same(numbered(n, LARGE), store.get("embedding", {"n": n}))
+
+
+def test_a_killed_writer_leaves_nothing_half_written(store: Store, workers: Any):
+    rng = random.Random(0)
+    for _ in range(12):
+        writer = workers.Process(target=put_for_ever, args=(store.root,))
+        writer.start()
+        while not list(store.root.glob("*/*.safetensors")):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        found = [store.get("embedding", {"n": n}) for n in range(KILLED_ENTRIES)]  # a damaged one would warn
+        assert any(found)
+        assert all(same(numbered(n, LARGE), artifact) for n, artifact in enumerate(found) if artifact)
+    for temporary in store.root.glob("*/.*.tmp"):
+        os.utime(temporary, (0, 0))
+    store.clear()
+    assert files(store.root) == []
+
+
+# Looking and clearing
+
+
+def test_entries_lists_what_is_there(store: Store):
+    assert store.entries().empty and list(store.entries()) == ["kind", "task", "model", "bytes", "modified", "path"]
+    path = store.put(Artifact("selection", {"model": "abc"}, {"a": torch.zeros(2)}, {"task": "antonym"}))
+    store.put(numbered(1))
+    store.put(numbered(2)).write_bytes(b"rubbish")
+    rows = store.entries().set_index("kind").sort_index()
+    assert list(rows.index) == ["damaged", "embedding", "selection"]
+    assert rows.loc["selection", ["task", "model", "bytes", "path"]].tolist() == [
+        "antonym", "abc", path.stat().st_size, str(path),
+    ]  # fmt: skip
+    assert rows.loc["embedding", "task"] == "task 1"
+    assert abs(rows.loc["selection", "modified"].timestamp() - path.stat().st_mtime) <= 0.5
+
+
+@hypothesis.settings(quick, max_examples=100)
+@hypothesis.given(st.data())
+def test_entries_bears_any_changed_byte(data: st.DataObject):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Store(Path(folder)).put(SMALL)
+        content = bytearray(path.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(content)
+        assert Store(Path(folder)).entries()["path"].tolist() == [str(path)]
+
+
+def test_clear_removes_one_kind_or_all_and_counts(store: Store):
+    assert store.clear() == 0
+    for n in range(3):
+        store.put(numbered(n))
+    store.put(Artifact("selection", {}, {}))
+    assert store.clear("selection") == 1
+    assert store.entries()["kind"].tolist() == ["embedding"] * 3
+    assert store.clear() == 3
+    assert store.entries().empty
+
+
+def test_clear_damaged_removes_damaged_files_only(store: Store):
+    store.put(numbered(1))
+    broken = store.put(numbered(2))
+    broken.write_bytes(b"rubbish")
+    assert store.clear("damaged") == 1
+    assert store.entries()["kind"].tolist() == ["embedding"] and not broken.exists()
+
+
+def test_clear_removes_stale_temporaries_but_not_those_being_written(store: Store):
+    folder = store.put(numbered(1)).parent
+    stale, fresh = folder / ".a.1-0.tmp", folder / ".a.2-0.tmp"
+    for temporary in (stale, fresh):
+        temporary.write_bytes(b"half")
+    os.utime(stale, (0, 0))
+    assert store.clear() == 1
+    assert files(store.root) == [fresh.name]
+
+
+def test_clear_touches_nothing_of_others(store: Store):
+    store.put(numbered(1))
+    (store.root / "embedding" / "notes.txt").write_text("mine")
+    (store.root / "top.safetensors").write_text("mine")
+    store.clear()
+    assert files(store.root) == ["notes.txt", "top.safetensors"]
