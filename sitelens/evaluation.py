@@ -240,7 +240,9 @@ class _Answers:
         """Any condition: whole prompts run, and decoded, while it is applied."""
         found: dict[str, list[_Output | None]] = {name: [None] * len(batch) for name in conditions}
         cost = functools.partial(forward_bytes, self.model)
-        for index in chunks(batch.lengths, cost, self.budget // 2, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS):
+        for index in chunks(
+            batch.lengths, cost, self.budget // 2, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, same_length=True
+        ):
             part = batch.rows(index)
             for name, condition in conditions.items():
                 cache = DynamicCache()

@@ -100,14 +100,12 @@ class PrefixCache:
 
         The result itself comes on top: `prefix_bytes` tells how much.
         """
-        lengths = batch.lengths
         device = model.cfg.device
-        mask = batch.mask.to(device)
-        last = batch.tokens[:, -1].to(device)
         width = batch.tokens.shape[1] - 1
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        for index in chunks(lengths, functools.partial(forward_bytes, model), budget, max_tokens=MAX_TOKENS):
+        cost = functools.partial(forward_bytes, model)
+        for index in chunks(batch.lengths, cost, budget, max_tokens=MAX_TOKENS):
             part = batch.rows(index)
             if part.tokens.shape[1] == 1:
                 continue
@@ -116,12 +114,10 @@ class PrefixCache:
                 keys, values = (
                     [_like(tensor, len(batch), width) for tensor in kind] for kind in zip(*layers, strict=True)
                 )
-            rows = torch.tensor(index, device=device)
-            for layer, (key, value) in enumerate(layers):
-                start = width - key.shape[2]
-                keys[layer][rows.to(key.device), :, start:] = key
-                values[layer][rows.to(value.device), :, start:] = value
-        return PrefixCache(tuple(keys), tuple(values), mask, last)
+            rows = torch.tensor(index)
+            for whole, chunk in zip([*keys, *values], [side[k] for k in (0, 1) for side in layers], strict=True):
+                whole[rows.to(whole.device), :, width - chunk.shape[2] :] = chunk
+        return PrefixCache(tuple(keys), tuple(values), batch.mask.to(device), batch.tokens[:, -1].to(device))
 
     def rows(self, index: Int[Tensor, " chosen"]) -> PrefixCache:
         """The chosen rows (a row may be chosen often), without the padding that none of them needs."""
@@ -215,7 +211,10 @@ def all_positions(mask: Bool[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
 
 @torch.no_grad()
 def full_logits(batch: PromptBatch, model: Model, cache: DynamicCache | None = None) -> Float[Tensor, "row vocab"]:
-    """Last-token logits of whole prompts, whatever hooks are installed; fills `cache` when one is given."""
+    """Last-token logits of whole prompts, whatever hooks are installed; fills `cache` when one is given.
+
+    Rows should be of one length: a padding token attends to nothing, which some dtypes cannot express.
+    """
     mask = batch.mask.to(model.cfg.device)
     return run_tokens(model, batch.tokens.to(model.cfg.device), mask, all_positions(mask), cache)
 
@@ -225,13 +224,13 @@ def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head
     """Every head's z at the last token of whole prompts; nothing is unembedded. Runs as one batch."""
     layers = head_shape(model)[0]
     captured: dict[int, Tensor] = {}
+    lengths = torch.tensor(batch.lengths)
 
     def keep(z: Tensor, hook: Any = None, *, layer: int) -> None:
-        captured[layer] = z[:, -1].clone()
+        captured[layer] = z[torch.arange(len(lengths), device=z.device), lengths.to(z.device) - 1].clone()
 
-    mask = batch.mask.to(model.cfg.device)
     with model.hooks(fwd_hooks=[(z_hook(layer), functools.partial(keep, layer=layer)) for layer in range(layers)]):
-        run_tokens(model, batch.tokens.to(model.cfg.device), mask, all_positions(mask), logits=False)
+        _run_right_padded(batch.tokens, lengths, model)
     return torch.stack([captured[layer].to(model.cfg.device) for layer in range(layers)], dim=1)
 
 
@@ -291,7 +290,30 @@ def _like(tensor: Tensor, rows: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def _prefix_layers(batch: PromptBatch, model: Model) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of all but the last token of left-padded rows."""
     cache = DynamicCache()  # of plain layers: a sliding window is a matter of the mask, nothing is dropped
-    mask = batch.mask[:, :-1].to(model.cfg.device)
-    run_tokens(model, batch.tokens[:, :-1].to(model.cfg.device), mask, all_positions(mask), cache, logits=False)
-    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
+    lengths = torch.tensor(batch.lengths) - 1
+    _run_right_padded(batch.tokens[:, :-1], lengths, model, cache)
+    width = batch.tokens.shape[1] - 1
+    index = (torch.arange(width) - (width - lengths)[:, None]).clamp(min=0)
+
+    def left_padded(kept: Tensor) -> Tensor:
+        places = index.to(kept.device)
+        rows = torch.arange(len(places), device=kept.device)[:, None]
+        return rearrange(kept[rows, :, places], "row pos kv_head d -> row kv_head pos d")
+
+    return [(left_padded(layer.keys), left_padded(layer.values)) for layer in cache.layers]  # type: ignore[arg-type]
+
+
+def _run_right_padded(
+    tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"], model: Model, cache: DynamicCache | None = None
+) -> None:
+    """Run left-padded rows with their padding moved behind them, where causal attention never sees it.
+
+    So no token attends to nothing, which is not a number in float64 and may be none in float16.
+    """
+    width = tokens.shape[1]
+    index = (torch.arange(width) + (width - lengths)[:, None]).clamp(max=width - 1)
+    moved = tokens.gather(1, index.to(tokens.device)).to(model.cfg.device)
+    mask = torch.ones_like(moved, dtype=torch.bool)
+    run_tokens(model, moved, mask, all_positions(mask), cache, logits=False)

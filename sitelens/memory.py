@@ -20,16 +20,18 @@ def chunks(
     budget: int,
     max_rows: int = 10**9,
     max_tokens: int = 10**9,
+    same_length: bool = False,
 ) -> list[list[int]]:
     """Split rows into chunks of like length: shortest first, each within the budget when padded (or one row).
 
-    `cost` is the bytes that one row of a given length needs.
+    `cost` is the bytes that one row of a given length needs. With `same_length` no chunk needs any padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     parts: list[list[int]] = []
     for i in order:
         rows = len(parts[-1]) + 1 if parts else 0
-        fits = rows <= max_rows and rows * lengths[i] <= max_tokens and rows * cost(lengths[i]) <= budget
+        fits = not (same_length and parts and lengths[parts[-1][0]] != lengths[i])
+        fits = fits and rows <= max_rows and rows * lengths[i] <= max_tokens and rows * cost(lengths[i]) <= budget
         if parts and fits:
             parts[-1].append(i)
         else:
