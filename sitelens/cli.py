@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _show_warning
         try:
             command(options)
+            sys.stdout.flush()
         except SitelensError as error:
             print(f"sitelens: {error}", file=sys.stderr)
             return 1
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("sitelens: interrupted; what was finished is cached, run the same command to go on", file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader of our output has left, as `| head` does
-            sys.stderr.close()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too
             return 0
     return 0
 
@@ -46,7 +48,9 @@ def _run(options: argparse.Namespace) -> None:
     config = _config(options)
     from sitelens.tasks import load_tasks
 
-    load_tasks(config.tasks)  # a wrong name shows before a model is loaded
+    with warnings.catch_warnings():  # the run itself says them
+        warnings.simplefilter("ignore", SitelensWarning)
+        load_tasks(config.tasks)  # a wrong name shows before a model is loaded
     from sitelens.models import load_model
     from sitelens.report import run
 
@@ -90,14 +94,15 @@ def _tasks(options: argparse.Namespace) -> None:
     frame = list_tasks()
     if options.pattern:
         frame = frame[frame["name"].str.contains(options.pattern, regex=False)]
-        if frame.empty:
-            raise SitelensError(f"no task has {options.pattern!r} in its name")
     if options.built_in:
         frame = frame[frame["source"] == "built in"]
+    if frame.empty:
+        raise SitelensError(f"no task has {options.pattern!r} in its name")
     if options.names:
         print("\n".join(frame["name"]))
         return
-    print(frame.drop(columns="source").to_string(index=False, na_rep="?"))
+    shown = frame.drop(columns="source").assign(items=frame["items"].astype("string").fillna("?"))
+    print(shown.to_string(index=False))
     print("\nOwn tasks: a .json file (a list of {input, output}) or a .csv file with these columns.")
 
 
@@ -125,7 +130,7 @@ def _cache(options: argparse.Namespace) -> None:
     print(f"artifacts in {store.root}\n")
     if options.verbose and len(entries):
         print(
-            entries.assign(model=entries["model"].str[:12]).drop(columns="path").to_string(index=False, na_rep="-")
+            entries.assign(model=entries["model"].str[:12]).drop(columns="path").fillna("-").to_string(index=False)
             + "\n"
         )
     for kind, group in entries.groupby("kind"):

@@ -35,7 +35,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "eval_every", "n_valid"):
             if getattr(self, name) < 1:
                 raise SitelensError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
+        if not 0 < self.lr < float("inf"):
             raise SitelensError(f"TrainConfig.lr must be positive, got {self.lr}")
         if self.checkpoint not in ("best", "last"):
             raise SitelensError(f"TrainConfig.checkpoint must be 'best' or 'last', got {self.checkpoint!r}")

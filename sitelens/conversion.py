@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -107,9 +108,9 @@ def is_whole(folder: Path, full: bool = True) -> bool:
         return False
     try:
         listed: dict[str, list[Any]] = json.loads((folder / "sitelens.json").read_text())["files"]
-        whole = all((folder / name).stat().st_size == size for name, (size, _) in listed.items())
+        whole = bool(listed) and all((folder / name).stat().st_size == size for name, (size, _) in listed.items())
         whole = whole and (not full or all(_file_digest(folder / name) == sum_ for name, (_, sum_) in listed.items()))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole and full:
         warnings.warn(f"{folder} is damaged; the model is fetched and converted anew", SitelensWarning, stacklevel=3)
@@ -197,7 +198,7 @@ def _convert(gguf: Path, folder: Path, sha256: str) -> None:
         with quiet_transformers():
             network = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**place)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise SitelensError(f"{gguf} could not be read as a GGUF language model: {error}") from error
     for name, value in (("hf_quantizer", None), ("is_quantized", False)):
         object.__setattr__(network, name, value)  # else saving would refuse: these weights were quantised once

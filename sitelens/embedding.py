@@ -91,6 +91,9 @@ def embed_task(
     store = default_store()
     if (kept := store.get("embedding", spec)) is not None:
         return TaskEmbedding._from(kept)
+    if len(task.train) < n_shots + 1:
+        raise SitelensError(f"task {task.name!r} has too few training items for {n_shots} shots and a query: "
+                            f"{len(task.train)} items")  # fmt: skip
     prompts = embedding_prompts(task, own_tokenizer(model), n_prompts, n_shots, seed)
     batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
     cost = functools.partial(forward_bytes, model)

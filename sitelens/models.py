@@ -115,7 +115,8 @@ def computing_dtype(model: Model) -> torch.dtype:
     return torch.promote_types(next(model.original_model.parameters()).dtype, torch.float32)
 
 
-_tokenizers: weakref.WeakKeyDictionary[Model, Any] = weakref.WeakKeyDictionary()
+# model -> the tokenizer it was given, and the one to be used
+_tokenizers: weakref.WeakKeyDictionary[Model, tuple[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def own_tokenizer(model: Model) -> Any:
@@ -127,20 +128,21 @@ def own_tokenizer(model: Model) -> Any:
     Raises:
         SitelensError: if the bridge has no tokenizer.
     """
-    if model not in _tokenizers:
-        given = model.tokenizer
-        if given is None:
-            raise SitelensError(f"{model_name(model)} has no tokenizer: set model.tokenizer")
-        _tokenizers[model] = given
+    given = model.tokenizer
+    if given is None:
+        raise SitelensError(f"{model_name(model)} has no tokenizer: set model.tokenizer")
+    if model not in _tokenizers or _tokenizers[model][0] is not given:
+        own = given
         if Path(str(given.name_or_path)).is_dir() or str(given.name_or_path).count("/") == 1:
             from transformers import AutoTokenizer
 
             try:
-                _tokenizers[model] = AutoTokenizer.from_pretrained(given.name_or_path, local_files_only=True)
+                own = AutoTokenizer.from_pretrained(given.name_or_path, local_files_only=True)
             except (OSError, ValueError):
                 warnings.warn(f"the tokenizer of {model_name(model)} could not be loaded anew: it is used as it is, "
                               "which may add a BOS token", SitelensWarning, stacklevel=2)  # fmt: skip
-    return _tokenizers[model]
+        _tokenizers[model] = given, own
+    return _tokenizers[model][1]
 
 
 _fingerprints: weakref.WeakKeyDictionary[Model, tuple[str, str]] = weakref.WeakKeyDictionary()
@@ -155,11 +157,13 @@ def fingerprint(model: Model) -> str:
     elements; so a change of single elements through `.data` may go unseen.
     """
     tensors = _weights(model)
-    state = hashlib.sha256()
+    architecture = _architecture(model)
+    state = hashlib.sha256(digest(architecture).encode())
     for name, tensor in tensors.items():
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].contiguous().cpu()
-        state.update(f"{name} {tensor.data_ptr()} {tensor._version} {tuple(tensor.shape)}".encode())
+        version = 0 if tensor.is_inference() else tensor._version  # those of inference mode do not count changes
+        state.update(f"{name} {tensor.data_ptr()} {version} {tuple(tensor.shape)}".encode())
         state.update(tensor_bytes(sample))
     key = state.hexdigest()
     known = _fingerprints.get(model)
@@ -167,7 +171,7 @@ def fingerprint(model: Model) -> str:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the interpreter lock
             sums = list(pool.map(_tensor_digest, tensors.values()))
         named = [[name, *rest] for name, rest in zip(tensors, sums, strict=True)]
-        known = key, digest([named, _architecture(model)])[:32]
+        known = key, digest([named, architecture])[:32]
         _fingerprints[model] = known
     return known[1]
 
@@ -225,21 +229,25 @@ def _boot(folder: str | Path, name: str, dtype: torch.dtype | str, device: Any) 
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    except (OSError, ValueError) as error:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            network, found = loaded
+            if found["missing_keys"]:
+                raise ValueError(f"it has no weights {', '.join(sorted(found['missing_keys'])[:3])}, ...")
+            network = network.to(device).eval()
+        model = build_bridge_from_module(
+            network, type(network).__name__, hf_config=network.config, device=str(device), model_name=name
+        )
+    except Exception as error:  # each library below us raises its own kinds for what is no model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SitelensError(
             f"the model {name!r} could not be loaded: {reason} (a gated or private model needs `hf auth login`; "
             "without a network, give a local folder or use a packaged model: " + ", ".join(PACKAGED) + ")"
         ) from error
-    model = build_bridge_from_module(
-        network, type(network).__name__, hf_config=network.config, device=str(device), model_name=name
-    )
     model.requires_grad_(False)  # after the bridge is built: it makes new parameters where q, k and v are fused
     # Set only now: a tokenizer given to the builder is reloaded with a BOS token that the model may not know.
     model.tokenizer = tokenizer
     cfg = model.cfg
     cfg.tokenizer_prepends_bos, cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
     cfg.default_prepend_bos = cfg.tokenizer_prepends_bos
-    _tokenizers[model] = tokenizer
+    _tokenizers[model] = model.tokenizer, tokenizer
     return resolve_model(model)

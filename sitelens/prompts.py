@@ -172,8 +172,9 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: Any, context: int | None = No
     tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids], dtype=torch.long)
     lengths = torch.tensor([len(row) for row in ids])
     mask = torch.arange(width) >= width - lengths[:, None]
+    first = torch.tensor([row[0] if row else -1 for row in accepted], dtype=torch.long)
     return PromptBatch(
-        tokens.reshape(len(ids), width), mask, torch.tensor([row[0] if row else -1 for row in accepted]),
+        tokens.reshape(len(ids), width), mask, first,
         tuple(map(tuple, accepted)), tuple(p.text for p in prompts), tuple(p.answers for p in prompts),
     )  # fmt: skip
 
@@ -181,4 +182,16 @@ def tokenize(prompts: Sequence[Prompt], tokenizer: Any, context: int | None = No
 def _encode(texts: list[str], prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=prompts[0].special_tokens)["input_ids"]
+    special = prompts[0].special_tokens
+    ids = tokenizer(texts, add_special_tokens=special)["input_ids"]
+    # A prompt goes on: an end-of-sequence token that the tokenizer appends to every text is no part of it.
+    if special and (appended := _appended(tokenizer)):
+        ids = [row[: len(row) - appended] for row in ids]
+    return ids
+
+
+def _appended(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts behind a text."""
+    ids, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    start = next(i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+    return len(ids) - start - len(plain)

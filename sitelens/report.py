@@ -54,6 +54,12 @@ class RunConfig:
     metrics: tuple[str, ...] = ("first_token",)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in (("k", 1), ("draws", 0), ("n_items", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SitelensError(f"RunConfig.{name} must be at least {least}, got {value}")
+
     @staticmethod
     def load(path: str | Path) -> RunConfig:
         """The configuration that a run.json records.
@@ -65,7 +71,7 @@ class RunConfig:
             recorded = json.loads(Path(path).read_text("utf-8"))["config"]
             recorded["train"] = TrainConfig(**recorded["train"])
             return RunConfig(**recorded | {name: tuple(recorded[name]) for name in ("tasks", "metrics")})
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise SitelensError(f"there is no file {path}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise SitelensError(f"{path} is no run.json of sitelens: {error}") from error
@@ -192,6 +198,9 @@ def run(config: RunConfig, model: Model | str | None = None, **options: Any) -> 
     if config.template is not None:
         tasks = [replace(task, template=config.template) for task in tasks]
     model = resolve_model(model) if model is not None else load_model(config.model)
+    layers, heads, _ = head_shape(model)
+    if config.k is not None and config.k > layers * heads:
+        raise SitelensError(f"k must be at most {layers * heads}, the heads of {config.model}, got {config.k}")
     clock.stop("model")
     embeddings = {
         task.name: embed_task(

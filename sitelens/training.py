@@ -91,6 +91,9 @@ def train_selections(
     loaded = load_tasks(tasks)
     if not loaded or not seeds or len(set(seeds)) < len(seeds):
         raise SitelensError("give at least one task, and seeds that differ")
+    for task in loaded:
+        if not task.train or not task.valid:
+            raise SitelensError(f"task {task.name!r} has no {'valid' if task.train else 'train'} items")
     options: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
     known = embeddings or {}
     vectors = [known.get(task.name) or embed_task(task, model, **options) for task in loaded]

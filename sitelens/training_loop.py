@@ -114,10 +114,10 @@ def _train_group(
                 alpha = torch.sigmoid(logits.detach())
                 record.step(step, _mean_by_run(losses, rows.run, len(runs)), alpha)
                 if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-                    record.validation(step, validation.losses(alpha, losses_of), alpha)
+                    measured = validation.losses(alpha, losses_of)
+                    _check_finite(measured, validation.rows, runs, tasks, step, "validation loss")
+                    record.validation(step, _mean_by_run(measured, validation.rows.run, len(runs)), alpha)
     next(bar, None)
-    if not torch.isfinite(record.best).all():
-        raise SitelensError("the validation loss is not finite: nothing is kept; is the model's dtype wide enough?")
     for i in range(len(runs)):
         yield {"alpha": record.alpha[i].cpu(), "history": record.history[:, i].clone()}
 
@@ -182,8 +182,8 @@ class _Validation:
         self.parts = [sorted(p) for p in chunks(batch.lengths, functools.partial(prefix_bytes, model), budget)]
         self.kept: PrefixCache | None = None
 
-    def losses(self, alpha: Float[Tensor, "run layer head"], losses_of: Callable[..., Any]) -> Float[Tensor, " run"]:
-        """Each run's mean loss under its alpha."""
+    def losses(self, alpha: Float[Tensor, "run layer head"], losses_of: Callable[..., Any]) -> Float[Tensor, " row"]:
+        """Each row's loss under its run's alpha."""
         measured = torch.zeros(len(self.rows.run), dtype=torch.float64)
         for index in self.parts:
             batch = self.batch.rows(index)
@@ -194,7 +194,7 @@ class _Validation:
             place = torch.searchsorted(part, self.rows.prompt[chosen])
             rows = _Rows(place, self.rows.run[chosen], self.rows.task[chosen])
             measured[chosen], _ = losses_of(alpha, rows, batch, prefix, gradient=False)
-        return _mean_by_run(measured, self.rows.run, len(alpha))
+        return measured
 
 
 def _training_rows(
@@ -287,12 +287,14 @@ def _mean_by_run(losses: Float[Tensor, " row"], run: Int[Tensor, " row"], n: int
     return totals / torch.bincount(run, minlength=n)
 
 
-def _check_finite(losses: Tensor, rows: _Rows, runs: Sequence[Run], tasks: Sequence[Task], step: int) -> None:
+def _check_finite(
+    losses: Tensor, rows: _Rows, runs: Sequence[Run], tasks: Sequence[Task], step: int, what: str = "loss"
+) -> None:
     wrong = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if wrong:
         task, seed = tasks[int(rows.task[wrong[0]])].name, runs[int(rows.run[wrong[0]])].seed
         raise SitelensError(
-            f"the loss of task {task!r}, seed {seed}, is {losses[wrong[0]].item()} at step {step + 1}: nothing is "
+            f"the {what} of task {task!r}, seed {seed}, is {losses[wrong[0]].item()} at step {step + 1}: nothing is "
             "kept. Half-precision weights may overflow: try dtype='bfloat16' or 'float32', or a lower lr"
         )
 

@@ -85,7 +85,7 @@ def bridge(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, bos: 
     model = build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name=family)
     model.requires_grad_(False)
     model.tokenizer = tokenizer(bos)
-    _tokenizers[model] = model.tokenizer
+    _tokenizers[model] = model.tokenizer, model.tokenizer
     return model
 
 

@@ -63,6 +63,11 @@ def gpt2() -> Iterator[Model]:
     yield from micro.lent("GPT2")
 
 
+@pytest.fixture
+def llama_double() -> Iterator[Model]:
+    yield from micro.lent("Llama", torch.float64)
+
+
 def random_patch(model: Model, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     alpha = torch.rand(LAYERS, HEADS, generator=generator)
@@ -412,6 +417,14 @@ def test_own_condition_generates_as_raw_hooks_do(one_of_two: str, model_of_two: 
         with oracle.added_to_stream(raw(one_of_two), stream_vector(), REACH[kind](len(ids))):
             expected.append(oracle.text_of(oracle.greedy(raw(one_of_two), ids, NEW)))
     assert sl.generate(TEXTS, kind(stream_vector()), model_of_two, max_new_tokens=NEW) == expected
+
+
+def test_own_condition_needs_no_padding_that_float64_cannot_express(llama_double: Model) -> None:
+    network, vector, expected = micro.raw("Llama", torch.float64), stream_vector().double(), []
+    for text in TEXTS:
+        with oracle.added_to_stream(network, vector, slice(None)):
+            expected.append(oracle.text_of(oracle.greedy(network, oracle.encode(text), NEW)))
+    assert sl.generate(TEXTS, Everywhere(vector), llama_double, max_new_tokens=NEW) == expected
 
 
 def test_kinds_of_own_conditions_generate_differently(model_of_two: Model) -> None:
@@ -795,6 +808,12 @@ def test_parts_of_a_patch_that_do_not_belong_together_are_an_error() -> None:
         PatchHeads(sl.HeadSelection(torch.rand(2, 3)), embedding)
     with pytest.raises(sl.SitelensError, match="come from different models"):
         patch_made_for("0" * 32, "1" * 32)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_mixing_is_an_error() -> None:
+    with pytest.raises(sl.SitelensError, match="unknown mixing 'half'; one of convex, additive"):
+        patch_heads(torch.rand(2, 4), torch.rand(2, 4, 8), mixing="half")
 
 
 def test_logits_that_are_no_numbers_are_an_error(gpt2: Model) -> None:

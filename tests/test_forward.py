@@ -101,6 +101,14 @@ def hooked_logits(model: Model, batch: PromptBatch, hooks: list[Any]) -> Tensor:
         )
 
 
+def z_at_the_end(model: Model, batch: PromptBatch, hooks: Sequence[Any] = ()) -> Tensor:
+    """What the output projections get at the last token of left-padded prompts, after `hooks` have acted."""
+    seen: list[Tensor] = []
+    reading = [(z_hook(layer), lambda z, hook: seen.append(z[:, -1].clone())) for layer in range(head_shape(model)[0])]
+    hooked_logits(model, batch, [*hooks, *reading])
+    return torch.stack(seen, dim=1)
+
+
 def summed_loss(logits: Tensor) -> Tensor:
     answers = torch.arange(len(logits)) + 30
     return torch.nn.functional.cross_entropy(logits, answers, reduction="sum")
@@ -197,8 +205,8 @@ def test_alpha_one_with_a_prompts_own_z_gives_its_own_head_outputs(family: str, 
     batch = batch_of(TEXTS)
     own = capture_z(batch, model)
     edit = HeadEdit.mix(torch.ones(own.shape[:3]), own)
-    with model.hooks(fwd_hooks=edit.hooks()):
-        assert torch.equal(capture_z(batch, model), own)
+    assert torch.equal(z_at_the_end(model, batch, edit.hooks()), own)
+    assert_close(z_at_the_end(model, batch), own)
     untouched = torch.stack([oracle.logits(raw(family), ids) for ids in ids_of(TEXTS)])
     assert_close(last_logits(model, batch, edit), untouched)
 
@@ -207,8 +215,7 @@ def test_alpha_one_with_another_prompts_z_gives_the_oracles_logits(family: str, 
     batch = batch_of(TEXTS)
     others = capture_z(batch, model).roll(1, 0)
     ones = torch.ones(others.shape[:3])
-    with model.hooks(fwd_hooks=HeadEdit.mix(ones, others).hooks()):
-        assert torch.equal(capture_z(batch, model), others)
+    assert torch.equal(z_at_the_end(model, batch, HeadEdit.mix(ones, others).hooks()), others)
     logits = last_logits(model, batch, HeadEdit.mix(ones, others))
     assert_close(logits, oracle.patched_logits(raw(family), ids_of(TEXTS), ones, others))
 
@@ -259,6 +266,21 @@ def test_prefix_is_never_written_to(model: Model) -> None:
     after = (*prefix.keys, *prefix.values, prefix.mask, prefix.last)
     assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
     assert torch.equal(first, again)
+
+
+def test_decoded_text_ends_at_a_newline_inside_a_token(llama: Model) -> None:
+    class Fused:
+        """A tokenizer whose every token is a text with a newline in its middle."""
+
+        eos_token_id = 2
+
+        def decode(self, ids: list[int]) -> str:
+            return "no\nyes" * len(ids)
+
+    prefix = PrefixCache.of(batch_of(TEXTS), llama, AMPLE)
+    cache = prefix.cache(growing=True)
+    with LastToken(llama) as run, torch.no_grad():
+        assert decode(llama, run.step(prefix, None, cache), cache, prefix.mask, Fused(), 3) == ["no"] * len(TEXTS)
 
 
 # -- hooks go away --
@@ -467,7 +489,12 @@ def test_bfloat16_is_mixed_in_float32_and_rounded_once(llama_bfloat16: Model) ->
 # -- chunks --
 
 SIZES = st.lists(st.integers(1, 40), max_size=30)
-LIMITS = {"budget": st.integers(1, 400), "max_rows": st.integers(1, 12), "max_tokens": st.integers(1, 120)}
+LIMITS = {
+    "budget": st.integers(1, 400),
+    "max_rows": st.integers(1, 12),
+    "max_tokens": st.integers(1, 120),
+    "same_length": st.booleans(),
+}
 
 
 def cost(length: int) -> int:
@@ -475,26 +502,42 @@ def cost(length: int) -> int:
 
 
 @given(lengths=SIZES, **LIMITS)
-def test_chunks_hold_every_row_once_shortest_first(lengths: list[int], **limits: int) -> None:
+def test_chunks_hold_every_row_once_shortest_first(lengths: list[int], **limits: Any) -> None:
     parts = chunks(lengths, cost, **limits)
     assert [i for part in parts for i in part] == sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     assert all(parts)
 
 
-def fits(lengths: list[int], budget: int, max_rows: int, max_tokens: int) -> bool:
+def fits(lengths: list[int], budget: int, max_rows: int, max_tokens: int, same_length: bool) -> bool:
     """Whether rows padded to the longest fit together."""
     rows, longest = len(lengths), max(lengths)
+    if same_length and min(lengths) < longest:
+        return False
     return rows * cost(longest) <= budget and rows <= max_rows and rows * longest <= max_tokens
 
 
 @given(lengths=SIZES, **LIMITS)
-def test_chunks_stay_within_their_limits_or_are_one_row(lengths: list[int], **limits: int) -> None:
+def test_chunks_stay_within_their_limits_or_are_one_row(lengths: list[int], **limits: Any) -> None:
     for part in chunks(lengths, cost, **limits):
         assert len(part) == 1 or fits([lengths[i] for i in part], **limits)
 
 
+@pytest.mark.parametrize(
+    ("limits", "sizes"),
+    [
+        ({"budget": 3 * cost(4)}, [3, 2]),
+        ({"budget": 3 * cost(4) - 1}, [2, 2, 1]),
+        ({"budget": AMPLE, "max_rows": 3}, [3, 2]),
+        ({"budget": AMPLE, "max_tokens": 12}, [3, 2]),
+        ({"budget": AMPLE, "max_tokens": 11}, [2, 2, 1]),
+    ],
+)
+def test_chunks_reach_their_limits(limits: dict[str, int], sizes: list[int]) -> None:
+    assert [len(part) for part in chunks([4] * 5, cost, **limits)] == sizes
+
+
 @given(lengths=SIZES, **LIMITS)
-def test_chunks_are_not_split_without_need(lengths: list[int], **limits: int) -> None:
+def test_chunks_are_not_split_without_need(lengths: list[int], **limits: Any) -> None:
     parts = chunks(lengths, cost, **limits)
     for part, following in itertools.pairwise(parts):
         assert not fits([lengths[i] for i in [*part, following[0]]], **limits)

@@ -58,7 +58,8 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, vocabulary: int | 
     network.set_attn_implementation("eager")
     model = build_bridge_from_module(network, name, hf_config=config, model_name=family)
     model.requires_grad_(False)
-    model.tokenizer = _tokenizers[model] = micro.tokenizer()
+    model.tokenizer = micro.tokenizer()
+    _tokenizers[model] = model.tokenizer, model.tokenizer
     return model
 
 
