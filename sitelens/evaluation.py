@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -22,10 +21,11 @@ from sitelens.conditions import Condition, ZeroShot
 from sitelens.defaults import SitelensError, settings, tracked
 from sitelens.forward import HeadEdit, LastToken, PrefixCache, decode, full_logits
 from sitelens.memory import MAX_ROWS, MAX_TOKENS, chunks, forward_bytes, prefix_bytes, step_bytes
+from sitelens.metrics import SCORERS, Output, check_answers, checked_metrics
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
 from sitelens.prompts import Prompt, PromptBatch, few_shot_prompts, tokenize
 from sitelens.summary import ECHO
-from sitelens.tasks import METRICS, Example, Task, load_task
+from sitelens.tasks import Example, Task, load_task
 
 COLUMNS = ("task", "condition", "seed", "item", "input", "answer", "predicted", "metric", "score", "logprob", "rank")
 
@@ -55,7 +55,9 @@ def evaluate(
             condition made for another model.
     """
     task, model = load_task(task), resolve_model(model)
-    metrics = _checked_metrics(metrics)
+    metrics = checked_metrics(metrics)
+    if ECHO in conditions and "prefix_match" in metrics:
+        raise SitelensError(f"no condition may be called {ECHO!r}: the echo baseline stands beside prefix_match")
     if not conditions:
         raise SitelensError("give at least one condition, for example {'zero-shot': sl.ZeroShot()}")
     chosen = sample_items(task, split, n_items, seed)
@@ -63,22 +65,29 @@ def evaluate(
     budget = settings.budget(memory_budget)
     generating = any(metric != "first_token" for metric in metrics)
     if generating:
-        for item in items:
-            _checked_answers(task, item)
+        if max_new_tokens < 1:
+            raise SitelensError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_answers(task, items)
     answers = _Answers(model, own_tokenizer(model), max_new_tokens if generating else 0, budget)
     groups: dict[tuple[int, bool], dict[str, Condition]] = {}
     for name, condition in conditions.items():
         groups.setdefault((condition.n_shots, condition.patch(model) is not None), {})[name] = condition
-    outputs: dict[str, list[_Output]] = {}
+    outputs: dict[str, list[Output]] = {}
     bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}", progress=progress)
     for (n_shots, patched), group in groups.items():
         prompts = _prompts(task, split, chosen, n_shots, model, seed)
-        batch = tokenize(prompts, answers.tokenizer, context_length(model), f"task {task.name!r}, {n_shots} shots")
+        batch = tokenize(
+            prompts,
+            answers.tokenizer,
+            context_length(model),
+            f"task {task.name!r}, {n_shots} shots",
+            answers.max_new_tokens,
+        )
         outputs |= (answers.patched if patched else answers.hooked)(batch, group, lambda rows: _advance(bar, rows))
     next(bar, None)
     frames = []
     for metric in metrics:
-        scorer = _SCORERS[metric]
+        scorer = SCORERS[metric]
         for name in conditions:
             for place, item, out in zip(chosen, items, outputs[name], strict=True):
                 predicted = out.token_text if metric == "first_token" else out.text
@@ -106,9 +115,11 @@ def echo(
     logprob and rank are missing: no model is run (first_token compares the first tokens of query and answer).
     """
     task, model = load_task(task), resolve_model(model)
-    metrics = _checked_metrics(metrics)
+    metrics = checked_metrics(metrics)
     chosen = sample_items(task, split, n_items, seed)
     items = [task.split(split)[i] for i in chosen]
+    if any(metric != "first_token" for metric in metrics):
+        check_answers(task, items)
     tokenizer = own_tokenizer(model)
     echoes = [Example(item.input, item.input) for item in items]
     where = f"task {task.name!r}"
@@ -118,9 +129,9 @@ def echo(
     rows = []
     for metric in metrics:
         for place, item, first, right in zip(chosen, items, said, accepted, strict=True):
-            out = _Output(first in right, tokenizer.decode([first]), item.input, float("nan"), float("nan"))
+            out = Output(first in right, tokenizer.decode([first]), item.input, float("nan"), float("nan"))
             predicted = out.token_text if metric == "first_token" else out.text
-            score = int(_SCORERS[metric](task, item, out))
+            score = int(SCORERS[metric](task, item, out))
             rows.append((task.name, ECHO, seed, place, item.input, item.output, predicted, metric, score,
                          out.logprob, out.rank))  # fmt: skip
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -149,7 +160,8 @@ def generate(
     if not prompts:
         return []
     tokenizer, condition = own_tokenizer(model), condition or ZeroShot()
-    batch = tokenize([Prompt(text, ()) for text in prompts], tokenizer, context_length(model))
+    texts = [Prompt(text, ()) for text in prompts]
+    batch = tokenize(texts, tokenizer, context_length(model), new_tokens=max_new_tokens)
     answers = _Answers(model, tokenizer, max_new_tokens, settings.budget(memory_budget))
     run = answers.hooked if condition.patch(model) is None else answers.patched
     return [out.text for out in run(batch, {"": condition}, lambda rows: None)[""]]
@@ -167,42 +179,6 @@ def sample_items(task: Task, split: str, n_items: int | None, seed: int) -> list
     return sorted(random.Random(f"sitelens/items/{task.name}/{split}/{seed}").sample(range(total), n_items))
 
 
-def normalize(text: str, task_name: str) -> str:
-    """A prediction or answer as it is compared: one line, no "(...", no surrounding space, "Saint" for "St.".
-
-    Lower-cased unless the task's name contains "capitalize" or "lowercase" (SITE's released code).
-    """
-    text = text.replace("St.", "Saint").split("\n")[0].split("(")[0].strip()
-    return text if "capitalize" in task_name or "lowercase" in task_name else text.lower()
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """What a model said about one item."""
-
-    first_right: bool
-    token_text: str
-    text: str
-    logprob: float
-    rank: int | float  # not a number where no model was asked
-
-
-def _exact(task: Task, item: Example, out: _Output) -> bool:
-    return normalize(out.text, task.name) in {normalize(answer, task.name) for answer in item.answers}
-
-
-def _prefix(task: Task, item: Example, out: _Output) -> bool:
-    said = normalize(out.text, task.name)
-    return any(said.startswith(normalize(answer, task.name)) for answer in item.answers)
-
-
-_SCORERS: dict[str, Callable[[Task, Example, _Output], bool]] = {
-    "first_token": lambda task, item, out: out.first_right,
-    "exact_match": _exact,
-    "prefix_match": _prefix,
-}
-
-
 class _Answers:
     """Runs prompts under conditions: last-token logits and, where wanted, greedy continuations."""
 
@@ -211,10 +187,10 @@ class _Answers:
 
     def patched(
         self, batch: PromptBatch, conditions: Mapping[str, Condition], advance: Callable[[int], None]
-    ) -> dict[str, list[_Output]]:
+    ) -> dict[str, list[Output]]:
         """Conditions that touch the last token only, as rows of one batch over a shared prefix."""
         edits = HeadEdit.stack([_required_patch(c, self.model).edit(self.model) for c in conditions.values()])
-        found: list[list[_Output | None]] = [[None] * len(batch) for _ in conditions]
+        found: list[list[Output | None]] = [[None] * len(batch) for _ in conditions]
         share = self.budget // 3  # the prefixes, what is computed, and what decoding keeps
         with torch.no_grad(), LastToken(self.model) as last_token:
             for index in chunks(batch.lengths, functools.partial(prefix_bytes, self.model), share):
@@ -236,9 +212,9 @@ class _Answers:
 
     def hooked(
         self, batch: PromptBatch, conditions: Mapping[str, Condition], advance: Callable[[int], None]
-    ) -> dict[str, list[_Output]]:
+    ) -> dict[str, list[Output]]:
         """Any condition: whole prompts run, and decoded, while it is applied."""
-        found: dict[str, list[_Output | None]] = {name: [None] * len(batch) for name in conditions}
+        found: dict[str, list[Output | None]] = {name: [None] * len(batch) for name in conditions}
         cost = functools.partial(forward_bytes, self.model)
         for index in chunks(
             batch.lengths, cost, self.budget // 2, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, same_length=True
@@ -259,7 +235,11 @@ class _Answers:
         grown = 3 * prefix_bytes(self.model, length + self.max_new_tokens) if self.max_new_tokens else 0
         return step_bytes(self.model, length, gradient=False) + grown
 
-    def _outputs(self, logits: Tensor, batch: PromptBatch, cache: DynamicCache, mask: Tensor) -> list[_Output]:
+    def _outputs(self, logits: Tensor, batch: PromptBatch, cache: DynamicCache, mask: Tensor) -> list[Output]:
+        if not torch.isfinite(logits).all():
+            raise SitelensError(
+                "the model's logits are not finite: is an embedding infinite, or the dtype too narrow (try 'float32')?"
+            )
         likeliest = logits.argmax(-1).tolist()
         if (batch.answer >= 0).all():
             answer = batch.answer.to(logits.device)[:, None]
@@ -271,7 +251,7 @@ class _Answers:
         if self.max_new_tokens:
             texts = decode(self.model, logits, cache, mask, self.tokenizer, self.max_new_tokens)
         return [
-            _Output(token in accepted, self.tokenizer.decode([token]), text, logprob, rank)
+            Output(token in accepted, self.tokenizer.decode([token]), text, logprob, rank)
             for token, accepted, text, logprob, rank in zip(
                 likeliest, batch.accepted, texts, logprobs, ranks, strict=True
             )
@@ -292,20 +272,3 @@ def _prompts(task: Task, split: str, chosen: Sequence[int], n_shots: int, model:
 def _advance(bar: Any, rows: int) -> None:
     for _ in range(rows):
         next(bar, None)
-
-
-def _checked_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
-    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    unknown = [metric for metric in metrics if metric not in METRICS]
-    if unknown or not metrics:
-        raise SitelensError(
-            f"unknown metric {', '.join(map(repr, unknown)) or '(none given)'}; one of {', '.join(METRICS)}"
-        )
-    return metrics
-
-
-def _checked_answers(task: Task, item: Example) -> None:
-    for answer in item.answers:
-        if not normalize(answer, task.name):
-            raise SitelensError(f"task {task.name!r}: the answer {answer!r} of {item.input!r} is empty after "
-                                "normalisation: it can be scored by first_token only")  # fmt: skip

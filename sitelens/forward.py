@@ -66,7 +66,7 @@ class HeadEdit:
         return edited if z.shape[1] == 1 else torch.cat([z[:, :-1], edited], dim=1)
 
     def hooks(self) -> list[Hook]:
-        """This edit as TransformerLens hooks for one forward pass over whole prompts."""
+        """As TransformerLens hooks for one forward pass over whole prompts."""
         return _edit_hooks(self.keep.shape[1], lambda: self)
 
 
@@ -112,7 +112,8 @@ class PrefixCache:
             layers = _prefix_layers(part, model)
             if not keys:
                 keys, values = (
-                    [_like(tensor, len(batch), width) for tensor in kind] for kind in zip(*layers, strict=True)
+                    [kept.new_zeros(len(batch), kept.shape[1], width, kept.shape[3]) for kept in side]
+                    for side in zip(*layers, strict=True)
                 )
             rows = torch.tensor(index)
             for whole, chunk in zip([*keys, *values], [side[k] for k in (0, 1) for side in layers], strict=True):
@@ -221,7 +222,10 @@ def full_logits(batch: PromptBatch, model: Model, cache: DynamicCache | None = N
 
 @torch.no_grad()
 def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head d_head"]:
-    """Every head's z at the last token of whole prompts; nothing is unembedded. Runs as one batch."""
+    """Every head's z at the last token of whole prompts, run as one batch; nothing is unembedded.
+
+    The batch is right-padded: edit hooks, which act at position -1, must not be installed.
+    """
     layers = head_shape(model)[0]
     captured: dict[int, Tensor] = {}
     lengths = torch.tensor(batch.lengths)
@@ -282,10 +286,6 @@ def end_tokens(model: Model, tokenizer: Any) -> set[int]:
     listed = getattr(settings, "eos_token_id", None)
     ends = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
     return {end for end in ends if end is not None}
-
-
-def _like(tensor: Tensor, rows: int, width: int) -> Tensor:
-    return tensor.new_zeros(rows, tensor.shape[1], width, tensor.shape[3])
 
 
 @torch.no_grad()

@@ -130,23 +130,29 @@ def few_shot_prompts(
     ]
 
 
-def tokenize(prompts: Sequence[Prompt], tokenizer: Any, context: int | None = None, where: str = "") -> PromptBatch:
+def tokenize(
+    prompts: Sequence[Prompt], tokenizer: Any, context: int | None = None, where: str = "", new_tokens: int = 0
+) -> PromptBatch:
     """Tokenise prompts with the model's own tokenizer, its own habit of a beginning-of-sequence token included.
 
     The answer's first token is the one that follows the prompt when both are tokenised together. Where they
     merge across the boundary, it is the first token of the answer on its own, and a warning says how often.
 
     Raises:
-        SitelensError: if a prompt is empty or longer than `context` tokens, or an answer has no token.
+        SitelensError: if a prompt is empty, does not fit into `context` tokens with the `new_tokens` that are to
+            follow it (the last of which is never read), or an answer has no token.
     """
     where = f"{where}: " if where else ""
     ids = _encode([prompt.text for prompt in prompts], prompts, tokenizer)
     for prompt, row in zip(prompts, ids, strict=True):
         if not row:
             raise SitelensError(f"{where}the prompt {prompt.text!r} has no tokens")
-        if context is not None and len(row) > context:
-            raise SitelensError(f"{where}a prompt has {len(row)} tokens, the model's context holds {context}: "
-                                f"use fewer shots or shorter inputs ({prompt.text[:60]!r}...)")  # fmt: skip
+        if context is not None and len(row) + max(new_tokens - 1, 0) > context:
+            more = f" ({new_tokens} more may follow)" if new_tokens else ""
+            raise SitelensError(
+                f"{where}a prompt has {len(row)} tokens, the model's context holds {context}{more}: "
+                f"use fewer shots or shorter inputs ({prompt.text[:60]!r}...)"
+            )
     pairs = [(i, answer) for i, prompt in enumerate(prompts) for answer in prompt.answers]
     together = _encode([prompts[i].text + answer for i, answer in pairs], [prompts[i] for i, _ in pairs], tokenizer)
     accepted: list[list[int]] = [[] for _ in prompts]

@@ -26,7 +26,7 @@ ORDER: list[set[str]] = [
     {"memory"},
     {"forward"},
     {"embedding", "selection", "config"},
-    {"conditions"},
+    {"conditions", "metrics"},
     {"evaluation"},
     {"training_loop"},
     {"training"},

@@ -147,6 +147,13 @@ class TestEstimates:
         batch = prompts(2, 400, model)
         assert peak(lambda: capture_z(batch, model)) <= 2 * forward_bytes(model, 400)
 
+    @pytest.mark.parametrize("family", ["GPT2", "Llama"])
+    def test_prefixes_of_a_deep_model_take_their_budget_beside_themselves(self, family: str) -> None:
+        model = model_of(family, layers=24)
+        batch = prompts(self.rows, SHORT, model)
+        budget = self.rows // 2 * forward_bytes(model, SHORT)
+        assert peak(lambda: PrefixCache.of(batch, model, budget)) <= budget + self.rows * prefix_bytes(model, SHORT)
+
     def test_a_forward_leaves_nothing_behind(self, family: str) -> None:
         model = model_of(family)
         batch = prompts(1, LONG, model)
