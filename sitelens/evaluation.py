@@ -243,8 +243,10 @@ class _Answers:
         likeliest = logits.argmax(-1).tolist()
         if (batch.answer >= 0).all():
             answer = batch.answer.to(logits.device)[:, None]
-            logprobs = logits.double().log_softmax(-1).gather(1, answer)[:, 0].tolist()
-            ranks = (1 + (logits > logits.gather(1, answer)).sum(-1)).tolist()
+            said = logits.gather(1, answer)
+            ranks = (1 + (logits > said).sum(-1)).tolist()
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            logprobs = (said[:, 0].to(wide) - logits.to(wide).logsumexp(-1)).tolist()
         else:  # prompts without known answers
             logprobs = ranks = [float("nan")] * len(batch)
         texts = [""] * len(batch)

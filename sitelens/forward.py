@@ -109,15 +109,13 @@ class PrefixCache:
             part = batch.rows(index)
             if part.tokens.shape[1] == 1:
                 continue
-            layers = _prefix_layers(part, model)
+            layers, places = _prefix_layers(part, model)
             if not keys:
-                keys, values = (
-                    [kept.new_zeros(len(batch), kept.shape[1], width, kept.shape[3]) for kept in side]
-                    for side in zip(*layers, strict=True)
-                )
+                keys, values = ([_room(kept, len(batch), width) for kept in side] for side in zip(*layers, strict=True))
             rows = torch.tensor(index)
-            for whole, chunk in zip([*keys, *values], [side[k] for k in (0, 1) for side in layers], strict=True):
-                whole[rows.to(whole.device), :, width - chunk.shape[2] :] = chunk
+            for whole_keys, whole_values in zip(keys, values, strict=True):
+                for whole, kept in zip((whole_keys, whole_values), layers.pop(0), strict=True):  # and let it go
+                    whole[rows.to(whole.device), :, width - kept.shape[2] :] = _left_padded(kept, places)
         return PrefixCache(tuple(keys), tuple(values), batch.mask.to(device), batch.tokens[:, -1].to(device))
 
     def rows(self, index: Int[Tensor, " chosen"]) -> PrefixCache:
@@ -214,7 +212,7 @@ def all_positions(mask: Bool[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
 def full_logits(batch: PromptBatch, model: Model, cache: DynamicCache | None = None) -> Float[Tensor, "row vocab"]:
     """Last-token logits of whole prompts, whatever hooks are installed; fills `cache` when one is given.
 
-    Rows should be of one length: a padding token attends to nothing, which some dtypes cannot express.
+    Rows should be of one length: padding attends to nothing, which some dtypes cannot express.
     """
     mask = batch.mask.to(model.cfg.device)
     return run_tokens(model, batch.tokens.to(model.cfg.device), mask, all_positions(mask), cache)
@@ -289,20 +287,23 @@ def end_tokens(model: Model, tokenizer: Any) -> set[int]:
 
 
 @torch.no_grad()
-def _prefix_layers(batch: PromptBatch, model: Model) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of all but the last token of left-padded rows."""
+def _prefix_layers(batch: PromptBatch, model: Model) -> tuple[list[tuple[Tensor, Tensor]], Int[Tensor, "row prefix"]]:
+    """Right-padded keys and values of all but the last token, and where each stands when left-padded."""
     cache = DynamicCache()  # of plain layers: a sliding window is a matter of the mask, nothing is dropped
     lengths = torch.tensor(batch.lengths) - 1
     _run_right_padded(batch.tokens[:, :-1], lengths, model, cache)
     width = batch.tokens.shape[1] - 1
-    index = (torch.arange(width) - (width - lengths)[:, None]).clamp(min=0)
+    places = (torch.arange(width) - (width - lengths)[:, None]).clamp(min=0)
+    return [(layer.keys, layer.values) for layer in cache.layers], places  # type: ignore[misc]
 
-    def left_padded(kept: Tensor) -> Tensor:
-        places = index.to(kept.device)
-        rows = torch.arange(len(places), device=kept.device)[:, None]
-        return rearrange(kept[rows, :, places], "row pos kv_head d -> row kv_head pos d")
 
-    return [(left_padded(layer.keys), left_padded(layer.values)) for layer in cache.layers]  # type: ignore[arg-type]
+def _left_padded(kept: Tensor, places: Int[Tensor, "row prefix"]) -> Tensor:
+    rows = torch.arange(len(places), device=kept.device)[:, None]
+    return rearrange(kept[rows, :, places.to(kept.device)], "row pos kv_head d -> row kv_head pos d")
+
+
+def _room(kept: Tensor, rows: int, width: int) -> Tensor:
+    return kept.new_zeros(rows, kept.shape[1], width, kept.shape[3])
 
 
 def _run_right_padded(

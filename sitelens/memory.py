@@ -50,7 +50,7 @@ def forward_bytes(model: Model, length: int) -> int:
     """Bytes that one row of a full forward without gradient needs at most while it runs, its prefix included."""
     config = model.cfg
     wide = 8 * config.d_model + 6 * config.n_heads * config.d_head + 4 * _d_mlp(model)
-    attention = 4 * config.n_heads * length
+    attention = ((config.n_layers + 5) * config.n_heads + 2) * length  # the bridge keeps every layer's weights
     return prefix_bytes(model, length + 1) + length * (wide + attention) * max(4, _itemsize(model))
 
 
@@ -63,7 +63,7 @@ def step_bytes(model: Model, length: int, gradient: bool) -> int:
     )
     layer += 16 * config.d_model + 10 * config.n_heads * config.d_head + 8 * _d_mlp(model)
     layers = config.n_layers if gradient else 1
-    vocabulary = (4 if gradient else 2) * config.d_vocab
+    vocabulary = 5 * config.d_vocab
     own = config.n_layers * config.n_heads * config.d_head * (3 if gradient else 1)
     return (layers * layer + vocabulary + own) * max(4, _itemsize(model)) + prefix_bytes(model, length)
 

@@ -129,7 +129,7 @@ class HeadSelection:
     def heatmap(self, title: str | None = None) -> go.Figure:
         """Layer by head, colours fixed to [0, 1], the numbers in the hover."""
         title = title if title is not None else f"Head selection: {self.task}" if self.task else "Head selection"
-        return figures.alpha_heatmap(self.alpha.detach().cpu().numpy(), title=title)
+        return figures.alpha_heatmap(self.alpha.detach().double().cpu().numpy(), title=title)
 
     def check_fits(self, model: Model) -> None:
         """Raise SitelensError unless this selection was made for `model`."""

@@ -79,7 +79,7 @@ class Artifact:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         except FileNotFoundError as error:
             raise SitelensError(f"there is no file {path}") from error
         except (safetensors.SafetensorError, OSError, ValueError) as error:

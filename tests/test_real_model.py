@@ -85,7 +85,8 @@ def test_fast_path_equals_raw_hooks_on_full_prompts(model: Model, module_cache: 
     (gradient,) = torch.autograd.grad(logits.log_softmax(-1).gather(1, batch.answer[:, None]).sum(), alpha)
     for row, length in enumerate(batch.lengths):
         own_alpha = alpha[row].detach().clone().requires_grad_()
-        expected = oracle.patched_logits(raw, batch.tokens[row, -length:], own_alpha, vectors[row])
+        ids = batch.tokens[row, -length:].tolist()
+        expected = oracle.patched_logits(raw, [ids], own_alpha[None], vectors[row : row + 1])[0]
         (own_gradient,) = torch.autograd.grad(expected.log_softmax(-1)[batch.answer[row]], own_alpha)
         assert (logits[row] - expected).abs().max() < 1e-4 * expected.abs().max()
         assert (gradient[row] - own_gradient).abs().max() < 1e-3 * own_gradient.abs().max()

@@ -91,8 +91,8 @@ class TestHowItIsBatchedChangesNothing:
         assert_equal(together, one_by_one(self.tasks, model, (0, 5), SHORT), 1e-8)
 
     @pytest.mark.parametrize("family", ["GPT2", "Llama"])
-    def test_so_do_several_items_a_step(self, family: str) -> None:
-        model, config = double(family), replace(SHORT, batch_size=3)
+    def test_so_do_several_items_a_step_from_a_random_start(self, family: str) -> None:
+        model, config = double(family), replace(SHORT, batch_size=3, init="random")
         together = anew(self.tasks[::-1], model, seeds=(5, 0), config=config)
         assert_equal(together, one_by_one(self.tasks, model, (0, 5), config), 1e-8)
 
