@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from sitelens.conditions import Condition, ZeroShot
 from sitelens.defaults import SitelensError, settings, tracked
 from sitelens.forward import HeadEdit, LastToken, PrefixCache, decode, full_logits
-from sitelens.memory import MAX_ROWS, MAX_TOKENS, chunks, forward_bytes, prefix_bytes, step_bytes
+from sitelens.memory import MAX_ROWS, MAX_TOKENS, chunks, forward_bytes, logits_bytes, prefix_bytes, step_bytes
 from sitelens.metrics import SCORERS, Output, check_answers, checked_metrics
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
 from sitelens.prompts import Prompt, PromptBatch, few_shot_prompts, tokenize
@@ -229,6 +229,10 @@ class _Answers:
                     found[name][i] = out
                 advance(len(index))
         return {name: [out for out in row if out] for name, row in found.items()}
+
+    def _full_cost(self, length: int) -> int:
+        """Bytes of one row of whole prompts with its logits."""
+        return forward_bytes(self.model, length) + logits_bytes(self.model)
 
     def _step_cost(self, length: int) -> int:
         """Bytes of one row: its step, and a copy of its prefix that grows while it is decoded."""

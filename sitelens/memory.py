@@ -63,9 +63,13 @@ def step_bytes(model: Model, length: int, gradient: bool) -> int:
     )
     layer += 16 * config.d_model + 10 * config.n_heads * config.d_head + 8 * _d_mlp(model)
     layers = config.n_layers if gradient else 1
-    vocabulary = 5 * config.d_vocab
     own = config.n_layers * config.n_heads * config.d_head * (3 if gradient else 1)
-    return (layers * layer + vocabulary + own) * max(4, _itemsize(model)) + prefix_bytes(model, length)
+    return (layers * layer + own) * max(4, _itemsize(model)) + prefix_bytes(model, length) + logits_bytes(model)
+
+
+def logits_bytes(model: Model) -> int:
+    """Bytes that one row's logits take with what is computed from them."""
+    return 5 * model.cfg.d_vocab * max(4, _itemsize(model))
 
 
 def _d_mlp(model: Model) -> int:
