@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from sitelens.report import RunConfig
 
 
+# Options of `run` that a run.json does not record, so that they may stand beside --again.
+_NOT_RECORDED = ("again", "out", "formats", "dtype", "device", "memory_budget", "cache", "data", "progress", "command")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, or 1 for input that cannot be used (2: a wrong command line)."""
     options = _parser().parse_args(arguments)
@@ -71,8 +75,10 @@ def _config(options: argparse.Namespace) -> RunConfig:
     from sitelens.report import RunConfig
 
     if options.again is not None:
-        if options.tasks:
-            raise SitelensError("give tasks or --again run.json, not both")
+        usual = vars(_parser().parse_args(["run"]))
+        changed = [name for name, value in usual.items() if name not in _NOT_RECORDED and value != vars(options)[name]]
+        if changed:
+            raise SitelensError(f"give tasks and options or --again run.json, not both: {', '.join(changed)}")
         return RunConfig.load(options.again)
     if not options.tasks:
         raise SitelensError("name at least one task; `sitelens tasks` lists them")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -89,8 +89,15 @@ class Condition(ABC):
             yield
 
     def save(self, path: str | Path) -> Path:
-        """Write to a safetensors file from which `Condition.load` makes it again, on any machine."""
-        return Artifact("condition", {}, *self._state()).save(path)
+        """Write to a safetensors file from which `Condition.load` makes it again, on any machine.
+
+        Raises:
+            SitelensError: for a condition of one's own whose fields are neither tensors nor plain JSON.
+        """
+        try:
+            return Artifact("condition", {}, *self._state()).save(path)
+        except TypeError as error:
+            raise SitelensError(f"{type(self).__name__} cannot be saved: it must define _state ({error})") from error
 
     @staticmethod
     def load(path: str | Path) -> Condition:
@@ -106,12 +113,18 @@ class Condition(ABC):
         return Condition.kinds[kind]._from_state(artifact.tensors, artifact.meta)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain JSON (with the key "condition") that `_from_state` takes."""
-        return {}, {"condition": type(self).__name__, "n_shots": self.n_shots}
+        """Tensors and plain JSON (with the key "condition") that `_from_state` takes: by default, a dataclass's fields.
+
+        Conditions with fields of other kinds say themselves how they are saved.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        meta = {name: value for name, value in values.items() if name not in tensors}
+        return tensors, {"condition": type(self).__name__, **meta}
 
     @classmethod
     def _from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
-        return cls(**tensors, **meta)
+        return cls(**tensors, **{name: tuple(v) if isinstance(v, list) else v for name, v in meta.items()})
 
 
 def _once(hook: Any) -> Any:
@@ -189,11 +202,11 @@ class PatchHeads(Condition):
         return self.patch(model).edit(model).hooks()
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, meta = super()._state()
         selection = {name: getattr(self.selection, name) for name in ("task", "model", "provenance")}
         embedding = {name: getattr(self.embedding, name) for name in ("task", "model", "n_prompts", "n_shots", "seed")}
-        meta |= {"selection": selection, "embedding": embedding, "mixing": self.mixing}
-        return tensors | {"alpha": self.selection.alpha, "mean_z": self.embedding.mean_z}, meta
+        meta = {"condition": "PatchHeads", "mixing": self.mixing, "n_shots": self.n_shots}
+        tensors = {"alpha": self.selection.alpha, "mean_z": self.embedding.mean_z}
+        return tensors, meta | {"selection": selection, "embedding": embedding}
 
     @classmethod
     def _from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> PatchHeads:

@@ -215,9 +215,9 @@ class _Answers:
     ) -> dict[str, list[Output]]:
         """Any condition: whole prompts run, and decoded, while it is applied."""
         found: dict[str, list[Output | None]] = {name: [None] * len(batch) for name in conditions}
-        cost = functools.partial(forward_bytes, self.model)
+        share = self.budget // 2  # the other half is for what decoding keeps
         for index in chunks(
-            batch.lengths, cost, self.budget // 2, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, same_length=True
+            batch.lengths, self._full_cost, share, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, same_length=True
         ):
             part = batch.rows(index)
             for name, condition in conditions.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes, out_of_memory_is_named
-from sitelens.models import Model, computing_dtype, head_shape, z_hook
+from sitelens.models import Model, head_shape, z_hook
 from sitelens.prompts import PromptBatch
 
 Mixing = Literal["convex", "additive"]
@@ -41,13 +41,6 @@ class HeadEdit:
         """Convex: z <- (1 - alpha) z + alpha v (the paper's). Additive: z <- z + alpha v."""
         weight = rearrange(alpha, "row layer head -> row layer head 1")
         return HeadEdit(1 - alpha if mixing == "convex" else torch.ones_like(alpha), weight * vectors)
-
-    @staticmethod
-    def none(rows: int, model: Model) -> HeadEdit:
-        """The edit that leaves every head as it is."""
-        layers, heads, d_head = head_shape(model)
-        alpha = torch.zeros(rows, layers, heads, dtype=computing_dtype(model), device=model.cfg.device)
-        return HeadEdit(1 - alpha, alpha[..., None].expand(-1, -1, -1, d_head))
 
     @staticmethod
     def stack(edits: Sequence[HeadEdit]) -> HeadEdit:

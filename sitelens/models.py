@@ -54,7 +54,7 @@ def load_model(
         folder, dtype = packaged_folder(name), dtype or torch.float32
     elif name.endswith(".gguf"):
         folder, dtype = gguf_folder(Path(name).expanduser()), dtype or torch.float32
-    elif Path(name).expanduser().is_dir():
+    elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         folder = name  # a hub id

@@ -51,7 +51,10 @@ class Artifact:
         """Write to `path`, atomically; the folder is made where it is missing. Returns the path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.tensors.items()}
+        tensors = {  # copies, for safetensors refuses tensors that share memory
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.tensors.items()
+        }
         header = canonical_json(
             {"format": FORMAT, "kind": self.kind, "spec": self.spec, "meta": self.meta, "sitelens": _version()}
         )

@@ -91,44 +91,93 @@ def train_selections(
     loaded = load_tasks(tasks)
     if not loaded or not seeds or len(set(seeds)) < len(seeds):
         raise SitelensError("give at least one task, and seeds that differ")
-    for task in loaded:
+    options: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
+    _check_splits(loaded)
+    known = embeddings or {}
+    members = [(task, known.get(task.name) or embed_task(task, model, **options)) for task in loaded]
+    groups = [tuple(members)] if shared else [(member,) for member in members]
+    jobs = [TrainJob(group, replace(config, seed=seed)) for group in groups for seed in seeds]
+    results = train_jobs(jobs, model, **options)
+    return {
+        (task.name, job.config.seed): result
+        for job, result in zip(jobs, results, strict=True)
+        for task, _ in job.members
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class TrainJob:
+    """One alpha to be trained: for a task with an embedding or, shared, for several of them."""
+
+    members: tuple[tuple[Task, TaskEmbedding], ...]
+    config: TrainConfig
+
+
+def train_jobs(
+    jobs: Sequence[TrainJob],
+    model: Model | str | None = None,
+    *,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> list[TrainResult]:
+    """Train any mixture of tasks, embeddings and configurations; results in the order of the jobs, cached on disk.
+
+    Jobs whose configurations differ in seed and init only train in one batch.
+
+    Raises:
+        SitelensError: as `train_selection`.
+    """
+    model = resolve_model(model)
+    _check_splits([task for job in jobs for task, _ in job.members])
+    for job in jobs:
+        for _, embedding in job.members:
+            embedding.check_fits(model)
+    store = default_store()
+    specs = [_spec(job, model) for job in jobs]
+    artifacts = [store.get("selection", spec) for spec in specs]
+    batches: dict[TrainConfig, list[int]] = {}
+    for i, job in enumerate(jobs):
+        if artifacts[i] is None:
+            batches.setdefault(replace(job.config, seed=0, init=0.5), []).append(i)
+    for config, batch in batches.items():
+        runs, tasks, vectors = _runs([jobs[i] for i in batch])
+        trained = train_runs(runs, tasks, vectors, model, config, settings.budget(memory_budget), progress)
+        for i, tensors in zip(batch, trained, strict=True):
+            job = jobs[i].config
+            meta = {"provenance": f"SITE, {job.checkpoint} of {job.steps} steps, seed {job.seed}"}
+            artifacts[i] = artifact = Artifact("selection", specs[i], tensors, meta)
+            store.put(artifact)
+    results = [_result(kept, job.config) for kept, job in zip(artifacts, jobs, strict=True) if kept]
+    for result in results:
+        _warn_if_undecided(result)
+    return results
+
+
+def _check_splits(tasks: Iterable[Task]) -> None:
+    for task in tasks:
         if not task.train or not task.valid:
             raise SitelensError(f"task {task.name!r} has no {'valid' if task.train else 'train'} items")
-    options: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
-    known = embeddings or {}
-    vectors = [known.get(task.name) or embed_task(task, model, **options) for task in loaded]
-    for embedding in vectors:
-        embedding.check_fits(model)
-    groups = [tuple(range(len(loaded)))] if shared else [(i,) for i in range(len(loaded))]
-    runs = [Run(members, seed) for members in groups for seed in seeds]
-    specs = [_spec(run, loaded, vectors, model, config) for run in runs]
-    store = default_store()
-    artifacts = [store.get("selection", spec) for spec in specs]
-    missing = [run for run, kept in zip(runs, artifacts, strict=True) if kept is None]
-    if missing:
-        trained = iter(train_runs(missing, loaded, vectors, model, config, settings.budget(memory_budget), progress))
-        for i, (run, spec) in enumerate(zip(runs, specs, strict=True)):
-            if artifacts[i] is None:
-                meta = {"provenance": f"SITE, {config.checkpoint} of {config.steps} steps, seed {run.seed}"}
-                artifacts[i] = artifact = Artifact("selection", spec, next(trained), meta)
-                store.put(artifact)
-    found = {
-        run: _result(kept, replace(config, seed=run.seed)) for run, kept in zip(runs, artifacts, strict=True) if kept
-    }
-    for result in found.values():
-        _warn_if_undecided(result)
-    return {(loaded[i].name, run.seed): result for run, result in found.items() for i in run.members}
 
 
-def _spec(
-    run: Run, tasks: Sequence[Task], embeddings: Sequence[TaskEmbedding], model: Model, config: TrainConfig
-) -> dict[str, Any]:
-    members = [tasks[i] for i in run.members]
-    vectors = [embeddings[i].mean_z.contiguous().cpu() for i in run.members]
+def _runs(jobs: Sequence[TrainJob]) -> tuple[list[Run], list[Task], list[TaskEmbedding]]:
+    """Jobs as runs over lists in which each task and each embedding stands once."""
+    tasks: dict[tuple[str, str], tuple[int, Task]] = {}
+    vectors: dict[int, tuple[int, TaskEmbedding]] = {}
+    runs = []
+    for job in jobs:
+        members = []
+        for task, embedding in job.members:
+            place, _ = tasks.setdefault((task.name, task.digest), (len(tasks), task))
+            members.append((place, vectors.setdefault(id(embedding), (len(vectors), embedding))[0]))
+        runs.append(Run(tuple(members), job.config.seed, job.config.init))
+    return runs, [task for _, task in tasks.values()], [embedding for _, embedding in vectors.values()]
+
+
+def _spec(job: TrainJob, model: Model) -> dict[str, Any]:
+    vectors = [embedding.mean_z.contiguous().cpu() for _, embedding in job.members]
     return {
-        "algorithm": ALGORITHM, "task": "+".join(task.name for task in members),
-        "items": [task.digest for task in members], "model": fingerprint(model),
-        "config": asdict(replace(config, seed=run.seed)),
+        "algorithm": ALGORITHM, "task": "+".join(task.name for task, _ in job.members),
+        "items": [task.digest for task, _ in job.members], "model": fingerprint(model), "config": asdict(job.config),
         "embeddings": [hashlib.sha256(tensor_bytes(vector)).hexdigest() for vector in vectors],
     }  # fmt: skip
 

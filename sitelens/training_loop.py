@@ -10,7 +10,7 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -38,10 +38,16 @@ HISTORY = ("step", "loss", "valid_loss", "mean_alpha", "share_binary")
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained as one alpha: one task's or, for a shared alpha, all tasks', under one seed."""
+    """What is trained as one alpha: one task with its embedding or, for a shared alpha, several."""
 
-    members: tuple[int, ...]  # places in the list of tasks
+    members: tuple[tuple[int, int], ...]  # places in the lists of tasks and of embeddings
     seed: int
+    init: float | Literal["random"] = 0.5
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        """The members' places in the list of tasks."""
+        return tuple(task for task, _ in self.members)
 
     def draws(self, task: Task, config: TrainConfig) -> list[list[int]]:
         """Which training items of a member each step uses; depends on the task's name and the seed only."""
@@ -51,11 +57,12 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """What each row of a batch is: a prompt, the run whose alpha it takes, and the task whose embedding."""
+    """What each row of a batch is: a prompt of a task, the run whose alpha it takes, and the embedding."""
 
     prompt: Int[Tensor, "*steps row"]
     run: Int[Tensor, " row"]
     task: Int[Tensor, " row"]
+    embedding: Int[Tensor, " row"]
 
 
 def train_runs(
@@ -89,7 +96,7 @@ def _train_group(
     vectors = torch.stack([embedding.mean_z.to(device, dtype) for embedding in embeddings])
     share = budget // 4  # for the prefixes in training, and for what a step computes; validation has the other half
     train, rows = _training_rows(runs, tasks, model, config)
-    logits = _initial_logits(runs, config, head_shape(model)[:2], dtype).to(device).requires_grad_(True)
+    logits = _initial_logits(runs, head_shape(model)[:2], dtype).to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([logits], lr=config.lr)
     record = _Record(len(runs), config, torch.zeros_like(logits, requires_grad=False))
     bar = tracked(range(config.steps), _label(runs, tasks), progress=progress)
@@ -97,16 +104,15 @@ def _train_group(
         losses_of = functools.partial(
             _losses, last_token=last_token, vectors=vectors, mixing=config.mixing, budget=share
         )
-        validation = _Validation(*_validation_rows(runs, tasks, model, config), model, budget // 2, share)
+        valid, valid_rows = _validation_rows(runs, tasks, model, config)
+        validation = _Prompts(valid, model, budget // 2, share)
         for start, stop in _windows(rows.prompt, train.lengths, model, share):
             distinct, local = torch.unique(rows.prompt[start:stop], return_inverse=True)
-            batch = train.rows(distinct.tolist())
-            prefix = PrefixCache.of(batch, model, share)
+            window = _Prompts(train.rows(distinct.tolist()), model, share, share)
             for step, index in zip(range(start, stop), local, strict=True):
                 next(bar)
                 alpha = torch.sigmoid(logits)
-                now = replace(rows, prompt=index)
-                losses, gradient = losses_of(alpha.detach(), now, batch, prefix, gradient=True)
+                losses, gradient = window.losses(alpha.detach(), replace(rows, prompt=index), losses_of, gradient=True)
                 _check_finite(losses, rows, runs, tasks, step)
                 optimizer.zero_grad()
                 alpha.backward(gradient)
@@ -114,9 +120,9 @@ def _train_group(
                 alpha = torch.sigmoid(logits.detach())
                 record.step(step, _mean_by_run(losses, rows.run, len(runs)), alpha)
                 if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-                    measured = validation.losses(alpha, losses_of)
-                    _check_finite(measured, validation.rows, runs, tasks, step, "validation loss")
-                    record.validation(step, _mean_by_run(measured, validation.rows.run, len(runs)), alpha)
+                    measured, _ = validation.losses(alpha, valid_rows, losses_of, gradient=False)
+                    _check_finite(measured, valid_rows, runs, tasks, step, "validation loss")
+                    record.validation(step, _mean_by_run(measured, valid_rows.run, len(runs)), alpha)
     next(bar, None)
     for i in range(len(runs)):
         yield {"alpha": record.alpha[i].cpu(), "history": record.history[:, i].clone()}
@@ -150,7 +156,7 @@ def _losses(
     prefix: PrefixCache,
     *,
     last_token: LastToken,
-    vectors: Float[Tensor, "task layer head d_head"],
+    vectors: Float[Tensor, "embedding layer head d_head"],
     mixing: Mixing,
     budget: int,
     gradient: bool,
@@ -162,10 +168,10 @@ def _losses(
     lengths = [batch.lengths[i] for i in rows.prompt.tolist()]
     cost = functools.partial(step_bytes, last_token.model, gradient=gradient)
     for part in chunks(lengths, cost, budget, max_rows=MAX_ROWS):
-        prompt, run, task = (which[part].to(device) for which in (rows.prompt, rows.run, rows.task))
+        prompt, run, embedding = (which[part].to(device) for which in (rows.prompt, rows.run, rows.embedding))
         with torch.set_grad_enabled(gradient):
             weights = alpha[run].requires_grad_(gradient)
-            logits = last_token(prefix.rows(prompt), HeadEdit.mix(weights, vectors[task], mixing))
+            logits = last_token(prefix.rows(prompt), HeadEdit.mix(weights, vectors[embedding], mixing))
             answers = batch.answer.to(logits.device)[prompt.to(logits.device)]
             loss = cross_entropy(logits.to(alpha.dtype), answers, reduction="none")
             if gradient:
@@ -174,27 +180,32 @@ def _losses(
     return losses, total
 
 
-class _Validation:
-    """Validation losses, over prefixes that are kept when they fit the budget and computed anew when not."""
+class _Prompts:
+    """Prompts and their prefixes, which are kept when they fit the budget and computed anew, in parts, when not."""
 
-    def __init__(self, batch: PromptBatch, rows: _Rows, model: Model, budget: int, working: int) -> None:
-        self.batch, self.rows, self.model, self.working = batch, rows, model, working
+    def __init__(self, batch: PromptBatch, model: Model, budget: int, working: int) -> None:
+        self.batch, self.model, self.working = batch, model, working
         self.parts = [sorted(p) for p in chunks(batch.lengths, functools.partial(prefix_bytes, model), budget)]
         self.kept: PrefixCache | None = None
 
-    def losses(self, alpha: Float[Tensor, "run layer head"], losses_of: Callable[..., Any]) -> Float[Tensor, " row"]:
-        """Each row's loss under its run's alpha."""
-        measured = torch.zeros(len(self.rows.run), dtype=torch.float64)
+    def losses(
+        self, alpha: Float[Tensor, "run layer head"], rows: _Rows, losses_of: Callable[..., Any], gradient: bool
+    ) -> tuple[Float[Tensor, " row"], Float[Tensor, "run layer head"]]:
+        """Each row's loss under its run's alpha, and the gradient of their sum by alpha (or zeros)."""
+        measured = torch.zeros(len(rows.run), dtype=torch.float64)
+        total = torch.zeros_like(alpha)
         for index in self.parts:
             batch = self.batch.rows(index)
             prefix = self.kept or PrefixCache.of(batch, self.model, self.working)
             self.kept = prefix if len(self.parts) == 1 else None
             part = torch.tensor(index)
-            chosen = torch.isin(self.rows.prompt, part)
-            place = torch.searchsorted(part, self.rows.prompt[chosen])
-            rows = _Rows(place, self.rows.run[chosen], self.rows.task[chosen])
-            measured[chosen], _ = losses_of(alpha, rows, batch, prefix, gradient=False)
-        return measured
+            chosen = torch.isin(rows.prompt, part)
+            place = torch.searchsorted(part, rows.prompt[chosen])
+            some = _Rows(place, rows.run[chosen], rows.task[chosen], rows.embedding[chosen])
+            measured[chosen], by_alpha = losses_of(alpha, some, batch, prefix, gradient=gradient)
+            total += by_alpha
+            del prefix  # before the next part's
+        return measured, total
 
 
 def _training_rows(
@@ -204,9 +215,9 @@ def _training_rows(
     places: dict[tuple[int, int], int] = {}
     columns: list[list[list[int]]] = []
     for run in runs:
-        for member in run.members:
-            draws = run.draws(tasks[member], config)
-            columns.append([[places.setdefault((member, item), len(places)) for item in step] for step in draws])
+        for task in run.tasks:
+            draws = run.draws(tasks[task], config)
+            columns.append([[places.setdefault((task, item), len(places)) for item in step] for step in draws])
     prompt = rearrange(torch.tensor(columns), "column step item -> step (column item)")
     batch = _zero_shot(list(places), "train", tasks, model)
     return batch, _Rows(prompt, *_owners(runs, [config.batch_size] * len(tasks)))
@@ -216,24 +227,24 @@ def _validation_rows(
     runs: Sequence[Run], tasks: Sequence[Task], model: Model, config: TrainConfig
 ) -> tuple[PromptBatch, _Rows]:
     """The first validation items of every task in a run, and one row for each of them and each run that uses them."""
-    used = {member for run in runs for member in run.members}
+    used = {task for run in runs for task in run.tasks}
     counts = [min(config.n_valid, len(task.valid)) if i in used else 0 for i, task in enumerate(tasks)]
-    items = [(member, item) for member, count in enumerate(counts) for item in range(count)]
-    first = [sum(counts[:member]) for member in range(len(tasks))]
-    prompt = [first[member] + item for run in runs for member in run.members for item in range(counts[member])]
+    items = [(task, item) for task, count in enumerate(counts) for item in range(count)]
+    first = [sum(counts[:task]) for task in range(len(tasks))]
+    prompt = [first[task] + item for run in runs for task in run.tasks for item in range(counts[task])]
     return _zero_shot(items, "valid", tasks, model), _Rows(torch.tensor(prompt), *_owners(runs, counts))
 
 
-def _owners(runs: Sequence[Run], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The run and the task of every row, when each run has counts[member] rows for each member."""
-    pairs = [(i, member) for i, run in enumerate(runs) for member in run.members for _ in range(counts[member])]
-    run, task = zip(*pairs, strict=True)
-    return torch.tensor(run), torch.tensor(task)
+def _owners(runs: Sequence[Run], counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Run, task and embedding of every row, when each member has as many rows as `counts` says of its task."""
+    owners = [(i, *member) for i, run in enumerate(runs) for member in run.members for _ in range(counts[member[0]])]
+    run, task, embedding = torch.tensor(owners).unbind(1)
+    return run, task, embedding
 
 
 def _zero_shot(items: Sequence[tuple[int, int]], split: str, tasks: Sequence[Task], model: Model) -> PromptBatch:
     tokenizer = own_tokenizer(model)
-    chosen = [(tasks[member], tasks[member].split(split)[item]) for member, item in items]
+    chosen = [(tasks[task], tasks[task].split(split)[item]) for task, item in items]
     prompts = [few_shot_prompt(task.template, [], example, tokenizer) for task, example in chosen]
     names = ", ".join(dict.fromkeys(task.name for task, _ in chosen))
     return tokenize(prompts, tokenizer, context_length(model), f"{split} items of {names}")
@@ -271,15 +282,17 @@ def _windows(
 
 
 def _initial_logits(
-    runs: Sequence[Run], config: TrainConfig, shape: tuple[int, ...], dtype: torch.dtype
+    runs: Sequence[Run], shape: tuple[int, ...], dtype: torch.dtype
 ) -> Float[Tensor, "run layer head"]:
-    if config.init != "random":
-        return torch.logit(torch.full((len(runs), *shape), float(config.init), dtype=dtype))
-    alphas = []
-    for run in runs:
-        rng = random.Random(f"sitelens/init/{run.members if len(run.members) > 1 else ''}/{run.seed}")
-        alphas.append([[rng.uniform(0.01, 0.99) for _ in range(shape[1])] for _ in range(shape[0])])
-    return torch.logit(torch.tensor(alphas, dtype=dtype))
+    alphas = torch.empty(len(runs), *shape, dtype=dtype)
+    for alpha, run in zip(alphas, runs, strict=True):
+        if run.init == "random":
+            rng = random.Random(f"sitelens/init//{run.seed}")
+            drawn = [[rng.uniform(0.01, 0.99) for _ in range(shape[1])] for _ in range(shape[0])]
+            alpha.copy_(torch.tensor(drawn, dtype=dtype))
+        else:
+            alpha.fill_(float(run.init))
+    return torch.logit(alphas)
 
 
 def _mean_by_run(losses: Float[Tensor, " row"], run: Int[Tensor, " row"], n: int) -> Float[Tensor, " run"]:
@@ -300,4 +313,4 @@ def _check_finite(
 
 
 def _label(runs: Sequence[Run], tasks: Sequence[Task]) -> str:
-    return f"train {tasks[runs[0].members[0]].name}" if len(runs) == 1 else f"train {len(runs)} selections"
+    return f"train {tasks[runs[0].tasks[0]].name}" if len(runs) == 1 else f"train {len(runs)} selections"

@@ -378,9 +378,6 @@ class Everywhere(Condition):
 
         return [("blocks.0.hook_resid_post", add)]
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {"vector": self.vector}, {"condition": type(self).__name__}
-
 
 class WholePrompt(Everywhere):
     steps = "prompt"
@@ -495,6 +492,21 @@ def test_own_conditions_come_back_under_their_own_kind(gpt2: Model, tmp_path: Pa
     found = Condition.load(LastOfPrompt(stream_vector()).save(tmp_path / "own.safetensors"))
     assert type(found) is LastOfPrompt
     assert torch.equal(found.vector, stream_vector())
+
+
+def test_a_condition_that_cannot_be_saved_says_so(tmp_path: Path) -> None:
+    @dataclass(frozen=True, eq=False)
+    class Odd(Condition):
+        anything: object
+
+        def fwd_hooks(self, model: Model) -> list[Hook]:
+            return []
+
+    try:
+        with pytest.raises(sl.SitelensError, match="Odd cannot be saved: it must define _state"):
+            Odd(object()).save(tmp_path / "own.safetensors")
+    finally:
+        del Condition.kinds["Odd"]
 
 
 def test_a_condition_of_an_unknown_kind_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sitelens.conditions import PatchHeads
-from sitelens.defaults import SitelensError, overridden
+from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding, embed_task, embedding_prompts
 from sitelens.forward import (
     HeadEdit,
@@ -31,6 +31,7 @@ from sitelens.models import Model, head_shape, z_hook
 from sitelens.prompts import Prompt, PromptBatch, tokenize
 from sitelens.selection import HeadSelection
 from tests import micro, oracle
+from tests.overrides import overridden
 
 # Tokens of the prompts in a batch: across the sliding window, at its edge, inside it, and one token only.
 LENGTHS = (15, 9, micro.WINDOW, 4, 1)
@@ -196,7 +197,7 @@ def test_alpha_zero_is_the_untouched_model_to_the_bit(model: Model, mixing: Any)
     edit = HeadEdit.mix(0 * alpha, vectors, mixing)
     prefix = PrefixCache.of(batch, model, AMPLE)
     untouched = run_tokens(model, prefix.last[:, None], prefix.mask, prefix.positions()[:, None], prefix.cache())
-    for nothing in (edit, HeadEdit.none(len(TEXTS), model), None):
+    for nothing in (edit, None):
         assert torch.equal(last_logits(model, batch, nothing), untouched)
     assert torch.equal(hooked_logits(model, batch, edit.hooks()), hooked_logits(model, batch, []))
 
@@ -472,7 +473,6 @@ def test_bfloat16_paths_agree_and_alpha_stays_float32(llama_bfloat16: Model) -> 
     full = hooked_logits(llama_bfloat16, batch_of(TEXTS), edit.hooks())[:, -1]
     assert fast.dtype == full.dtype == torch.bfloat16
     assert edit.keep.dtype == alpha.grad.dtype == torch.float32
-    assert HeadEdit.none(1, llama_bfloat16).keep.dtype == torch.float32
     assert_close(fast.detach().float(), full.float(), 2**-7)
     assert_close(full.float(), oracle.patched_logits(raw("Llama"), ids_of(TEXTS), alpha.detach(), vectors), 2**-6)
 

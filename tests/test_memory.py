@@ -220,7 +220,7 @@ class TestBudget:
 
     @pytest.mark.parametrize(
         ("family", "n_tasks", "length", "batch_size", "budget"),
-        [("Llama", 2, MEDIUM, 4, 9 * MIB), ("Llama", 11, MEDIUM, 2, 10 * MIB),
+        [("Llama", 2, MEDIUM, 4, 9 * MIB), ("Llama", 11, MEDIUM, 2, 10 * MIB), ("Llama", 2, MEDIUM, 50, 7 * MIB),
          ("GPT2", 3, LONG, 4, 32 * MIB), ("Gemma3Text", 3, LONG, 4, 21 * MIB)],
     )  # fmt: skip
     def test_training(self, family: str, n_tasks: int, length: int, batch_size: int, budget: int) -> None:
@@ -235,6 +235,17 @@ class TestBudget:
             train_selections(tasks, model, embeddings=embeddings, **options)
 
         self.check(train, budget)
+
+    def test_training_of_a_shared_alpha(self) -> None:
+        model, tasks = model_of("Llama"), [task_of(f"task {i}", MEDIUM) for i in range(11)]
+        embeddings = {task.name: vectors_of(model, task.name) for task in tasks}
+        seeds = iter(range(100))
+
+        def train(budget: int) -> None:  # all validation prefixes together take more than half of it
+            options = {"seeds": (next(seeds),), "config": TrainConfig(steps=1, n_valid=8), "memory_budget": budget}
+            train_selections(tasks, model, embeddings=embeddings, shared=True, **options)
+
+        self.check(train, 9 * MIB)
 
     @pytest.mark.parametrize(("n_conditions", "length"), [(1, LONG), (12, LONG)])
     def test_evaluation_of_patched_heads(self, n_conditions: int, length: int) -> None:
@@ -256,7 +267,7 @@ class TestBudget:
         options: dict[str, Any] = {"metrics": (metric,), "max_new_tokens": 4}
         self.check(lambda budget: evaluate(task, {"": ZeroShot()}, model, memory_budget=budget, **options), 14 * MIB)
 
-    @pytest.mark.parametrize("shared_prefix", [True])
+    @pytest.mark.parametrize("shared_prefix", [True, False])
     def test_evaluation_over_a_large_vocabulary(self, shared_prefix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if not shared_prefix:
             monkeypatch.setattr(FewShot, "patch", lambda condition, model: None)

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import sitelens as sl
 from sitelens import cli
-from sitelens.defaults import overridden
 from sitelens.forward import HeadEdit, LastToken, PrefixCache
 from sitelens.models import Model, default_model, own_tokenizer
 from sitelens.prompts import few_shot_prompts, tokenize
 from tests import oracle
+from tests.overrides import overridden
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -176,7 +176,7 @@ def test_the_readmes_example_runs_as_printed(model: Model, tmp_path: Path, monke
     scores, grid = names["scores"], names["grid"]
     assert isinstance(scores, pd.DataFrame) and isinstance(grid, sl.TransferMatrix)
     means = scores.groupby("condition")["score"].mean()
-    assert means["SITE"] > means["zero-shot"]
-    assert len(sl.generate(["Q: hot\nA:"], names["site"], model)) == 1  # type: ignore[arg-type]
+    assert means["SITE"] > means["10-shot"] > means["zero-shot"]
+    assert sl.generate(["Q: hot\nA:"], names["site"], model) == ["cold"]  # type: ignore[arg-type]
     assert len(shown) == 1 and (tmp_path / "figures" / "transfer.html").stat().st_size > 10_000
     assert (grid.own > grid.zero_shot).all()

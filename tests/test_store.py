@@ -442,3 +442,10 @@ def test_clear_touches_nothing_of_others(store: Store):
     (store.root / "top.safetensors").write_text("mine")
     store.clear()
     assert files(store.root) == ["notes.txt", "top.safetensors"]
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
+    tensor = torch.arange(6.0)
+    artifact = Artifact("kind", {}, {"a": tensor, "b": tensor[2:], "c": tensor.reshape(2, 3).T})
+    found = Artifact.load(artifact.save(tmp_path / "shared.safetensors")).tensors
+    assert all(torch.equal(found[name], kept) for name, kept in artifact.tensors.items())
