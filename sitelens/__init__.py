@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sitelens import figures as figures
+    from sitelens import heads as heads
+    from sitelens import studies as studies
     from sitelens.conditions import Condition as Condition
     from sitelens.conditions import FewShot as FewShot
     from sitelens.conditions import PatchHeads as PatchHeads
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from sitelens.report import RunReport as RunReport
     from sitelens.report import run as run
     from sitelens.selection import HeadSelection as HeadSelection
+    from sitelens.similarity import HeadSimilarity as HeadSimilarity
+    from sitelens.similarity import head_similarity as head_similarity
+    from sitelens.similarity import similarity_predicts_transfer as similarity_predicts_transfer
     from sitelens.summary import summarize as summarize
     from sitelens.tasks import Example as Example
     from sitelens.tasks import Task as Task
@@ -59,16 +64,19 @@ _HOMES = {
     "summary": ("summarize",),
     "tasks": ("Example", "Task", "list_tasks", "load_task", "load_tasks"),
     "training": ("TrainResult", "train_selection", "train_selections"),
+    "similarity": ("HeadSimilarity", "head_similarity", "similarity_predicts_transfer"),
     "transfer": ("TransferMatrix", "transfer_matrix"),
 }
 _HOME_OF: dict[str, str] = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", "figures", *sorted(_HOME_OF)]
+_ROOMS = ("figures", "heads", "studies")  # modules whose functions are called by their names: sl.studies.costs
+
+__all__ = ["__version__", "figures", "heads", "studies", *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "figures":
-        return importlib.import_module("sitelens.figures")
+    if name in _ROOMS:
+        return importlib.import_module(f"sitelens.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'sitelens' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sitelens.{_HOME_OF[name]}"), name)

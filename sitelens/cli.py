@@ -194,8 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     command("models", _models, "list the packaged models")
     cache = command("cache", _cache, "show or clear the cache")
     cache.add_argument("--clear", metavar="KIND", nargs="?", const="all",
-                       choices=["all", "embedding", "selection", "models", "damaged"],
-                       help="remove all, or one of: embedding, selection, models, damaged")  # fmt: skip
+                       choices=["all", "embedding", "selection", "scores", "models", "damaged"],
+                       help="remove all, or one of: embedding, selection, scores, models, damaged")  # fmt: skip
     cache.add_argument("--verbose", action="store_true", help="a line for each artifact")
     return parser
 

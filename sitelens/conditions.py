@@ -95,9 +95,9 @@ class Condition(ABC):
             SitelensError: for a condition of one's own whose fields are neither tensors nor plain JSON.
         """
         try:
-            return Artifact("condition", {}, *self._state()).save(path)
+            return Artifact("condition", {}, *self.state()).save(path)
         except TypeError as error:
-            raise SitelensError(f"{type(self).__name__} cannot be saved: it must define _state ({error})") from error
+            raise SitelensError(f"{type(self).__name__} cannot be saved: it must define state ({error})") from error
 
     @staticmethod
     def load(path: str | Path) -> Condition:
@@ -110,10 +110,10 @@ class Condition(ABC):
         kind = artifact.meta.pop("condition")
         if kind not in Condition.kinds:
             raise SitelensError(f"{path} holds a condition {kind!r} that this version does not know")
-        return Condition.kinds[kind]._from_state(artifact.tensors, artifact.meta)
+        return Condition.kinds[kind].from_state(artifact.tensors, artifact.meta)
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain JSON (with the key "condition") that `_from_state` takes: by default, a dataclass's fields.
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain JSON (with the key "condition") that `from_state` takes: by default, a dataclass's fields.
 
         Conditions with fields of other kinds say themselves how they are saved.
         """
@@ -123,7 +123,7 @@ class Condition(ABC):
         return tensors, {"condition": type(self).__name__, **meta}
 
     @classmethod
-    def _from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
+    def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
         return cls(**tensors, **{name: tuple(v) if isinstance(v, list) else v for name, v in meta.items()})
 
 
@@ -201,7 +201,7 @@ class PatchHeads(Condition):
     def fwd_hooks(self, model: Model) -> list[Hook]:
         return self.patch(model).edit(model).hooks()
 
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         selection = {name: getattr(self.selection, name) for name in ("task", "model", "provenance")}
         embedding = {name: getattr(self.embedding, name) for name in ("task", "model", "n_prompts", "n_shots", "seed")}
         meta = {"condition": "PatchHeads", "mixing": self.mixing, "n_shots": self.n_shots}
@@ -209,6 +209,6 @@ class PatchHeads(Condition):
         return tensors, meta | {"selection": selection, "embedding": embedding}
 
     @classmethod
-    def _from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> PatchHeads:
+    def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> PatchHeads:
         selection = HeadSelection(tensors["alpha"], **meta.pop("selection"))
         return cls(selection, TaskEmbedding(tensors["mean_z"], **meta.pop("embedding")), **meta)

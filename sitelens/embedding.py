@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,21 @@ def embed_task(
     embedding = TaskEmbedding(mean_z, task.name, spec["model"], n_prompts, n_shots, seed)
     store.put(embedding._artifact(spec))
     return embedding
+
+
+def embedded(
+    tasks: Iterable[Task], model: Model, given: Mapping[str, TaskEmbedding] | None = None, **options: Any
+) -> dict[str, TaskEmbedding]:
+    """Each task's embedding by its name: the given one, or else `embed_task` of it with `options`.
+
+    Raises:
+        SitelensError: as `embed_task`, and if a given one comes from another model.
+    """
+    known = given or {}
+    found = {task.name: known.get(task.name) or embed_task(task, model, **options) for task in tasks}
+    for embedding in found.values():
+        embedding.check_fits(model)
+    return found
 
 
 def embedding_prompts(task: Task, tokenizer: Any, n_prompts: int, n_shots: int, seed: int) -> list[Prompt]:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.tasks import Example, Task, check_template
+
+Role = Literal["template", "demonstration input", "demonstration answer", "query"]
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,38 @@ def few_shot_prompt(template: str, demonstrations: Sequence[Example], query: Exa
             raise SitelensError("the template 'chat' needs a tokenizer with a chat template; this model's has none")
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return Prompt(text, query.answers, special_tokens=False)
+    parts = prompt_parts(template, demonstrations, query)
+    head = template.split("{output}")[0]
+    answers = tuple(_answer(text, spaced=head.endswith(" ")) for text in query.answers)
+    return Prompt("".join(text for _, text in parts), answers)
+
+
+def prompt_parts(template: str, demonstrations: Sequence[Example], query: Example) -> list[tuple[Role, str]]:
+    """The pieces of a few-shot prompt in their order, and what each is; joined they are the prompt's text.
+
+    Raises:
+        SitelensError: for a template that cannot be used ("chat" has no pieces: its tokenizer writes it).
+    """
+    if template == "chat":
+        raise SitelensError("a chat template's prompts are written by the tokenizer and cannot be taken apart")
     check_template(template)
     head, tail = template.split("{output}")
-    spaced = head.endswith(" ")
-    head = head.removesuffix(" ")
+    before, behind = head.removesuffix(" ").split("{input}")
+    parts: list[tuple[Role, str]] = []
+    for shown in demonstrations:
+        answer = _answer(shown.output, spaced=head.endswith(" "))
+        parts.append(("template", before))
+        parts.append(("demonstration input", shown.input))
+        parts.append(("template", behind))
+        parts.append(("demonstration answer", answer))
+        parts.append(("template", tail))
+    asked: list[tuple[Role, str]] = [("template", before), ("query", query.input), ("template", behind)]
+    return parts + asked
 
-    def answer(text: str) -> str:
-        return " " + text if spaced and not (text.isascii() and text.isdigit()) else text
 
-    shown = "".join(head.replace("{input}", d.input) + answer(d.output) + tail for d in demonstrations)
-    return Prompt(shown + head.replace("{input}", query.input), tuple(map(answer, query.answers)))
+def _answer(text: str, spaced: bool) -> str:
+    """An answer as it continues a prompt: after a space, but for one of digits only."""
+    return " " + text if spaced and not (text.isascii() and text.isdigit()) else text
 
 
 def draw_demonstrations(task: Task, n_shots: int, query: Example | None, *key: object) -> list[Example]:

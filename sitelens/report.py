@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sitelens import __version__, figures
+from sitelens import figures
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning
-from sitelens.embedding import TaskEmbedding, embed_task
+from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.evaluation import echo, evaluate
-from sitelens.models import DEFAULT_MODEL, Model, fingerprint, head_shape, load_model, resolve_model
+from sitelens.models import DEFAULT_MODEL, Model, head_shape, load_model, resolve_model
+from sitelens.provenance import provenance
 from sitelens.summary import ECHO, summarize
 from sitelens.tasks import Task, load_tasks
 from sitelens.training import TrainResult, train_selections
 
-RECORDED = ("torch", "transformers", "transformer-lens", "numpy", "pandas", "plotly", "safetensors", "gguf")
 RANDOM = "random"
 SOFT_HARD_GAP = 0.05  # a soft minus hard accuracy above this is worth a warning
 
@@ -168,18 +166,14 @@ class RunReport:
             task.name: {"source": task.source, "digest": task.digest, "test": len(task.test), "note": task.note}
             for task in self.tasks
         }
-        model = {"name": self.config.model, "fingerprint": fingerprint(self.model), "heads": head_shape(self.model)[:2]}
-        versions = {name: metadata.version(name) for name in RECORDED}
+        command = f"sitelens run {' '.join(self.config.tasks)} --model {self.config.model}"
         return {
-            "made_by": f"sitelens run {' '.join(self.config.tasks)} --model {self.config.model}",
+            **provenance(command, self.model, self.config.model),
             "config": asdict(self.config),
-            "model": model,
             "tasks": sources,
             "selections": selections,
             "results": rows,
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
-            "versions": versions | {"sitelens": __version__},
-            "python": platform.python_version(),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "files": [path.name for path in files],
         }
@@ -202,12 +196,8 @@ def run(config: RunConfig, model: Model | str | None = None, **options: Any) -> 
     if config.k is not None and config.k > layers * heads:
         raise SitelensError(f"k must be at most {layers * heads}, the heads of {config.model}, got {config.k}")
     clock.stop("model")
-    embeddings = {
-        task.name: embed_task(
-            task, model, n_prompts=config.n_prompts, n_shots=config.n_shots, seed=config.seed, **options
-        )
-        for task in tasks
-    }
+    measured = {"n_prompts": config.n_prompts, "n_shots": config.n_shots, "seed": config.seed}
+    embeddings = embedded(tasks, model, **measured, **options)
     clock.stop("embeddings")
     seed = config.train.seed
     trained = train_selections(tasks, model, embeddings=embeddings, seeds=(seed,), config=config.train, **options)

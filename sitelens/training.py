@@ -12,7 +12,7 @@ import pandas as pd
 
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning, settings
-from sitelens.embedding import TaskEmbedding, embed_task
+from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.models import (
     Model,
     fingerprint,
@@ -93,8 +93,8 @@ def train_selections(
         raise SitelensError("give at least one task, and seeds that differ")
     options: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
     _check_splits(loaded)
-    known = embeddings or {}
-    members = [(task, known.get(task.name) or embed_task(task, model, **options)) for task in loaded]
+    vectors = embedded(loaded, model, embeddings, **options)
+    members = [(task, vectors[task.name]) for task in loaded]
     groups = [tuple(members)] if shared else [(member,) for member in members]
     jobs = [TrainJob(group, replace(config, seed=seed)) for group in groups for seed in seeds]
     results = train_jobs(jobs, model, **options)

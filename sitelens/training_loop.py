@@ -281,9 +281,7 @@ def _windows(
     return [*windows, (start, len(prompt))]
 
 
-def _initial_logits(
-    runs: Sequence[Run], shape: tuple[int, ...], dtype: torch.dtype
-) -> Float[Tensor, "run layer head"]:
+def _initial_logits(runs: Sequence[Run], shape: tuple[int, ...], dtype: torch.dtype) -> Float[Tensor, "run layer head"]:
     alphas = torch.empty(len(runs), *shape, dtype=dtype)
     for alpha, run in zip(alphas, runs, strict=True):
         if run.init == "random":

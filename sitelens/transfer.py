@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy.cluster.hierarchy import leaves_list, linkage
@@ -15,12 +16,13 @@ from scipy.spatial.distance import squareform
 from sitelens import figures
 from sitelens.conditions import Condition, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError
-from sitelens.embedding import embed_task
-from sitelens.evaluation import evaluate
+from sitelens.defaults import SitelensError, tracked
+from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.models import Model, model_name, resolve_model
+from sitelens.scoring import score_conditions
+from sitelens.selection import HeadSelection
 from sitelens.store import Artifact
-from sitelens.tasks import Task, load_tasks
+from sitelens.tasks import Task, list_tasks, load_tasks
 from sitelens.training import train_selections
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class TransferMatrix:
 
     frame: shares; zero_shot: each target's accuracy without a patch; n: its test items.
     swap: what comes from the source: "heads" (alpha), "embedding", or "both". metric, model: as evaluated.
+    groups: each task's kind, for figures.
     """
 
     frame: pd.DataFrame
@@ -44,6 +47,7 @@ class TransferMatrix:
     swap: Swap
     metric: str
     model: str
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def own(self) -> pd.Series:
@@ -56,16 +60,19 @@ class TransferMatrix:
         return self.frame.sub(self.zero_shot, axis=1).div(gain.where(gain >= SMALLEST_GAIN), axis=1)
 
     def clustered(self) -> TransferMatrix:
-        """Rows and columns in one order in which similar tasks stand together.
+        """Rows and columns in one order in which similar tasks stand together: the leaves of `tree()`."""
+        names = [self.frame.columns[i] for i in leaves_list(self.tree())]
+        return replace(self, frame=self.frame.loc[names, names], zero_shot=self.zero_shot[names], n=self.n[names])
 
-        Average linkage on 1 - the mean of both directions' normalised transfer (0 where it is not known).
+    def tree(self) -> np.ndarray:
+        """A scipy linkage of the tasks: average linkage on 1 - the mean of both directions' normalised transfer.
+
+        Transfer that is not known, because the target's own gain is under 5 points, counts as none.
         """
         share = self.normalized().fillna(0).clip(0, 1).to_numpy()
         distance = 1 - (share + share.T) / 2
-        distance[range(len(distance)), range(len(distance))] = 0
-        names = [self.frame.columns[i] for i in leaves_list(linkage(squareform(distance), "average"))]
-        frame = self.frame.loc[names, names]
-        return TransferMatrix(frame, self.zero_shot[names], self.n[names], self.swap, self.metric, self.model)
+        np.fill_diagonal(distance, 0)
+        return linkage(squareform(distance), "average")
 
     def long(self) -> pd.DataFrame:
         """One row a cell: source, target, accuracy, zero_shot, own, n."""
@@ -73,10 +80,26 @@ class TransferMatrix:
         facts = {"zero_shot": self.zero_shot, "own": self.own, "n": self.n}
         return rows.assign(**{name: rows["target"].map(values) for name, values in facts.items()})
 
-    def heatmap(self, title: str | None = None) -> go.Figure:
-        """Sources by targets, colours fixed to [0, 1], the numbers in the hover."""
-        title = f"Transfer of {self.swap}, {self.model}" if title is None else title
-        return figures.transfer_heatmap(self.frame, title, f"{self.metric.replace('_', ' ')} accuracy")
+    def heatmap(self, title: str | None = None, *, order: Literal["clustered", "given"] = "clustered") -> go.Figure:
+        """Sources by targets, colours fixed to [0, 1], kinds of tasks at the side, the numbers in the hover.
+
+        Clustered, with the dendrogram above; or in the order given.
+        """
+        title = f"Transfer of {self.swap}: {self.model}" if title is None else title
+        shown = self.clustered() if order == "clustered" else self
+        flat = shown.frame * 0
+        hover = {
+            "share of the own gain": shown.normalized(),
+            "zero-shot": flat + shown.zero_shot,
+            "own heads": flat + shown.own,
+        }
+        known = [name for name in shown.frame.columns if name in self.groups]
+        axes = {"heads": "Source of the heads", "embedding": "Source of the embedding"}
+        return figures.transfer_heatmap(
+            shown.frame, title, f"{self.metric.replace('_', ' ')} accuracy", groups=self.groups if known else None,
+            tree=self.tree() if order == "clustered" else None, hover=hover,
+            axes=(axes.get(self.swap, "Source of heads and embedding"), "Target task"),
+        )  # fmt: skip
 
     def save(self, path: str | Path) -> Path:
         """Write to a safetensors file with its metadata."""
@@ -85,7 +108,9 @@ class TransferMatrix:
             "zero_shot": torch.tensor(self.zero_shot.to_numpy(float)),
             "n": torch.tensor(self.n.to_numpy()),
         }
-        meta = {"tasks": list(self.frame.columns), "swap": self.swap, "metric": self.metric, "model": self.model}
+        meta = {"tasks": list(self.frame.columns)} | {
+            name: getattr(self, name) for name in ("swap", "metric", "model", "groups")
+        }
         return Artifact("transfer", {}, tensors, meta).save(path)
 
     @staticmethod
@@ -114,17 +139,21 @@ def transfer_matrix(
     n_shots: int = 10,
     config: TrainConfig | None = None,
     seed: int = 0,
+    embeddings: Mapping[str, TaskEmbedding] | None = None,
+    selections: Mapping[str, HeadSelection] | None = None,
     memory_budget: int | str | None = None,
     progress: bool | None = None,
 ) -> TransferMatrix:
     """Every task's heads (or embedding, or both) on every task. Missing embeddings and selections are made first.
 
     "heads" keeps the target's embedding and takes the source's alpha (paper: inter-task patching), "embedding" the
-    other way round. All sources of a target share its prefixes. `seed` decides prompts and items, `config.seed`
-    the training.
+    other way round. All sources of a target share its prefixes, and a finished target is kept in the cache. `seed`
+    decides prompts and items, `config.seed` the training. `embeddings` and `selections` stand in for those that
+    would be made, by task name.
 
     Raises:
-        SitelensError: for fewer than two tasks, an unknown swap, and as the functions it calls.
+        SitelensError: for fewer than two tasks, an unknown swap, an artifact of another model, and as the functions
+            it calls.
     """
     if swap not in get_args(Swap):
         raise SitelensError(f"unknown swap {swap!r}; one of {', '.join(get_args(Swap))}")
@@ -132,28 +161,33 @@ def transfer_matrix(
     if len(loaded) < 2:
         raise SitelensError(f"a transfer matrix needs at least two tasks, got {len(loaded)}")
     shared: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
-    vectors = {
-        task.name: embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=seed, **shared) for task in loaded
-    }
-    runs = train_selections(loaded, model, embeddings=vectors, seeds=(config.seed,), config=config, **shared)
-    alphas = {task.name: runs[task.name, config.seed].selection for task in loaded}
-    names = list(alphas)
+    settled = embedded(loaded, model, embeddings, n_prompts=n_prompts, n_shots=n_shots, seed=seed, **shared)
+    alphas = dict(selections or {})
+    missing = [task for task in loaded if task.name not in alphas]
+    if missing:
+        runs = train_selections(missing, model, embeddings=settled, seeds=(config.seed,), config=config, **shared)
+        alphas |= {task.name: runs[task.name, config.seed].selection for task in missing}
+    names = [task.name for task in loaded]
+    for name in names:
+        alphas[name].check_fits(model)
     options: dict[str, Any] = {"split": split, "n_items": n_items, "metrics": (metric,), "seed": seed}
     columns: dict[str, pd.Series] = {}
     zero_shot: dict[str, float] = {}
     n: dict[str, int] = {}
-    for target in loaded:
+    for target in tracked(loaded, f"transfer of {swap}", progress=progress):
         conditions: dict[str, Condition] = {
             f"from {source}": PatchHeads(
                 alphas[source if swap != "embedding" else target.name],
-                vectors[source if swap != "heads" else target.name],
+                settled[source if swap != "heads" else target.name],
                 config.mixing,
             )
             for source in names
         }
-        scores = evaluate(target, conditions | {"zero-shot": ZeroShot()}, model, **options, **shared)
+        scores = score_conditions(target, conditions | {"zero-shot": ZeroShot()}, model, **options, **shared)
         means = scores.groupby("condition")["score"].mean()
         columns[target.name] = means[[f"from {source}" for source in names]].set_axis(names)
         zero_shot[target.name], n[target.name] = float(means["zero-shot"]), int(scores["item"].nunique())
+    kinds = list_tasks().set_index("name")["kind"]
+    groups = {name: str(kinds[name]) for name in names if name in kinds.index}
     frame = pd.DataFrame(columns)
-    return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, model_name(model))
+    return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, model_name(model), groups)

@@ -503,7 +503,7 @@ def test_a_condition_that_cannot_be_saved_says_so(tmp_path: Path) -> None:
             return []
 
     try:
-        with pytest.raises(sl.SitelensError, match="Odd cannot be saved: it must define _state"):
+        with pytest.raises(sl.SitelensError, match="Odd cannot be saved: it must define state"):
             Odd(object()).save(tmp_path / "own.safetensors")
     finally:
         del Condition.kinds["Odd"]

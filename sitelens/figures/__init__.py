@@ -1,0 +1,30 @@
+"""Figures: arrays and DataFrames in, Plotly figures out, fit for a paper. Imports nothing of ours but the error."""
+
+from sitelens.figures.charts import dots as dots
+from sitelens.figures.charts import histogram as histogram
+from sitelens.figures.charts import lines as lines
+from sitelens.figures.maps import alpha_heatmap as alpha_heatmap
+from sitelens.figures.maps import head_heatmap as head_heatmap
+from sitelens.figures.maps import transfer_heatmap as transfer_heatmap
+from sitelens.figures.studies import alpha_distribution as alpha_distribution
+from sitelens.figures.studies import attention_example as attention_example
+from sitelens.figures.studies import attention_roles as attention_roles
+from sitelens.figures.studies import checkpoints as checkpoints
+from sitelens.figures.studies import costs as costs
+from sitelens.figures.studies import head_counts as head_counts
+from sitelens.figures.studies import head_overlap as head_overlap
+from sitelens.figures.studies import initialisation_distances as initialisation_distances
+from sitelens.figures.studies import initialisations as initialisations
+from sitelens.figures.studies import loss_path as loss_path
+from sitelens.figures.studies import mixing as mixing
+from sitelens.figures.studies import prompt_counts as prompt_counts
+from sitelens.figures.studies import random_heads as random_heads
+from sitelens.figures.studies import seed_variance as seed_variance
+from sitelens.figures.studies import shared_attention as shared_attention
+from sitelens.figures.studies import similarity_against_transfer as similarity_against_transfer
+from sitelens.figures.studies import soft_hard as soft_hard
+from sitelens.figures.studies import task_agnostic as task_agnostic
+from sitelens.figures.studies import training_curves as training_curves
+from sitelens.figures.style import DOUBLE as DOUBLE
+from sitelens.figures.style import SINGLE as SINGLE
+from sitelens.figures.style import save as save

@@ -1,0 +1,141 @@
+"""Heatmaps: alpha by layer and head, transfer and similarity between tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from scipy.cluster.hierarchy import dendrogram
+
+from sitelens.figures.style import COLOURS, DIVERGING, DOUBLE, SEQUENTIAL, colourbar, styled
+
+CELL = 12  # pixels of a cell in a map of heads
+TREE = 60  # pixels of a dendrogram
+LETTER = 5.6  # pixels of a letter of the usual size, for labels
+
+
+def alpha_heatmap(alpha: np.ndarray, title: str = "") -> go.Figure:
+    """Head selection as layer (up) by head (across), the colour scale fixed to [0, 1].
+
+    alpha: `[layer head]`. The hover shows layer, head and alpha.
+    """
+    return head_heatmap(alpha, title, "alpha", 0, 1)
+
+
+def head_heatmap(
+    values: np.ndarray, title: str = "", label: str = "", low: float | None = None, high: float | None = None
+) -> go.Figure:
+    """Any number of every head as layer (up) by head (across).
+
+    values: `[layer head]`. Without limits the colours span the values, symmetric about 0 where some are negative.
+    """
+    layers, heads = values.shape
+    diverging = low is None and float(values.min()) < 0
+    if diverging:
+        high = float(np.abs(values).max())
+        low = -high
+    heatmap = go.Heatmap(
+        z=values, zmin=low, zmax=high, colorscale=DIVERGING if diverging else SEQUENTIAL, xgap=0.5, ygap=0.5,
+        colorbar=colourbar(label, **({"tickvals": [0, 0.25, 0.5, 0.75, 1]} if (low, high) == (0, 1) else {})),
+        hovertemplate=f"layer %{{y}}<br>head %{{x}}<br>{label or 'value'} %{{z:.3f}}<extra></extra>",
+    )  # fmt: skip
+    figure = go.Figure(heatmap)
+    figure.update_xaxes(title="Head", **_ticks(heads))
+    figure.update_yaxes(title="Layer", **_ticks(layers))
+    cell = min(CELL, (DOUBLE - 130) / max(layers, heads))
+    lines = title.count("<br>") + 1 if title else 0
+    return styled(figure, title, max(heads * cell + 130, 250), layers * cell + 70 + 17 * lines)
+
+
+def transfer_heatmap(
+    values: pd.DataFrame,
+    title: str = "",
+    label: str = "accuracy",
+    *,
+    groups: Mapping[str, str] | None = None,
+    tree: np.ndarray | None = None,
+    hover: Mapping[str, pd.DataFrame] | None = None,
+    limits: tuple[float, float] = (0, 1),
+    axes: tuple[str, str] = ("Source of the heads", "Target task"),
+    between: str = "on",
+) -> go.Figure:
+    """Sources (down) by targets (across), the colour scale fixed; the numbers stand in the hover.
+
+    values: index the source tasks, columns the target tasks. groups: a kind for each task, shown by the colour of a
+    strip at the left. tree: a scipy linkage of the tasks in the order given, drawn above. hover: further frames of
+    the same shape. limits: of the colours; where they are below 0 the scale diverges. axes: their titles, down and
+    across. between: what stands between the two tasks in the hover.
+    """
+    sources, targets = [str(name) for name in values.index], [str(name) for name in values.columns]
+    n, longest = len(targets), max(len(name) for name in (*sources, *targets))
+    font = 11 if n <= 24 else 9 if n <= 40 else 7.5
+    labels = longest * LETTER * font / 11
+    cell = min(24, max(8, (DOUBLE - labels - 120) / n))
+    strip = 10 if groups else 0
+    details = {name: frame.to_numpy() for name, frame in (hover or {}).items()}
+    extra = "".join(f"<br>{name} %{{customdata[{i}]:.3f}}" for i, name in enumerate(details))
+    width, height = n * cell, len(sources) * cell
+    figure = make_subplots(
+        rows=2, cols=2, shared_xaxes=True, shared_yaxes=True, horizontal_spacing=3 / (width + strip + 3),
+        vertical_spacing=4 / (height + TREE + 4), column_widths=[max(strip, 1), width],
+        row_heights=[TREE if tree is not None else 1, height],
+    )  # fmt: skip
+    heatmap = go.Heatmap(
+        z=values.to_numpy(float), zmin=limits[0], zmax=limits[1], xgap=0.5, ygap=0.5,
+        colorscale=DIVERGING if limits[0] < 0 else SEQUENTIAL, colorbar=colourbar(label, len=0.8, y=0.4),
+        x=list(range(n)), y=list(range(len(sources))),
+        customdata=np.stack(list(details.values()), -1) if details else None,
+        text=[[f"{source}<br>{between} {target}" for target in targets] for source in sources],
+        hovertemplate=f"%{{text}}<br>{label} %{{z:.3f}}{extra}<extra></extra>",
+    )  # fmt: skip
+    figure.add_trace(heatmap, 2, 2)
+    if tree is not None:
+        for line in _tree_lines(tree):
+            figure.add_trace(line, 1, 2)
+    kinds = list(dict.fromkeys((groups or {}).get(name, "other") for name in sources)) if groups else []
+    for i, kind in enumerate(kinds):
+        places = [place for place, name in enumerate(sources) if (groups or {}).get(name, "other") == kind]
+        figure.add_trace(go.Bar(
+            y=places, x=[1] * len(places), width=1, orientation="h", name=kind, marker_color=COLOURS[i % len(COLOURS)],
+            hovertemplate="%{customdata}<extra>" + kind + "</extra>", customdata=[sources[p] for p in places],
+        ), 2, 1)  # fmt: skip
+    for row, column in ((1, 1), (1, 2), (2, 1)):
+        figure.update_xaxes(visible=False, row=row, col=column)
+        figure.update_yaxes(visible=False, row=row, col=column)
+    names: dict[str, Any] = {"showgrid": False, "ticks": "", "showline": False, "tickfont": {"size": font}}
+    figure.update_xaxes(title=axes[1], tickvals=list(range(n)), ticktext=targets, tickangle=-90 if n > 24 else -45,
+                        range=[-0.5, n - 0.5], **names, row=2, col=2)  # fmt: skip
+    side: dict[str, Any] = {
+        "title": axes[0], "tickvals": list(range(len(sources))), "ticktext": sources, "visible": True,
+        "range": [len(sources) - 0.5, -0.5], **names,
+    }  # fmt: skip
+    figure.update_yaxes(range=[len(sources) - 0.5, -0.5], row=2, col=2, visible=False)
+    figure.update_yaxes(**side, row=2, col=1)
+    figure.update_xaxes(range=[0, 1], row=2, col=1)
+    below = labels * (1 if n > 24 else 0.75) + 30
+    margin = {"l": labels + 34, "r": 72, "t": (12 + 17 * (title.count("<br>") + 1)) if title else 10,
+              "b": below + 22 * bool(kinds)}  # fmt: skip
+    return styled(
+        figure, title, margin["l"] + strip + 3 + width + margin["r"],
+        margin["t"] + (TREE if tree is not None else 1) + height + margin["b"], margin=margin, bargap=0,
+    )  # fmt: skip
+
+
+def _tree_lines(tree: np.ndarray) -> list[go.Scatter]:
+    """A dendrogram above the columns; scipy puts leaf i at 10 i + 5."""
+    drawn = dendrogram(tree, no_plot=True)
+    return [
+        go.Scatter(x=[(x - 5) / 10 for x in xs], y=ys, mode="lines", line={"color": "#666", "width": 1},
+                   hoverinfo="skip", showlegend=False)
+        for xs, ys in zip(drawn["icoord"], drawn["dcoord"], strict=True)
+    ]  # fmt: skip
+
+
+def _ticks(count: int) -> dict[str, Any]:
+    """Whole numbers only, few enough to be read."""
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if count / step <= 16 or step == 100)
+    return {"tickvals": list(range(0, count, step)), "range": [-0.5, count - 0.5], "showgrid": False}

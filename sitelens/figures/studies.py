@@ -1,0 +1,185 @@
+"""A figure for each study: it has the study's name and takes the frame that the study returns."""
+
+from __future__ import annotations
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from sitelens.figures.charts import dots, histogram, lines
+from sitelens.figures.style import COLOURS, SINGLE, colourbar, styled
+
+ACCURACY = "First-token accuracy"
+LOSS = "Cross-entropy (nats)"
+
+
+def soft_hard(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Accuracy of hard selections over the threshold, and of the soft one (dashed)."""
+    hard = frame[["task", "threshold", "mean", "low", "high"]].assign(selection="hard")
+    soft = frame[["task", "threshold", "soft"]].rename(columns={"soft": "mean"}).assign(selection="soft")
+    labels = {"threshold": "Threshold on alpha", "mean": ACCURACY}
+    return lines(pd.concat([hard, soft]), "threshold", colour="selection", dash="selection", facet="task",
+                 labels=labels, title=title)  # fmt: skip
+
+
+def random_heads(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Accuracy over the number of heads: the mean of the random draws with their whole range, and high-alpha heads."""
+    ranged = frame.groupby(["task", "heads", "k"], sort=False)["mean"].agg(["mean", "min", "max"]).reset_index()
+    ranged = ranged.rename(columns={"min": "low", "max": "high"})
+    draws = frame.groupby("heads")["draw"].nunique().max()
+    named = {"random": f"random (mean and range of {draws} draws)", "high-alpha": "high-alpha"}
+    labels = {"k": "Heads patched", "mean": ACCURACY}
+    return lines(ranged.assign(heads=ranged["heads"].map(named)), "k", colour="heads", facet="task", labels=labels,
+                 title=title)  # fmt: skip
+
+
+def head_counts(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Accuracy over the number of heads added or removed, from the highest alpha down and from the lowest up."""
+    named = frame.assign(order=frame["order"] + " first")
+    labels = {"k": "Heads added, or removed", "mean": ACCURACY}
+    return lines(named, "k", colour="order", dash="change", facet="task", labels=labels, title=title, markers=False)
+
+
+def task_agnostic(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Accuracy of each task under its own, the shared and the mean alpha, beside prompting."""
+    return dots(frame, labels={"mean": ACCURACY}, title=title)
+
+
+def mixing(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Accuracy under convex and additive mixing, soft and hard."""
+    kind = frame["mixing"] + frame["hard"].map({True: ", hard", False: ", soft"})
+    return dots(frame.assign(kind=kind), colour="kind", labels={"mean": ACCURACY}, title=title)
+
+
+def prompt_counts(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Accuracy of SITE over the number of prompts, a line for each number of shots."""
+    named = frame.assign(shots=[f"{n} {'shot' if n == 1 else 'shots'}" for n in frame["n_shots"]])
+    labels = {"n_prompts": "Prompts averaged over (M)", "mean": ACCURACY}
+    return lines(named, "n_prompts", colour="shots", facet="task", labels=labels, title=title, log_x=True)
+
+
+def seed_variance(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Accuracy under every prompt and training seed, a dot a run."""
+    plain = frame.drop(columns=["low", "high"]).assign(seed="prompt seed " + frame["prompt_seed"].astype(str))
+    return dots(plain, colour="seed", labels={"mean": f"{ACCURACY} (a dot for each training seed)"}, title=title)
+
+
+def initialisations(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Accuracy after training from each initialisation, a dot a seed."""
+    return dots(frame.assign(init="alpha starts at " + frame["init"]), colour="init",
+                labels={"mean": f"{ACCURACY} (a dot for each seed)"}, title=title)  # fmt: skip
+
+
+def initialisation_distances(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Mean absolute distance of the alphas found, for pairs of runs that share the init, the seed, or neither."""
+    plain = frame.assign(pair=frame["pair"])
+    return dots(plain, "distance", colour="pair", share=False, labels={"distance": "Mean |difference| of alpha"},
+                title=title)  # fmt: skip
+
+
+def loss_path(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Cross-entropy along the straight line between two alphas."""
+    labels = {"position": "Position between the two alphas", "loss": LOSS}
+    return lines(frame.drop(columns=["low", "high"]), "position", "loss",
+                 colour="path" if "path" in frame else None, labels=labels, title=title, share=False)  # fmt: skip
+
+
+def checkpoints(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Accuracy of the best and of the last checkpoint."""
+    return dots(frame, colour="checkpoint", labels={"mean": ACCURACY}, title=title)
+
+
+def alpha_distribution(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Histograms of alpha by task, lines over training, or the share of heads that are on in each layer."""
+    if "layer" in frame:
+        labels = {"layer": "Layer", "on": "Share of heads with alpha > 0.5"}
+        return lines(frame, "layer", "on", facet="task", labels=labels, title=title)
+    if "step" in frame:
+        named = frame.assign(step="step " + frame["step"].astype(str))
+        labels = {"alpha": "alpha", "share": "Share of heads"}
+        return lines(named, "alpha", "share", colour="step", facet="task", labels=labels, title=title, share=False,
+                     markers=False)  # fmt: skip
+    return histogram(frame, "alpha", "share", facet="task", labels={"share": "Share of heads"}, title=title)
+
+
+def training_curves(histories: pd.DataFrame, title: str = "") -> go.Figure:
+    """Validation loss over training: frames of `TrainResult.history` with a column `task`."""
+    measured = histories.dropna(subset="valid_loss")
+    labels = {"step": "Step", "valid_loss": f"Validation {LOSS.lower()}"}
+    return lines(measured, "step", "valid_loss", colour="task", labels=labels, title=title, share=False)
+
+
+def costs(frame: pd.DataFrame, quantity: str = "seconds", title: str = "") -> go.Figure:
+    """Seconds, or tokens, over the number of prompts answered; both axes logarithmic."""
+    names = {"seconds": "Seconds", "tokens": "Tokens through the model"}
+    labels = {"prompts": "Prompts answered", quantity: names[quantity]}
+    return lines(frame, "prompts", quantity, colour="method", labels=labels, title=title, share=False, log_x=True,
+                 log_y=True)  # fmt: skip
+
+
+def head_overlap(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """AUC of each known kind of head for the selected ones; 0.5 is chance."""
+    return dots(frame, "auc", colour="kind", labels={"auc": "AUC for alpha > 0.5"}, title=title, reference=0.5)
+
+
+def shared_attention(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """How differently heads attend on the two tasks' prompts, by whether one or both tasks select them."""
+    heads = frame.drop_duplicates(["task_a", "task_b", "layer", "head"])
+    pairs = heads["task_a"] + ", " + heads["task_b"]
+    group = heads["group"].replace({"only a": "one", "only b": "one"})
+    means = heads.assign(task=pairs, group=group).groupby(["task", "group"], sort=False)["distance"]
+    summary = means.agg(["mean", "sem"]).reset_index()
+    summary = summary.assign(low=summary["mean"] - 1.96 * summary["sem"], high=summary["mean"] + 1.96 * summary["sem"])
+    ordered = summary.assign(place=summary["group"].map({"both": 0, "one": 1, "neither": 2}))
+    ordered = ordered.sort_values("place", kind="stable").assign(group=lambda f: "selected by " + f["group"])
+    return dots(ordered, colour="group", share=False, title=title,
+                labels={"mean": "Total variation between attention on the two tasks' prompts"})  # fmt: skip
+
+
+def attention_roles(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """On what heads attend, as stacked shares; the frame of `sl.heads.attention_roles`."""
+    heads = frame["layer"].astype(str) + "." + frame["head"].astype(str)
+    figure = go.Figure()
+    names = list(dict.fromkeys(heads))
+    for colour, role in zip(COLOURS, dict.fromkeys(frame["role"]), strict=False):
+        part = frame["role"] == role
+        figure.add_trace(go.Bar(
+            x=frame.loc[part, "share"], y=heads[part], name=role, orientation="h", marker_color=colour,
+            hovertemplate=f"head %{{y}}<br>{role} %{{x:.3f}}<extra></extra>",
+        ))  # fmt: skip
+    figure.update_xaxes(title="Share of the last token's attention", range=[0, 1])
+    figure.update_yaxes(title="Head (layer.head)", type="category", autorange="reversed")
+    margin = {"l": 60, "r": 14, "t": 32 if title else 12, "b": 86}
+    height = 18 * len(names) + margin["t"] + margin["b"]
+    return styled(figure, title, SINGLE + 90, height, barmode="stack", margin=margin)
+
+
+def attention_example(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """One prompt's tokens, and how much each head attends to them; the frame of `sl.heads.attention_example`."""
+    heads = [name for name in frame.columns if name not in ("position", "token", "role")]
+    texts = [repr(token)[1:-1] for token in frame["token"]]
+    figure = go.Figure(go.Heatmap(
+        z=frame[heads].to_numpy().T, x=frame["position"], y=heads, zmin=0, zmax=1, colorscale="Viridis",
+        customdata=[[f"{t} ({r})" for t, r in zip(texts, frame["role"], strict=True)]] * len(heads),
+        hovertemplate="head %{y}<br>%{customdata}<br>attention %{z:.3f}<extra></extra>",
+        colorbar=colourbar("attention", tickvals=[0, 0.5, 1]), xgap=0.5, ygap=0.5,
+    ))  # fmt: skip
+    figure.update_xaxes(tickvals=frame["position"], ticktext=texts, tickangle=-90, tickfont={"size": 9},
+                        title="Token", showgrid=False)  # fmt: skip
+    figure.update_yaxes(title="Head", type="category", autorange="reversed", showgrid=False)
+    margin = {"l": 52, "r": 70, "t": 32 if title else 12, "b": 96}
+    height = max(80, 16 * len(heads)) + margin["t"] + margin["b"]
+    return styled(figure, title, max(SINGLE, 11 * len(frame) + 130), height, margin=margin)
+
+
+def similarity_against_transfer(similarity: pd.DataFrame, transfer: pd.DataFrame, title: str = "") -> go.Figure:
+    """Every pair of tasks off the diagonal: similarity of heads across, normalised transfer up."""
+    names = list(transfer.index)
+    cells = [(a, b) for a in names for b in names if a != b]
+    figure = go.Figure(go.Scatter(
+        x=[similarity.loc[cell] for cell in cells], y=[transfer.loc[cell] for cell in cells], mode="markers",
+        marker={"color": COLOURS[0], "size": 5, "opacity": 0.6}, text=[f"{a}<br>on {b}" for a, b in cells],
+        hovertemplate="%{text}<br>similarity %{x:.3f}<br>share of the own gain %{y:.3f}<extra></extra>",
+    ))  # fmt: skip
+    figure.update_xaxes(title="Similarity of alpha (Pearson r)")
+    figure.update_yaxes(title="Transfer (share of the own gain)")
+    return styled(figure, title, SINGLE, 270)

@@ -1,0 +1,183 @@
+"""The figures of `figures/`: each made by a study on the default model, its data and its origin beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from sitelens import figures, studies
+from sitelens.defaults import SitelensError
+from sitelens.models import DEFAULT_MODEL, Model, load_model
+from sitelens.provenance import provenance
+from sitelens.similarity import head_similarity, similarity_predicts_transfer
+from sitelens.studies import Options
+from sitelens.training import train_selections
+from sitelens.transfer import TransferMatrix, transfer_matrix
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+FOUR = ("antonym", "country-capital", "capitalize", "choose_first_of_3")
+TWO = FOUR[:2]
+SIXTEEN = (
+    *FOUR, "synonym", "present-past", "singular-plural", "english-french", "english-german", "english-spanish",
+    "landmark-country", "person-occupation", "person-sport", "lowercase_first_letter", "choose_last_of_3",
+    "concept_v_object_3",
+)  # fmt: skip
+FORMATS = ("html", "png", "svg")
+Made = tuple[pd.DataFrame, "go.Figure"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure: what it shows, on which tasks, and how it is made of them."""
+
+    caption: str
+    tasks: tuple[str, ...]
+    make: Callable[[Sequence[str], Model, Options], Made]
+
+
+def make_figures(
+    names: Iterable[str] | None = None,
+    folder: str | Path = "figures",
+    model: Model | str = DEFAULT_MODEL,
+    *,
+    tasks: Sequence[str] | None = None,
+    n_items: int = 100,
+    seed: int = 0,
+    formats: Sequence[str] = FORMATS,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> list[Path]:
+    """Make figures by name (default: all), each with NAME.csv and NAME.json beside it; returns what was written.
+
+    What was computed before is taken from the cache, so an interrupted call goes on where it stopped. `tasks` stand
+    in for each figure's own.
+
+    Raises:
+        SitelensError: for an unknown name, bad tasks, or a static format without Chrome.
+    """
+    chosen = list(PICTURES if names is None else names)
+    unknown = [name for name in chosen if name not in PICTURES]
+    if unknown:
+        raise SitelensError(f"unknown figure {unknown[0]!r}; there are: {', '.join(PICTURES)}")
+    loaded = load_model(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    options: Options = {"n_items": n_items, "seed": seed, "memory_budget": memory_budget, "progress": progress}
+    written: list[Path] = []
+    for name in chosen:
+        picture = PICTURES[name]
+        on = tuple(tasks or picture.tasks)
+        frame, figure = picture.make(on, loaded, options)
+        frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+        command = f"sitelens figures {name} --n-items {n_items} --seed {seed} --model {model}"
+        record = {
+            "figure": name, "caption": picture.caption, "tasks": on, "n_items": n_items, "seed": seed,
+            **provenance(command + (f" --tasks {' '.join(on)}" if tasks else ""), loaded, str(model)),
+        }  # fmt: skip
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        written += [folder / f"{name}.csv", folder / f"{name}.json"]
+        written += [figures.save(figure, folder / f"{name}.{ending}") for ending in formats]
+    return written
+
+
+def study(
+    caption: str,
+    function: Callable[..., pd.DataFrame],
+    draw: Callable[..., go.Figure],
+    tasks: tuple[str, ...] = FOUR,
+    **more: Any,
+) -> Picture:
+    """A picture of a study that takes tasks."""
+
+    def make(on: Sequence[str], model: Model, options: Options) -> Made:
+        frame = function(on, model, **more, **options)
+        return frame, draw(frame)
+
+    return Picture(caption, tasks, make)
+
+
+def _grid(on: Sequence[str], model: Model, options: Options) -> TransferMatrix:
+    n_items = min(50, options.get("n_items") or 50)
+    return transfer_matrix(on, model, n_items=n_items, seed=options.get("seed", 0), **_limits(options))
+
+
+def _transfer(on: Sequence[str], model: Model, options: Options) -> Made:
+    grid = _grid(on, model, options)
+    return grid.clustered().long(), grid.heatmap("")
+
+
+def _similarity(on: Sequence[str], model: Model, options: Options) -> Made:
+    similarity = head_similarity(on, model, **_limits(options))
+    return similarity.pairs, similarity.heatmap("pearson", "")
+
+
+def _similarity_summary(on: Sequence[str], model: Model, options: Options) -> Made:
+    similarity, grid = head_similarity(on, model, **_limits(options)), _grid(on, model, options)
+    found = similarity_predicts_transfer(similarity, grid)
+    frame = similarity.summary().merge(found, on="measure")
+    r, p = float(found["r"].iloc[0]), float(found["p"].iloc[0])
+    title = f"r = {r:.2f}, QAP p {'<' if p < 0.001 else '='} {max(p, 0.001):.3f}"
+    return frame, figures.similarity_against_transfer(similarity.frame(), grid.normalized(), title)
+
+
+def _loss_path(on: Sequence[str], model: Model, options: Options) -> Made:
+    frames = []
+    for task in on:
+        runs = studies.initialised([task], model, inits=(0.5, "random"), seeds=(0, 1), **options)
+        first, other, drawn = (runs[task, init, seed] for init, seed in ((0.5, 0), (0.5, 1), ("random", 0)))
+        for label, end in (("another seed", other), ("a random start", drawn)):
+            path = studies.loss_path(task, first[1].selection, end[1].selection, first[0], model, **options)
+            frames.append(path.assign(path=f"{task}, to {label}"))
+    frame = pd.concat(frames, ignore_index=True)
+    return frame, figures.loss_path(frame)
+
+
+def _curves(on: Sequence[str], model: Model, options: Options) -> Made:
+    runs = train_selections(on, model, **_limits(options))
+    frame = pd.concat([result.history.assign(task=name) for (name, _), result in runs.items()], ignore_index=True)
+    return frame, figures.training_curves(frame)
+
+
+def _costs(on: Sequence[str], model: Model, options: Options) -> Made:
+    frame = studies.costs(on[0], model, **options)
+    return frame, figures.costs(frame)
+
+
+def _limits(options: Options) -> dict[str, Any]:
+    return {name: options.get(name) for name in ("memory_budget", "progress")}
+
+
+PICTURES: dict[str, Picture] = {
+    "transfer": Picture("Heads of every task on every task.", SIXTEEN, _transfer),
+    "similarity": Picture("Similarity of alphas; a task with itself is under another seed.", SIXTEEN, _similarity),
+    "similarity-transfer": Picture("Whether similar heads transfer.", SIXTEEN, _similarity_summary),
+    "soft-hard": study("Hard selection over its threshold.", studies.soft_hard, figures.soft_hard),
+    "random-heads": study("Heads drawn at random.", studies.random_heads, figures.random_heads),
+    "head-counts": study("Heads added and removed by alpha.", studies.head_counts, figures.head_counts),
+    "task-agnostic": study("One alpha for all tasks.", studies.task_agnostic, figures.task_agnostic),
+    "mixing": study("Convex against additive mixing.", studies.mixing, figures.mixing),
+    "prompt-counts": study("Prompts and shots of the embedding.", studies.prompt_counts, figures.prompt_counts, TWO),
+    "seed-variance": study("Prompt seeds and training seeds.", studies.seed_variance, figures.seed_variance, TWO),
+    "initialisations": study("Where alpha starts.", studies.initialisations, figures.initialisations, TWO),
+    "initialisation-distances": study(
+        "Distances between the alphas found.", studies.initialisation_distances, figures.initialisation_distances, TWO
+    ),
+    "loss-path": Picture("Loss on the line between two alphas.", TWO, _loss_path),
+    "checkpoints": study("Best against last checkpoint.", studies.checkpoints, figures.checkpoints),
+    "alpha-histogram": study("Alpha after training.", studies.alpha_distribution, figures.alpha_distribution),
+    "alpha-layers": study(
+        "Selected heads by layer.", studies.alpha_distribution, figures.alpha_distribution, by="layer"
+    ),
+    "alpha-training": study("Alpha over training.", studies.alpha_distribution, figures.alpha_distribution, by="step"),
+    "training-curves": Picture("Validation loss over training.", FOUR, _curves),
+    "costs": Picture("Seconds over the number of prompts.", FOUR[:1], _costs),
+    "head-overlap": study("Known kinds of heads among the selected.", studies.head_overlap, figures.head_overlap),
+    "shared-attention": study("Attention of shared heads.", studies.shared_attention, figures.shared_attention),
+}

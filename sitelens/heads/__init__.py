@@ -1,0 +1,10 @@
+"""What a single head does: what it writes, what it attends to, and what it is known as."""
+
+from sitelens.heads.attention import ROLES as ROLES
+from sitelens.heads.attention import attention as attention
+from sitelens.heads.attention import attention_example as attention_example
+from sitelens.heads.attention import attention_roles as attention_roles
+from sitelens.heads.attention import induction_scores as induction_scores
+from sitelens.heads.effects import indirect_effects as indirect_effects
+from sitelens.heads.writing import head_attribution as head_attribution
+from sitelens.heads.writing import written_tokens as written_tokens

@@ -1,0 +1,89 @@
+"""Function-vector heads: the causal indirect effect of every head (Todd et al. 2024)."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from einops import rearrange
+
+from sitelens.defaults import settings, tracked
+from sitelens.embedding import TaskEmbedding
+from sitelens.forward import HeadEdit, LastToken, PrefixCache
+from sitelens.heads.common import per_head
+from sitelens.memory import MAX_ROWS, chunks, prefix_bytes, step_bytes
+from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
+from sitelens.prompts import draw_demonstrations, few_shot_prompt, tokenize
+from sitelens.tasks import Example, Task, load_task
+
+
+def indirect_effects(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    embedding: TaskEmbedding,
+    n_prompts: int = 25,
+    n_shots: int = 10,
+    seed: int = 0,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Causal indirect effect of every head (Todd et al. 2024): columns layer, head, effect, error.
+
+    Few-shot prompts of training items, whose answers are shuffled among the demonstrations, with validation items as
+    queries; one head's z at the last token is replaced by its task embedding; effect is the mean gain of the
+    probability of the answer's first token, error its standard error over prompts.
+
+    Raises:
+        SitelensError: as `embed_task`, or for an embedding of another model.
+    """
+    task, model = load_task(task), resolve_model(model)
+    embedding.check_fits(model)
+    tokenizer, budget = own_tokenizer(model), settings.budget(memory_budget)
+    prompts = []
+    for i in range(n_prompts):
+        query = task.valid[i % len(task.valid)]
+        shown = _shuffled(draw_demonstrations(task, n_shots, query, seed, "effects", i), f"{task.name}/{seed}/{i}")
+        prompts.append(few_shot_prompt(task.template, shown, query, tokenizer))
+    batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
+    layers, heads, _ = head_shape(model)
+    dtype, device = computing_dtype(model), model.cfg.device
+    one_each = torch.eye(layers * heads, dtype=dtype, device=device)
+    alphas = rearrange(one_each, "row (layer head) -> row layer head", layer=layers)
+    alphas = torch.cat([torch.zeros_like(alphas[:1]), alphas])  # the first row changes nothing
+    vectors = embedding.mean_z.to(device, dtype)
+    chance = torch.zeros(n_prompts, len(alphas), dtype=torch.float64)
+    share = budget // 3
+    bar = tracked(range(n_prompts), f"indirect effects {task.name}", progress=progress)
+    with torch.no_grad(), LastToken(model) as last_token:
+        for index in chunks(batch.lengths, functools.partial(prefix_bytes, model), share):
+            part = batch.rows(index)
+            prefix = PrefixCache.of(part, model, share)
+            for place, item in enumerate(index):
+                at_once = max(1, min(MAX_ROWS, share // step_bytes(model, part.lengths[place], gradient=False)))
+                for some in torch.arange(len(alphas)).split(at_once):
+                    rows = prefix.rows(torch.full((len(some),), place))
+                    edit = HeadEdit.mix(alphas[some], vectors.expand(len(some), -1, -1, -1))
+                    logits = last_token(rows, edit)
+                    chance[item, some] = logits.to(dtype).softmax(-1)[:, part.answer[place]].double().cpu()
+                next(bar, None)
+    next(bar, None)
+    gains = chance[:, 1:] - chance[:, :1]
+    error = gains.std(0) / n_prompts**0.5 if n_prompts > 1 else torch.full_like(gains[0], torch.nan)
+    return per_head(rearrange(gains.mean(0), "(layer head) -> layer head", head=heads), "effect").assign(
+        error=error.tolist()
+    )
+
+
+def _shuffled(demonstrations: Sequence[Example], key: str) -> list[Example]:
+    """The demonstrations with their answers permuted: none keeps its own, where a few attempts find such an order."""
+    rng = random.Random(f"sitelens/shuffled/{key}")
+    order = list(range(len(demonstrations)))
+    for _ in range(20):
+        rng.shuffle(order)
+        if all(shown.output != demonstrations[i].output for shown, i in zip(demonstrations, order, strict=True)):
+            break
+    return [Example(shown.input, demonstrations[i].output) for shown, i in zip(demonstrations, order, strict=True)]

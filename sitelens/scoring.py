@@ -1,0 +1,76 @@
+"""Scores kept on disk: `evaluate` for analyses that ask the same again, without the texts.
+
+Only conditions that sitelens itself defines are kept; what one of a user's own does may depend on more than its fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+
+from sitelens.conditions import Condition
+from sitelens.evaluation import COLUMNS, evaluate
+from sitelens.models import Model, fingerprint
+from sitelens.store import Artifact, default_store, digest, tensor_bytes
+from sitelens.tasks import Task
+
+ALGORITHM = 1  # to be raised when the numbers change
+NUMBERS = ("item", "score", "logprob", "rank")
+KEPT = [name for name in COLUMNS if name not in ("input", "answer", "predicted")]
+
+
+def score_conditions(
+    task: Task,
+    conditions: Mapping[str, Condition],
+    model: Model,
+    *,
+    split: str = "test",
+    n_items: int | None = None,
+    metrics: Sequence[str] = ("first_token",),
+    seed: int = 0,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """The rows of `evaluate`, but for input, answer and predicted; taken from the cache where they are known.
+
+    All conditions are kept as one entry, so that an analysis over many of them reads one file.
+
+    Raises:
+        SitelensError: as `evaluate`.
+    """
+    options: dict[str, Any] = {
+        "split": split, "n_items": n_items, "metrics": metrics, "seed": seed, "memory_budget": memory_budget,
+        "progress": progress,
+    }  # fmt: skip
+    if any(type(condition).__module__.split(".")[0] != "sitelens" for condition in conditions.values()):
+        return evaluate(task, conditions, model, **options)[KEPT]
+    spec = {
+        "algorithm": ALGORITHM, "task": task.name, "items": task.digest, "model": fingerprint(model), "split": split,
+        "n_items": n_items, "metrics": list(metrics), "seed": seed,
+        "conditions": [[name, _digest(condition)] for name, condition in conditions.items()],
+    }  # fmt: skip
+    kept = default_store().get("scores", spec)
+    if kept is None:
+        scores = evaluate(task, conditions, model, **options)
+        labels = {name: list(dict.fromkeys(scores[name])) for name in ("condition", "metric")}
+        tensors = {name: torch.tensor(scores[name].to_numpy(float)) for name in NUMBERS}
+        for name, values in labels.items():
+            tensors[name] = torch.tensor([values.index(value) for value in scores[name]])
+        kept = Artifact("scores", spec, tensors, labels)
+        default_store().put(kept)
+    frame = pd.DataFrame({name: kept.tensors[name].numpy() for name in NUMBERS})
+    for name in ("condition", "metric"):
+        frame[name] = [kept.meta[name][i] for i in kept.tensors[name].tolist()]
+    return frame.assign(task=task.name, seed=seed).astype({"item": int, "score": int})[KEPT]
+
+
+def _digest(condition: Condition) -> str:
+    tensors, meta = condition.state()
+    sums = {
+        name: hashlib.sha256(tensor_bytes(tensor.contiguous().cpu())).hexdigest() for name, tensor in tensors.items()
+    }
+    return digest([sums, meta])[:32]

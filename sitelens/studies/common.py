@@ -1,0 +1,117 @@
+"""What the studies share: tasks with their embeddings and selections, and conditions measured with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import pandas as pd
+
+from sitelens.conditions import Condition
+from sitelens.config import TrainConfig
+from sitelens.defaults import SitelensError
+from sitelens.embedding import TaskEmbedding, embedded
+from sitelens.models import Model, head_shape
+from sitelens.scoring import score_conditions
+from sitelens.selection import HeadSelection
+from sitelens.summary import summarize
+from sitelens.tasks import Task, load_tasks
+from sitelens.training import TrainResult, train_selections
+
+Facts = Mapping[str, Any]
+
+
+class Options(TypedDict, total=False):
+    """What every study takes by name: the fields of `Sample`.
+
+    n_items: test items a task (default 100; None: all). split: "test" or "valid". seed: of prompts, demonstrations and
+    the sample of items. memory_budget, progress: as everywhere.
+    """
+
+    n_items: int | None
+    split: str
+    seed: int
+    memory_budget: int | str | None
+    progress: bool | None
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A task with its embedding and what was trained for it."""
+
+    task: Task
+    embedding: TaskEmbedding
+    result: TrainResult
+
+    @property
+    def selection(self) -> HeadSelection:
+        """The trained alpha."""
+        return self.result.selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Which items are measured, and within what means; see `Options`."""
+
+    n_items: int | None = 100
+    split: str = "test"
+    seed: int = 0
+    memory_budget: int | str | None = None
+    progress: bool | None = None
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Options of everything that computes."""
+        return {"memory_budget": self.memory_budget, "progress": self.progress}
+
+
+def prepare(
+    tasks: Iterable[Task | str], model: Model, config: TrainConfig | None, sample: Sample, **embedding: int
+) -> list[Prepared]:
+    """Every task embedded and trained, in one batch, or taken from the cache."""
+    loaded = load_tasks(tasks)
+    if not loaded:
+        raise SitelensError("give at least one task")
+    config = config or TrainConfig()
+    vectors = embedded(loaded, model, seed=sample.seed, **embedding, **sample.limits)
+    runs = train_selections(
+        loaded, model, embeddings=vectors, seeds=(config.seed,), config=config, **sample.limits
+    )  # fmt: skip
+    return [Prepared(task, vectors[task.name], runs[task.name, config.seed]) for task in loaded]
+
+
+def measure(task: Task, settings: Sequence[tuple[Facts, Condition]], model: Model, sample: Sample) -> pd.DataFrame:
+    """One row a setting: task, its facts, and mean, low, high (95%), n of first-token accuracy, loss in nats."""
+    conditions = {str(i): condition for i, (_, condition) in enumerate(settings)}
+    scores = score_conditions(
+        task, conditions, model, split=sample.split, n_items=sample.n_items, seed=sample.seed, **sample.limits
+    )  # fmt: skip
+    summary = summarize(scores).set_index("condition")
+    losses = -scores.groupby("condition")["logprob"].mean()
+    rows = []
+    for name, (facts, _) in zip(conditions, settings, strict=True):
+        row = summary.loc[name]
+        rows.append({"task": task.name, **facts, "mean": row["mean"], "low": row["low"], "high": row["high"],
+                     "n": row["n"], "loss": losses[name]})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def head_counts_up_to(n_heads: int) -> tuple[int, ...]:
+    """0, all, and about twenty numbers between, dense where heads are few."""
+    some = {0, 1, 2, 4, 8, n_heads} | {round(n_heads * share / 16) for share in range(1, 16)}
+    return tuple(sorted(k for k in some if k <= n_heads))
+
+
+def checked_counts(ks: Iterable[int] | None, model: Model) -> tuple[int, ...]:
+    """The numbers of heads to be tried.
+
+    Raises:
+        SitelensError: if one is negative, or larger than the number of heads.
+    """
+    layers, heads, _ = head_shape(model)
+    chosen = head_counts_up_to(layers * heads) if ks is None else tuple(ks)
+    wrong = [k for k in chosen if not 0 <= k <= layers * heads]
+    if wrong:
+        raise SitelensError(f"k must lie in 0 to {layers * heads}, the number of heads; got {wrong[0]}")
+    return chosen

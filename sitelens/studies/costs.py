@@ -1,0 +1,94 @@
+"""What SITE costs beside prompting, in seconds and in tokens, as the number of prompts to be answered grows."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import pandas as pd
+from torch import Tensor
+
+from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
+from sitelens.config import TrainConfig
+from sitelens.defaults import SitelensError, settings
+from sitelens.embedding import embed_task
+from sitelens.evaluation import evaluate
+from sitelens.models import Model, resolve_model
+from sitelens.studies.common import Options, Sample
+from sitelens.tasks import Task, load_task
+from sitelens.training import train_selection
+
+PREPARATION = "SITE, preparation"
+
+
+def costs(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    counts: Sequence[int] = (1, 10, 30, 100, 300),
+    n_shots: int = 10,
+    n_prompts: int = 50,
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """Seconds and tokens of zero-shot prompting, N-shot prompting and SITE for growing numbers of prompts.
+
+    One row per method and count: method ("zero-shot", "N-shot", "SITE" with its embedding and training, and "SITE,
+    prepared" without), prompts, seconds, tokens (that went through the model, forward). Nothing is taken from the
+    cache. Test items are repeated where there are fewer. Times are of this machine, once each.
+
+    Raises:
+        SitelensError: for a count below 1, and as `train_selection`.
+    """
+    if not counts or min(counts) < 1:
+        raise SitelensError(f"counts must be at least 1, got {list(counts)}")
+    task, model, sample = load_task(task), resolve_model(model), Sample(**options)
+    with _empty_cache():
+        with _metered(model) as prepared:
+            vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed, **sample.limits)
+            result = train_selection(task, model, embedding=vector, config=config, **sample.limits)
+        conditions: dict[str, Condition] = {
+            "zero-shot": ZeroShot(), f"{n_shots}-shot": FewShot(n_shots),
+            "SITE, prepared": PatchHeads(result.selection, vector, result.config.mixing),
+        }  # fmt: skip
+        rows: list[dict[str, Any]] = []
+        for count in counts:
+            repeated = replace(task, test=tuple(task.test[i % len(task.test)] for i in range(count)))
+            for name, condition in conditions.items():
+                with _metered(model) as meter:
+                    evaluate(repeated, {name: condition}, model, seed=sample.seed, **sample.limits)
+                rows.append({"method": name, "prompts": count, **meter})
+            both = {key: prepared[key] + rows[-1][key] for key in ("seconds", "tokens")}
+            rows.append({"method": "SITE", "prompts": count, **both})
+    return pd.DataFrame(rows)
+
+
+@contextmanager
+def _metered(model: Model) -> Iterator[dict[str, float]]:
+    """Seconds passed and tokens embedded within it, filled in at its end."""
+    meter: dict[str, float] = {"seconds": 0.0, "tokens": 0}
+
+    def count(embedded: Tensor, hook: Any = None) -> None:
+        meter["tokens"] += embedded.shape[0] * embedded.shape[1]
+
+    started = time.perf_counter()
+    with model.hooks(fwd_hooks=[("hook_embed", count)]):
+        yield meter
+    meter["seconds"] = time.perf_counter() - started
+
+
+@contextmanager
+def _empty_cache() -> Iterator[None]:
+    """A cache that holds nothing, and is gone afterwards."""
+    before = settings.cache_dir
+    with tempfile.TemporaryDirectory() as folder:
+        settings.cache_dir = Path(folder)
+        try:
+            yield
+        finally:
+            settings.cache_dir = before

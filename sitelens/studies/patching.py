@@ -1,0 +1,196 @@
+"""Studies of which heads are patched, and how strongly: thresholds, random heads, heads added and removed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Unpack
+
+import pandas as pd
+
+from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
+from sitelens.config import TrainConfig
+from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.models import Model, resolve_model
+from sitelens.selection import HeadSelection
+from sitelens.studies.common import Facts, Options, Sample, checked_counts, measure, prepare
+from sitelens.tasks import Task
+from sitelens.training import train_selections
+
+THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+GENERIC = 0.02  # a shared alpha this near to the tasks' own is worth a warning
+
+
+def soft_hard(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """Soft selection against hard ones over thresholds (paper: hard injection).
+
+    One row per task and threshold: threshold, n_heads (above it), mean, low, high, n, loss; soft, soft_low, soft_high
+    (the same alpha unrounded) and gap (soft - mean). `options` are those of `Sample`.
+
+    Raises:
+        SitelensError: for a threshold outside of [0, 1], and as `train_selections`.
+    """
+    model, sample = resolve_model(model), Sample(**options)
+    frames = []
+    for item in prepare(tasks, model, config, sample):
+        mixing = item.result.config.mixing
+        settings: list[tuple[Facts, Condition]] = [({}, PatchHeads(item.selection, item.embedding, mixing))]
+        for threshold in thresholds:
+            hard = item.selection.hard(threshold)
+            facts = {"threshold": threshold, "n_heads": hard.default_k}
+            settings.append((facts, PatchHeads(hard, item.embedding, mixing)))
+        rows = measure(item.task, settings, model, sample)
+        soft, rows = rows.iloc[0], rows.iloc[1:]
+        rows = rows.assign(soft=soft["mean"], soft_low=soft["low"], soft_high=soft["high"])
+        frames.append(rows.assign(gap=rows["soft"] - rows["mean"]))
+    return pd.concat(frames, ignore_index=True).astype({"n_heads": int})
+
+
+def random_heads(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    ks: Iterable[int] | None = None,
+    draws: int = 10,
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """Heads drawn at random, many times for each number of them, beside the k heads of highest alpha.
+
+    One row per task, k and draw: heads ("random" or "high-alpha"), k, draw (0 for high-alpha), mean, low, high, n,
+    loss. The draws are the same for all tasks.
+
+    Raises:
+        SitelensError: for a k larger than the number of heads, fewer than one draw, and as `train_selections`.
+    """
+    if draws < 1:
+        raise SitelensError(f"draws must be at least 1, got {draws}")
+    model, sample = resolve_model(model), Sample(**options)
+    counts = checked_counts(ks, model)
+    frames = []
+    for item in prepare(tasks, model, config, sample):
+        settings: list[tuple[Facts, Condition]] = []
+        for k in counts:
+            chosen = [("high-alpha", 0, item.selection.top(k))]
+            chosen += [("random", draw, item.selection.random(k, seed=draw)) for draw in range(draws)]
+            for heads, draw, selection in chosen:
+                facts = {"heads": heads, "k": k, "draw": draw}
+                settings.append((facts, PatchHeads(selection, item.embedding, item.result.config.mixing)))
+        frames.append(measure(item.task, settings, model, sample))
+    return pd.concat(frames, ignore_index=True)
+
+
+def head_counts(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    ks: Iterable[int] | None = None,
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """Heads added and removed one after the other, from the highest alpha down and from the lowest up.
+
+    A causal test of the ranking (asked for by reviewers). "added": these k heads alone, at 1. "removed": the trained
+    alpha with these k heads at 0. One row per task, order ("high-alpha" or "low-alpha" first), change and k, with
+    mean, low, high, n, loss. `ks=range(n + 1)` takes every step.
+
+    Raises:
+        SitelensError: for a k larger than the number of heads, and as `train_selections`.
+    """
+    model, sample = resolve_model(model), Sample(**options)
+    counts = checked_counts(ks, model)
+    frames = []
+    for item in prepare(tasks, model, config, sample):
+        alpha = item.selection
+        settings: list[tuple[Facts, Condition]] = []
+        for k in counts:
+            for order, heads in (("high-alpha", alpha.top(k)), ("low-alpha", alpha.bottom(k))):
+                for change, selection in (("added", heads), ("removed", alpha.without(heads.alpha > 0.5))):
+                    facts = {"order": order, "change": change, "k": k}
+                    settings.append((facts, PatchHeads(selection, item.embedding, item.result.config.mixing)))
+        frames.append(measure(item.task, settings, model, sample))
+    return pd.concat(frames, ignore_index=True)
+
+
+def task_agnostic(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    n_shots: int = 10,
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """One alpha for all tasks, each with its own embedding, against each task's own alpha (paper: task-agnostic).
+
+    One row per task and condition: "zero-shot", "N-shot", "own alpha", "shared alpha" (trained on all tasks
+    together), "mean alpha" (of the tasks' own); mean, low, high, n, loss. Warns where the shared alpha does as well
+    as the tasks' own: the heads are then generic.
+
+    Raises:
+        SitelensError: for fewer than two tasks, and as `train_selections`.
+    """
+    model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
+    prepared = prepare(tasks, model, config, sample)
+    if len(prepared) < 2:
+        raise SitelensError(f"a task-agnostic alpha needs at least two tasks, got {len(prepared)}")
+    vectors = {item.task.name: item.embedding for item in prepared}
+    trained = train_selections(
+        [item.task for item in prepared], model, embeddings=vectors, seeds=(config.seed,), config=config, shared=True,
+        **sample.limits,
+    )  # fmt: skip
+    shared = next(iter(trained.values())).selection
+    mean = HeadSelection.mean([item.selection for item in prepared])
+    frames = []
+    for item in prepared:
+        patched = {"own alpha": item.selection, "shared alpha": shared, "mean alpha": mean}
+        conditions: dict[str, Condition] = {"zero-shot": ZeroShot(), f"{n_shots}-shot": FewShot(n_shots)}
+        conditions |= {name: PatchHeads(alpha, item.embedding, config.mixing) for name, alpha in patched.items()}
+        settings = [({"condition": name}, condition) for name, condition in conditions.items()]
+        frames.append(measure(item.task, settings, model, sample))
+    frame = pd.concat(frames, ignore_index=True)
+    means = frame.groupby("condition")["mean"].mean()
+    if means["shared alpha"] >= means["own alpha"] - GENERIC:
+        warnings.warn(
+            f"the shared alpha ({means['shared alpha']:.2f}) is as good as the tasks' own ({means['own alpha']:.2f}): "
+            "the heads are generic to these tasks", SitelensWarning, stacklevel=2,
+        )  # fmt: skip
+    return frame
+
+
+def mixing(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """Convex against additive mixing, each with an alpha trained for it (asked for by reviewers).
+
+    One row per task and mixing: mean, low, high, n, loss, n_heads (alpha above 0.5), share_binary, and with
+    `hard` True the same alpha rounded.
+
+    Raises:
+        SitelensError: as `train_selections`.
+    """
+    model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
+    loaded = list(tasks) if not isinstance(tasks, str) else [tasks]
+    frames = []
+    for kind in ("convex", "additive"):
+        for item in prepare(loaded, model, replace(config, mixing=kind), sample):
+            facts = {"mixing": kind, "n_heads": item.selection.default_k, "share_binary": item.selection.share_binary}
+            settings: list[tuple[Facts, Condition]] = [
+                ({**facts, "hard": False}, PatchHeads(item.selection, item.embedding, kind)),
+                ({**facts, "hard": True}, PatchHeads(item.selection.hard(), item.embedding, kind)),
+            ]
+            frames.append(measure(item.task, settings, model, sample))
+    frame = pd.concat(frames, ignore_index=True)
+    return frame.sort_values("task", key=lambda names: names.map({n: i for i, n in enumerate(frame["task"].unique())}),
+                             kind="stable", ignore_index=True)  # fmt: skip

@@ -1,0 +1,307 @@
+"""Studies of how alpha is trained: prompts and shots, seeds, initialisations, checkpoints, what alphas come out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, Unpack
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sitelens.conditions import FewShot, PatchHeads
+from sitelens.config import TrainConfig
+from sitelens.defaults import SitelensError
+from sitelens.embedding import TaskEmbedding, embed_task
+from sitelens.models import Model, resolve_model
+from sitelens.selection import HeadSelection
+from sitelens.similarity import alpha_similarity
+from sitelens.studies.common import Options, Sample, measure, prepare
+from sitelens.tasks import Task, load_task, load_tasks
+from sitelens.training import TrainJob, TrainResult, train_jobs
+
+BINS = 20  # of a histogram of alpha
+INITS: tuple[float | Literal["random"], ...] = (0.1, 0.3, 0.5, 0.7, 0.9, "random")
+
+
+def prompt_counts(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    n_prompts: Sequence[int] = (1, 3, 5, 10, 50),
+    n_shots: Sequence[int] = (1, 2, 5, 10),
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """How many prompts (M) and shots (N) a task embedding needs (paper: M in {1, 3, 5, 10, 50}).
+
+    One row per task, n_prompts and n_shots: mean, low, high, n, loss of SITE; and `few_shot`, `few_shot_low`,
+    `few_shot_high`, the accuracy of plain prompting with as many shots. Every alpha is trained on its own embedding.
+
+    Raises:
+        SitelensError: for tasks with too few items for the largest N, and as `train_selections`.
+    """
+    model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
+    loaded = load_tasks(tasks)
+    cells = [(task, m, n) for task in loaded for m in n_prompts for n in n_shots]
+    vectors = [
+        embed_task(task, model, n_prompts=m, n_shots=n, seed=sample.seed, **sample.limits) for task, m, n in cells
+    ]
+    jobs = [TrainJob(((task, vector),), config) for (task, _, _), vector in zip(cells, vectors, strict=True)]
+    results = train_jobs(jobs, model, **sample.limits)
+    frames = []
+    for task in loaded:
+        site = [
+            ({"n_prompts": m, "n_shots": n}, PatchHeads(result.selection, vector, config.mixing))
+            for (own, m, n), vector, result in zip(cells, vectors, results, strict=True)
+            if own is task
+        ]
+        rows = measure(task, site, model, sample)
+        prompted = measure(task, [({"n_shots": n}, FewShot(n)) for n in n_shots], model, sample).set_index("n_shots")
+        for name, column in (("few_shot", "mean"), ("few_shot_low", "low"), ("few_shot_high", "high")):
+            rows[name] = rows["n_shots"].map(prompted[column])
+        frames.append(rows)
+    return pd.concat(frames, ignore_index=True)
+
+
+def seed_variance(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    prompt_seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    training_seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    n_prompts: int = 50,
+    n_shots: int = 10,
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """Accuracy under every prompt seed (of the embedding) and training seed (asked for by reviewers).
+
+    One row per task, prompt_seed and training_seed: mean, low, high, n, loss, n_heads. The test items are the same.
+
+    Raises:
+        SitelensError: as `train_selections`.
+    """
+    model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
+    loaded = load_tasks(tasks)
+    cells, jobs = [], []
+    for task in loaded:
+        for prompt_seed in prompt_seeds:
+            vector = embed_task(
+                task, model, n_prompts=n_prompts, n_shots=n_shots, seed=prompt_seed, **sample.limits
+            )  # fmt: skip
+            for training_seed in training_seeds:
+                cells.append((task, prompt_seed, training_seed, vector))
+                jobs.append(TrainJob(((task, vector),), replace(config, seed=training_seed)))
+    results = train_jobs(jobs, model, **sample.limits)
+    frames = []
+    for task in loaded:
+        settings = [
+            ({"prompt_seed": p, "training_seed": t, "n_heads": result.selection.default_k},
+             PatchHeads(result.selection, vector, config.mixing))
+            for (own, p, t, vector), result in zip(cells, results, strict=True) if own is task
+        ]  # fmt: skip
+        frames.append(measure(task, settings, model, sample))
+    return pd.concat(frames, ignore_index=True)
+
+
+def variance_components(frame: pd.DataFrame) -> pd.DataFrame:
+    """What `seed_variance` shows, a row a task: mean accuracy and standard deviations, in shares.
+
+    prompt_sd: between prompt seeds (of means over training seeds); training_sd: between training seeds, likewise;
+    total_sd: over all; item_se: the binomial standard error of one accuracy, for comparison.
+    """
+    rows = []
+    for task, part in frame.groupby("task", sort=False):
+        mean = part["mean"].mean()
+        rows.append({
+            "task": task, "mean": mean, "prompt_sd": part.groupby("prompt_seed")["mean"].mean().std(),
+            "training_sd": part.groupby("training_seed")["mean"].mean().std(), "total_sd": part["mean"].std(),
+            "item_se": (mean * (1 - mean) / part["n"].iloc[0]) ** 0.5,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def initialisations(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    inits: Sequence[float | Literal["random"]] = INITS,
+    seeds: Sequence[int] = (0, 1),
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """Where alpha starts, and where it ends (asked for by reviewers).
+
+    One row per task, init and seed: mean, low, high, n, loss, valid_loss (the best), n_heads, share_binary.
+
+    Raises:
+        SitelensError: as `train_selections`.
+    """
+    model, sample = resolve_model(model), Sample(**options)
+    frames = []
+    results = initialised(tasks, model, inits=inits, seeds=seeds, config=config, **options)
+    for task in load_tasks(tasks):
+        settings = []
+        for (name, init, seed), (vector, result) in results.items():
+            if name == task.name:
+                alpha = result.selection
+                facts = {"init": str(init), "seed": seed, "valid_loss": result.history["valid_loss"].min(),
+                         "n_heads": alpha.default_k, "share_binary": alpha.share_binary}  # fmt: skip
+                settings.append((facts, PatchHeads(alpha, vector, result.config.mixing)))
+        frames.append(measure(task, settings, model, sample))
+    return pd.concat(frames, ignore_index=True)
+
+
+def initialisation_distances(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    inits: Sequence[float | Literal["random"]] = INITS,
+    seeds: Sequence[int] = (0, 1),
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """How far apart the alphas of `initialisations` lie: one row per task and pair of runs.
+
+    Columns: task, init_a, seed_a, init_b, seed_b, pair ("same init" under two seeds, "same seed" from two inits, or
+    "both differ"), distance (mean absolute difference of alpha), pearson, hard_agreement (share of heads on the
+    same side of 0.5).
+    """
+    results = initialised(tasks, model, inits=inits, seeds=seeds, config=config, **options)
+    rows = []
+    keys = list(results)
+    for i, a in enumerate(keys):
+        for b in keys[i + 1 :]:
+            if a[0] != b[0]:
+                continue
+            first, second = results[a][1].selection, results[b][1].selection
+            pair = "same init" if a[1] == b[1] else "same seed" if a[2] == b[2] else "both differ"
+            rows.append({
+                "task": a[0], "init_a": str(a[1]), "seed_a": a[2], "init_b": str(b[1]), "seed_b": b[2], "pair": pair,
+                "distance": float((first.alpha - second.alpha).abs().mean()),
+                "pearson": alpha_similarity(first, second),
+                "hard_agreement": float(((first.alpha > 0.5) == (second.alpha > 0.5)).double().mean()),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def initialised(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    inits: Sequence[float | Literal["random"]] = INITS,
+    seeds: Sequence[int] = (0, 1),
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> dict[tuple[str, float | str, int], tuple[TaskEmbedding, TrainResult]]:
+    """The runs of `initialisations`, by task name, init and seed, with the embedding that they were trained on."""
+    model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
+    cells = [
+        (task, embed_task(task, model, seed=sample.seed, **sample.limits), init, seed)
+        for task in load_tasks(tasks) for init in inits for seed in seeds
+    ]  # fmt: skip
+    jobs = [TrainJob(((task, vector),), replace(config, init=init, seed=seed)) for task, vector, init, seed in cells]
+    results = train_jobs(jobs, model, **sample.limits)
+    return {
+        (task.name, init, seed): (vector, result)
+        for (task, vector, init, seed), result in zip(cells, results, strict=True)
+    }
+
+
+def loss_path(
+    task: Task | str,
+    a: HeadSelection,
+    b: HeadSelection,
+    embedding: TaskEmbedding,
+    model: Model | str | None = None,
+    *,
+    points: int = 21,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """Cross-entropy along the straight line from one alpha to another: is there a barrier between two solutions?
+
+    One row a point: position (0 at `a`, 1 at `b`), loss (nats, of the answer's first token), mean, low, high, n
+    (accuracy). Measured on validation items unless `split` says otherwise.
+
+    Raises:
+        SitelensError: for fewer than two points, or selections of another model or of different shapes.
+    """
+    if points < 2:
+        raise SitelensError(f"points must be at least 2, got {points}")
+    task, model, sample = load_task(task), resolve_model(model), Sample(**{"split": "valid", **options})
+    a.check_fits(model)
+    b.check_fits(model)
+    settings = []
+    for position in np.linspace(0, 1, points).tolist():
+        alpha = torch.lerp(a.alpha, b.alpha, position).clamp(0, 1)
+        settings.append(({"position": position}, PatchHeads(HeadSelection(alpha, task.name, a.model), embedding)))
+    return measure(task, settings, model, sample)
+
+
+def checkpoints(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """The best against the last checkpoint (the paper's text keeps the best, its released code the last).
+
+    One row per task and checkpoint: step, valid_loss (of that step), mean, low, high, n, loss.
+
+    Raises:
+        SitelensError: as `train_selections`.
+    """
+    model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
+    loaded = load_tasks(tasks)
+    frames = []
+    for kind in ("best", "last"):
+        for item in prepare(loaded, model, replace(config, checkpoint=kind), sample):
+            history = item.result.history.set_index("step")["valid_loss"]
+            step = item.result.best_step if kind == "best" else int(history.index[-1])
+            facts = {"checkpoint": kind, "step": step, "valid_loss": history[step]}
+            settings = [(facts, PatchHeads(item.selection, item.embedding, config.mixing))]
+            frames.append(measure(item.task, settings, model, sample))
+    return pd.concat(frames, ignore_index=True)
+
+
+def alpha_distribution(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    by: Literal["task", "layer", "step"] = "task",
+    steps: Sequence[int] = (25, 50, 100, 200, 400),
+    config: TrainConfig | None = None,
+    **options: Unpack[Options],
+) -> pd.DataFrame:
+    """How alpha is distributed (paper: histogram of alpha), over all heads, by layer, or over training.
+
+    "task" and "step": one row per task (and step) and bin: alpha (the bin's centre), share (of heads). The alphas of
+    a step are those of a training that ends there, which draws the same items up to it. "layer": one row per task
+    and layer: mean, on (share of alpha > 0.5), binary (share within 0.1 of 0 or 1).
+
+    Raises:
+        SitelensError: for an unknown `by`, and as `train_selections`.
+    """
+    if by not in ("task", "layer", "step"):
+        raise SitelensError(f"by must be 'task', 'layer' or 'step', got {by!r}")
+    model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
+    loaded = load_tasks(tasks)
+    rows: list[dict[str, Any]] = []
+    for step in steps if by == "step" else (None,):
+        chosen = config if step is None else replace(config, steps=step, checkpoint="last")
+        for item in prepare(loaded, model, chosen, sample):
+            alpha = item.selection.alpha
+            if by == "layer":
+                binary = ((alpha <= 0.1) | (alpha >= 0.9)).double().mean(1)
+                rows += [{"task": item.task.name, "layer": i, "mean": float(row.mean()),
+                          "on": float((row > 0.5).double().mean()), "binary": float(binary[i])}
+                         for i, row in enumerate(alpha)]  # fmt: skip
+                continue
+            counts, edges = np.histogram(alpha.numpy(), bins=BINS, range=(0, 1))
+            facts = {"task": item.task.name} | ({} if step is None else {"step": step})
+            rows += [{**facts, "alpha": (low + high) / 2, "share": count / alpha.numel()}
+                     for count, low, high in zip(counts.tolist(), edges, edges[1:], strict=False)]  # fmt: skip
+    return pd.DataFrame(rows)
