@@ -124,6 +124,7 @@ class Condition(ABC):
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
+        """The condition that `state` described."""
         return cls(**tensors, **{name: tuple(v) if isinstance(v, list) else v for name, v in meta.items()})
 
 
@@ -202,6 +203,7 @@ class PatchHeads(Condition):
         return self.patch(model).edit(model).hooks()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Alpha, mean_z, and what is known of both."""
         selection = {name: getattr(self.selection, name) for name in ("task", "model", "provenance")}
         embedding = {name: getattr(self.embedding, name) for name in ("task", "model", "n_prompts", "n_shots", "seed")}
         meta = {"condition": "PatchHeads", "mixing": self.mixing, "n_shots": self.n_shots}
@@ -210,5 +212,6 @@ class PatchHeads(Condition):
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> PatchHeads:
+        """The patch that `state` described."""
         selection = HeadSelection(tensors["alpha"], **meta.pop("selection"))
         return cls(selection, TaskEmbedding(tensors["mean_z"], **meta.pop("embedding")), **meta)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from sitelens import figures, studies
+from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError
 from sitelens.models import DEFAULT_MODEL, Model, load_model
 from sitelens.provenance import provenance
 from sitelens.similarity import head_similarity, similarity_predicts_transfer
 from sitelens.studies import Options
+from sitelens.tasks import Task, load_task, load_tasks
 from sitelens.training import train_selections
 from sitelens.transfer import TransferMatrix, transfer_matrix
 
@@ -39,7 +41,7 @@ class Picture:
 
     caption: str
     tasks: tuple[str, ...]
-    make: Callable[[Sequence[str], Model, Options], Made]
+    make: Callable[[Sequence[Task], Model, TrainConfig, Options], Made]
 
 
 def make_figures(
@@ -51,13 +53,14 @@ def make_figures(
     n_items: int = 100,
     seed: int = 0,
     formats: Sequence[str] = FORMATS,
+    config: TrainConfig | None = None,
     memory_budget: int | str | None = None,
     progress: bool | None = None,
 ) -> list[Path]:
     """Make figures by name (default: all), each with NAME.csv and NAME.json beside it; returns what was written.
 
     What was computed before is taken from the cache, so an interrupted call goes on where it stopped. `tasks` stand
-    in for each figure's own.
+    in for each figure's own, `config` for the paper's training.
 
     Raises:
         SitelensError: for an unknown name, bad tasks, or a static format without Chrome.
@@ -66,25 +69,45 @@ def make_figures(
     unknown = [name for name in chosen if name not in PICTURES]
     if unknown:
         raise SitelensError(f"unknown figure {unknown[0]!r}; there are: {', '.join(PICTURES)}")
+    for task in tasks or ():
+        load_task(task)  # a wrong name shows before a model is loaded
     loaded = load_model(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     options: Options = {"n_items": n_items, "seed": seed, "memory_budget": memory_budget, "progress": progress}
     written: list[Path] = []
     for name in chosen:
         picture = PICTURES[name]
-        on = tuple(tasks or picture.tasks)
-        frame, figure = picture.make(on, loaded, options)
-        frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+        on = load_tasks(tasks or picture.tasks)
+        frame, figure = picture.make(on, loaded, config or TrainConfig(), options)
         command = f"sitelens figures {name} --n-items {n_items} --seed {seed} --model {model}"
-        record = {
-            "figure": name, "caption": picture.caption, "tasks": on, "n_items": n_items, "seed": seed,
-            **provenance(command + (f" --tasks {' '.join(on)}" if tasks else ""), loaded, str(model)),
-        }  # fmt: skip
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-        written += [folder / f"{name}.csv", folder / f"{name}.json"]
-        written += [figures.save(figure, folder / f"{name}.{ending}") for ending in formats]
+        command += f" --tasks {' '.join(map(str, tasks))}" if tasks else ""
+        facts = {"caption": picture.caption, "tasks": [task.name for task in on], "n_items": n_items, "seed": seed}
+        facts["train"] = asdict(config or TrainConfig())
+        written += save_figure(figure, frame, name, folder, formats, command, loaded, facts)
     return written
+
+
+def save_figure(
+    figure: go.Figure,
+    data: pd.DataFrame,
+    name: str,
+    folder: str | Path,
+    formats: Sequence[str],
+    command: str,
+    model: Model,
+    facts: Mapping[str, Any],
+) -> list[Path]:
+    """Write a figure, its data as NAME.csv, and NAME.json: the facts, the command, the model and all versions.
+
+    Raises:
+        SitelensError: for a static format without Chrome; data and origin are written before.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+    record = {"figure": name, **facts, **provenance(command, model)}
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    pictures = [figures.save(figure, folder / f"{name}.{ending}") for ending in formats]
+    return [folder / f"{name}.csv", folder / f"{name}.json", *pictures]
 
 
 def study(
@@ -96,30 +119,30 @@ def study(
 ) -> Picture:
     """A picture of a study that takes tasks."""
 
-    def make(on: Sequence[str], model: Model, options: Options) -> Made:
-        frame = function(on, model, **more, **options)
+    def make(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
+        frame = function(on, model, config=config, **more, **options)
         return frame, draw(frame)
 
     return Picture(caption, tasks, make)
 
 
-def _grid(on: Sequence[str], model: Model, options: Options) -> TransferMatrix:
+def _grid(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> TransferMatrix:
     n_items = min(50, options.get("n_items") or 50)
-    return transfer_matrix(on, model, n_items=n_items, seed=options.get("seed", 0), **_limits(options))
+    return transfer_matrix(on, model, n_items=n_items, seed=options.get("seed", 0), config=config, **_limits(options))
 
 
-def _transfer(on: Sequence[str], model: Model, options: Options) -> Made:
-    grid = _grid(on, model, options)
+def _transfer(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
+    grid = _grid(on, model, config, options)
     return grid.clustered().long(), grid.heatmap("")
 
 
-def _similarity(on: Sequence[str], model: Model, options: Options) -> Made:
-    similarity = head_similarity(on, model, **_limits(options))
+def _similarity(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
+    similarity = head_similarity(on, model, config=config, **_limits(options))
     return similarity.pairs, similarity.heatmap("pearson", "")
 
 
-def _similarity_summary(on: Sequence[str], model: Model, options: Options) -> Made:
-    similarity, grid = head_similarity(on, model, **_limits(options)), _grid(on, model, options)
+def _similarity_summary(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
+    similarity, grid = head_similarity(on, model, config=config, **_limits(options)), _grid(on, model, config, options)
     found = similarity_predicts_transfer(similarity, grid)
     frame = similarity.summary().merge(found, on="measure")
     r, p = float(found["r"].iloc[0]), float(found["p"].iloc[0])
@@ -127,26 +150,26 @@ def _similarity_summary(on: Sequence[str], model: Model, options: Options) -> Ma
     return frame, figures.similarity_against_transfer(similarity.frame(), grid.normalized(), title)
 
 
-def _loss_path(on: Sequence[str], model: Model, options: Options) -> Made:
+def _loss_path(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
     frames = []
     for task in on:
-        runs = studies.initialised([task], model, inits=(0.5, "random"), seeds=(0, 1), **options)
-        first, other, drawn = (runs[task, init, seed] for init, seed in ((0.5, 0), (0.5, 1), ("random", 0)))
+        runs = studies.initialised([task], model, inits=(0.5, "random"), seeds=(0, 1), config=config, **options)
+        first, other, drawn = (runs[task.name, init, seed] for init, seed in ((0.5, 0), (0.5, 1), ("random", 0)))
         for label, end in (("another seed", other), ("a random start", drawn)):
             path = studies.loss_path(task, first[1].selection, end[1].selection, first[0], model, **options)
-            frames.append(path.assign(path=f"{task}, to {label}"))
+            frames.append(path.assign(path=f"{task.name}, to {label}"))
     frame = pd.concat(frames, ignore_index=True)
     return frame, figures.loss_path(frame)
 
 
-def _curves(on: Sequence[str], model: Model, options: Options) -> Made:
-    runs = train_selections(on, model, **_limits(options))
+def _curves(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
+    runs = train_selections(on, model, config=config, **_limits(options))
     frame = pd.concat([result.history.assign(task=name) for (name, _), result in runs.items()], ignore_index=True)
     return frame, figures.training_curves(frame)
 
 
-def _costs(on: Sequence[str], model: Model, options: Options) -> Made:
-    frame = studies.costs(on[0], model, **options)
+def _costs(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
+    frame = studies.costs(on[0], model, config=config, **options)
     return frame, figures.costs(frame)
 
 

@@ -57,7 +57,7 @@ def score_conditions(
     if kept is None:
         scores = evaluate(task, conditions, model, **options)
         labels = {name: list(dict.fromkeys(scores[name])) for name in ("condition", "metric")}
-        tensors = {name: torch.tensor(scores[name].to_numpy(float)) for name in NUMBERS}
+        tensors = {name: torch.tensor(scores[name].to_numpy()) for name in NUMBERS}
         for name, values in labels.items():
             tensors[name] = torch.tensor([values.index(value) for value in scores[name]])
         kept = Artifact("scores", spec, tensors, labels)
@@ -65,7 +65,7 @@ def score_conditions(
     frame = pd.DataFrame({name: kept.tensors[name].numpy() for name in NUMBERS})
     for name in ("condition", "metric"):
         frame[name] = [kept.meta[name][i] for i in kept.tensors[name].tolist()]
-    return frame.assign(task=task.name, seed=seed).astype({"item": int, "score": int})[KEPT]
+    return frame.assign(task=task.name, seed=seed)[KEPT]
 
 
 def _digest(condition: Condition) -> str:

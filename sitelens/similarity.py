@@ -16,7 +16,7 @@ from sitelens import figures
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
-from sitelens.models import Model, model_name, resolve_model
+from sitelens.models import Model, head_shape, model_name, resolve_model
 from sitelens.selection import HeadSelection
 from sitelens.tasks import Task, list_tasks, load_tasks
 from sitelens.training import train_selections
@@ -72,15 +72,15 @@ class HeadSimilarity:
     def heatmap(self, measure: str = "pearson", title: str | None = None) -> go.Figure:
         """Tasks by tasks in clustered order with the dendrogram; colours fixed to [-1, 1], or [0, 1] for jaccard."""
         frame = self.frame(measure)
-        distance = 1 - frame.to_numpy().copy()
+        distance = 1 - frame.fillna(0).to_numpy()  # a constant alpha is like nothing
         np.fill_diagonal(distance, 0)
         tree = linkage(squareform(distance, checks=False), "average")
         names = [frame.columns[i] for i in leaves_list(tree)]
         label = {"pearson": "Pearson r", "spearman": "Spearman rho", "jaccard": "Jaccard index"}[measure]
         return figures.transfer_heatmap(
             frame.loc[names, names], f"Similarity of heads: {self.model}" if title is None else title, label,
-            groups=self.groups or None, tree=tree, limits=(0, 1) if measure == "jaccard" else (-1, 1), axes=("", ""),
-            between="and",
+            groups=self.groups or None, tree=tree, axes=("", ""), between="and",
+            limits=(0.0, 1.0) if measure == "jaccard" else (-1.0, 1.0),
         )  # fmt: skip
 
 
@@ -108,6 +108,9 @@ def head_similarity(
     loaded, model = load_tasks(tasks), resolve_model(model)
     if len(loaded) < 2:
         raise SitelensError(f"similarity needs at least two tasks, got {len(loaded)}")
+    layers, heads, _ = head_shape(model)
+    if k is not None and not 0 < k <= layers * heads:
+        raise SitelensError(f"k must lie in 1 to {layers * heads}, the number of heads; got {k}")
     results = train_selections(
         loaded, model, seeds=seeds, config=config, embeddings=embeddings, memory_budget=memory_budget,
         progress=progress,
@@ -163,18 +166,24 @@ def similarity_predicts_transfer(
 def qap(x: np.ndarray, y: np.ndarray, n_permutations: int = 10_000, seed: int = 0) -> tuple[float, float, int]:
     """Correlation of two square matrices off the diagonal, its two-sided p under joint permutations, and the cells.
 
-    Cells where y is NaN are left out, wherever x is permuted to.
+    Cells where either is NaN are left out, of x wherever they are permuted to. r and p are NaN where what is left of
+    x or y does not vary.
     """
     n = len(x)
-    known = ~np.eye(n, dtype=bool) & ~np.isnan(y)
+    off_diagonal = ~np.eye(n, dtype=bool)
     rng = np.random.default_rng(seed)
 
-    def r(order: np.ndarray) -> float:
-        return float(np.corrcoef(x[np.ix_(order, order)][known], y[known])[0, 1])
+    def r(order: np.ndarray) -> tuple[float, int]:
+        moved = x[np.ix_(order, order)]
+        known = off_diagonal & ~np.isnan(moved) & ~np.isnan(y)
+        return _correlation(moved[known], y[known]), int(known.sum())
 
-    observed = r(np.arange(n))
-    as_large = sum(abs(r(rng.permutation(n))) >= abs(observed) - 1e-12 for _ in range(n_permutations))
-    return observed, (1 + as_large) / (1 + n_permutations), int(known.sum())
+    observed, cells = r(np.arange(n))
+    if np.isnan(observed):
+        return observed, observed, cells
+    # One whose r is not defined counts as at least as large.
+    as_large = sum(not abs(r(rng.permutation(n))[0]) < abs(observed) - 1e-12 for _ in range(n_permutations))
+    return observed, (1 + as_large) / (1 + n_permutations), cells
 
 
 def _known(measure: str) -> str:
@@ -195,8 +204,13 @@ def _compare(a: np.ndarray, b: np.ndarray, measure: str) -> float:
     if measure == "jaccard":
         either = float(np.maximum(a, b).sum())
         return float(np.minimum(a, b).sum()) / either if either else float("nan")
-    if a.std() == 0 or b.std() == 0:
-        return float("nan")  # a constant alpha is like nothing
+    return _correlation(a, b)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's r; NaN where a side does not vary (its standard deviation need not be quite 0)."""
+    if not (a != a[:1]).any() or not (b != b[:1]).any():
+        return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
 
 

@@ -254,11 +254,16 @@ def _groups(
     runs: Sequence[Run], tasks: Sequence[Task], model: Model, config: TrainConfig, budget: int
 ) -> list[list[Run]]:
     """Runs in their order, as many together as their tasks' validation prefixes fit the budget (one at least)."""
+    lengths: dict[int, list[int]] = {}
+    for task in {task for run in runs for task in run.tasks}:
+        items = [(task, item) for item in range(min(config.n_valid, len(tasks[task].valid)))]
+        lengths[task] = _zero_shot(items, "valid", tasks, model).lengths
     groups: list[list[Run]] = []
     for run in runs:
         if groups:
-            batch, _ = _validation_rows([*groups[-1], run], tasks, model, config)
-            if len(batch) * prefix_bytes(model, max(batch.lengths)) <= budget:
+            together = {task for member in [*groups[-1], run] for task in member.tasks}
+            longest = max(max(lengths[task]) for task in together)
+            if sum(len(lengths[task]) for task in together) * prefix_bytes(model, longest) <= budget:
                 groups[-1].append(run)
                 continue
         groups.append([run])

@@ -12,7 +12,8 @@ import jaxtyping
 import pytest
 import torch
 
-from sitelens.defaults import settings
+from sitelens.defaults import SitelensError, settings
+from sitelens.models import Model, default_model
 from tests import micro
 from tests.overrides import overridden
 
@@ -30,6 +31,31 @@ def own_cache(tmp_path: Path) -> Iterator[Path]:
 def real_cache() -> Path:
     """The user's own cache, where the packaged model lies converted after its first use."""
     return settings.cache()
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory, real_cache: Path) -> Path:
+    """One cache for all tests on the real model, with the converted models of the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    (real_cache / "models").mkdir(parents=True, exist_ok=True)
+    (folder / "models").symlink_to(real_cache / "models")
+    return folder
+
+
+@pytest.fixture
+def packaged_model(own_cache: Path, shared_cache: Path) -> Iterator[Model]:
+    """The default model on all cores, with the shared cache in use; skips where it cannot be had (never in CI)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    with overridden(cache_dir=shared_cache):
+        try:
+            yield default_model()
+        except SitelensError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(f"the packaged model cannot be had: {error}")
+        finally:
+            torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=micro.FAMILIES)

@@ -81,11 +81,15 @@ def raw(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
 
 def bridge(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, bos: bool = False) -> Model:
     """The same weights as `raw`, as a TransformerBridge with frozen weights and its own tokenizer."""
-    network = raw(family, dtype, seed)
-    model = build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name=family)
+    return bridged(raw(family, dtype, seed), family, tokenizer(bos))
+
+
+def bridged(network: Any, name: str, own: Any) -> Model:
+    """A TransformerBridge around a raw model, which it changes, with this tokenizer as its own."""
+    model = build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name=name)
     model.requires_grad_(False)
-    model.tokenizer = tokenizer(bos)
-    _tokenizers[model] = model.tokenizer, model.tokenizer
+    model.tokenizer = own
+    _tokenizers[model] = own, own
     return model
 
 

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from sitelens.defaults import SitelensError, SitelensWarning
-from sitelens.prompts import Prompt, PromptBatch, draw_demonstrations, few_shot_prompt, few_shot_prompts, tokenize
+from sitelens.prompts import (
+    Prompt,
+    PromptBatch,
+    draw_demonstrations,
+    few_shot_prompt,
+    few_shot_prompts,
+    prompt_parts,
+    tokenize,
+)
 from sitelens.tasks import QA_TEMPLATE, Example, Task
 from tests import micro
 
@@ -104,6 +112,53 @@ def test_any_text_survives(shown: str, output: str, query: str, answer: str):
     gaps = ["" if text.isascii() and text.isdigit() else " " for text in (output, answer)]
     assert prompt.text == "Q: " + shown + "\nA:" + gaps[0] + output + "\n\nQ: " + query + "\nA:"
     assert prompt.answers == (gaps[1] + answer,)
+
+
+gaps = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="{}"), max_size=6)
+pairs = st.tuples(texts, texts)
+
+
+@quick
+@hypothesis.given(gaps, gaps, st.sampled_from(["", " ", "  "]), gaps, st.lists(pairs, max_size=3), pairs)
+def test_parts_joined_are_the_prompt_of_any_template(
+    before: str, between: str, spaces: str, after: str, drawn: list[tuple[str, str]], asked: tuple[str, str]
+):
+    shown, query = [Example(*pair) for pair in drawn], Example(*asked)
+    between = between + ":" + spaces
+    template = before + "{input}" + between + "{output}" + after
+    parts = prompt_parts(template, shown, query)
+
+    def answer(text: str) -> str:
+        bare = between.endswith(" ") and text.isascii() and text.isdigit()
+        return (between[:-1] if bare else between) + text
+
+    expected = "".join(before + e.input + answer(e.output) + after for e in shown)
+    expected += before + query.input + between[: len(between) - between.endswith(" ")]
+    assert "".join(text for _, text in parts) == expected
+    assert expected == few_shot_prompt(template, shown, query, None).text
+    texts_of = {role: [text for kind, text in parts if kind == role] for role, _ in parts}
+    assert texts_of["query"] == [query.input]
+    assert texts_of.get("demonstration input", []) == [e.input for e in shown]
+    assert [text.removeprefix(" ") for text in texts_of.get("demonstration answer", [])] == [
+        e.output.removeprefix(" ") for e in shown
+    ]
+
+
+def test_parts_of_the_published_template_by_hand():
+    parts = prompt_parts(QA_TEMPLATE, [Example("hot", "cold"), Example("three", "3")], Example("up", "down"))
+    assert parts == [
+        ("template", "Q: "), ("demonstration input", "hot"), ("template", "\nA:"), ("demonstration answer", " cold"),
+        ("template", "\n\n"),
+        ("template", "Q: "), ("demonstration input", "three"), ("template", "\nA:"), ("demonstration answer", "3"),
+        ("template", "\n\n"),
+        ("template", "Q: "), ("query", "up"), ("template", "\nA:"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "message"), [("chat", "cannot be taken apart"), ("{input}", "must contain")])
+def test_a_template_without_parts_is_refused(template: str, message: str):
+    with pytest.raises(SitelensError, match=message):
+        prompt_parts(template, [], QUERY)
 
 
 @pytest.mark.parametrize("text", ["{input}", "{output}", "{}", "{{", "%s", "\\n", "a\nb", "$x$", "née 日本"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import sitelens as sl
 from sitelens import cli
 from sitelens.forward import HeadEdit, LastToken, PrefixCache
-from sitelens.models import Model, default_model, own_tokenizer
+from sitelens.models import Model, own_tokenizer
 from sitelens.prompts import few_shot_prompts, tokenize
 from tests import oracle
 from tests.overrides import overridden
@@ -27,33 +25,10 @@ ROOT = Path(__file__).parent.parent
 FV_TASKS = ("fv/antonym", "fv/country-capital", "fv/capitalize", "fv/choose_first_of_3")
 
 
-@pytest.fixture(scope="module")
-def module_cache(tmp_path_factory: pytest.TempPathFactory, real_cache: Path) -> Path:
-    """One cache for all tests here, with the converted models of the user's own."""
-    folder = tmp_path_factory.mktemp("cache")
-    (real_cache / "models").mkdir(parents=True, exist_ok=True)
-    (folder / "models").symlink_to(real_cache / "models")
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def use_module_cache(own_cache: Path, module_cache: Path) -> Iterator[None]:
-    with overridden(cache_dir=module_cache):
-        yield
-
-
-@pytest.fixture
-def model(use_module_cache: None) -> Iterator[Model]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield default_model()
-    except sl.SitelensError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"the packaged model cannot be had: {error}")
-    finally:
-        torch.set_num_threads(threads)
+def model(packaged_model: Model) -> Model:
+    """The packaged model, over the shared cache."""
+    return packaged_model
 
 
 @pytest.fixture
@@ -71,8 +46,8 @@ def test_default_model_is_what_it_says(model: Model) -> None:
     assert own_tokenizer(model)("Q: hot\nA:")["input_ids"][0] != own_tokenizer(model).bos_token_id
 
 
-def test_fast_path_equals_raw_hooks_on_full_prompts(model: Model, module_cache: Path) -> None:
-    folder = next((module_cache / "models").glob("gguf-b179c9*/config.json")).parent
+def test_fast_path_equals_raw_hooks_on_full_prompts(model: Model, shared_cache: Path) -> None:
+    folder = next((shared_cache / "models").glob("gguf-b179c9*/config.json")).parent
     raw = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     raw.requires_grad_(False)
     task, tokenizer = sl.load_task("choose_first_of_3"), own_tokenizer(model)

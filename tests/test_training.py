@@ -26,7 +26,7 @@ from sitelens.models import Model
 from sitelens.prompts import PromptBatch, few_shot_prompts, tokenize
 from sitelens.store import default_store
 from sitelens.tasks import Example, Task
-from sitelens.training import TrainResult, train_selection, train_selections
+from sitelens.training import TrainJob, TrainResult, train_jobs, train_selection, train_selections
 from tests import micro, oracle
 
 Results = dict[tuple[str, int], TrainResult]
@@ -140,6 +140,94 @@ class TestHowItIsBatchedChangesNothing:
     def test_a_window_holds_one_step_even_where_it_does_not_fit(self) -> None:
         windows = training_loop._windows(torch.arange(6).reshape(3, 2), [9] * 6, micro.bridge("GPT2"), budget=1)
         assert windows == [(0, 1), (1, 2), (2, 3)]
+
+
+def scaled(embedding: TaskEmbedding, factor: float) -> TaskEmbedding:
+    return replace(embedding, mean_z=embedding.mean_z * factor)
+
+
+class TestJobs:
+    """Any mixture of tasks, embeddings, seeds and inits."""
+
+    one, two = worded("one", 3), worded("two", 11, n=40)
+
+    def mixture(self, model: Model) -> list[TrainJob]:
+        """Tasks with an embedding of their own and with others, seeds and inits in no order, and a shared alpha."""
+        found = vectors(model, self.one, self.two)
+        first, second = found["one"], found["two"]
+        return [
+            TrainJob(((self.one, first),), replace(SHORT, seed=5)),
+            TrainJob(((self.two, second),), replace(SHORT, init="random")),
+            TrainJob(((self.one, second),), replace(SHORT, seed=5)),
+            TrainJob(((self.two, scaled(second, -1.0)),), replace(SHORT, init=0.2, seed=1)),
+            TrainJob(((self.one, first),), replace(SHORT, seed=5, init=0.8)),
+            TrainJob(((self.one, second), (self.two, first)), replace(SHORT, seed=5)),
+            TrainJob(((replace(self.one, train=self.one.train[::-1]), first),), replace(SHORT, seed=5)),
+        ]
+
+    @staticmethod
+    def numbered(results: Sequence[TrainResult]) -> Results:
+        return {(str(i), 0): result for i, result in enumerate(results)}
+
+    def alone(self, jobs: Sequence[TrainJob], model: Model) -> list[TrainResult]:
+        found = []
+        for job in jobs:
+            default_store().clear("selection")
+            found += train_jobs([job], model)
+        return found
+
+    @pytest.mark.parametrize("family", ["GPT2", "Llama", "Gemma3Text"])
+    def test_a_mixture_trains_as_each_alone_in_any_order(self, family: str) -> None:
+        model = double(family)
+        jobs = self.mixture(model)
+        alone = self.alone(jobs, model)
+        for order in (list(range(7)), [3, 6, 1, 5, 0, 4, 2]):
+            default_store().clear("selection")
+            together = train_jobs([jobs[i] for i in order], model)
+            assert_equal(self.numbered(together), self.numbered([alone[i] for i in order]), 1e-8)
+            assert [result.config for result in together] == [jobs[i].config for i in order]
+
+    def test_every_job_is_another_training(self) -> None:
+        model = double("Llama")
+        alphas = [result.selection.alpha for result in train_jobs(self.mixture(model), model)]
+        for i, alpha in enumerate(alphas):
+            assert all((alpha - other).abs().max() > 1e-3 for other in alphas[:i])
+
+    def test_each_is_a_selection_of_its_task_seed_and_embedding(self) -> None:
+        model = double("Llama")
+        found = vectors(model, self.one, self.two)
+        (result,) = train_jobs([TrainJob(((self.one, found["two"]),), replace(SHORT, seed=5, init=0.2))], model)
+        default_store().clear("selection")
+        config = replace(SHORT, seed=5, init=0.2)
+        expected = train_selection(self.one, model, embedding=found["two"], config=config)
+        assert_equal({("one", 5): result}, {("one", 5): expected}, 0)
+        assert result.selection.task == "one" and "seed 5" in result.selection.provenance
+
+    def test_only_what_differs_in_more_than_seed_and_init_needs_a_batch_of_its_own(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, asked = double("GPT2"), []
+        train_runs = training.train_runs
+        monkeypatch.setattr(
+            training, "train_runs", lambda runs, *rest: asked.append(len(runs)) or train_runs(runs, *rest)
+        )
+        jobs = self.mixture(model)
+        train_jobs(jobs[1:2], model)
+        train_jobs([*jobs, replace(jobs[0], config=replace(SHORT, lr=0.1))], model)
+        assert asked == [1, 6, 1]
+        refuse_to_train(monkeypatch)
+        assert len(train_jobs(jobs[::-1], model)) == 7 and train_jobs([], model) == []
+
+    def test_bad_jobs_are_named_before_any_is_trained(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = double("GPT2")
+        refuse_to_train(monkeypatch)
+        good, other = self.mixture(model)[0], vectors(model, self.one, model_id="other")["one"]
+        with pytest.raises(SitelensError, match="the embedding of 'one'"):
+            train_jobs([good, TrainJob(((self.one, other),), SHORT)], model)
+        for split in ("train", "valid"):
+            lacking = replace(self.two, **{split: ()})
+            with pytest.raises(SitelensError, match=f"task 'two' has no {split} items"):
+                train_jobs([good, TrainJob(((lacking, good.members[0][1]),), SHORT)], model)
 
 
 class Counted:

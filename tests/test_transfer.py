@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from scipy.cluster.hierarchy import cophenet
+from scipy.spatial.distance import squareform
 
 import sitelens as sl
-from sitelens.models import Model
+from sitelens import scoring, transfer
+from sitelens.models import Model, fingerprint
+from sitelens.tasks import list_tasks
 from sitelens.transfer import Swap
 from tests import micro
 
@@ -22,12 +30,11 @@ def model() -> Model:
     return micro.bridge("Llama")
 
 
-def matrix(values: list[list[float]], zero_shot: list[float]) -> sl.TransferMatrix:
-    names = ["a", "b", "c"]
-    n = pd.Series([10] * 3, names)
-    return sl.TransferMatrix(
-        pd.DataFrame(values, names, names), pd.Series(zero_shot, names), n, "heads", "first_token", "m"
-    )
+def matrix(values: list[list[float]], zero_shot: list[float], **options: Any) -> sl.TransferMatrix:
+    names = list("abcdefgh"[: len(values)])
+    n = pd.Series(range(10, 10 + len(names)), names)
+    facts: dict[str, Any] = {"swap": "heads", "metric": "first_token", "model": "m"}
+    return sl.TransferMatrix(pd.DataFrame(values, names, names), pd.Series(zero_shot, names), n, **facts | options)
 
 
 @pytest.mark.parametrize("swap", ["heads", "embedding", "both"])
@@ -60,18 +67,258 @@ def test_clustering_puts_similar_tasks_together_and_changes_no_cell() -> None:
     pd.testing.assert_frame_equal(clustered.frame.loc[list("abc"), list("abc")], grid.frame)
 
 
+def test_the_tree_is_of_mean_normalised_transfer_and_what_is_not_known_counts_as_none() -> None:
+    # Own gains .8, .4, .04 (too small) and .5. Shares: a on b 1/4, b on a 1/2, d on a more than all, a on d below 0.
+    values = [[0.9, 0.2, 0.2, 0.0], [0.5, 0.5, 0.2, 0.35], [0.1, 0.1, 0.24, 0.1], [0.95, 0.1, 0.2, 0.6]]
+    grid = matrix(values, [0.1, 0.1, 0.2, 0.1])
+    ab, ad, bd = 1 - (0.25 + 0.5) / 2, 1 - (0 + 1) / 2, 1 - (0.5 + 0) / 2
+    tree = grid.tree()
+    assert tree.shape == (3, 4)
+    heights = squareform(cophenet(tree))
+    assert heights[0, 3] == pytest.approx(ad)
+    assert heights[0, 1] == heights[1, 3] == pytest.approx((ab + bd) / 2)
+    assert heights[2, :2] == pytest.approx(1)
+    order = list(grid.clustered().frame.columns)
+    assert order[0] == "c" or order[-1] == "c"
+    assert abs(order.index("a") - order.index("d")) == 1
+
+
+def test_clustering_moves_every_fact_with_its_task() -> None:
+    grid = matrix([[0.9, 0.0, 0.8], [0.0, 0.7, 0.1], [0.8, 0.0, 0.9]], [0.0, 0.1, 0.05], groups={"a": "x"})
+    clustered = grid.clustered()
+    assert list(clustered.frame.columns) != ["a", "b", "c"]
+    for name in "abc":
+        assert (clustered.zero_shot[name], clustered.n[name]) == (grid.zero_shot[name], grid.n[name])
+    assert list(clustered.zero_shot.index) == list(clustered.n.index) == list(clustered.frame.index)
+    assert (clustered.groups, clustered.swap) == (grid.groups, grid.swap)
+
+
 def test_long_form_and_file_hold_every_cell(tmp_path: Path) -> None:
-    grid = matrix([[0.5, 0.3, 0.2], [0.3, 0.9, 0.2], [0.1, 0.1, 0.24]], [0.1, 0.1, 0.2])
+    groups = {"a": "words", "b": "größe"}
+    grid = matrix([[0.5, 0.3, 0.2], [0.3, 0.9, 0.2], [0.1, 0.1, 0.24]], [0.1, 0.1, 0.2], groups=groups)
     rows = grid.long().set_index(["source", "target"])
     assert len(rows) == 9 and rows.loc[("b", "a"), "accuracy"] == 0.3 and rows.loc[("b", "a"), "own"] == 0.5
+    assert rows.loc[("a", "c"), ["zero_shot", "n"]].tolist() == [0.2, 12]
     again = sl.TransferMatrix.load(grid.save(tmp_path / "grid.safetensors"))
     pd.testing.assert_frame_equal(again.frame, grid.frame)
-    assert (again.swap, again.metric, again.model) == ("heads", "first_token", "m")
+    pd.testing.assert_series_equal(again.zero_shot, grid.zero_shot)
+    pd.testing.assert_series_equal(again.n, grid.n)
+    assert (again.swap, again.metric, again.model, again.groups) == ("heads", "first_token", "m", groups)
 
 
-def test_heatmap_has_fixed_colours_and_every_name() -> None:
-    (trace,) = matrix([[0.5, 0.3, 0.2], [0.3, 0.9, 0.2], [0.1, 0.1, 0.24]], [0.1, 0.1, 0.2]).heatmap().data
-    assert (trace.zmin, trace.zmax) == (0, 1) and list(trace.x) == list(trace.y) == ["a", "b", "c"]
+# The figure
+
+
+VALUES = [[0.9, 0.0, 0.8], [0.0, 0.7, 0.1], [0.8, 0.0, 0.9]]
+
+
+def traces(figure: Any, kind: str) -> list[Any]:
+    return [trace for trace in figure.data if trace.type == kind]
+
+
+def drawn_names(figure: Any) -> list[str]:
+    """The tasks down the side, which must be those across."""
+    (heatmap,) = traces(figure, "heatmap")
+    names = [str(row[0]).split("<br>")[0] for row in heatmap.text]
+    axes = [figure.layout[name] for name in figure.layout if str(name).startswith(("xaxis", "yaxis"))]
+    labelled = [list(axis.ticktext) for axis in axes if axis.ticktext]
+    assert labelled == [names, names]
+    return names
+
+
+@pytest.mark.parametrize("order", ["clustered", "given"])
+def test_heatmap_has_fixed_colours_every_name_and_the_numbers_in_its_hover(
+    order: Literal["clustered", "given"],
+) -> None:
+    grid = matrix(VALUES, [0.0, 0.1, 0.05])
+    figure = grid.heatmap(order=order)
+    (trace,) = traces(figure, "heatmap")
+    names = drawn_names(figure)
+    assert names == (list(grid.clustered().frame.columns) if order == "clustered" else ["a", "b", "c"])
+    assert (trace.zmin, trace.zmax) == (0, 1)
+    np.testing.assert_array_equal(trace.z, grid.frame.loc[names, names])
+    share, zero_shot, own = np.moveaxis(np.array(trace.customdata), -1, 0)
+    np.testing.assert_allclose(share, grid.normalized().loc[names, names])
+    for row in range(3):
+        assert zero_shot[row].tolist() == grid.zero_shot[names].tolist()
+        assert own[row].tolist() == grid.own[names].tolist()
+    words = ("accuracy %{z", "share of the own gain %{customdata[0]", "zero-shot %{customdata[1]", "own heads %{custom")
+    assert all(word in trace.hovertemplate for word in words)
+
+
+def test_the_dendrogram_stands_above_its_columns() -> None:
+    grid = matrix(VALUES, [0.0, 0.1, 0.05])
+    figure = grid.heatmap()
+    names, lines = drawn_names(figure), traces(figure, "scatter")
+    feet = {x for line in lines for x, y in zip(line.x, line.y, strict=True) if y == 0}
+    assert len(lines) == 2 and feet == {0, 1, 2}
+    lowest = min(lines, key=lambda line: max(line.y))
+    assert {names[int(x)] for x, y in zip(lowest.x, lowest.y, strict=True) if y == 0} == {"a", "c"}
+    assert max(lowest.y) == pytest.approx(grid.tree()[0, 2])
+    assert traces(grid.heatmap(order="given"), "scatter") == []
+
+
+def test_kinds_of_tasks_stand_beside_their_rows() -> None:
+    figure = matrix(VALUES, [0.0, 0.1, 0.05], groups={"a": "words", "c": "words"}).heatmap()
+    names = drawn_names(figure)
+    kinds = {names[int(place)]: bar.name for bar in traces(figure, "bar") for place in bar.y}
+    assert kinds == {"a": "words", "b": "other", "c": "words"}
+    for groups in ({}, {"elsewhere": "words"}):
+        assert traces(matrix(VALUES, [0.0, 0.1, 0.05], groups=groups).heatmap(), "bar") == []
+
+
+@pytest.mark.parametrize(
+    ("swap", "side"),
+    [("heads", "Source of the heads"), ("embedding", "Source of the embedding"), ("both", "Source of heads and emb")],
+)
+def test_a_heatmap_says_what_was_swapped(swap: Swap, side: str) -> None:
+    figure = matrix(VALUES, [0.0, 0.1, 0.05], swap=swap, model="m", metric="exact_match").heatmap()
+    written = figure.to_json()
+    assert side in written and f"Transfer of {swap}: m" in written and "exact match accuracy" in written
+
+
+# What is given, kept and refused
+
+
+def fast(model: Model, tasks: Sequence[Any] = TASKS, **options: Any) -> sl.TransferMatrix:
+    return sl.transfer_matrix(tasks, model, **{"config": SMALL, "n_prompts": 3, "n_shots": 2, "n_items": 6} | options)
+
+
+def given(model: Model, made_for: str | None = None) -> dict[str, Any]:
+    """Random embeddings and selections by task name."""
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {"embeddings": {}, "selections": {}}
+    for task in TASKS:
+        vectors = 2 * torch.randn(2, 4, model.cfg.d_head, generator=generator)
+        found["embeddings"][task.name] = sl.TaskEmbedding(vectors, task.name, made_for, 1, 0, 0)
+        found["selections"][task.name] = sl.HeadSelection(torch.rand(2, 4, generator=generator), task.name, made_for)
+    return found
+
+
+def cells(parts: Mapping[str, Any], model: Model, swap: Swap) -> pd.DataFrame:
+    columns = {}
+    for target in TASKS:
+        conditions: dict[str, sl.Condition] = {}
+        for source in TASKS:
+            alpha = parts["selections"][target.name if swap == "embedding" else source.name]
+            mean_z = parts["embeddings"][target.name if swap == "heads" else source.name]
+            conditions[source.name] = sl.PatchHeads(alpha, mean_z)
+        scores = sl.evaluate(target, conditions, model, n_items=6)
+        columns[target.name] = scores.groupby("condition")["score"].mean()
+    names = [task.name for task in TASKS]
+    return pd.DataFrame(columns).loc[names, names]
+
+
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, sl.Condition]]:
+    """The conditions of every target that is scored from now on."""
+    seen: list[Mapping[str, sl.Condition]] = []
+
+    def keep(target: Any, conditions: Mapping[str, sl.Condition], *rest: Any, **options: Any) -> pd.DataFrame:
+        seen.append(conditions)
+        return scoring.score_conditions(target, conditions, *rest, **options)
+
+    monkeypatch.setattr(transfer, "score_conditions", keep)
+    return seen
+
+
+@pytest.mark.parametrize("swap", ["heads", "embedding", "both"])
+def test_given_embeddings_and_selections_stand_in_and_nothing_is_trained(
+    swap: Swap, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = given(model, fingerprint(model))
+    monkeypatch.setattr(transfer, "train_selections", None)
+    seen = scored(monkeypatch)
+    grid = fast(model, swap=swap, **parts)
+    np.testing.assert_array_equal(grid.frame, cells(parts, model, swap))
+    for target, conditions in zip(TASKS, seen, strict=True):
+        for source in TASKS:
+            patch = conditions[f"from {source.name}"]
+            assert isinstance(patch, sl.PatchHeads)
+            assert patch.selection is parts["selections"][target.name if swap == "embedding" else source.name]
+            assert patch.embedding is parts["embeddings"][target.name if swap == "heads" else source.name]
+
+
+def test_what_is_not_given_is_trained_with_what_is(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, seen = given(model), scored(monkeypatch)
+    del parts["selections"]["two"]
+    fast(model, **parts)
+    trained = sl.train_selections(TASKS[1:2], model, embeddings=parts["embeddings"], config=SMALL)
+    parts["selections"]["two"] = trained["two", 0].selection
+    for conditions in seen:
+        for source in TASKS:
+            patch = conditions[f"from {source.name}"]
+            assert isinstance(patch, sl.PatchHeads)
+            assert torch.equal(patch.selection.alpha, parts["selections"][source.name].alpha)
+
+
+@pytest.mark.parametrize("what", ["selections", "embeddings"])
+def test_what_was_made_for_another_model_is_refused(what: str, model: Model) -> None:
+    parts = given(model)
+    parts[what]["two"] = replace(parts[what]["two"], model="another")
+    with pytest.raises(sl.SitelensError, match=rf"the {what[:-1]} of 'two' was made with another model"):
+        fast(model, **parts)
+    name = {"selections": "alpha", "embeddings": "mean_z"}[what]
+    small = getattr(parts[what]["two"], name)[:1]
+    parts[what]["two"] = replace(parts[what]["two"], model=None, **{name: small})
+    with pytest.raises(sl.SitelensError, match=rf"the {what[:-1]} of 'two' has shape"):
+        fast(model, **parts)
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tasks that are evaluated from now on."""
+    names: list[str] = []
+    real = scoring.evaluate
+
+    def counted(task: Any, *rest: Any, **options: Any) -> pd.DataFrame:
+        names.append(task.name)
+        return real(task, *rest, **options)
+
+    monkeypatch.setattr(scoring, "evaluate", counted)
+    return names
+
+
+def test_an_interrupted_grid_goes_on_where_it_stopped(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, names, real = given(model), evaluated(monkeypatch), scoring.evaluate
+    with monkeypatch.context() as patch:
+
+        def interrupted(task: Any, *rest: Any, **options: Any) -> pd.DataFrame:
+            if task.name == "three":
+                raise KeyboardInterrupt
+            return real(task, *rest, **options)
+
+        patch.setattr(scoring, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fast(model, **parts)
+    assert names == ["one", "two"]
+    grid = fast(model, **parts)
+    assert names == ["one", "two", "three"]
+    np.testing.assert_array_equal(grid.frame, cells(parts, model, "heads"))
+
+
+def test_a_second_call_evaluates_and_trains_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = evaluated(monkeypatch)
+    first = fast(model)
+    assert names == ["one", "two", "three"]
+    with monkeypatch.context() as patch:
+
+        def forward(*_: Any, **__: Any) -> None:
+            raise AssertionError("the model was run")
+
+        patch.setattr(model, "forward", forward)
+        second = fast(model)
+    assert names == ["one", "two", "three"]
+    pd.testing.assert_frame_equal(second.frame, first.frame)
+    fast(model, seed=1, **given(model))
+    assert len(names) == 6
+
+
+def test_groups_are_the_kinds_of_known_tasks(model: Model) -> None:
+    known = list_tasks().set_index("name")["kind"]
+    tasks = [replace(TASKS[0], name=known.index[0]), TASKS[1]]
+    parts = given(model)
+    for kind in parts.values():
+        kind[known.index[0]] = kind["one"]
+    assert fast(model, tasks, **parts).groups == {known.index[0]: known.iloc[0]}
 
 
 def test_one_task_or_an_unknown_swap_is_refused(model: Model, unchecked: None) -> None:

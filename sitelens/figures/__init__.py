@@ -28,3 +28,4 @@ from sitelens.figures.studies import training_curves as training_curves
 from sitelens.figures.style import DOUBLE as DOUBLE
 from sitelens.figures.style import SINGLE as SINGLE
 from sitelens.figures.style import save as save
+from sitelens.figures.style import show_static_too as show_static_too

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sitelens.figures.style import COLOURS, DASHES, DOUBLE, SINGLE, styled
+from sitelens.figures.style import COLOURS, DASHES, DOUBLE, SINGLE, legend_height, styled, text_width, wrapped
 
 SHARE: dict[str, Any] = {"range": [-0.03, 1.03], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
-PANEL = 150  # pixels of a panel's height
+GAP = 26  # pixels between rows of panels
+TALL = 900  # pixels that many dots may take together: a page
+INTERVAL = "95% interval"
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
 
 
@@ -31,48 +33,49 @@ def lines(
     log_x: bool = False,
     log_y: bool = False,
     markers: bool = True,
+    interval: str = INTERVAL,
 ) -> go.Figure:
     """y against x, a line for each value of `colour` and `dash`, a panel for each of `facet`.
 
-    Columns `low` and `high`, where the frame has them, are drawn as a band. `share` fixes y to [0, 1]. `labels`
-    names columns on axes and in the legend.
+    Columns `low` and `high`, where the frame has them, are drawn as a band, which the hover calls `interval`.
+    `share` fixes y to [0, 1]. `labels` names columns on axes and in the hover.
     """
     named = {x: x, y: y, **(labels or {})}
     panels = _panels(frame, facet)
-    figure, columns, rows = _grid(list(panels), facet, named[x], named[y])
-    colours = _values(frame, colour)
-    dashes = _values(frame, dash)
+    figure, columns = _grid(panels, facet, named[x], named[y])
+    colours, dashes = _values(frame, colour), _values(frame, dash)
+    shown: set[str] = {""}
     for place, panel in enumerate(panels.values()):
         row, column = divmod(place, columns)
         for c, d, part in _series(panel, colour, dash):
             part = part.sort_values(x)
-            ink, name = COLOURS[colours.index(c) % len(COLOURS)], _name(c, d)
-            if {"low", "high"} <= set(part.columns) and part["low"].notna().any():
+            i, name = colours.index(c), _name(c, d)
+            ink = COLOURS[i % len(COLOURS)]
+            has_band = {"low", "high"} <= set(part.columns) and bool(part["low"].notna().any())
+            if has_band:
                 band = go.Scatter(
                     x=[*part[x], *part[x][::-1]], y=[*part["high"], *part["low"][::-1]], fill="toself", mode="lines",
                     line={"width": 0}, fillcolor=_faint(ink), hoverinfo="skip", showlegend=False, legendgroup=name,
                 )  # fmt: skip
                 figure.add_trace(band, row + 1, column + 1)
-            interval = "<br>95% interval %{customdata[0]:.3f} to %{customdata[1]:.3f}"
-            has_band = {"low", "high"} <= set(part.columns)
             line = go.Scatter(
                 x=part[x], y=part[y], mode="lines+markers" if markers else "lines", name=name, legendgroup=name,
-                showlegend=place == 0 and bool(name),
+                showlegend=name not in shown,
                 line={"color": ink, "width": 1.5, "dash": DASHES[dashes.index(d) % len(DASHES)]},
-                marker={"size": 5, "symbol": SYMBOLS[colours.index(c) % len(SYMBOLS)]},
+                marker={"size": 5, "symbol": _symbol(i)},
                 customdata=part[["low", "high"]] if has_band else None,
                 hovertemplate=f"{name}<br>{named[x]} %{{x}}<br>{named[y]} %{{y:.3f}}"
-                + (interval if has_band else "") + "<extra></extra>",
+                + (_between(interval, 0) if has_band else "") + "<extra></extra>",
             )  # fmt: skip
             figure.add_trace(line, row + 1, column + 1)
+            shown.add(name)
     if log_x:
-        values = sorted(set(frame[x]))
-        shown = [value for value in values if value > 0][:: max(1, math.ceil(len(values) / 8))]
-        figure.update_xaxes(type="log", tickvals=shown, ticktext=[f"{value:g}" for value in shown])
+        values = sorted(value for value in set(frame[x]) if value > 0)
+        ticks = values[:: math.ceil(len(values) / 8)]
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{value:g}" for value in ticks])
     axis: dict[str, Any] = SHARE if share else {"type": "log"} if log_y else {}
     figure.update_yaxes(**axis)
-    keys = len(colours) * len(dashes) if colour or dash else 0
-    return _finished(figure, title, rows, columns, keys, max(map(len, map(str, colours)), default=0))
+    return _finished(figure, title, len(panels), columns)
 
 
 def dots(
@@ -92,8 +95,9 @@ def dots(
     """
     named = {x: x, **(labels or {})}
     names, colours = _values(frame, y), _values(frame, colour)
-    room = min(11.0, 120 / len(colours))  # pixels between the dots of one line
-    pitch = max(16.0, room * (len(colours) + 0.6))
+    dots_a_line = len(colours) + 0.6
+    room = max(2.0, min(11.0, 120 / len(colours), TALL / len(names) / dots_a_line))  # pixels between a line's dots
+    pitch = max(14.0, room * dots_a_line)
     figure = go.Figure()
     for i, value in enumerate(colours):
         part = frame[frame[colour] == value]
@@ -101,25 +105,25 @@ def dots(
         known = {"low", "high"} <= set(part.columns)
         figure.add_trace(go.Scatter(
             x=part[x], y=[names.index(name) + offset for name in part[y]], mode="markers", name=str(value),
-            marker={"color": COLOURS[i % len(COLOURS)], "size": 6, "symbol": SYMBOLS[i % len(SYMBOLS)]},
+            marker={"color": COLOURS[i % len(COLOURS)], "size": min(6.0, room + 2), "symbol": _symbol(i)},
             error_x={"type": "data", "symmetric": False, "array": part["high"] - part[x], "thickness": 1, "width": 0,
                      "arrayminus": part[x] - part["low"]} if known else None,
             customdata=part[[y, *(["low", "high"] if known else [])]],
             hovertemplate=f"%{{customdata[0]}}, {value}<br>{named[x]} %{{x:.3f}}"
-            + ("<br>95% interval %{customdata[1]:.3f} to %{customdata[2]:.3f}" if known else "") + "<extra></extra>",
+            + (_between(INTERVAL, 1) if known else "") + "<extra></extra>",
         ))  # fmt: skip
     if reference is not None:
         figure.add_vline(reference, line={"color": "#888", "width": 1, "dash": "dash"})
     figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5],
-                        gridcolor="#f2f2f2")  # fmt: skip
-    figure.update_xaxes(title=named[x], **SHARE if share else {})
-    labels_width = max(len(str(name)) for name in names) * 5.8 + 16
-    legend = _legend(len(colours), max(len(str(c)) for c in colours), SINGLE + 60) if len(colours) > 1 else 0
+                        gridcolor="#f2f2f2", tickfont={"size": 11 if pitch >= 16 else 9})  # fmt: skip
+    left = text_width(names, 11.5) + 14
+    width = max(SINGLE + 60, left + 250)
+    label = wrapped(named[x], width - left - 24)
+    figure.update_xaxes(title=label, **SHARE if share else {})
+    legend = legend_height(colours, width - left - 14) if len(colours) > 1 else 0
     figure.update_layout(showlegend=len(colours) > 1)
-    top = 14 + 17 * (title.count("<br>") + 1) if title else 14
-    margin = {"l": labels_width, "r": 14, "t": top, "b": 46 + legend}
-    height = len(names) * pitch + margin["t"] + margin["b"]
-    return styled(figure, title, SINGLE + 60, height, margin=margin)
+    margin = {"l": left, "b": 46 + 14 * label.count("<br>") + legend}
+    return styled(figure, title, width, len(names) * pitch, margin=margin)
 
 
 def histogram(
@@ -129,14 +133,14 @@ def histogram(
     """Bars of y at the bin centres x, a panel for each value of `facet`."""
     named = {x: x, y: y, **(labels or {})}
     panels = _panels(frame, facet)
-    figure, columns, rows = _grid(list(panels), facet, named[x], named[y])
+    figure, columns = _grid(panels, facet, named[x], named[y])
     for place, panel in enumerate(panels.values()):
         row, column = divmod(place, columns)
         bar = go.Bar(x=panel[x], y=panel[y], marker_color=COLOURS[0], showlegend=False,
                      hovertemplate=f"{named[x]} %{{x:.2f}}<br>{named[y]} %{{y:.3f}}<extra></extra>")  # fmt: skip
         figure.add_trace(bar, row + 1, column + 1)
     figure.update_layout(bargap=0.05)
-    return _finished(figure, title, rows, columns, 0, 0)
+    return _finished(figure, title, len(panels), columns)
 
 
 def _values(frame: pd.DataFrame, column: str | None) -> list[Any]:
@@ -150,7 +154,7 @@ def _panels(frame: pd.DataFrame, facet: str | None) -> dict[str, pd.DataFrame]:
 
 
 def _series(panel: pd.DataFrame, colour: str | None, dash: str | None) -> list[tuple[Any, Any, pd.DataFrame]]:
-    keys = [name for name in (colour, dash) if name]
+    keys = list(dict.fromkeys(name for name in (colour, dash) if name))
     if not keys:
         return [(None, None, panel)]
     found = []
@@ -161,39 +165,56 @@ def _series(panel: pd.DataFrame, colour: str | None, dash: str | None) -> list[t
 
 
 def _name(*values: Any) -> str:
-    return ", ".join(str(value) for value in values if value is not None)
+    return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
-def _grid(panels: Sequence[str], facet: str | None, x: str, y: str) -> tuple[go.Figure, int, int]:
-    """Empty panels, four a row at most, that share their axes and the axes' titles."""
-    columns = min(len(panels), 4)
+def _symbol(i: int) -> str:
+    """Another one for each colour, and other pairs of the two when the colours begin again."""
+    return SYMBOLS[(i + i // len(COLOURS)) % len(SYMBOLS)]
+
+
+def _between(interval: str, place: int) -> str:
+    """The hover's line of an interval whose ends stand in customdata from `place` on."""
+    return f"<br>{interval} %{{customdata[{place}]:.3f}} to %{{customdata[{place + 1}]:.3f}}"
+
+
+def _grid(panels: Mapping[str, Any], facet: str | None, x: str, y: str) -> tuple[go.Figure, int]:
+    """Empty panels that share their axes and the axes' titles, and how many stand in a row."""
+    columns = min(len(panels), 4 if len(panels) <= 24 else 6)
     rows = math.ceil(len(panels) / columns)
     figure = make_subplots(
         rows=rows, cols=columns, shared_yaxes=True, shared_xaxes=True, subplot_titles=list(panels) if facet else None,
-        horizontal_spacing=0.025, vertical_spacing=min(0.9 / rows, 26 / (PANEL * rows)), x_title=x, y_title=y,
+        horizontal_spacing=0.025, vertical_spacing=GAP / _plot(rows, columns), x_title=x, y_title=y,
     )  # fmt: skip
-    return figure, columns, rows
-
-
-def _legend(keys: int, longest: int, width: float) -> float:
-    """Pixels that a legend below the plot takes."""
-    a_line = max(1, int(width // (longest * 5.6 + 46)))
-    return 20 * math.ceil(keys / a_line)
-
-
-def _finished(figure: go.Figure, title: str, rows: int, columns: int, keys: int, longest: int) -> go.Figure:
-    width = SINGLE if columns == 1 else DOUBLE
-    panel = 210 if columns == 1 else PANEL
+    for place in range(len(panels)):  # the last row may leave columns empty
+        row, column = divmod(place, columns)
+        figure.update_xaxes(showticklabels=place + columns >= len(panels), row=row + 1, col=column + 1)
     titles: Any = figure.layout["annotations"]
-    named = 18 if len(titles) > 2 else 0  # two of them are the axes'
-    legend = _legend(keys, longest, width) if keys > 1 else 0
-    top = (14 + 17 * (title.count("<br>") + 1) if title else 12) + named
-    margin = {"l": 60, "r": 14, "t": top, "b": 50 + legend}
-    height = rows * panel + (rows - 1) * 26 + margin["t"] + margin["b"]
-    for annotation in titles:
+    room = (DOUBLE - 74) / columns - 12
+    for annotation in titles[:-2]:  # the last two are the axes'
+        annotation.update(font={"size": max(7, min(11, int(11 * room / max(1, text_width(panels)))))})
+    for annotation in titles[-2:]:
         annotation.update(font={"size": 11})
-    figure.update_layout(showlegend=keys > 1)
-    return styled(figure, title, width, height, margin=margin)
+    return figure, columns
+
+
+def _plot(rows: int, columns: int) -> int:
+    """Pixels of the height of all panels."""
+    panel = 210 if columns == 1 else 150 if columns <= 4 else 80
+    return rows * panel + (rows - 1) * GAP
+
+
+def _finished(figure: go.Figure, title: str, panels: int, columns: int) -> go.Figure:
+    width = SINGLE if columns == 1 else DOUBLE
+    names = [trace["name"] for trace in figure.data if trace["showlegend"]]
+    titles: Any = figure.layout["annotations"]
+    above = 18 if len(titles) > 2 else 0
+    margin = {"l": 60, "b": 50 + (legend_height(names, width - 74) if len(names) > 1 else 0)}
+    if columns > 4:
+        figure.update_yaxes(tickfont={"size": 8})
+        figure.update_xaxes(tickfont={"size": 8})
+    figure.update_layout(showlegend=len(names) > 1)
+    return styled(figure, title, width, _plot(math.ceil(panels / columns), columns), above, margin=margin)
 
 
 def _faint(colour: str) -> str:

@@ -11,11 +11,20 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.cluster.hierarchy import dendrogram
 
-from sitelens.figures.style import COLOURS, DIVERGING, DOUBLE, SEQUENTIAL, colourbar, styled
+from sitelens.figures.style import (
+    COLOURS,
+    DIVERGING,
+    DOUBLE,
+    SEQUENTIAL,
+    Number,
+    colourbar,
+    legend_height,
+    styled,
+    text_width,
+)
 
 CELL = 12  # pixels of a cell in a map of heads
 TREE = 60  # pixels of a dendrogram
-LETTER = 5.6  # pixels of a letter of the usual size, for labels
 
 
 def alpha_heatmap(alpha: np.ndarray, title: str = "") -> go.Figure:
@@ -27,7 +36,7 @@ def alpha_heatmap(alpha: np.ndarray, title: str = "") -> go.Figure:
 
 
 def head_heatmap(
-    values: np.ndarray, title: str = "", label: str = "", low: float | None = None, high: float | None = None
+    values: np.ndarray, title: str = "", label: str = "", low: Number | None = None, high: Number | None = None
 ) -> go.Figure:
     """Any number of every head as layer (up) by head (across).
 
@@ -47,8 +56,7 @@ def head_heatmap(
     figure.update_xaxes(title="Head", **_ticks(heads))
     figure.update_yaxes(title="Layer", **_ticks(layers))
     cell = min(CELL, (DOUBLE - 130) / max(layers, heads))
-    lines = title.count("<br>") + 1 if title else 0
-    return styled(figure, title, max(heads * cell + 130, 250), layers * cell + 70 + 17 * lines)
+    return styled(figure, title, max(heads * cell + 130, 250), max(layers * cell, 60))
 
 
 def transfer_heatmap(
@@ -59,21 +67,21 @@ def transfer_heatmap(
     groups: Mapping[str, str] | None = None,
     tree: np.ndarray | None = None,
     hover: Mapping[str, pd.DataFrame] | None = None,
-    limits: tuple[float, float] = (0, 1),
+    limits: tuple[Number, Number] = (0, 1),
     axes: tuple[str, str] = ("Source of the heads", "Target task"),
     between: str = "on",
 ) -> go.Figure:
     """Sources (down) by targets (across), the colour scale fixed; the numbers stand in the hover.
 
     values: index the source tasks, columns the target tasks. groups: a kind for each task, shown by the colour of a
-    strip at the left. tree: a scipy linkage of the tasks in the order given, drawn above. hover: further frames of
-    the same shape. limits: of the colours; where they are below 0 the scale diverges. axes: their titles, down and
-    across. between: what stands between the two tasks in the hover.
+    strip at the left. tree: a scipy linkage, drawn above, whose leaves from left to right are the columns. hover:
+    further frames of the same shape. limits: of the colours; where they are below 0 the scale diverges. axes: their
+    titles, down and across. between: what stands between the two tasks in the hover.
     """
     sources, targets = [str(name) for name in values.index], [str(name) for name in values.columns]
-    n, longest = len(targets), max(len(name) for name in (*sources, *targets))
+    n = len(targets)
     font = 11 if n <= 24 else 9 if n <= 40 else 7.5
-    labels = longest * LETTER * font / 11
+    labels = text_width([*sources, *targets], font)
     cell = min(24, max(8, (DOUBLE - labels - 120) / n))
     strip = 10 if groups else 0
     details = {name: frame.to_numpy() for name, frame in (hover or {}).items()}
@@ -96,7 +104,10 @@ def transfer_heatmap(
     if tree is not None:
         for line in _tree_lines(tree):
             figure.add_trace(line, 1, 2)
-    kinds = list(dict.fromkeys((groups or {}).get(name, "other") for name in sources)) if groups else []
+        figure.update_yaxes(range=[0, 1.02 * float(tree[:, 2].max())], row=1, col=2)
+        for column in (1, 2):  # they share their range
+            figure.update_yaxes(range=[0, 1.02 * float(tree[:, 2].max())], row=1, col=column)
+    kinds = sorted({(groups or {}).get(name, "other") for name in sources}) if groups else []
     for i, kind in enumerate(kinds):
         places = [place for place, name in enumerate(sources) if (groups or {}).get(name, "other") == kind]
         figure.add_trace(go.Bar(
@@ -105,24 +116,22 @@ def transfer_heatmap(
         ), 2, 1)  # fmt: skip
     for row, column in ((1, 1), (1, 2), (2, 1)):
         figure.update_xaxes(visible=False, row=row, col=column)
-        figure.update_yaxes(visible=False, row=row, col=column)
+    figure.update_yaxes(visible=False)
     names: dict[str, Any] = {"showgrid": False, "ticks": "", "showline": False, "tickfont": {"size": font}}
     figure.update_xaxes(title=axes[1], tickvals=list(range(n)), ticktext=targets, tickangle=-90 if n > 24 else -45,
                         range=[-0.5, n - 0.5], **names, row=2, col=2)  # fmt: skip
     side: dict[str, Any] = {
         "title": axes[0], "tickvals": list(range(len(sources))), "ticktext": sources, "visible": True,
-        "range": [len(sources) - 0.5, -0.5], **names,
+        "showticklabels": True, "range": [len(sources) - 0.5, -0.5], **names,
     }  # fmt: skip
-    figure.update_yaxes(range=[len(sources) - 0.5, -0.5], row=2, col=2, visible=False)
-    figure.update_yaxes(**side, row=2, col=1)
+    figure.update_yaxes(range=side["range"], row=2, col=2)
+    figure.update_yaxes(**side, row=2, col=1 if groups else 2)
     figure.update_xaxes(range=[0, 1], row=2, col=1)
-    below = labels * (1 if n > 24 else 0.75) + 30
-    margin = {"l": labels + 34, "r": 72, "t": (12 + 17 * (title.count("<br>") + 1)) if title else 10,
-              "b": below + 22 * bool(kinds)}  # fmt: skip
-    return styled(
-        figure, title, margin["l"] + strip + 3 + width + margin["r"],
-        margin["t"] + (TREE if tree is not None else 1) + height + margin["b"], margin=margin, bargap=0,
-    )  # fmt: skip
+    sides = {"l": labels + 34, "r": 72}
+    whole = sides["l"] + strip + 3 + width + sides["r"]
+    below = labels * (1 if n > 24 else 0.75) + 30 + legend_height(kinds, strip + 3 + width)
+    above = TREE if tree is not None else 1
+    return styled(figure, title, whole, above + height, margin={**sides, "b": below}, bargap=0)
 
 
 def _tree_lines(tree: np.ndarray) -> list[go.Scatter]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from sitelens.figures.charts import dots, histogram, lines
-from sitelens.figures.style import COLOURS, SINGLE, colourbar, styled
+from sitelens.figures.style import COLOURS, DOUBLE, SEQUENTIAL, SINGLE, colourbar, legend_height, styled, text_width
 
 ACCURACY = "First-token accuracy"
 LOSS = "Cross-entropy (nats)"
@@ -29,7 +32,7 @@ def random_heads(frame: pd.DataFrame, title: str = "") -> go.Figure:
     named = {"random": f"random (mean and range of {draws} draws)", "high-alpha": "high-alpha"}
     labels = {"k": "Heads patched", "mean": ACCURACY}
     return lines(ranged.assign(heads=ranged["heads"].map(named)), "k", colour="heads", facet="task", labels=labels,
-                 title=title)  # fmt: skip
+                 title=title, interval="range")  # fmt: skip
 
 
 def head_counts(frame: pd.DataFrame, title: str = "") -> go.Figure:
@@ -71,8 +74,7 @@ def initialisations(frame: pd.DataFrame, title: str = "") -> go.Figure:
 
 def initialisation_distances(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """Mean absolute distance of the alphas found, for pairs of runs that share the init, the seed, or neither."""
-    plain = frame.assign(pair=frame["pair"])
-    return dots(plain, "distance", colour="pair", share=False, labels={"distance": "Mean |difference| of alpha"},
+    return dots(frame, "distance", colour="pair", share=False, labels={"distance": "Mean |difference| of alpha"},
                 title=title)  # fmt: skip
 
 
@@ -105,10 +107,12 @@ def training_curves(histories: pd.DataFrame, title: str = "") -> go.Figure:
     """Validation loss over training: frames of `TrainResult.history` with a column `task`."""
     measured = histories.dropna(subset="valid_loss")
     labels = {"step": "Step", "valid_loss": f"Validation {LOSS.lower()}"}
-    return lines(measured, "step", "valid_loss", colour="task", labels=labels, title=title, share=False)
+    few = measured["task"].nunique() <= len(COLOURS)
+    return lines(measured, "step", "valid_loss", colour="task" if few else None, facet=None if few else "task",
+                 labels=labels, title=title, share=False)  # fmt: skip
 
 
-def costs(frame: pd.DataFrame, quantity: str = "seconds", title: str = "") -> go.Figure:
+def costs(frame: pd.DataFrame, title: str = "", quantity: Literal["seconds", "tokens"] = "seconds") -> go.Figure:
     """Seconds, or tokens, over the number of prompts answered; both axes logarithmic."""
     names = {"seconds": "Seconds", "tokens": "Tokens through the model"}
     labels = {"prompts": "Prompts answered", quantity: names[quantity]}
@@ -146,29 +150,37 @@ def attention_roles(frame: pd.DataFrame, title: str = "") -> go.Figure:
             x=frame.loc[part, "share"], y=heads[part], name=role, orientation="h", marker_color=colour,
             hovertemplate=f"head %{{y}}<br>{role} %{{x:.3f}}<extra></extra>",
         ))  # fmt: skip
+    pitch = min(18.0, max(9.0, 1000 / len(names)))
     figure.update_xaxes(title="Share of the last token's attention", range=[0, 1])
-    figure.update_yaxes(title="Head (layer.head)", type="category", autorange="reversed")
-    margin = {"l": 60, "r": 14, "t": 32 if title else 12, "b": 86}
-    height = 18 * len(names) + margin["t"] + margin["b"]
-    return styled(figure, title, SINGLE + 90, height, barmode="stack", margin=margin)
+    figure.update_yaxes(title="Head (layer.head)", type="category", autorange="reversed",
+                        tickfont={"size": min(11.0, pitch - 1)}, tickvals=names)  # fmt: skip
+    margin = {"l": 60, "b": 46 + legend_height(list(dict.fromkeys(frame["role"])), SINGLE + 16)}
+    return styled(figure, title, SINGLE + 90, pitch * len(names), barmode="stack", margin=margin,
+                  legend_traceorder="normal")  # fmt: skip
 
 
 def attention_example(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """One prompt's tokens, and how much each head attends to them; the frame of `sl.heads.attention_example`."""
     heads = [name for name in frame.columns if name not in ("position", "token", "role")]
     texts = [repr(token)[1:-1] for token in frame["token"]]
+    down = 11 * len(frame) + 130 > DOUBLE  # a prompt too long for a page's width is read downwards
+    weights = frame[heads].to_numpy()
+    told = np.array([[f"head {h}<br>{t} ({r})" for h in heads] for t, r in zip(texts, frame["role"], strict=True)])
     figure = go.Figure(go.Heatmap(
-        z=frame[heads].to_numpy().T, x=frame["position"], y=heads, zmin=0, zmax=1, colorscale="Viridis",
-        customdata=[[f"{t} ({r})" for t, r in zip(texts, frame["role"], strict=True)]] * len(heads),
-        hovertemplate="head %{y}<br>%{customdata}<br>attention %{z:.3f}<extra></extra>",
-        colorbar=colourbar("attention", tickvals=[0, 0.5, 1]), xgap=0.5, ygap=0.5,
+        z=weights if down else weights.T, zmin=0, zmax=1, colorscale=SEQUENTIAL, text=told if down else told.T,
+        hovertemplate="%{text}<br>attention %{z:.3f}<extra></extra>", xgap=0.5, ygap=0.5,
+        colorbar=colourbar("attention", tickvals=[0, 0.5, 1]),
     ))  # fmt: skip
-    figure.update_xaxes(tickvals=frame["position"], ticktext=texts, tickangle=-90, tickfont={"size": 9},
-                        title="Token", showgrid=False)  # fmt: skip
-    figure.update_yaxes(title="Head", type="category", autorange="reversed", showgrid=False)
-    margin = {"l": 52, "r": 70, "t": 32 if title else 12, "b": 96}
-    height = max(80, 16 * len(heads)) + margin["t"] + margin["b"]
-    return styled(figure, title, max(SINGLE, 11 * len(frame) + 130), height, margin=margin)
+    tokens = {"tickvals": list(range(len(texts))), "ticktext": texts, "tickfont": {"size": 9}, "title": "Token"}
+    rows = {"tickvals": list(range(len(heads))), "ticktext": heads, "title": "Head (layer.head)"}
+    figure.update_xaxes(**rows if down else tokens, tickangle=-90, showgrid=False)
+    figure.update_yaxes(**tokens if down else rows, autorange="reversed", showgrid=False)
+    names = text_width(texts, 9) + 36
+    if down:
+        margin = {"l": names, "r": 70, "b": 70}
+        return styled(figure, title, max(SINGLE, 16 * len(heads) + names + 70), 11 * len(frame), margin=margin)
+    margin = {"l": 56, "r": 70, "b": max(60.0, names)}
+    return styled(figure, title, max(SINGLE, 11 * len(frame) + 130), max(80, 16 * len(heads)), margin=margin)
 
 
 def similarity_against_transfer(similarity: pd.DataFrame, transfer: pd.DataFrame, title: str = "") -> go.Figure:
@@ -182,4 +194,4 @@ def similarity_against_transfer(similarity: pd.DataFrame, transfer: pd.DataFrame
     ))  # fmt: skip
     figure.update_xaxes(title="Similarity of alpha (Pearson r)")
     figure.update_yaxes(title="Transfer (share of the own gain)")
-    return styled(figure, title, SINGLE, 270)
+    return styled(figure, title, SINGLE, 210)

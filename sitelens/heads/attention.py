@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sitelens.defaults import SitelensError
-from sitelens.heads.common import all_heads, checked_heads, like_prompts, per_head, watch
+from sitelens.heads.common import all_heads, checked_heads, like_prompts, per_head, valid_items, watch
 from sitelens.memory import MAX_TOKENS
 from sitelens.models import Model, context_length, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, prompt_parts, tokenize
@@ -57,9 +57,14 @@ def attention_example(
     """One few-shot prompt, token by token: columns position, token, role, and one of attention for each head.
 
     The attention is that of the last token; the query is the validation item with this index.
+
+    Raises:
+        SitelensError: if there is no such head or item, and as `attention_roles`.
     """
     task, model = load_task(task), resolve_model(model)
     chosen = checked_heads(heads, model)
+    if not 0 <= item < len(valid_items(task)):
+        raise SitelensError(f"there is no valid item {item} of task {task.name!r}: items 0 to {len(task.valid) - 1}")
     demonstrations = draw_demonstrations(task, n_shots, task.valid[item], seed, "valid", item)
     batch, roles = _with_roles(task, [(demonstrations, task.valid[item])], model)
     weights = attention(batch, chosen, model)[0]
@@ -82,6 +87,10 @@ def attention_roles(
 
     Means over few-shot prompts of the task, drawn as those of `embed_task`. Roles: the prompt's first token, the
     demonstrations' inputs and answers, the query, and the template's own words.
+
+    Raises:
+        SitelensError: as `embed_task`, if there is no such head, for a chat template, or a tokenizer that cannot tell
+            where in a text its tokens stand.
     """
     task, model = load_task(task), resolve_model(model)
     chosen = all_heads(model) if heads is None else checked_heads(heads, model)
@@ -109,19 +118,20 @@ def induction_scores(
     token behind its first (prefix matching, Olsson et al. 2022); previous_token: that to the position before.
 
     Raises:
-        SitelensError: if twice `length` is longer than the context.
+        SitelensError: if twice `length`, and a token before, is longer than the context.
     """
     model = resolve_model(model)
     limit = context_length(model)
     if length < 2 or (limit is not None and 2 * length + 1 > limit):
-        raise SitelensError(f"length must lie between 2 and {(limit or 0) // 2 - 1}, got {length}")
+        most = "" if limit is None else f" and at most {(limit - 1) // 2}"
+        raise SitelensError(f"length must be at least 2{most}, got {length}")
     tokenizer, rng = own_tokenizer(model), random.Random(f"sitelens/induction/{seed}")
     special = set(tokenizer.all_special_ids)
     words = [i for i in range(min(len(tokenizer), model.cfg.d_vocab)) if i not in special]
     once = torch.tensor([rng.choices(words, k=length) for _ in range(n_rows)])
     start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
     tokens = torch.cat([torch.tensor(start).long().expand(n_rows, -1), once, once], dim=1)
-    at = torch.arange(tokens.shape[1] - length + 1, tokens.shape[1])
+    at = torch.arange(tokens.shape[1] - length, tokens.shape[1])
     found = torch.zeros(2, *head_shape(model)[:2])
 
     def keep(pattern: Tensor, layer: int) -> None:
@@ -145,11 +155,10 @@ def _with_roles(
     prompts = [few_shot_prompt(task.template, shown, query, tokenizer) for shown, query in drawn]
     batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
     roles = []
-    for prompt, (shown, query) in zip(prompts, drawn, strict=True):
+    for prompt, length, (shown, query) in zip(prompts, batch.lengths, drawn, strict=True):
         of_character = [role for role, text in prompt_parts(task.template, shown, query) for _ in text]
-        spans = tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"]
-        own = [of_character[end - 1] if end > start else FIRST for start, end in spans]
-        roles.append([FIRST, *own[1:]])
+        spans = tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"][:length]
+        roles.append([FIRST, *(of_character[end - 1] if end else FIRST for _, end in spans[1:])])
     return batch, roles
 
 

@@ -16,6 +16,7 @@ from sitelens.forward import all_positions, run_tokens
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.models import Model, head_shape
 from sitelens.prompts import PromptBatch
+from sitelens.tasks import Example, Task
 
 
 def checked_heads(heads: Iterable[tuple[int, int]], model: Model) -> list[tuple[int, int]]:
@@ -43,6 +44,17 @@ def per_head(values: Float[Tensor, "layer head"], name: str) -> pd.DataFrame:
     layers, heads = values.shape
     index = [(layer, head) for layer in range(layers) for head in range(heads)]
     return pd.DataFrame(index, columns=["layer", "head"]).assign(**{name: values.flatten().tolist()})
+
+
+def valid_items(task: Task) -> tuple[Example, ...]:
+    """The validation items.
+
+    Raises:
+        SitelensError: if there is none.
+    """
+    if not task.valid:
+        raise SitelensError(f"task {task.name!r} has no valid items")
+    return task.valid
 
 
 def like_prompts(batch: PromptBatch, model: Model) -> list[list[int]]:

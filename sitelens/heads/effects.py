@@ -13,7 +13,7 @@ from einops import rearrange
 from sitelens.defaults import settings, tracked
 from sitelens.embedding import TaskEmbedding
 from sitelens.forward import HeadEdit, LastToken, PrefixCache
-from sitelens.heads.common import per_head
+from sitelens.heads.common import per_head, valid_items
 from sitelens.memory import MAX_ROWS, chunks, prefix_bytes, step_bytes
 from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import draw_demonstrations, few_shot_prompt, tokenize
@@ -38,14 +38,14 @@ def indirect_effects(
     probability of the answer's first token, error its standard error over prompts.
 
     Raises:
-        SitelensError: as `embed_task`, or for an embedding of another model.
+        SitelensError: as `embed_task`, for no validation items, or an embedding of another model.
     """
     task, model = load_task(task), resolve_model(model)
     embedding.check_fits(model)
     tokenizer, budget = own_tokenizer(model), settings.budget(memory_budget)
-    prompts = []
+    queries, prompts = valid_items(task), []
     for i in range(n_prompts):
-        query = task.valid[i % len(task.valid)]
+        query = queries[i % len(queries)]
         shown = _shuffled(draw_demonstrations(task, n_shots, query, seed, "effects", i), f"{task.name}/{seed}/{i}")
         prompts.append(few_shot_prompt(task.template, shown, query, tokenizer))
     batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")

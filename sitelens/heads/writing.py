@@ -12,10 +12,9 @@ from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding, embedding_prompts
 from sitelens.forward import capture_z
-from sitelens.heads.common import checked_heads, like_prompts, per_head, watch
+from sitelens.heads.common import checked_heads, like_prompts, per_head, valid_items, watch
 from sitelens.models import Model, computing_dtype, context_length, own_tokenizer, resolve_model
 from sitelens.prompts import PromptBatch, few_shot_prompts, tokenize
 from sitelens.tasks import Task, load_task
@@ -40,9 +39,7 @@ def head_attribution(
         SitelensError: for an unknown task, no validation items, or an embedding of another model.
     """
     task, model = load_task(task), resolve_model(model)
-    items = task.valid[:n_items]
-    if not items:
-        raise SitelensError(f"task {task.name!r} has no valid items")
+    items = valid_items(task)[:n_items]
     prompts = few_shot_prompts(task, items, n_shots, own_tokenizer(model), seed, "valid", range(len(items)))
     batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
     totals = []
@@ -67,8 +64,8 @@ def written_tokens(
 ) -> pd.DataFrame:
     """The tokens that a head's part of the task embedding promotes and suppresses most: columns token, logit.
 
-    Logits are direct (nothing between the head and the unembedding), past the vocabulary's mean, with the norms'
-    mean scales over some of the prompts that the embedding was measured on. The n highest, then the n lowest.
+    Logits are direct (nothing between the head and the unembedding), past the vocabulary's mean; means over some of
+    the prompts that the embedding was measured on, whose norms' scales are used. The n highest, then the n lowest.
 
     Raises:
         SitelensError: if there is no such head, or the embedding comes from another model.
@@ -86,7 +83,7 @@ def written_tokens(
     write = z @ _output_weights(layer, model)[place]
     logits = torch.stack([norms.through(write, layer) @ direction for norms in factors]).mean(0)
     order = logits.argsort(descending=True).tolist()
-    chosen = [*order[:n], *order[-n:]]
+    chosen = [*order[:n], *order[len(order) - n :]]
     return pd.DataFrame({"token": [tokenizer.decode([i]) for i in chosen], "logit": logits[chosen].tolist()})
 
 

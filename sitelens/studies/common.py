@@ -67,18 +67,31 @@ class Sample:
 
 
 def prepare(
-    tasks: Iterable[Task | str], model: Model, config: TrainConfig | None, sample: Sample, **embedding: int
+    tasks: Iterable[Task | str], model: Model, config: TrainConfig | None, sample: Sample, at_least: int = 1
 ) -> list[Prepared]:
-    """Every task embedded and trained, in one batch, or taken from the cache."""
-    loaded = load_tasks(tasks)
-    if not loaded:
-        raise SitelensError("give at least one task")
-    config = config or TrainConfig()
-    vectors = embedded(loaded, model, seed=sample.seed, **embedding, **sample.limits)
+    """Every task embedded and trained, in one batch, or taken from the cache.
+
+    Raises:
+        SitelensError: for fewer tasks than `at_least`, before anything is trained.
+    """
+    loaded, config = some_tasks(tasks, at_least), config or TrainConfig()
+    vectors = embedded(loaded, model, seed=sample.seed, **sample.limits)
     runs = train_selections(
         loaded, model, embeddings=vectors, seeds=(config.seed,), config=config, **sample.limits
     )  # fmt: skip
     return [Prepared(task, vectors[task.name], runs[task.name, config.seed]) for task in loaded]
+
+
+def some_tasks(tasks: Iterable[Task | str], at_least: int = 1) -> list[Task]:
+    """The tasks loaded.
+
+    Raises:
+        SitelensError: for fewer of them than `at_least`, and as `load_tasks`.
+    """
+    loaded = load_tasks(tasks)
+    if len(loaded) < at_least:
+        raise SitelensError(f"give at least {'one task' if at_least == 1 else f'{at_least} tasks'}, got {len(loaded)}")
+    return loaded
 
 
 def measure(task: Task, settings: Sequence[tuple[Facts, Condition]], model: Model, sample: Sample) -> pd.DataFrame:

@@ -23,8 +23,6 @@ from sitelens.studies.common import Options, Sample
 from sitelens.tasks import Task, load_task
 from sitelens.training import train_selection
 
-PREPARATION = "SITE, preparation"
-
 
 def costs(
     task: Task | str,
@@ -40,14 +38,17 @@ def costs(
 
     One row per method and count: method ("zero-shot", "N-shot", "SITE" with its embedding and training, and "SITE,
     prepared" without), prompts, seconds, tokens (that went through the model, forward). Nothing is taken from the
-    cache. Test items are repeated where there are fewer. Times are of this machine, once each.
+    cache. Items of the split are repeated where there are fewer. Times are of this machine, once each.
 
     Raises:
-        SitelensError: for a count below 1, and as `train_selection`.
+        SitelensError: for a count below 1, a split without items, and as `train_selection`.
     """
     if not counts or min(counts) < 1:
         raise SitelensError(f"counts must be at least 1, got {list(counts)}")
     task, model, sample = load_task(task), resolve_model(model), Sample(**options)
+    items = task.split(sample.split)
+    if not items:
+        raise SitelensError(f"task {task.name!r} has no {sample.split} items")
     with _empty_cache():
         with _metered(model) as prepared:
             vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed, **sample.limits)
@@ -58,7 +59,7 @@ def costs(
         }  # fmt: skip
         rows: list[dict[str, Any]] = []
         for count in counts:
-            repeated = replace(task, test=tuple(task.test[i % len(task.test)] for i in range(count)))
+            repeated = replace(task, test=tuple(items[i % len(items)] for i in range(count)))
             for name, condition in conditions.items():
                 with _metered(model) as meter:
                     evaluate(repeated, {name: condition}, model, seed=sample.seed, **sample.limits)

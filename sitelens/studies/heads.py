@@ -10,9 +10,8 @@ import pandas as pd
 from scipy.stats import hypergeom, mannwhitneyu, rankdata
 
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError
 from sitelens.heads import attention_roles, indirect_effects, induction_scores
-from sitelens.models import Model, resolve_model
+from sitelens.models import Model, head_shape, resolve_model
 from sitelens.studies.common import Options, Sample, checked_counts, prepare
 from sitelens.tasks import Task
 
@@ -21,7 +20,7 @@ def head_overlap(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
-    k: int = 20,
+    k: int | None = None,
     n_prompts: int = 25,
     n_shots: int = 10,
     config: TrainConfig | None = None,
@@ -31,14 +30,16 @@ def head_overlap(
 
     One row per task and kind of head: kind, k, shared (of the kind's k highest heads, those with alpha > 0.5),
     share (shared / k), expected (by chance), p (hypergeometric, one-sided), auc (of the kind's score for telling
-    selected heads from others), spearman (alpha with the score). Induction and previous-token scores come from
-    repeated random tokens, function-vector heads from the causal indirect effect on this task.
+    selected heads from others), spearman (alpha with the score). `k` defaults to a tenth of
+    all heads. Induction and previous-token scores come from repeated random tokens, function-vector heads from the
+    causal indirect effect on this task.
 
     Raises:
         SitelensError: for a k larger than the number of heads, and as `train_selections`.
     """
     model, sample = resolve_model(model), Sample(**options)
-    checked_counts((k,), model)
+    layers, heads, _ = head_shape(model)
+    k = checked_counts((max(1, layers * heads // 10) if k is None else k,), model)[0]
     prepared = prepare(tasks, model, config, sample)
     known = induction_scores(model, seed=sample.seed)
     rows: list[dict[str, Any]] = []
@@ -87,9 +88,7 @@ def shared_attention(
         SitelensError: for fewer than two tasks, and as `train_selections`.
     """
     model, sample = resolve_model(model), Sample(**options)
-    prepared = prepare(tasks, model, config, sample)
-    if len(prepared) < 2:
-        raise SitelensError(f"shared heads need at least two tasks, got {len(prepared)}")
+    prepared = prepare(tasks, model, config, sample, at_least=2)
     key = ["layer", "head", "role"]
     shares = {
         item.task.name: attention_roles(

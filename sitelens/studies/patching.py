@@ -14,7 +14,7 @@ from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.models import Model, resolve_model
 from sitelens.selection import HeadSelection
-from sitelens.studies.common import Facts, Options, Sample, checked_counts, measure, prepare
+from sitelens.studies.common import Facts, Options, Sample, checked_counts, measure, prepare, some_tasks
 from sitelens.tasks import Task
 from sitelens.training import train_selections
 
@@ -38,11 +38,15 @@ def soft_hard(
     Raises:
         SitelensError: for a threshold outside of [0, 1], and as `train_selections`.
     """
+    wrong = [threshold for threshold in thresholds if not 0 <= threshold <= 1]
+    if wrong or not thresholds:
+        raise SitelensError(f"thresholds must lie in [0, 1], got {wrong[0] if wrong else 'none'}")
     model, sample = resolve_model(model), Sample(**options)
     frames = []
     for item in prepare(tasks, model, config, sample):
         mixing = item.result.config.mixing
-        settings: list[tuple[Facts, Condition]] = [({}, PatchHeads(item.selection, item.embedding, mixing))]
+        unrounded = {"threshold": float("nan"), "n_heads": 0}
+        settings: list[tuple[Facts, Condition]] = [(unrounded, PatchHeads(item.selection, item.embedding, mixing))]
         for threshold in thresholds:
             hard = item.selection.hard(threshold)
             facts = {"threshold": threshold, "n_heads": hard.default_k}
@@ -51,7 +55,7 @@ def soft_hard(
         soft, rows = rows.iloc[0], rows.iloc[1:]
         rows = rows.assign(soft=soft["mean"], soft_low=soft["low"], soft_high=soft["high"])
         frames.append(rows.assign(gap=rows["soft"] - rows["mean"]))
-    return pd.concat(frames, ignore_index=True).astype({"n_heads": int})
+    return pd.concat(frames, ignore_index=True)
 
 
 def random_heads(
@@ -131,16 +135,14 @@ def task_agnostic(
     """One alpha for all tasks, each with its own embedding, against each task's own alpha (paper: task-agnostic).
 
     One row per task and condition: "zero-shot", "N-shot", "own alpha", "shared alpha" (trained on all tasks
-    together), "mean alpha" (of the tasks' own); mean, low, high, n, loss. Warns where the shared alpha does as well
-    as the tasks' own: the heads are then generic.
+    together), "mean alpha" (of the tasks' own); mean, low, high, n, loss. Warns where the tasks' own alphas help, and
+    the shared one does as well: the heads are then generic.
 
     Raises:
         SitelensError: for fewer than two tasks, and as `train_selections`.
     """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
-    prepared = prepare(tasks, model, config, sample)
-    if len(prepared) < 2:
-        raise SitelensError(f"a task-agnostic alpha needs at least two tasks, got {len(prepared)}")
+    prepared = prepare(tasks, model, config, sample, at_least=2)
     vectors = {item.task.name: item.embedding for item in prepared}
     trained = train_selections(
         [item.task for item in prepared], model, embeddings=vectors, seeds=(config.seed,), config=config, shared=True,
@@ -157,7 +159,7 @@ def task_agnostic(
         frames.append(measure(item.task, settings, model, sample))
     frame = pd.concat(frames, ignore_index=True)
     means = frame.groupby("condition")["mean"].mean()
-    if means["shared alpha"] >= means["own alpha"] - GENERIC:
+    if means["own alpha"] > means["zero-shot"] + GENERIC and means["shared alpha"] >= means["own alpha"] - GENERIC:
         warnings.warn(
             f"the shared alpha ({means['shared alpha']:.2f}) is as good as the tasks' own ({means['own alpha']:.2f}): "
             "the heads are generic to these tasks", SitelensWarning, stacklevel=2,
@@ -181,7 +183,7 @@ def mixing(
         SitelensError: as `train_selections`.
     """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
-    loaded = list(tasks) if not isinstance(tasks, str) else [tasks]
+    loaded = some_tasks(tasks)
     frames = []
     for kind in ("convex", "additive"):
         for item in prepare(loaded, model, replace(config, mixing=kind), sample):
@@ -191,6 +193,6 @@ def mixing(
                 ({**facts, "hard": True}, PatchHeads(item.selection.hard(), item.embedding, kind)),
             ]
             frames.append(measure(item.task, settings, model, sample))
-    frame = pd.concat(frames, ignore_index=True)
-    return frame.sort_values("task", key=lambda names: names.map({n: i for i, n in enumerate(frame["task"].unique())}),
-                             kind="stable", ignore_index=True)  # fmt: skip
+    order = {task.name: i for i, task in enumerate(loaded)}
+    frame = pd.concat(frames)
+    return frame.sort_values("task", key=lambda names: names.map(order), kind="stable", ignore_index=True)

@@ -14,11 +14,12 @@ from sitelens.conditions import FewShot, PatchHeads
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding, embed_task
+from sitelens.forward import Mixing
 from sitelens.models import Model, resolve_model
 from sitelens.selection import HeadSelection
 from sitelens.similarity import alpha_similarity
-from sitelens.studies.common import Options, Sample, measure, prepare
-from sitelens.tasks import Task, load_task, load_tasks
+from sitelens.studies.common import Options, Sample, measure, prepare, some_tasks
+from sitelens.tasks import Task, load_task
 from sitelens.training import TrainJob, TrainResult, train_jobs
 
 BINS = 20  # of a histogram of alpha
@@ -43,7 +44,7 @@ def prompt_counts(
         SitelensError: for tasks with too few items for the largest N, and as `train_selections`.
     """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
-    loaded = load_tasks(tasks)
+    loaded = some_tasks(tasks)
     cells = [(task, m, n) for task in loaded for m in n_prompts for n in n_shots]
     vectors = [
         embed_task(task, model, n_prompts=m, n_shots=n, seed=sample.seed, **sample.limits) for task, m, n in cells
@@ -84,7 +85,7 @@ def seed_variance(
         SitelensError: as `train_selections`.
     """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
-    loaded = load_tasks(tasks)
+    loaded = some_tasks(tasks)
     cells, jobs = [], []
     for task in loaded:
         for prompt_seed in prompt_seeds:
@@ -141,8 +142,9 @@ def initialisations(
     """
     model, sample = resolve_model(model), Sample(**options)
     frames = []
-    results = initialised(tasks, model, inits=inits, seeds=seeds, config=config, **options)
-    for task in load_tasks(tasks):
+    loaded = some_tasks(tasks)
+    results = initialised(loaded, model, inits=inits, seeds=seeds, config=config, **options)
+    for task in loaded:
         settings = []
         for (name, init, seed), (vector, result) in results.items():
             if name == task.name:
@@ -200,7 +202,7 @@ def initialised(
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
     cells = [
         (task, embed_task(task, model, seed=sample.seed, **sample.limits), init, seed)
-        for task in load_tasks(tasks) for init in inits for seed in seeds
+        for task in some_tasks(tasks) for init in inits for seed in seeds
     ]  # fmt: skip
     jobs = [TrainJob(((task, vector),), replace(config, init=init, seed=seed)) for task, vector, init, seed in cells]
     results = train_jobs(jobs, model, **sample.limits)
@@ -218,12 +220,14 @@ def loss_path(
     model: Model | str | None = None,
     *,
     points: int = 21,
+    mixing: Mixing = "convex",
     **options: Unpack[Options],
 ) -> pd.DataFrame:
     """Cross-entropy along the straight line from one alpha to another: is there a barrier between two solutions?
 
     One row a point: position (0 at `a`, 1 at `b`), loss (nats, of the answer's first token), mean, low, high, n
-    (accuracy). Measured on validation items unless `split` says otherwise.
+    (accuracy). Measured on validation items unless `split` says otherwise, under the `mixing` that the alphas were
+    trained with.
 
     Raises:
         SitelensError: for fewer than two points, or selections of another model or of different shapes.
@@ -236,7 +240,8 @@ def loss_path(
     settings = []
     for position in np.linspace(0, 1, points).tolist():
         alpha = torch.lerp(a.alpha, b.alpha, position).clamp(0, 1)
-        settings.append(({"position": position}, PatchHeads(HeadSelection(alpha, task.name, a.model), embedding)))
+        between = HeadSelection(alpha, task.name, a.model)
+        settings.append(({"position": position}, PatchHeads(between, embedding, mixing)))
     return measure(task, settings, model, sample)
 
 
@@ -255,7 +260,7 @@ def checkpoints(
         SitelensError: as `train_selections`.
     """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
-    loaded = load_tasks(tasks)
+    loaded = some_tasks(tasks)
     frames = []
     for kind in ("best", "last"):
         for item in prepare(loaded, model, replace(config, checkpoint=kind), sample):
@@ -288,7 +293,7 @@ def alpha_distribution(
     if by not in ("task", "layer", "step"):
         raise SitelensError(f"by must be 'task', 'layer' or 'step', got {by!r}")
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
-    loaded = load_tasks(tasks)
+    loaded = some_tasks(tasks)
     rows: list[dict[str, Any]] = []
     for step in steps if by == "step" else (None,):
         chosen = config if step is None else replace(config, steps=step, checkpoint="last")

@@ -7,13 +7,16 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sitelens import __version__
+from sitelens.cli.options import Help, figures_options, run_options, transfer_options
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 
 if TYPE_CHECKING:
+    from sitelens.config import TrainConfig
     from sitelens.report import RunConfig
 
 
@@ -71,7 +74,6 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> RunConfig:
-    from sitelens.config import TrainConfig
     from sitelens.report import RunConfig
 
     if options.again is not None:
@@ -82,16 +84,61 @@ def _config(options: argparse.Namespace) -> RunConfig:
         return RunConfig.load(options.again)
     if not options.tasks:
         raise SitelensError("name at least one task; `sitelens tasks` lists them")
-    train = TrainConfig(
+    return RunConfig(
+        tasks=tuple(options.tasks), template=options.template, model=options.model, n_prompts=options.n_prompts,
+        n_shots=options.n_shots, train=_train_config(options), k=options.k, draws=options.draws,
+        n_items=options.n_items or None, metrics=tuple(dict.fromkeys(options.metrics)), seed=options.seed,
+    )  # fmt: skip
+
+
+def _train_config(options: argparse.Namespace) -> TrainConfig:
+    from sitelens.config import TrainConfig
+
+    return TrainConfig(
         steps=options.steps, lr=options.lr, batch_size=options.batch_size, eval_every=options.eval_every,
         n_valid=options.n_valid, checkpoint=options.checkpoint, mixing=options.mixing, seed=options.train_seed,
         init=options.init if options.init == "random" else _number(options.init, "--init"),
     )  # fmt: skip
-    return RunConfig(
-        tasks=tuple(options.tasks), template=options.template, model=options.model, n_prompts=options.n_prompts,
-        n_shots=options.n_shots, train=train, k=options.k, draws=options.draws, n_items=options.n_items or None,
-        metrics=tuple(dict.fromkeys(options.metrics)), seed=options.seed,
+
+
+def _transfer(options: argparse.Namespace) -> None:
+    train = _train_config(options)
+    from sitelens.tasks import load_tasks
+
+    tasks = load_tasks(options.tasks)  # a wrong name shows before a model is loaded
+    from sitelens.gallery import save_figure
+    from sitelens.models import load_model
+    from sitelens.transfer import transfer_matrix
+
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    grid = transfer_matrix(
+        tasks, model, swap=options.swap, n_items=options.n_items or None, metric=options.metric,
+        n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, seed=options.seed,
+        memory_budget=options.memory_budget,
     )  # fmt: skip
+    print(f"{options.metric.replace('_', ' ')} accuracy in per cent, model {options.model}: sources down, targets "
+          f"across, {options.swap} of the source\n")  # fmt: skip
+    print((100 * grid.frame).round().astype(int).to_string() + "\n")
+    print((100 * grid.zero_shot).round().astype(int).rename("zero-shot").to_frame().T.to_string())
+    if options.out is not None:
+        command = f"sitelens transfer {' '.join(options.tasks)} --swap {options.swap} --model {options.model}"
+        facts = {"n_items": options.n_items, "seed": options.seed, "train": asdict(train)}
+        save_figure(grid.heatmap(), grid.long(), "transfer", options.out, options.formats, command, model, facts)
+        grid.save(options.out / "transfer.safetensors")
+        print(f"\nheatmap, transfer.csv, transfer.json and transfer.safetensors are in {options.out}")
+
+
+def _figures(options: argparse.Namespace) -> None:
+    from sitelens.gallery import PICTURES, make_figures
+
+    if options.list:
+        print("\n".join(f"{name:<26}{picture.caption}" for name, picture in PICTURES.items()))
+        return
+    written = make_figures(
+        options.names or None, options.out, options.model, tasks=options.tasks, n_items=options.n_items,
+        seed=options.seed, formats=options.formats, memory_budget=options.memory_budget,
+    )  # fmt: skip
+    print("\n".join(map(str, written)))
 
 
 def _tasks(options: argparse.Namespace) -> None:
@@ -148,14 +195,6 @@ def _cache(options: argparse.Namespace) -> None:
         print("nothing yet")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for those that are no values."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default is not None and action.default is not False and "default" not in (action.help or "")
-        return super()._get_help_string(action) if shown else action.help
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sitelens",
@@ -177,15 +216,23 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, act: Callable[[argparse.Namespace], None], text: str, more: str = "") -> Any:
         added = commands.add_parser(
             name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}", parents=[common],
-            formatter_class=_Help,
+            formatter_class=Help,
         )  # fmt: skip
         added.set_defaults(command=act)
         return added
 
-    _run_options(command(
+    run_options(command(
         "run", _run, "train head selections and compare them with prompting",
         "For each task: accuracy under zero-shot and few-shot prompting, SITE (soft selection), and hard, high-alpha, "
         "low-alpha and random heads. Everything computed is cached.",
+    ))  # fmt: skip
+    transfer_options(command(
+        "transfer", _transfer, "how well each task's heads serve every other task",
+        "Embeddings and selections are made where they are missing. Everything computed is cached.",
+    ))  # fmt: skip
+    figures_options(command(
+        "figures", _figures, "make the figures of the paper's analyses",
+        "Each with its data (.csv) and where it came from (.json) beside it.",
     ))  # fmt: skip
     tasks = command("tasks", _tasks, "list the tasks", "With a word: those whose name contains it.")
     tasks.add_argument("pattern", nargs="?", help="part of a name")
@@ -198,42 +245,6 @@ def _parser() -> argparse.ArgumentParser:
                        help="remove all, or one of: embedding, selection, scores, models, damaged")  # fmt: skip
     cache.add_argument("--verbose", action="store_true", help="a line for each artifact")
     return parser
-
-
-def _run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("tasks", nargs="*", metavar="TASK", help="a name (see `sitelens tasks`), or a .json or .csv file")
-    add("--out", metavar="DIR", type=Path, help="write heatmaps (HTML), selections, scores and run.json there")
-    add("--formats", nargs="+", choices=["html", "png", "svg", "pdf"], default=["html"],
-        help="of the heatmaps (default: html)")  # fmt: skip
-    add("--again", metavar="RUN.JSON", type=Path, help="make the run again that a run.json records")
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file")
-    group.add_argument("--dtype", help="for example float32 or bfloat16 (default: the checkpoint's)")
-    group.add_argument("--device", help="for example cpu or cuda (default: a GPU where there is one)")
-    group.add_argument("--memory-budget", metavar="SIZE", help="extra memory beside the weights (default: 2GiB)")
-    group = parser.add_argument_group("prompts and task embedding")
-    group.add_argument("--n-prompts", metavar="M", type=int, default=50, help="prompts averaged over")
-    group.add_argument("--n-shots", metavar="N", type=int, default=10, help="demonstrations a prompt")
-    group.add_argument("--template", help="text with {input} and {output}, or 'chat' (default: the task's own)")
-    group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=400, help="Adam steps")
-    group.add_argument("--lr", type=float, default=0.2, help="learning rate")
-    group.add_argument("--batch-size", type=int, default=1, help="training items a step")
-    group.add_argument("--eval-every", metavar="STEPS", type=int, default=50, help="steps between validations")
-    group.add_argument("--n-valid", metavar="ITEMS", type=int, default=100, help="validation items at most")
-    group.add_argument("--checkpoint", choices=["best", "last"], default="best", help="which alpha is kept")
-    group.add_argument("--init", metavar="ALPHA", default="0.5", help="alpha at the start, or 'random'")
-    group.add_argument("--mixing", choices=["convex", "additive"], default="convex", help="(1 - a) z + a v, or z + a v")
-    group.add_argument("--train-seed", metavar="SEED", type=int, default=0, help="decides which items are drawn")
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
-    group.add_argument("--metrics", nargs="+", choices=["first_token", "exact_match", "prefix_match"],
-                       default=["first_token"],
-                       help="how answers are scored (default: first_token)")  # fmt: skip
-    group.add_argument("--k", type=int, help="heads in high-alpha, low-alpha and random (default: a quarter of all)")
-    group.add_argument("--draws", type=int, default=5, help="random selections")
-    group.add_argument("--seed", type=int, default=0, help="decides prompts, demonstrations and test items")
 
 
 def _number(text: str, option: str) -> float:
@@ -250,7 +261,3 @@ def _size(size: int) -> str:
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
     if issubclass(category, SitelensWarning):
         print(f"sitelens: note: {message}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

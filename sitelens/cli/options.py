@@ -1,0 +1,97 @@
+"""Options of the commands, group by group; nothing heavy is imported, so that --help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for those that are no values."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default is not None and action.default is not False and "default" not in (action.help or "")
+        return super()._get_help_string(action) if shown else action.help
+
+
+def run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("tasks", nargs="*", metavar="TASK", help="a name (see `sitelens tasks`), or a .json or .csv file")
+    add("--out", metavar="DIR", type=Path, help="write heatmaps (HTML), selections, scores and run.json there")
+    _formats(parser, ["html"])
+    add("--again", metavar="RUN.JSON", type=Path, help="make the run again that a run.json records")
+    _model_options(parser)
+    _prompt_options(parser).add_argument("--template",
+        help="text with {input} and {output}, or 'chat' (default: the task's own)")  # fmt: skip
+    _training_options(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
+    group.add_argument("--metrics", nargs="+", choices=["first_token", "exact_match", "prefix_match"],
+                       default=["first_token"],
+                       help="how answers are scored (default: first_token)")  # fmt: skip
+    group.add_argument("--k", type=int, help="heads in high-alpha, low-alpha and random (default: a quarter of all)")
+    group.add_argument("--draws", type=int, default=5, help="random selections")
+    group.add_argument("--seed", type=int, default=0, help="decides prompts, demonstrations and test items")
+
+
+def transfer_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("tasks", nargs="+", metavar="TASK", help="two names at least (see `sitelens tasks`), or .json or .csv files")
+    add("--out", metavar="DIR", type=Path, help="write the heatmap, its numbers and the matrix there")
+    _formats(parser, ["html"])
+    add("--swap", choices=["heads", "embedding", "both"], default="heads", help="what comes from the source")
+    _model_options(parser)
+    _prompt_options(parser)
+    _training_options(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
+    group.add_argument("--metric", choices=["first_token", "exact_match", "prefix_match"], default="first_token",
+                       help="how answers are scored")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="decides prompts and test items")
+
+
+def figures_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("names", nargs="*", metavar="FIGURE", help="names of figures (default: all; --list shows them)")
+    add("--list", action="store_true", help="list the figures")
+    add("--out", metavar="DIR", type=Path, default=Path("figures"), help="where they are written")
+    _formats(parser, ["html", "png", "svg"])
+    add("--tasks", nargs="+", metavar="TASK", help="instead of each figure's own tasks")
+    add("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most")
+    add("--seed", type=int, default=0, help="decides prompts and test items")
+    add("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file")
+    add("--memory-budget", metavar="SIZE", help="extra memory beside the weights (default: 2GiB)")
+
+
+def _formats(parser: argparse.ArgumentParser, default: list[str]) -> None:
+    parser.add_argument("--formats", nargs="+", choices=["html", "png", "svg", "pdf"], default=default,
+                        help=f"of figures (default: {' '.join(default)})")  # fmt: skip
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file")
+    group.add_argument("--dtype", help="for example float32 or bfloat16 (default: the checkpoint's)")
+    group.add_argument("--device", help="for example cpu or cuda (default: a GPU where there is one)")
+    group.add_argument("--memory-budget", metavar="SIZE", help="extra memory beside the weights (default: 2GiB)")
+
+
+def _prompt_options(parser: argparse.ArgumentParser) -> Any:
+    group = parser.add_argument_group("prompts and task embedding")
+    group.add_argument("--n-prompts", metavar="M", type=int, default=50, help="prompts averaged over")
+    group.add_argument("--n-shots", metavar="N", type=int, default=10, help="demonstrations a prompt")
+    return group
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, default=400, help="Adam steps")
+    group.add_argument("--lr", type=float, default=0.2, help="learning rate")
+    group.add_argument("--batch-size", type=int, default=1, help="training items a step")
+    group.add_argument("--eval-every", metavar="STEPS", type=int, default=50, help="steps between validations")
+    group.add_argument("--n-valid", metavar="ITEMS", type=int, default=100, help="validation items at most")
+    group.add_argument("--checkpoint", choices=["best", "last"], default="best", help="which alpha is kept")
+    group.add_argument("--init", metavar="ALPHA", default="0.5", help="alpha at the start, or 'random'")
+    group.add_argument("--mixing", choices=["convex", "additive"], default="convex", help="(1 - a) z + a v, or z + a v")
+    group.add_argument("--train-seed", metavar="SEED", type=int, default=0, help="decides which items are drawn")
