@@ -12,11 +12,12 @@ export HF_HUB_OFFLINE ?= 1
 demo: .venv/.installed
 	$(BIN)/sitelens run antonym country-capital capitalize choose_first_of_3 --out figures/demo --progress
 
-test: check
-	$(BIN)/python -m pytest
+test: check test-fast
+	$(BIN)/python -m pytest -m slow
 
+# One process a core: the models are so small that a process cannot use two.
 test-fast: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto
 
 check: .venv/.installed
 	$(BIN)/ruff check .

@@ -98,8 +98,9 @@ def alpha_distribution(frame: pd.DataFrame, title: str = "") -> go.Figure:
     if "step" in frame:
         named = frame.assign(step="step " + frame["step"].astype(str))
         labels = {"alpha": "alpha", "share": "Share of heads"}
-        return lines(named, "alpha", "share", colour="step", facet="task", labels=labels, title=title, share=False,
-                     markers=False)  # fmt: skip
+        figure = lines(named, "alpha", "share", colour="step", facet="task", labels=labels, title=title, share=False,
+                       markers=False)  # fmt: skip
+        return figure.update_xaxes(range=[0, 1], tickvals=[0, 0.5, 1])
     return histogram(frame, "alpha", "share", facet="task", labels={"share": "Share of heads"}, title=title)
 
 
