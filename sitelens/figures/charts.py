@@ -73,7 +73,7 @@ def lines(
         values = sorted(value for value in set(frame[x]) if value > 0)
         ticks = values[:: math.ceil(len(values) / 8)]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{value:g}" for value in ticks])
-    axis: dict[str, Any] = SHARE if share else {"type": "log"} if log_y else {}
+    axis: dict[str, Any] = SHARE if share else {"type": "log", "dtick": 1} if log_y else {}
     figure.update_yaxes(**axis)
     return _finished(figure, title, len(panels), columns)
 
