@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-fast check format table figures notebooks clean
+.PHONY: demo test test-fast check format table figures notebooks bench clean
 
 demo: .venv/.installed
 	$(BIN)/sitelens run antonym country-capital capitalize choose_first_of_3 --out figures/demo --progress
@@ -39,6 +39,11 @@ figures: .venv/.installed
 # Every notebook from top to bottom, outputs included, in place.
 notebooks: .venv/.installed
 	cd notebooks && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=3600 *.ipynb
+
+# The library against the plain way, and against what the machine can do (about an hour).
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.limits
 
 # torch first: with it in place, nothing else asks for another build of it.
 .venv/.installed: pyproject.toml constraints.txt

@@ -18,7 +18,7 @@ from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
 from sitelens.models import Model, head_shape, model_name, resolve_model
 from sitelens.selection import HeadSelection
-from sitelens.tasks import Task, list_tasks, load_tasks
+from sitelens.tasks import Task, kinds_of, load_tasks
 from sitelens.training import train_selections
 from sitelens.transfer import TransferMatrix
 
@@ -117,11 +117,10 @@ def head_similarity(
     )  # fmt: skip
     selections = {key: result.selection for key, result in results.items()}
     names = tuple(task.name for task in loaded)
-    kinds = list_tasks().set_index("name")["kind"]
-    groups = {name: str(kinds[name]) for name in names if name in kinds.index}
     return HeadSimilarity(
         _pairs(selections, names, seeds, k), _floor(list(selections.values()), k, n_permutations), names,
-        {name: selections[name, seeds[0]].default_k if k is None else k for name in names}, model_name(model), groups,
+        {name: selections[name, seeds[0]].default_k if k is None else k for name in names}, model_name(model),
+        kinds_of(names),
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from sitelens.models import Model, model_name, resolve_model
 from sitelens.scoring import score_conditions
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact
-from sitelens.tasks import Task, list_tasks, load_tasks
+from sitelens.tasks import Task, kinds_of, load_tasks
 from sitelens.training import train_selections
 
 if TYPE_CHECKING:
@@ -187,7 +187,5 @@ def transfer_matrix(
         means = scores.groupby("condition")["score"].mean()
         columns[target.name] = means[[f"from {source}" for source in names]].set_axis(names)
         zero_shot[target.name], n[target.name] = float(means["zero-shot"]), int(scores["item"].nunique())
-    kinds = list_tasks().set_index("name")["kind"]
-    groups = {name: str(kinds[name]) for name in names if name in kinds.index}
     frame = pd.DataFrame(columns)
-    return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, model_name(model), groups)
+    return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, model_name(model), kinds_of(names))

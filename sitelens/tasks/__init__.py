@@ -152,6 +152,14 @@ def list_tasks() -> pd.DataFrame:
     return frame.astype({"items": "Int64"})
 
 
+def kinds_of(names: Iterable[str]) -> dict[str, str]:
+    """ "extractive" or "abstractive" for every named task of which that is known."""
+    registry = function_vectors.registry()
+    kinds = {name: builtin.kind(name) for name in names if name in builtin.names()}
+    upstream = {name: name.removeprefix("fv/") for name in names if name.startswith("fv/")}
+    return kinds | {name: registry[own]["category"] for name, own in upstream.items() if own in registry}
+
+
 def check_template(template: str) -> None:
     """Raise SitelensError unless `template` is "chat" or has {input} before {output}, once each."""
     if template == "chat":

@@ -1,0 +1,328 @@
+"""`python -m benchmarks.bench [SECTION ...]`: the library against the plain way, on the packaged default model.
+
+Every figure is a ratio within one run: same items, same seeds, results checked equal before anything is timed. Tables
+are printed and written to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import sitelens as sl
+from benchmarks.plain import Plain
+from sitelens.embedding import embedding_prompts
+from sitelens.forward import end_tokens
+from sitelens.models import Model, context_length, own_tokenizer
+from sitelens.prompts import few_shot_prompts, tokenize
+from sitelens.training_loop import Run
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = (
+    "antonym", "country-capital", "capitalize", "synonym", "present-past", "singular-plural", "english-french",
+    "english-german", "english-spanish", "landmark-country", "person-occupation", "person-sport",
+    "lowercase_first_letter", "product-company", "word_length", "next_item",
+)  # fmt: skip
+STEPS, VALID = 30, 60  # a training in small: as many validation rows a step as 400 steps with 8 validations of 100
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table: the same work in two ways."""
+
+    work: str
+    target: float
+    plain: float
+    ours: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the plain way."""
+        return self.plain / self.ours
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What all benchmarks stand on: one set of weights, as a bridge and as a raw model."""
+
+    model: Model
+    plain: Plain
+
+    @staticmethod
+    def load() -> Ground:
+        from transformers import AutoModelForCausalLM
+
+        from sitelens.conversion import packaged_folder
+
+        model = sl.load_model()
+        raw = AutoModelForCausalLM.from_pretrained(packaged_folder("smollm2-135m"), dtype=torch.float32).eval()
+        return Ground(model, Plain(raw.requires_grad_(False)))
+
+    def prompts(self, task: sl.Task, split: str, n: int, n_shots: int = 0) -> list[tuple[list[int], int]]:
+        """Token ids and the answer's first token of the first items of a split."""
+        tokenizer = own_tokenizer(self.model)
+        items = task.split(split)[:n]
+        drawn = few_shot_prompts(task, items, n_shots, tokenizer, 0, split, range(len(items)))
+        batch = tokenize(drawn, tokenizer, context_length(self.model))
+        return [
+            (row[-length:].tolist(), answer)
+            for row, length, answer in zip(batch.tokens, batch.lengths, batch.answer.tolist(), strict=True)
+        ]
+
+
+def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """How long one call takes, with an empty cache, and what it gives."""
+    before = sl.settings.cache_dir
+    with tempfile.TemporaryDirectory() as folder:
+        sl.settings.cache_dir = Path(folder)
+        started = time.perf_counter()
+        try:
+            result = work()
+        finally:
+            sl.settings.cache_dir = before
+        return time.perf_counter() - started, result
+
+
+def padded(task: sl.Task, words: int) -> sl.Task:
+    """The task with longer inputs: as many filler words before each."""
+    from dataclasses import replace
+
+    filler = " ".join(["and"] * words)
+    parts = {
+        split: tuple(replace(item, input=f"{filler} {item.input}") for item in task.split(split))
+        for split in ("train", "valid", "test")
+    }
+    return replace(task, **parts)
+
+
+def vectors(ground: Ground, tasks: Sequence[sl.Task]) -> dict[str, sl.TaskEmbedding]:
+    """Random task embeddings of the right size: how they came to be does not matter here."""
+    shape = ground.model.cfg.n_layers, ground.model.cfg.n_heads, ground.model.cfg.d_head
+    return {
+        task.name: sl.TaskEmbedding(
+            torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.2, task.name, None, 1, 1, 0
+        )
+        for i, task in enumerate(tasks)
+    }
+
+
+def training(
+    ground: Ground, work: str, target: float, tasks: Sequence[sl.Task], seeds: Sequence[int], sample: int = 0
+) -> Figure:
+    """All tasks and seeds together against one after the other (or `sample` of those, times their number)."""
+    config = sl.TrainConfig(steps=STEPS, eval_every=STEPS, n_valid=VALID)
+    embeddings = vectors(ground, tasks)
+    ours, results = seconds(
+        lambda: sl.train_selections(tasks, ground.model, embeddings=embeddings, seeds=seeds, config=config)
+    )
+    runs = [(task, seed) for task in tasks for seed in seeds]
+    chosen = runs[:: max(1, len(runs) // sample)][:sample] if sample else runs
+    total = 0.0
+    for task, seed in chosen:
+        draws = [step[0] for step in Run(((0, 0),), seed).draws(task, config)]
+        prompts, valid = ground.prompts(task, "train", len(task.train)), ground.prompts(task, "valid", VALID)
+        mean_z = embeddings[task.name].mean_z
+        took, alpha = seconds(lambda p=prompts, v=valid, d=draws, m=mean_z: ground.plain.train(p, v, d, m, STEPS))
+        total += took
+        difference = (alpha - results[task.name, seed].selection.alpha).abs().max()
+        assert difference < 5e-3, f"{work}: the two ways disagree by {difference}"
+    return Figure(work, target, total * len(runs) / len(chosen), ours)
+
+
+def one_task(ground: Ground) -> list[Figure]:
+    """One task, short prompts."""
+    task = sl.load_task("antonym")
+    training(ground, "", 0, [task], (1,))  # warm
+    return [training(ground, "train_selection, one task, about 10 tokens", 1.3, [task], (0,))]
+
+
+def many_tasks(ground: Ground) -> list[Figure]:
+    """Sixteen tasks together, at three lengths of prompts."""
+    tasks = [sl.load_task(name) for name in NAMES]
+    work = "train_selections, 16 tasks, about {} tokens"
+    return [
+        training(ground, work.format(10), 7, tasks, (0,), sample=4),
+        training(ground, work.format(60), 3.5, [padded(task, 50) for task in tasks], (0,), sample=3),
+        training(ground, work.format(200), 3.5, [padded(task, 190) for task in tasks], (0,), sample=2),
+    ]
+
+
+def many_seeds(ground: Ground) -> list[Figure]:
+    """Five seeds of four tasks."""
+    tasks = [sl.load_task(name) for name in NAMES[:4]]
+    return [training(ground, "5 seeds of 4 tasks together against 20 runs", 8, tasks, range(5), sample=5)]
+
+
+def grid(ground: Ground) -> list[Figure]:
+    """A transfer matrix of sixteen tasks."""
+    tasks = [sl.load_task(name) for name in NAMES]
+    embeddings = vectors(ground, tasks)
+    shape = (ground.model.cfg.n_layers, ground.model.cfg.n_heads)
+    alphas = {
+        task.name: sl.HeadSelection((torch.rand(shape, generator=torch.Generator().manual_seed(i)) > 0.5).float())
+        for i, task in enumerate(tasks)
+    }
+    ours, matrix = seconds(
+        lambda: sl.transfer_matrix(tasks, ground.model, n_items=50, embeddings=embeddings, selections=alphas)
+    )
+    total, cells = 0.0, [(0, 1), (3, 2), (9, 5), (12, 12), (6, 14), (15, 8)]
+    for source, target in cells:
+        task = tasks[target]
+        items = sample(ground, task, 50)
+        alpha, mean_z = alphas[tasks[source].name].alpha, embeddings[task.name].mean_z
+        took, hits = seconds(lambda i=items, a=alpha, m=mean_z: ground.plain.hits(i, a, m))
+        total += took
+        assert abs(sum(hits) / len(hits) - matrix.frame.loc[tasks[source].name, task.name]) < 1e-9
+    return [Figure("transfer matrix, 16 x 16, 50 items a target", 8, total / len(cells) * len(tasks) ** 2, ours)]
+
+
+def sample(ground: Ground, task: sl.Task, n: int) -> list[tuple[list[int], int]]:
+    """The prompts of the items that `evaluate` takes for n_items."""
+    from sitelens.evaluation import sample_items
+
+    every = ground.prompts(task, "test", len(task.test))
+    return [every[i] for i in sample_items(task, "test", n, 0)]
+
+
+def variants(ground: Ground) -> list[Figure]:
+    """Twelve patching variants of one task."""
+    task = sl.load_task("antonym")
+    mean_z = vectors(ground, [task])["antonym"]
+    shape = (ground.model.cfg.n_layers, ground.model.cfg.n_heads)
+    alpha = sl.HeadSelection(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+    chosen = [alpha, alpha.hard(), alpha.top(64), alpha.bottom(64), *(alpha.random(64, seed=i) for i in range(8))]
+    conditions = {str(i): sl.PatchHeads(selection, mean_z) for i, selection in enumerate(chosen)}
+    ours, scores = seconds(lambda: sl.evaluate(task, conditions, ground.model, n_items=100))
+    items = sample(ground, task, 100)
+    total = 0.0
+    for name in list(conditions)[::3]:
+        took, hits = seconds(lambda a=chosen[int(name)].alpha: ground.plain.hits(items, a, mean_z.mean_z))
+        total += 3 * took
+        assert scores.loc[scores["condition"] == name, "score"].tolist() == [int(hit) for hit in hits]
+    return [Figure("evaluation of 12 patching variants, 100 items", 7, total, ours)]
+
+
+def generation(ground: Ground) -> list[Figure]:
+    """Exact match by generation."""
+    task, tokenizer = sl.load_task("antonym"), own_tokenizer(ground.model)
+    mean_z = vectors(ground, [task])["antonym"]
+    shape = (ground.model.cfg.n_layers, ground.model.cfg.n_heads)
+    alpha = sl.HeadSelection(torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    site = {"": sl.PatchHeads(alpha, mean_z)}
+    ours, scores = seconds(lambda: sl.evaluate(task, site, ground.model, n_items=100, metrics=("exact_match",)))
+    items = sample(ground, task, 100)
+    newlines = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
+    stops = newlines | end_tokens(ground.model, tokenizer)
+
+    def plain() -> list[list[int]]:
+        return [ground.plain.generate(ids, alpha.alpha, mean_z.mean_z, stops) for ids, _ in items]
+
+    took, written = seconds(plain)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip() for ids in written]
+    same = sum(a == b for a, b in zip(texts, scores["predicted"], strict=True))
+    assert same >= 97, f"generation: only {same} of 100 texts are the same"  # near-ties may fall either way
+    return [Figure("exact-match evaluation by generation, 100 items", 5, took, ours)]
+
+
+def embedding(ground: Ground) -> list[Figure]:
+    """embed_task against a bare forward of the same tokens in batches without padding (its target is a limit)."""
+    task = sl.load_task("antonym")
+    tokenizer = own_tokenizer(ground.model)
+    batch = tokenize(embedding_prompts(task, tokenizer, 50, 10, 0), tokenizer, context_length(ground.model))
+    flat = torch.cat([row[-length:] for row, length in zip(batch.tokens, batch.lengths, strict=True)])
+    length = sum(batch.lengths) // len(batch)
+    rows = flat[: len(flat) // length * length].reshape(-1, length)
+
+    @torch.no_grad()
+    def bare() -> None:
+        for part in rows.split(max(1, 2048 // length)):
+            ground.plain.network.model(part, use_cache=False)
+
+    bare()
+    plain, _ = seconds(bare)
+    ours, _ = seconds(lambda: sl.embed_task(task, ground.model))
+    return [Figure("embed_task (M=50, N=10) against a bare forward", 1 / 1.25, plain, ours)]
+
+
+def cached(ground: Ground) -> list[Figure]:
+    """A second call of what is cached (the ratio is to the 0.1 s that it may take)."""
+    task = sl.load_task("antonym")
+    tasks = [task, sl.load_task("capitalize")]
+    config = sl.TrainConfig(steps=2, n_valid=2)
+    rows: list[Figure] = []
+    with tempfile.TemporaryDirectory() as folder:
+        sl.settings.cache_dir = Path(folder)
+        try:
+            calls: dict[str, Callable[[], Any]] = {
+                "embed_task": lambda: sl.embed_task(task, ground.model, n_prompts=2),
+                "train_selection": lambda: sl.train_selection(
+                    task, ground.model, embedding=vectors(ground, [task])["antonym"], config=config
+                ),
+                "transfer_matrix": lambda: sl.transfer_matrix(
+                    tasks, ground.model, n_items=4, n_prompts=2, config=config
+                ),
+            }
+            for name, call in calls.items():
+                call()
+                started = time.perf_counter()
+                call()
+                rows.append(Figure(f"second call of {name}, within 0.1 s", 1, 0.1, time.perf_counter() - started))
+        finally:
+            sl.settings.cache_dir = None
+    return rows
+
+
+SECTIONS: dict[str, Callable[[Ground], list[Figure]]] = {
+    "one-task": one_task, "many-tasks": many_tasks, "many-seeds": many_seeds, "grid": grid, "variants": variants,
+    "generation": generation, "embedding": embedding, "cached": cached,
+}  # fmt: skip
+
+
+def machine() -> str:
+    """What this was measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = names[0] if names else name
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name}, {torch.get_num_threads()} threads, {platform.system()}, {versions}"
+
+
+def main() -> None:
+    """Run the sections named, or all of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], metavar="SECTION", help=", ".join(SECTIONS))
+    options = parser.parse_args()
+    ground = Ground.load()
+    sl.settings.progress = False
+    figures: list[Figure] = []
+    for name in options.sections or SECTIONS:
+        for figure in SECTIONS[name](ground):
+            figures.append(figure)
+            verdict = "met" if figure.ratio >= figure.target else "MISSED"
+            print(f"{figure.work:<52} plain {figure.plain:8.2f} s  ours {figure.ours:8.2f} s  "
+                  f"{figure.ratio:6.2f}x  target {figure.target:.2f}x  {verdict}", flush=True)  # fmt: skip
+    frame = pd.DataFrame([
+        {"work": f.work, "plain_seconds": round(f.plain, 2), "our_seconds": round(f.ours, 3),
+         "ratio": round(f.ratio, 2), "target": round(f.target, 2), "met": f.ratio >= f.target} for f in figures
+    ])  # fmt: skip
+    if not options.sections:
+        RESULTS.mkdir(exist_ok=True)
+        frame.to_csv(RESULTS / "against-plain.csv", index=False)
+        (RESULTS / "machine.txt").write_text(machine() + "\n")
+
+
+if __name__ == "__main__":
+    main()

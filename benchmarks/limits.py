@@ -1,0 +1,89 @@
+"""`python -m benchmarks.limits`: the training step against what the machine can do at best.
+
+At 16 and 64 rows: the step's time over that of its matrix products alone, forward and by the input, back to back over
+weights that no cache holds (at most 1 / 0.7). At one row: the time to read all weights twice, over the step's (at
+least 0.5). Medians of interleaved runs in one process.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import sitelens as sl
+from sitelens.forward import HeadEdit, LastToken, PrefixCache
+from sitelens.models import own_tokenizer
+from sitelens.prompts import few_shot_prompts, tokenize
+
+RESULTS = Path(__file__).parent / "results"
+REPEATS = 9
+
+
+def timed(*works: Callable[[], object]) -> list[float]:
+    """The median seconds of each work, run in turn."""
+    found: list[list[float]] = [[] for _ in works]
+    for _ in range(REPEATS + 2):
+        for times, work in zip(found, works, strict=True):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+    return [statistics.median(times[2:]) for times in found]
+
+
+def measured(rows: int, model: sl.Model) -> dict[str, float]:
+    """One line of the table."""
+    weights = [p.detach() for p in model.original_model.parameters() if p.ndim == 2]
+    task, tokenizer = sl.load_task("antonym"), own_tokenizer(model)
+    layers, heads, d_head = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head
+    batch = tokenize(few_shot_prompts(task, task.train[:rows], 0, tokenizer), tokenizer)
+    prefix = PrefixCache.of(batch, model, 2**31)
+    vectors = torch.randn(rows, layers, heads, d_head) * 0.2
+    inputs = {size: torch.randn(rows, size) for weight in weights for size in weight.shape}
+    last_token = LastToken(model)
+
+    def logits(alpha: torch.Tensor) -> torch.Tensor:
+        return last_token(prefix.rows(torch.arange(rows)), HeadEdit.mix(alpha, vectors))
+
+    def forward() -> None:
+        with torch.no_grad():
+            logits(torch.full((rows, layers, heads), 0.5))
+
+    def step() -> None:
+        alpha = torch.full((rows, layers, heads), 0.5, requires_grad=True)
+        torch.nn.functional.cross_entropy(logits(alpha), batch.answer, reduction="sum").backward()
+
+    def products() -> None:
+        for weight in weights:
+            torch.mm(inputs[weight.shape[1]], weight.T)
+        for weight in reversed(weights):
+            torch.mm(inputs[weight.shape[0]], weight)
+
+    def read() -> None:
+        for _ in range(2):
+            for weight in weights:
+                weight.sum()
+
+    with last_token:
+        whole, ahead, gemms, reading = timed(step, forward, products, read)
+    return {
+        "rows": rows, "step_ms": 1e3 * whole, "forward_ms": 1e3 * ahead, "products_ms": 1e3 * gemms,
+        "reading_ms": 1e3 * reading, "step_over_products": whole / gemms, "reading_over_step": reading / whole,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print, and write benchmarks/results/limits.csv."""
+    model = sl.load_model()
+    frame = pd.DataFrame([measured(rows, model) for rows in (1, 16, 64)]).round(2)
+    print(frame.to_string(index=False))
+    RESULTS.mkdir(exist_ok=True)
+    frame.to_csv(RESULTS / "limits.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()
