@@ -20,6 +20,7 @@ import torch
 
 import sitelens as sl
 from benchmarks.plain import Plain
+from sitelens.defaults import overridden
 from sitelens.embedding import embedding_prompts
 from sitelens.forward import end_tokens
 from sitelens.models import Model, context_length, own_tokenizer
@@ -81,14 +82,9 @@ class Ground:
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     """How long one call takes, with an empty cache, and what it gives."""
-    before = sl.settings.cache_dir
-    with tempfile.TemporaryDirectory() as folder:
-        sl.settings.cache_dir = Path(folder)
+    with tempfile.TemporaryDirectory() as folder, overridden(cache_dir=Path(folder)):
         started = time.perf_counter()
-        try:
-            result = work()
-        finally:
-            sl.settings.cache_dir = before
+        result = work()
         return time.perf_counter() - started, result
 
 

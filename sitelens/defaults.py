@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -97,3 +98,16 @@ def tracked(
 
     wanted = settings.progress if progress is None else progress
     yield from tqdm(items, desc=label, disable=None if wanted is None else not wanted, leave=False)
+
+
+@contextmanager
+def overridden(**values: object) -> Iterator[None]:
+    """The named settings at these values, put back afterwards."""
+    before = {name: getattr(settings, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(settings, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)

@@ -17,7 +17,7 @@ from sitelens.models import DEFAULT_MODEL, Model, load_model
 from sitelens.provenance import provenance
 from sitelens.similarity import head_similarity, similarity_predicts_transfer
 from sitelens.studies import Options
-from sitelens.tasks import Task, load_task, load_tasks
+from sitelens.tasks import Task, load_tasks
 from sitelens.training import train_selections
 from sitelens.transfer import TransferMatrix, transfer_matrix
 
@@ -69,19 +69,18 @@ def make_figures(
     unknown = [name for name in chosen if name not in PICTURES]
     if unknown:
         raise SitelensError(f"unknown figure {unknown[0]!r}; there are: {', '.join(PICTURES)}")
-    for task in tasks or ():
-        load_task(task)  # a wrong name shows before a model is loaded
+    given, config = load_tasks(tasks or ()), config or TrainConfig()  # a wrong name shows before a model is loaded
     loaded = load_model(model)
     options: Options = {"n_items": n_items, "seed": seed, "memory_budget": memory_budget, "progress": progress}
     written: list[Path] = []
     for name in chosen:
         picture = PICTURES[name]
-        on = load_tasks(tasks or picture.tasks)
-        frame, figure = picture.make(on, loaded, config or TrainConfig(), options)
+        on = given or load_tasks(picture.tasks)
+        frame, figure = picture.make(on, loaded, config, options)
         command = f"sitelens figures {name} --n-items {n_items} --seed {seed} --model {model}"
         command += f" --tasks {' '.join(map(str, tasks))}" if tasks else ""
         facts = {"caption": picture.caption, "tasks": [task.name for task in on], "n_items": n_items, "seed": seed}
-        facts["train"] = asdict(config or TrainConfig())
+        facts["train"] = asdict(config)
         written += save_figure(figure, frame, name, folder, formats, command, loaded, facts)
     return written
 

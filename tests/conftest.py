@@ -12,10 +12,9 @@ import jaxtyping
 import pytest
 import torch
 
-from sitelens.defaults import SitelensError, settings
+from sitelens.defaults import SitelensError, overridden, settings
 from sitelens.models import Model, default_model
 from tests import micro
-from tests.overrides import overridden
 
 torch.set_num_threads(1)  # for models this small more threads only wait for each other
 

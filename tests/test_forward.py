@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sitelens.conditions import PatchHeads
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, overridden
 from sitelens.embedding import TaskEmbedding, embed_task, embedding_prompts
 from sitelens.forward import (
     HeadEdit,
@@ -31,7 +31,6 @@ from sitelens.models import Model, head_shape, z_hook
 from sitelens.prompts import Prompt, PromptBatch, tokenize
 from sitelens.selection import HeadSelection
 from tests import micro, oracle
-from tests.overrides import overridden
 
 # Tokens of the prompts in a batch: across the sliding window, at its edge, inside it, and one token only.
 LENGTHS = (15, 9, micro.WINDOW, 4, 1)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import sitelens as sl
+from sitelens.defaults import overridden
 from sitelens.embedding import TaskEmbedding, embedding_prompts
 from sitelens.heads import (
     ROLES,
@@ -38,7 +39,6 @@ from sitelens.models import Model
 from sitelens.prompts import Prompt, few_shot_prompts, tokenize
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
-from tests.overrides import overridden
 
 attention_module: Any = importlib.import_module("sitelens.heads.attention")  # the package has a function so named
 LAYERS, HEADS = 2, 4

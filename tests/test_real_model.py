@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import sitelens as sl
 from sitelens import cli
+from sitelens.defaults import overridden
 from sitelens.forward import HeadEdit, LastToken, PrefixCache
 from sitelens.models import Model, own_tokenizer
 from sitelens.prompts import few_shot_prompts, tokenize
 from tests import oracle
-from tests.overrides import overridden
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

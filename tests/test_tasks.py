@@ -21,7 +21,7 @@ import pandas as pd
 import pooch
 import pytest
 
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.defaults import SitelensError, SitelensWarning, overridden
 from sitelens.tasks import (
     QA_TEMPLATE,
     SPLITS,
@@ -36,7 +36,6 @@ from sitelens.tasks import (
     load_tasks,
     task_names,
 )
-from tests.overrides import overridden
 
 # Train / valid / test of the 57 tasks, as published.
 SIZES = """

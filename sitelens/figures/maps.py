@@ -104,7 +104,6 @@ def transfer_heatmap(
     if tree is not None:
         for line in _tree_lines(tree):
             figure.add_trace(line, 1, 2)
-        figure.update_yaxes(range=[0, 1.02 * float(tree[:, 2].max())], row=1, col=2)
         for column in (1, 2):  # they share their range
             figure.update_yaxes(range=[0, 1.02 * float(tree[:, 2].max())], row=1, col=column)
     kinds = sorted({(groups or {}).get(name, "other") for name in sources}) if groups else []

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import pandas as pd
 
-from sitelens.conditions import Condition
+from sitelens.conditions import Condition, PatchHeads
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding, embedded
@@ -48,6 +48,10 @@ class Prepared:
     def selection(self) -> HeadSelection:
         """The trained alpha."""
         return self.result.selection
+
+    def patch(self, selection: HeadSelection | None = None) -> PatchHeads:
+        """The task's embedding injected at a selection (default: the trained one), mixed as it was trained."""
+        return PatchHeads(selection or self.selection, self.embedding, self.result.config.mixing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, settings
+from sitelens.defaults import SitelensError, overridden
 from sitelens.embedding import embed_task
 from sitelens.evaluation import evaluate
 from sitelens.models import Model, resolve_model
@@ -49,7 +49,7 @@ def costs(
     items = task.split(sample.split)
     if not items:
         raise SitelensError(f"task {task.name!r} has no {sample.split} items")
-    with _empty_cache():
+    with tempfile.TemporaryDirectory() as folder, overridden(cache_dir=Path(folder)):
         with _metered(model) as prepared:
             vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed, **sample.limits)
             result = train_selection(task, model, embedding=vector, config=config, **sample.limits)
@@ -81,15 +81,3 @@ def _metered(model: Model) -> Iterator[dict[str, float]]:
     with model.hooks(fwd_hooks=[("hook_embed", count)]):
         yield meter
     meter["seconds"] = time.perf_counter() - started
-
-
-@contextmanager
-def _empty_cache() -> Iterator[None]:
-    """A cache that holds nothing, and is gone afterwards."""
-    before = settings.cache_dir
-    with tempfile.TemporaryDirectory() as folder:
-        settings.cache_dir = Path(folder)
-        try:
-            yield
-        finally:
-            settings.cache_dir = before

@@ -9,7 +9,7 @@ from typing import Unpack
 
 import pandas as pd
 
-from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
+from sitelens.conditions import Condition, FewShot, ZeroShot
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.models import Model, resolve_model
@@ -44,13 +44,12 @@ def soft_hard(
     model, sample = resolve_model(model), Sample(**options)
     frames = []
     for item in prepare(tasks, model, config, sample):
-        mixing = item.result.config.mixing
         unrounded = {"threshold": float("nan"), "n_heads": 0}
-        settings: list[tuple[Facts, Condition]] = [(unrounded, PatchHeads(item.selection, item.embedding, mixing))]
+        settings: list[tuple[Facts, Condition]] = [(unrounded, item.patch())]
         for threshold in thresholds:
             hard = item.selection.hard(threshold)
             facts = {"threshold": threshold, "n_heads": hard.default_k}
-            settings.append((facts, PatchHeads(hard, item.embedding, mixing)))
+            settings.append((facts, item.patch(hard)))
         rows = measure(item.task, settings, model, sample)
         soft, rows = rows.iloc[0], rows.iloc[1:]
         rows = rows.assign(soft=soft["mean"], soft_low=soft["low"], soft_high=soft["high"])
@@ -87,7 +86,7 @@ def random_heads(
             chosen += [("random", draw, item.selection.random(k, seed=draw)) for draw in range(draws)]
             for heads, draw, selection in chosen:
                 facts = {"heads": heads, "k": k, "draw": draw}
-                settings.append((facts, PatchHeads(selection, item.embedding, item.result.config.mixing)))
+                settings.append((facts, item.patch(selection)))
         frames.append(measure(item.task, settings, model, sample))
     return pd.concat(frames, ignore_index=True)
 
@@ -119,7 +118,7 @@ def head_counts(
             for order, heads in (("high-alpha", alpha.top(k)), ("low-alpha", alpha.bottom(k))):
                 for change, selection in (("added", heads), ("removed", alpha.without(heads.alpha > 0.5))):
                     facts = {"order": order, "change": change, "k": k}
-                    settings.append((facts, PatchHeads(selection, item.embedding, item.result.config.mixing)))
+                    settings.append((facts, item.patch(selection)))
         frames.append(measure(item.task, settings, model, sample))
     return pd.concat(frames, ignore_index=True)
 
@@ -154,7 +153,7 @@ def task_agnostic(
     for item in prepared:
         patched = {"own alpha": item.selection, "shared alpha": shared, "mean alpha": mean}
         conditions: dict[str, Condition] = {"zero-shot": ZeroShot(), f"{n_shots}-shot": FewShot(n_shots)}
-        conditions |= {name: PatchHeads(alpha, item.embedding, config.mixing) for name, alpha in patched.items()}
+        conditions |= {name: item.patch(alpha) for name, alpha in patched.items()}
         settings = [({"condition": name}, condition) for name, condition in conditions.items()]
         frames.append(measure(item.task, settings, model, sample))
     frame = pd.concat(frames, ignore_index=True)
@@ -189,8 +188,8 @@ def mixing(
         for item in prepare(loaded, model, replace(config, mixing=kind), sample):
             facts = {"mixing": kind, "n_heads": item.selection.default_k, "share_binary": item.selection.share_binary}
             settings: list[tuple[Facts, Condition]] = [
-                ({**facts, "hard": False}, PatchHeads(item.selection, item.embedding, kind)),
-                ({**facts, "hard": True}, PatchHeads(item.selection.hard(), item.embedding, kind)),
+                ({**facts, "hard": False}, item.patch()),
+                ({**facts, "hard": True}, item.patch(item.selection.hard())),
             ]
             frames.append(measure(item.task, settings, model, sample))
     order = {task.name: i for i, task in enumerate(loaded)}

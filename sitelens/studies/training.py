@@ -267,7 +267,7 @@ def checkpoints(
             history = item.result.history.set_index("step")["valid_loss"]
             step = item.result.best_step if kind == "best" else int(history.index[-1])
             facts = {"checkpoint": kind, "step": step, "valid_loss": history[step]}
-            settings = [(facts, PatchHeads(item.selection, item.embedding, config.mixing))]
+            settings = [(facts, item.patch())]
             frames.append(measure(item.task, settings, model, sample))
     return pd.concat(frames, ignore_index=True)
 
