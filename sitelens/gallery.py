@@ -155,7 +155,8 @@ def _loss_path(on: Sequence[Task], model: Model, config: TrainConfig, options: O
         runs = studies.initialised([task], model, inits=(0.5, "random"), seeds=(0, 1), config=config, **options)
         first, other, drawn = (runs[task.name, init, seed] for init, seed in ((0.5, 0), (0.5, 1), ("random", 0)))
         for label, end in (("another seed", other), ("a random start", drawn)):
-            path = studies.loss_path(task, first[1].selection, end[1].selection, first[0], model, **options)
+            ends = first[1].selection, end[1].selection
+            path = studies.loss_path(task, *ends, first[0], model, mixing=config.mixing, **options)
             frames.append(path.assign(path=f"{task.name}, to {label}"))
     frame = pd.concat(frames, ignore_index=True)
     return frame, figures.loss_path(frame)
