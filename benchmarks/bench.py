@@ -10,7 +10,7 @@ import argparse
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,16 +68,13 @@ class Ground:
         raw = AutoModelForCausalLM.from_pretrained(packaged_folder("smollm2-135m"), dtype=torch.float32).eval()
         return Ground(model, Plain(raw.requires_grad_(False)))
 
-    def prompts(self, task: sl.Task, split: str, n: int, n_shots: int = 0) -> list[tuple[list[int], int]]:
-        """Token ids and the answer's first token of the first items of a split."""
+    def prompts(self, task: sl.Task, split: str, n: int) -> list[tuple[list[int], int, Collection[int]]]:
+        """Token ids, the answer's first token, and that of every accepted answer, of the first items of a split."""
         tokenizer = own_tokenizer(self.model)
-        items = task.split(split)[:n]
-        drawn = few_shot_prompts(task, items, n_shots, tokenizer, 0, split, range(len(items)))
+        drawn = few_shot_prompts(task, task.split(split)[:n], 0, tokenizer)
         batch = tokenize(drawn, tokenizer, context_length(self.model))
-        return [
-            (row[-length:].tolist(), answer)
-            for row, length, answer in zip(batch.tokens, batch.lengths, batch.answer.tolist(), strict=True)
-        ]
+        ids = [row[-length:].tolist() for row, length in zip(batch.tokens, batch.lengths, strict=True)]
+        return list(zip(ids, batch.answer.tolist(), batch.accepted, strict=True))
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -101,14 +98,8 @@ def padded(task: sl.Task, words: int) -> sl.Task:
 
 
 def vectors(ground: Ground, tasks: Sequence[sl.Task]) -> dict[str, sl.TaskEmbedding]:
-    """Random task embeddings of the right size: how they came to be does not matter here."""
-    shape = ground.model.cfg.n_layers, ground.model.cfg.n_heads, ground.model.cfg.d_head
-    return {
-        task.name: sl.TaskEmbedding(
-            torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.2, task.name, None, 1, 1, 0
-        )
-        for i, task in enumerate(tasks)
-    }
+    """Task embeddings of few prompts, of the tasks as they are without filler words."""
+    return {task.name: sl.embed_task(sl.load_task(task.name), ground.model, n_prompts=5) for task in tasks}
 
 
 def training(
@@ -125,12 +116,15 @@ def training(
     total = 0.0
     for task, seed in chosen:
         draws = [step[0] for step in Run(((0, 0),), seed).draws(task, config)]
-        prompts, valid = ground.prompts(task, "train", len(task.train)), ground.prompts(task, "valid", VALID)
+        prompts, valid = (
+            [(ids, answer) for ids, answer, _ in ground.prompts(task, split, n)]
+            for split, n in (("train", len(task.train)), ("valid", VALID))
+        )
         mean_z = embeddings[task.name].mean_z
         took, alpha = seconds(lambda p=prompts, v=valid, d=draws, m=mean_z: ground.plain.train(p, v, d, m, STEPS))
         total += took
         difference = (alpha - results[task.name, seed].selection.alpha).abs().max()
-        assert difference < 5e-3, f"{work}: the two ways disagree by {difference}"
+        assert difference < 1e-2, f"{work}: the two ways disagree by {difference}"
     return Figure(work, target, total * len(runs) / len(chosen), ours)
 
 
@@ -181,18 +175,18 @@ def grid(ground: Ground) -> list[Figure]:
     return [Figure("transfer matrix, 16 x 16, 50 items a target", 8, total / len(cells) * len(tasks) ** 2, ours)]
 
 
-def sample(ground: Ground, task: sl.Task, n: int) -> list[tuple[list[int], int]]:
-    """The prompts of the items that `evaluate` takes for n_items."""
+def sample(ground: Ground, task: sl.Task, n: int) -> list[tuple[list[int], Collection[int]]]:
+    """The prompts of the items that `evaluate` takes for n_items, and their accepted answers."""
     from sitelens.evaluation import sample_items
 
     every = ground.prompts(task, "test", len(task.test))
-    return [every[i] for i in sample_items(task, "test", n, 0)]
+    return [(every[i][0], every[i][2]) for i in sample_items(task, "test", n, 0)]
 
 
 def variants(ground: Ground) -> list[Figure]:
     """Twelve patching variants of one task."""
-    task = sl.load_task("antonym")
-    mean_z = vectors(ground, [task])["antonym"]
+    task = sl.load_task("capitalize")
+    mean_z = vectors(ground, [task])["capitalize"]
     shape = (ground.model.cfg.n_layers, ground.model.cfg.n_heads)
     alpha = sl.HeadSelection(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
     chosen = [alpha, alpha.hard(), alpha.top(64), alpha.bottom(64), *(alpha.random(64, seed=i) for i in range(8))]
@@ -209,8 +203,8 @@ def variants(ground: Ground) -> list[Figure]:
 
 def generation(ground: Ground) -> list[Figure]:
     """Exact match by generation."""
-    task, tokenizer = sl.load_task("antonym"), own_tokenizer(ground.model)
-    mean_z = vectors(ground, [task])["antonym"]
+    task, tokenizer = sl.load_task("capitalize"), own_tokenizer(ground.model)
+    mean_z = vectors(ground, [task])["capitalize"]
     shape = (ground.model.cfg.n_layers, ground.model.cfg.n_heads)
     alpha = sl.HeadSelection(torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 0.3)
     site = {"": sl.PatchHeads(alpha, mean_z)}
@@ -225,7 +219,7 @@ def generation(ground: Ground) -> list[Figure]:
     took, written = seconds(plain)
     texts = [tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip() for ids in written]
     same = sum(a == b for a, b in zip(texts, scores["predicted"], strict=True))
-    assert same >= 97, f"generation: only {same} of 100 texts are the same"  # near-ties may fall either way
+    assert same >= 0.97 * len(texts), f"generation: only {same} texts are the same"  # near-ties may fall either way
     return [Figure("exact-match evaluation by generation, 100 items", 5, took, ours)]
 
 
@@ -255,25 +249,19 @@ def cached(ground: Ground) -> list[Figure]:
     tasks = [task, sl.load_task("capitalize")]
     config = sl.TrainConfig(steps=2, n_valid=2)
     rows: list[Figure] = []
-    with tempfile.TemporaryDirectory() as folder:
-        sl.settings.cache_dir = Path(folder)
-        try:
-            calls: dict[str, Callable[[], Any]] = {
-                "embed_task": lambda: sl.embed_task(task, ground.model, n_prompts=2),
-                "train_selection": lambda: sl.train_selection(
-                    task, ground.model, embedding=vectors(ground, [task])["antonym"], config=config
-                ),
-                "transfer_matrix": lambda: sl.transfer_matrix(
-                    tasks, ground.model, n_items=4, n_prompts=2, config=config
-                ),
-            }
-            for name, call in calls.items():
-                call()
-                started = time.perf_counter()
-                call()
-                rows.append(Figure(f"second call of {name}, within 0.1 s", 1, 0.1, time.perf_counter() - started))
-        finally:
-            sl.settings.cache_dir = None
+    with tempfile.TemporaryDirectory() as folder, overridden(cache_dir=Path(folder)):
+        calls: dict[str, Callable[[], Any]] = {
+            "embed_task": lambda: sl.embed_task(task, ground.model, n_prompts=2),
+            "train_selection": lambda: sl.train_selection(
+                task, ground.model, embedding=vectors(ground, [task])["antonym"], config=config
+            ),
+            "transfer_matrix": lambda: sl.transfer_matrix(tasks, ground.model, n_items=4, n_prompts=2, config=config),
+        }
+        for name, call in calls.items():
+            call()
+            started = time.perf_counter()
+            call()
+            rows.append(Figure(f"second call of {name}, within 0.1 s", 1, 0.1, time.perf_counter() - started))
     return rows
 
 

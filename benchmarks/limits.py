@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 
 import sitelens as sl
-from sitelens.forward import HeadEdit, LastToken, PrefixCache
+from sitelens.forward import HeadEdit, LastToken
 from sitelens.models import own_tokenizer
+from sitelens.prefix import PrefixCache
 from sitelens.prompts import few_shot_prompts, tokenize
 
 RESULTS = Path(__file__).parent / "results"
-REPEATS = 9
+REPEATS = 21
 
 
 def timed(*works: Callable[[], object]) -> list[float]:

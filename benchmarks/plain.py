@@ -7,7 +7,7 @@ the library.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,12 +77,12 @@ class Plain:
         return kept
 
     @torch.no_grad()
-    def hits(self, prompts: Sequence[tuple[list[int], int]], alpha: Tensor, mean_z: Tensor) -> list[bool]:
-        """Whether the most likely next token is the answer's first, prompt by prompt."""
+    def hits(self, prompts: Sequence[tuple[list[int], Collection[int]]], alpha: Tensor, mean_z: Tensor) -> list[bool]:
+        """Whether the most likely next token is the first of an accepted answer, prompt by prompt."""
         found = []
-        for ids, answer in prompts:
+        for ids, accepted in prompts:
             with self.patched(alpha, mean_z):
-                found.append(int(self.network(torch.tensor([ids])).logits[0, -1].argmax()) == answer)
+                found.append(int(self.network(torch.tensor([ids])).logits[0, -1].argmax()) in accepted)
         return found
 
     @torch.no_grad()

@@ -17,12 +17,22 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from sitelens.conditions import Condition, ZeroShot
+from sitelens.conditions import Condition, Patch, ZeroShot
 from sitelens.defaults import SitelensError, settings, tracked
-from sitelens.forward import HeadEdit, LastToken, PrefixCache, decode, full_logits
-from sitelens.memory import MAX_ROWS, MAX_TOKENS, chunks, forward_bytes, logits_bytes, prefix_bytes, step_bytes
+from sitelens.forward import HeadEdit, LastToken, decode, full_logits
+from sitelens.memory import (
+    MAX_ROWS,
+    MAX_TOKENS,
+    chunks,
+    crossed,
+    forward_bytes,
+    logits_bytes,
+    prefix_bytes,
+    step_cost,
+)  # fmt: skip
 from sitelens.metrics import SCORERS, Output, check_answers, checked_metrics
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
+from sitelens.prefix import PrefixCache
 from sitelens.prompts import Prompt, PromptBatch, few_shot_prompts, tokenize
 from sitelens.summary import ECHO
 from sitelens.tasks import Example, Task, load_task
@@ -69,12 +79,17 @@ def evaluate(
             raise SitelensError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         check_answers(task, items)
     answers = _Answers(model, own_tokenizer(model), max_new_tokens if generating else 0, budget)
-    groups: dict[tuple[int, bool], dict[str, Condition]] = {}
+    groups: dict[int, tuple[dict[str, Patch], dict[str, Condition]]] = {}  # by the number of demonstrations
     for name, condition in conditions.items():
-        groups.setdefault((condition.n_shots, condition.patch(model) is not None), {})[name] = condition
+        patched, hooked = groups.setdefault(condition.n_shots, ({}, {}))
+        patch = condition.patch(model)
+        if patch is None:
+            hooked[name] = condition
+        else:
+            patched[name] = patch
     outputs: dict[str, list[Output]] = {}
     bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}", progress=progress)
-    for (n_shots, patched), group in groups.items():
+    for n_shots, (patched, hooked) in groups.items():
         prompts = _prompts(task, split, chosen, n_shots, model, seed)
         batch = tokenize(
             prompts,
@@ -83,7 +98,8 @@ def evaluate(
             f"task {task.name!r}, {n_shots} shots",
             answers.max_new_tokens,
         )
-        outputs |= (answers.patched if patched else answers.hooked)(batch, group, lambda rows: _advance(bar, rows))
+        outputs |= answers.patched(batch, patched, lambda rows: _advance(bar, rows))
+        outputs |= answers.hooked(batch, hooked, lambda rows: _advance(bar, rows))
     next(bar, None)
     frames = []
     for metric in metrics:
@@ -163,8 +179,12 @@ def generate(
     texts = [Prompt(text, ()) for text in prompts]
     batch = tokenize(texts, tokenizer, context_length(model), new_tokens=max_new_tokens)
     answers = _Answers(model, tokenizer, max_new_tokens, settings.budget(memory_budget))
-    run = answers.hooked if condition.patch(model) is None else answers.patched
-    return [out.text for out in run(batch, {"": condition}, lambda rows: None)[""]]
+    patch = condition.patch(model)
+    if patch is None:
+        outputs = answers.hooked(batch, {"": condition}, lambda rows: None)
+    else:
+        outputs = answers.patched(batch, {"": patch}, lambda rows: None)
+    return [out.text for out in outputs[""]]
 
 
 def sample_items(task: Task, split: str, n_items: int | None, seed: int) -> list[int]:
@@ -186,29 +206,32 @@ class _Answers:
         self.model, self.tokenizer, self.max_new_tokens, self.budget = model, tokenizer, max_new_tokens, budget
 
     def patched(
-        self, batch: PromptBatch, conditions: Mapping[str, Condition], advance: Callable[[int], None]
+        self, batch: PromptBatch, patches: Mapping[str, Patch], advance: Callable[[int], None]
     ) -> dict[str, list[Output]]:
         """Conditions that touch the last token only, as rows of one batch over a shared prefix."""
-        edits = HeadEdit.stack([_required_patch(c, self.model).edit(self.model) for c in conditions.values()])
-        found: list[list[Output | None]] = [[None] * len(batch) for _ in conditions]
+        if not patches:
+            return {}
+        edits = HeadEdit.stack([patch.edit(self.model) for patch in patches.values()])
+        found: list[list[Output | None]] = [[None] * len(batch) for _ in patches]
         share = self.budget // 3  # the prefixes, what is computed, and what decoding keeps
         with torch.no_grad(), LastToken(self.model) as last_token:
             for index in chunks(batch.lengths, functools.partial(prefix_bytes, self.model), share):
                 part = batch.rows(index)
                 prefix = PrefixCache.of(part, self.model, share)
-                pairs = [(i, c) for i in range(len(index)) for c in range(len(conditions))]
-                lengths = [part.lengths[i] for i, _ in pairs]
-                for rows in chunks(lengths, self._step_cost, share, max_rows=MAX_ROWS):
-                    item, which = (torch.tensor(side) for side in zip(*(pairs[row] for row in rows), strict=True))
-                    some = prefix.rows(item)
-                    cache = some.cache(growing=True)
-                    edit = edits.rows(which.to(edits.keep.device))
-                    logits = last_token.step(some, edit, cache)
-                    outputs = self._outputs(logits, part.rows(item.tolist()), cache, some.mask)
-                    for i, c, out in zip(item.tolist(), which.tolist(), outputs, strict=True):
+                for items, which in crossed(part.lengths, len(patches), self._step_cost(), share):
+                    some = prefix.rows(torch.tensor(items), repeats=len(which))
+                    edit = edits.rows(torch.tensor(which * len(items), device=edits.keep.device))
+                    cache = None
+                    if self.max_new_tokens:
+                        logits, cache = last_token.step(some, edit)
+                    else:
+                        logits = last_token(some, edit)
+                    pairs = [(i, c) for i in items for c in which]
+                    outputs = self._outputs(logits, part.rows([i for i, _ in pairs]), cache, some.mask)
+                    for (i, c), out in zip(pairs, outputs, strict=True):
                         found[c][index[i]] = out
-                    advance(len(rows))
-        return {name: [out for out in row if out] for name, row in zip(conditions, found, strict=True)}
+                    advance(len(pairs))
+        return {name: [out for out in row if out] for name, row in zip(patches, found, strict=True)}
 
     def hooked(
         self, batch: PromptBatch, conditions: Mapping[str, Condition], advance: Callable[[int], None]
@@ -234,12 +257,12 @@ class _Answers:
         """Bytes of one row of whole prompts with its logits."""
         return forward_bytes(self.model, length) + logits_bytes(self.model)
 
-    def _step_cost(self, length: int) -> int:
+    def _step_cost(self) -> Callable[[int], int]:
         """Bytes of one row: its step, and a copy of its prefix that grows while it is decoded."""
-        grown = 3 * prefix_bytes(self.model, length + self.max_new_tokens) if self.max_new_tokens else 0
-        return step_bytes(self.model, length, gradient=False) + grown
+        step, new = step_cost(self.model, gradient=False), self.max_new_tokens
+        return lambda length: step(length) + (3 * prefix_bytes(self.model, length + new) if new else 0)
 
-    def _outputs(self, logits: Tensor, batch: PromptBatch, cache: DynamicCache, mask: Tensor) -> list[Output]:
+    def _outputs(self, logits: Tensor, batch: PromptBatch, cache: DynamicCache | None, mask: Tensor) -> list[Output]:
         if not torch.isfinite(logits).all():
             raise SitelensError(
                 "the model's logits are not finite: is an embedding infinite, or the dtype too narrow (try 'float32')?"
@@ -254,7 +277,7 @@ class _Answers:
         else:  # prompts without known answers
             logprobs = ranks = [float("nan")] * len(batch)
         texts = [""] * len(batch)
-        if self.max_new_tokens:
+        if cache is not None and self.max_new_tokens:
             texts = decode(self.model, logits, cache, mask, self.tokenizer, self.max_new_tokens)
         return [
             Output(token in accepted, self.tokenizer.decode([token]), text, logprob, rank)
@@ -262,12 +285,6 @@ class _Answers:
                 likeliest, batch.accepted, texts, logprobs, ranks, strict=True
             )
         ]
-
-
-def _required_patch(condition: Condition, model: Model) -> Any:
-    patch = condition.patch(model)
-    assert patch is not None
-    return patch
 
 
 def _prompts(task: Task, split: str, chosen: Sequence[int], n_shots: int, model: Model, seed: int) -> list[Prompt]:

@@ -6,19 +6,24 @@ last (the prefix) are computed once, without gradient, and everything else runs 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import AttentionInterface
 
-from sitelens.memory import MAX_TOKENS, chunks, forward_bytes, out_of_memory_is_named
 from sitelens.models import Model, head_shape, z_hook
+from sitelens.network import all_positions, can_unhook, run_right_padded, run_tokens
+from sitelens.prefix import PrefixCache, ReadOnly
 from sitelens.prompts import PromptBatch
 
 Mixing = Literal["convex", "additive"]
@@ -27,10 +32,11 @@ Hook = tuple[str, Callable[..., Any]]
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit:
-    """The one intervention, for each row: z <- keep * z + add at the last prompt token of every head."""
+    """The one intervention, for each row: z <- keep * z + weight * vector at the last prompt token of every head."""
 
     keep: Float[Tensor, "row layer head"]
-    add: Float[Tensor, "row layer head d_head"]
+    weight: Float[Tensor, "row layer head"]
+    vectors: Float[Tensor, "row layer head d_head"]
 
     @staticmethod
     def mix(
@@ -39,24 +45,31 @@ class HeadEdit:
         mixing: Mixing = "convex",
     ) -> HeadEdit:
         """Convex: z <- (1 - alpha) z + alpha v (the paper's). Additive: z <- z + alpha v."""
-        weight = rearrange(alpha, "row layer head -> row layer head 1")
-        return HeadEdit(1 - alpha if mixing == "convex" else torch.ones_like(alpha), weight * vectors)
+        return HeadEdit(1 - alpha if mixing == "convex" else torch.ones_like(alpha), alpha, vectors)
 
     @staticmethod
     def stack(edits: Sequence[HeadEdit]) -> HeadEdit:
         """The rows of all edits, one after the other."""
-        return HeadEdit(torch.cat([e.keep for e in edits]), torch.cat([e.add for e in edits]))
+        keep, weight, vectors = zip(*((e.keep, e.weight, e.vectors) for e in edits), strict=True)
+        return HeadEdit(torch.cat(keep), torch.cat(weight), torch.cat(vectors))
 
     def rows(self, index: Int[Tensor, " chosen"]) -> HeadEdit:
         """The chosen rows; a row may be chosen often."""
-        return HeadEdit(self.keep[index], self.add[index])
+        return HeadEdit(self.keep[index], self.weight[index], self.vectors[index])
 
     def apply(self, z: Float[Tensor, "row pos head d_head"], layer: int) -> Float[Tensor, "row pos head d_head"]:
         """A new z whose last position is edited; the mixing runs in this edit's dtype, the result has z's."""
-        keep = rearrange(self.keep[:, layer], "row head -> row 1 head 1").to(z.device)
-        add = rearrange(self.add[:, layer], "row head d_head -> row 1 head d_head").to(z.device)
-        edited = (z[:, -1:].to(keep.dtype) * keep + add).to(z.dtype)
+        keep, weight, vector = (side[layer].to(z.device) for side in self._by_layer)
+        last = z if z.shape[1] == 1 else z[:, -1:]
+        edited = torch.addcmul(last.to(keep.dtype) * keep, weight, vector).to(z.dtype)
         return edited if z.shape[1] == 1 else torch.cat([z[:, :-1], edited], dim=1)
+
+    @functools.cached_property
+    def _by_layer(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Split once: a slice taken layer by layer would have the gradient made whole as often."""
+        keep, weight = (rearrange(side, "row layer head -> layer row 1 head 1") for side in (self.keep, self.weight))
+        vectors = rearrange(self.vectors, "row layer head d_head -> layer row 1 head d_head")
+        return keep.unbind(), weight.unbind(), vectors.unbind()
 
     def hooks(self) -> list[Hook]:
         """As TransformerLens hooks for one forward pass over whole prompts."""
@@ -71,134 +84,99 @@ def _edit_hooks(layers: int, current: Callable[[], HeadEdit | None]) -> list[Hoo
     return [(z_hook(layer), functools.partial(hook, layer=layer)) for layer in range(layers)]
 
 
-@dataclass(frozen=True, eq=False)
-class PrefixCache:
-    """Keys and values of all but the last prompt token, never written to, and that last token.
-
-    keys, values: a tensor `[row kv_head pos-1 d]` a layer (none where no prompt has more than one token).
-    mask: real tokens, the last one included; last: the last token; rows are left-padded.
-    """
-
-    keys: tuple[Float[Tensor, "row _ prefix _"], ...]
-    values: tuple[Float[Tensor, "row _ prefix _"], ...]
-    mask: Bool[Tensor, "row pos"]
-    last: Int[Tensor, " row"]
-
-    def __len__(self) -> int:
-        return len(self.last)
-
-    @staticmethod
-    def of(batch: PromptBatch, model: Model, budget: int) -> PrefixCache:
-        """Run every prompt but its last token, in chunks of like length that need at most `budget` bytes.
-
-        The result itself comes on top: `prefix_bytes` tells how much.
-        """
-        device = model.cfg.device
-        width = batch.tokens.shape[1] - 1
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        cost = functools.partial(forward_bytes, model)
-        for index in chunks(batch.lengths, cost, budget, max_tokens=MAX_TOKENS):
-            part = batch.rows(index)
-            if part.tokens.shape[1] == 1:
-                continue
-            layers, places = _prefix_layers(part, model)
-            if not keys:
-                keys, values = ([_room(kept, len(batch), width) for kept in side] for side in zip(*layers, strict=True))
-            rows = torch.tensor(index)
-            for whole_keys, whole_values in zip(keys, values, strict=True):
-                for whole, kept in zip((whole_keys, whole_values), layers.pop(0), strict=True):  # and let it go
-                    whole[rows.to(whole.device), :, width - kept.shape[2] :] = _left_padded(kept, places)
-        return PrefixCache(tuple(keys), tuple(values), batch.mask.to(device), batch.tokens[:, -1].to(device))
-
-    def rows(self, index: Int[Tensor, " chosen"]) -> PrefixCache:
-        """The chosen rows (a row may be chosen often), without the padding that none of them needs."""
-        index = index.to(self.mask.device)
-        mask = self.mask[index]
-        start = mask.shape[1] - int(mask.sum(-1).max())
-        keys, values = (
-            tuple(tensor[index.to(tensor.device), :, start:] for tensor in kind) for kind in (self.keys, self.values)
-        )
-        return PrefixCache(keys, values, mask[:, start:], self.last[index])
-
-    def positions(self) -> Int[Tensor, " row"]:
-        """The last token's position, counted from the first real token."""
-        return self.mask.sum(-1) - 1
-
-    def cache(self, growing: bool = False) -> DynamicCache:
-        """For one forward pass; a growing one also keeps the new tokens, in tensors of its own."""
-        cache = DynamicCache()
-        for keys, values in zip(self.keys, self.values, strict=True):
-            layer = DynamicLayer() if growing else _ReadOnlyLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            cache.layers.append(layer)
-        return cache
-
-
-class _ReadOnlyLayer(DynamicLayer):
-    """Shows stored keys and values followed by new ones, and keeps only the former."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)  # type: ignore[list-item]
-
-
 class LastToken:
-    """Runs the last prompt token over a prefix, with hooks installed once for many calls.
+    """Runs the last prompt token over a prefix: with hooks installed once for many calls, or without any.
 
     with LastToken(model) as run:
         logits = run(prefix, edit)     # [row vocab], differentiable in the edit
+
+    Where the network can run without its bridge, `_last_token_attention` reads the prefix and makes the edit.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self._edit: HeadEdit | None = None
-        self._hooks = model.hooks(fwd_hooks=_edit_hooks(head_shape(model)[0], lambda: self._edit))
+        self._hooks = contextlib.ExitStack()
+        self._unhooked = False
 
     def __enter__(self) -> LastToken:
-        self._hooks.__enter__()
+        self._unhooked = can_unhook(self.model)
+        if not self._unhooked:
+            hooks = _edit_hooks(head_shape(self.model)[0], lambda: self._edit)
+            self._hooks.enter_context(self.model.hooks(fwd_hooks=hooks))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
+        self._hooks.close()
 
     def __call__(self, prefix: PrefixCache, edit: HeadEdit | None = None) -> Float[Tensor, "row vocab"]:
-        return self.step(prefix, edit, prefix.cache())
+        return self._step(prefix, edit, prefix.outline() if self._unhooked else prefix.cache(ReadOnly))
 
-    def step(self, prefix: PrefixCache, edit: HeadEdit | None, cache: DynamicCache) -> Float[Tensor, "row vocab"]:
-        """As a call, but with a cache that may keep the token's own keys and values for decoding."""
+    def step(self, prefix: PrefixCache, edit: HeadEdit | None) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
+        """As a call, and with it a cache that holds the whole prompt and may grow, for decoding."""
+        cache = prefix.cache(DynamicLayer)
+        return self._step(prefix, edit, cache), cache
+
+    def _step(self, prefix: PrefixCache, edit: HeadEdit | None, cache: DynamicCache) -> Float[Tensor, "row vocab"]:
         self._edit = edit
+        token = _token.set((prefix, edit))
         try:
-            return run_tokens(self.model, prefix.last[:, None], prefix.mask, prefix.positions()[:, None], cache)
+            tokens, positions = prefix.last[:, None], prefix.positions()[:, None]
+            return run_tokens(
+                self.model, tokens, prefix.mask, positions, cache, attention=LAST_TOKEN if self._unhooked else None
+            )
         finally:
+            _token.reset(token)
             self._edit = None
 
 
-def run_tokens(
-    model: Model,
-    tokens: Int[Tensor, "row new"],
-    mask: Bool[Tensor, "row all"],
-    positions: Int[Tensor, "row new"],
-    cache: DynamicCache | None = None,
-    logits: bool = True,
-) -> Float[Tensor, "row vocab"]:
-    """Logits after the last of some new tokens; `mask` also covers what the cache holds.
+LAST_TOKEN = "sitelens_last_token"  # the name under which transformers knows the function below
+_token: ContextVar[tuple[PrefixCache, HeadEdit | None]] = ContextVar("token")
 
-    Without `logits` nothing is unembedded and the result is empty.
+
+def _last_token_attention(
+    module: Any,
+    query: Float[Tensor, "row head 1 d"],
+    key: Float[Tensor, "row kv_head _ d"],
+    value: Float[Tensor, "row kv_head _ d_value"],
+    attention_mask: Float[Tensor, "row 1 1 pos"] | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "row 1 head d_value"], None]:
+    """Attention of one token over a prefix that several rows may share, and the edit of z.
+
+    Stored keys are neither repeated for the heads of a group nor copied next to the token's own, and no gradient
+    flows into them.
     """
-    kept = 1 if logits else torch.empty(0, dtype=torch.long, device=tokens.device)
-    options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-    with out_of_memory_is_named():
-        result = model.forward(
-            tokens, attention_mask=mask, position_ids=positions, logits_to_keep=kept, use_cache=cache is not None,
-            **options,
-        )  # fmt: skip
-    return result[:, -1] if logits else result.new_empty(len(tokens), 0)
+    prefix, edit = _token.get()
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if key.shape[2] > 1:  # of a cache that keeps them
+        key, value = key[:, :, -1:], value[:, :, -1:]
+    sizes = {"repeat": prefix.repeats, "group": query.shape[1] // key.shape[1]}
+    asked = rearrange(query, "(row repeat) (kv_head group) 1 d -> row kv_head (repeat group) d", **sizes)
+    if prefix.repeats > 1:
+        together = "(row repeat) kv_head 1 d -> row kv_head (repeat group) d"
+        key, value = repeat(key, together, **sizes), repeat(value, together, **sizes)
+        if attention_mask is not None:
+            attention_mask = repeat(attention_mask, together, **sizes)
+    scores = (asked.to(wide) * key.to(wide)).sum(-1, keepdim=True).to(query.dtype)
+    stored = prefix.layer(module.layer_idx) if prefix.keys else None
+    if stored is not None:
+        scores = torch.cat([asked @ stored[0].mT, scores], dim=-1)
+    scores = scores * (module.head_dim**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    of_prefix, of_own = weights.split([scores.shape[-1] - 1, 1], dim=-1)
+    z = of_own.to(wide) * value.to(wide)
+    if stored is not None:
+        z = z + of_prefix @ stored[1]
+    z = rearrange(z.to(query.dtype), "row kv_head (repeat group) d -> (row repeat) 1 (kv_head group) d", **sizes)
+    return (z if edit is None else edit.apply(z, module.layer_idx)), None
 
 
-def all_positions(mask: Bool[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
-    """Each token's position, counted from the row's first real token."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+AttentionInterface.register(LAST_TOKEN, _last_token_attention)
+AttentionMaskInterface.register(LAST_TOKEN, eager_mask)
 
 
 @torch.no_grad()
@@ -225,7 +203,7 @@ def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head
         captured[layer] = z[torch.arange(len(lengths), device=z.device), lengths.to(z.device) - 1].clone()
 
     with model.hooks(fwd_hooks=[(z_hook(layer), functools.partial(keep, layer=layer)) for layer in range(layers)]):
-        _run_right_padded(batch.tokens, lengths, model)
+        run_right_padded(batch.tokens, lengths, model)
     return torch.stack([captured[layer].to(model.cfg.device) for layer in range(layers)], dim=1)
 
 
@@ -277,37 +255,3 @@ def end_tokens(model: Model, tokenizer: Any) -> set[int]:
     listed = getattr(settings, "eos_token_id", None)
     ends = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
     return {end for end in ends if end is not None}
-
-
-@torch.no_grad()
-def _prefix_layers(batch: PromptBatch, model: Model) -> tuple[list[tuple[Tensor, Tensor]], Int[Tensor, "row prefix"]]:
-    """Right-padded keys and values of all but the last token, and where each stands when left-padded."""
-    cache = DynamicCache()  # of plain layers: a sliding window is a matter of the mask, nothing is dropped
-    lengths = torch.tensor(batch.lengths) - 1
-    _run_right_padded(batch.tokens[:, :-1], lengths, model, cache)
-    width = batch.tokens.shape[1] - 1
-    places = (torch.arange(width) - (width - lengths)[:, None]).clamp(min=0)
-    return [(layer.keys, layer.values) for layer in cache.layers], places  # type: ignore[misc]
-
-
-def _left_padded(kept: Tensor, places: Int[Tensor, "row prefix"]) -> Tensor:
-    rows = torch.arange(len(places), device=kept.device)[:, None]
-    return rearrange(kept[rows, :, places.to(kept.device)], "row pos kv_head d -> row kv_head pos d")
-
-
-def _room(kept: Tensor, rows: int, width: int) -> Tensor:
-    return kept.new_zeros(rows, kept.shape[1], width, kept.shape[3])
-
-
-def _run_right_padded(
-    tokens: Int[Tensor, "row pos"], lengths: Int[Tensor, " row"], model: Model, cache: DynamicCache | None = None
-) -> None:
-    """Run left-padded rows with their padding moved behind them, where causal attention never sees it.
-
-    So no token attends to nothing, which is not a number in float64 and may be none in float16.
-    """
-    width = tokens.shape[1]
-    index = (torch.arange(width) + (width - lengths)[:, None]).clamp(max=width - 1)
-    moved = tokens.gather(1, index.to(tokens.device)).to(model.cfg.device)
-    mask = torch.ones_like(moved, dtype=torch.bool)
-    run_tokens(model, moved, mask, all_positions(mask), cache, logits=False)

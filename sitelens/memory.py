@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
-import torch
-
-from sitelens.defaults import SitelensError
 from sitelens.models import Model
+from sitelens.network import can_unhook
 
 MAX_ROWS = 64  # of one last-token batch: past this the time per row no longer falls
 MAX_TOKENS = 2048  # of one full forward, likewise
@@ -39,6 +36,23 @@ def chunks(
     return parts
 
 
+def crossed(
+    lengths: Sequence[int], variants: int, cost: Callable[[int], int], budget: int
+) -> list[tuple[list[int], list[int]]]:
+    """Split rows, each in every variant, into chunks (rows, variants) of all pairs of the two, as `chunks` does.
+
+    Many rows in all variants where these fit, one row in some of its variants where not.
+    """
+    if variants <= MAX_ROWS and variants * cost(max(lengths)) <= budget:
+        together = chunks(lengths, lambda length: variants * cost(length), budget, max_rows=MAX_ROWS // variants)
+        return [(rows, list(range(variants))) for rows in together]
+    return [
+        ([row], which)
+        for row, length in enumerate(lengths)
+        for which in chunks([length] * variants, cost, budget, max_rows=MAX_ROWS)
+    ]
+
+
 def prefix_bytes(model: Model, length: int) -> int:
     """Bytes that one prompt of `length` tokens takes in a PrefixCache."""
     config = model.cfg
@@ -54,17 +68,24 @@ def forward_bytes(model: Model, length: int) -> int:
     return prefix_bytes(model, length + 1) + length * (wide + attention) * max(4, _itemsize(model))
 
 
-def step_bytes(model: Model, length: int, gradient: bool) -> int:
-    """Bytes that one row of a last-token step needs: copies of the prefix, activations, logits."""
-    config = model.cfg
-    per_head = 2 * config.d_head + 6  # keys and values repeated for each query head, scores
-    layer = config.n_heads * per_head * length + 2 * prefix_bytes(model, length + 1) // (
-        _itemsize(model) * config.n_layers
-    )
-    layer += 16 * config.d_model + 10 * config.n_heads * config.d_head + 8 * _d_mlp(model)
+def step_cost(model: Model, gradient: bool) -> Callable[[int], int]:
+    """What one row of a last-token step needs at a given length: its share of the prefix, activations, logits."""
+    config, itemsize = model.cfg, _itemsize(model)
     layers = config.n_layers if gradient else 1
+    fixed = 16 * config.d_model + 10 * config.n_heads * config.d_head + 8 * _d_mlp(model)
     own = config.n_layers * config.n_heads * config.d_head * (3 if gradient else 1)
-    return (layers * layer + own) * max(4, _itemsize(model)) + prefix_bytes(model, length) + logits_bytes(model)
+    bridged = not can_unhook(model)
+
+    def cost(length: int) -> int:
+        layer = prefix_bytes(model, length + 1) // itemsize // config.n_layers
+        if bridged:  # keys and values are copied, put together with the token's own, and repeated for each query head
+            layer = 2 * layer + config.n_heads * (2 * config.d_head + 6) * length
+        else:  # attention reads those of the chosen prompts, one layer after the other
+            layer += 5 * config.n_heads * length
+        copied = prefix_bytes(model, length) if bridged else 0
+        return (layers * (layer + fixed) + own) * max(4, itemsize) + copied + logits_bytes(model)
+
+    return cost
 
 
 def logits_bytes(model: Model) -> int:
@@ -79,16 +100,3 @@ def _d_mlp(model: Model) -> int:
 
 def _itemsize(model: Model) -> int:
     return next(model.original_model.parameters()).element_size()
-
-
-@contextmanager
-def out_of_memory_is_named(hint: str = "lower memory_budget (sl.settings.memory_budget)") -> Iterator[None]:
-    """Turn the allocator's error into one that says what to do."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise SitelensError(f"out of memory: {hint}") from error
-    except RuntimeError as error:
-        if "not enough memory" in str(error) or "can't allocate memory" in str(error):
-            raise SitelensError(f"out of memory: {hint}") from error
-        raise

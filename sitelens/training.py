@@ -17,6 +17,7 @@ from sitelens.models import (
     Model,
     fingerprint,
     resolve_model,
+    unchanged,
 )
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact, default_store, tensor_bytes
@@ -129,24 +130,25 @@ def train_jobs(
     """
     model = resolve_model(model)
     _check_splits([task for job in jobs for task, _ in job.members])
-    for job in jobs:
-        for _, embedding in job.members:
-            embedding.check_fits(model)
-    store = default_store()
-    specs = [_spec(job, model) for job in jobs]
-    artifacts = [store.get("selection", spec) for spec in specs]
-    batches: dict[TrainConfig, list[int]] = {}
-    for i, job in enumerate(jobs):
-        if artifacts[i] is None:
-            batches.setdefault(replace(job.config, seed=0, init=0.5), []).append(i)
-    for config, batch in batches.items():
-        runs, tasks, vectors = _runs([jobs[i] for i in batch])
-        trained = train_runs(runs, tasks, vectors, model, config, settings.budget(memory_budget), progress)
-        for i, tensors in zip(batch, trained, strict=True):
-            job = jobs[i].config
-            meta = {"provenance": f"SITE, {job.checkpoint} of {job.steps} steps, seed {job.seed}"}
-            artifacts[i] = artifact = Artifact("selection", specs[i], tensors, meta)
-            store.put(artifact)
+    with unchanged(model):
+        for job in jobs:
+            for _, embedding in job.members:
+                embedding.check_fits(model)
+        store = default_store()
+        specs = [_spec(job, model) for job in jobs]
+        artifacts = [store.get("selection", spec) for spec in specs]
+        batches: dict[TrainConfig, list[int]] = {}
+        for i, job in enumerate(jobs):
+            if artifacts[i] is None:
+                batches.setdefault(replace(job.config, seed=0, init=0.5), []).append(i)
+        for config, batch in batches.items():
+            runs, tasks, vectors = _runs([jobs[i] for i in batch])
+            trained = train_runs(runs, tasks, vectors, model, config, settings.budget(memory_budget), progress)
+            for i, tensors in zip(batch, trained, strict=True):
+                job = jobs[i].config
+                meta = {"provenance": f"SITE, {job.checkpoint} of {job.steps} steps, seed {job.seed}"}
+                artifacts[i] = artifact = Artifact("selection", specs[i], tensors, meta)
+                store.put(artifact)
     results = [_result(kept, job.config) for kept, job in zip(artifacts, jobs, strict=True) if kept]
     for result in results:
         _warn_if_undecided(result)

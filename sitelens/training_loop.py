@@ -21,15 +21,10 @@ from torch.nn.functional import cross_entropy
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, tracked
 from sitelens.embedding import TaskEmbedding
-from sitelens.forward import HeadEdit, LastToken, Mixing, PrefixCache
-from sitelens.memory import MAX_ROWS, chunks, prefix_bytes, step_bytes
-from sitelens.models import (
-    Model,
-    computing_dtype,
-    context_length,
-    head_shape,
-    own_tokenizer,
-)
+from sitelens.forward import HeadEdit, LastToken, Mixing
+from sitelens.memory import MAX_ROWS, chunks, prefix_bytes, step_cost
+from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer
+from sitelens.prefix import PrefixCache
 from sitelens.prompts import PromptBatch, few_shot_prompt, tokenize
 from sitelens.tasks import Task
 
@@ -165,13 +160,17 @@ def _losses(
     losses = torch.zeros(len(rows.run), dtype=torch.float64)
     total = torch.zeros_like(alpha)
     device = alpha.device
-    lengths = [batch.lengths[i] for i in rows.prompt.tolist()]
-    cost = functools.partial(step_bytes, last_token.model, gradient=gradient)
-    for part in chunks(lengths, cost, budget, max_rows=MAX_ROWS):
+    order = rows.prompt.argsort(stable=True)  # so that rows of one prompt stand side by side, and share its prefix
+    lengths = [batch.lengths[i] for i in rows.prompt[order].tolist()]
+    cost = step_cost(last_token.model, gradient)
+    _, repeats = rows.prompt.unique(return_counts=True)
+    fill = MAX_ROWS // int(repeats[0]) * int(repeats[0])  # whole prompts in each chunk, where these are alike
+    for chunk in chunks(lengths, cost, budget, max_rows=fill or MAX_ROWS):
+        part = order[chunk]
         prompt, run, embedding = (which[part].to(device) for which in (rows.prompt, rows.run, rows.embedding))
         with torch.set_grad_enabled(gradient):
             weights = alpha[run].requires_grad_(gradient)
-            logits = last_token(prefix.rows(prompt), HeadEdit.mix(weights, vectors[embedding], mixing))
+            logits = last_token(prefix.sharing(prompt), HeadEdit.mix(weights, vectors[embedding], mixing))
             answers = batch.answer.to(logits.device)[prompt.to(logits.device)]
             loss = cross_entropy(logits.to(alpha.dtype), answers, reduction="none")
             if gradient:

@@ -23,7 +23,9 @@ ORDER: list[set[str]] = [
     {"figures", "tasks", "store", "summary"},
     {"prompts", "conversion"},
     {"models"},
+    {"network"},
     {"memory", "provenance"},
+    {"prefix"},
     {"forward"},
     {"embedding", "selection", "config"},
     {"conditions", "metrics"},
@@ -36,7 +38,7 @@ ORDER: list[set[str]] = [
     {"gallery"},
     {"cli"},
 ]
-BRIDGED = {"models", "forward", "heads", "methods"}  # may import transformer_lens
+BRIDGED = {"models", "network", "forward", "heads", "methods"}  # may import transformer_lens
 VERSION = "sitelens.__version__"  # what every module may know of the package
 LONGEST = 320  # lines
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

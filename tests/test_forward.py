@@ -16,18 +16,11 @@ from torch import Tensor
 from sitelens.conditions import PatchHeads
 from sitelens.defaults import SitelensError, overridden
 from sitelens.embedding import TaskEmbedding, embed_task, embedding_prompts
-from sitelens.forward import (
-    HeadEdit,
-    LastToken,
-    PrefixCache,
-    all_positions,
-    capture_z,
-    decode,
-    full_logits,
-    run_tokens,
-)
+from sitelens.forward import HeadEdit, LastToken, capture_z, decode, full_logits
 from sitelens.memory import chunks, prefix_bytes
 from sitelens.models import Model, head_shape, z_hook
+from sitelens.network import all_positions, can_unhook, run_tokens
+from sitelens.prefix import PrefixCache, ReadOnly
 from sitelens.prompts import Prompt, PromptBatch, tokenize
 from sitelens.selection import HeadSelection
 from tests import micro, oracle
@@ -127,16 +120,25 @@ def test_texts_have_the_lengths_they_are_named_for() -> None:
     assert batch_of(TEXTS).lengths == list(LENGTHS) == [len(ids) for ids in ids_of(TEXTS)]
 
 
+@pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_prefix_path_gives_the_oracles_logits_and_gradients(family: str, model: Model, mixing: Any) -> None:
+def test_prefix_path_gives_the_oracles_logits_and_gradients(
+    family: str, model: Model, mixing: Any, watched: bool
+) -> None:
+    """Both without the bridge, where the family allows it, and through it, where a hook listens."""
     start, vectors = random_mix(model, len(TEXTS))
     untouched = oracle.patched_logits(raw(family), ids_of(TEXTS), 0 * start, vectors)
     alpha, expected_alpha = (start.clone().requires_grad_() for _ in range(2))
     expected = oracle.patched_logits(raw(family), ids_of(TEXTS), expected_alpha, vectors, mixing)
     summed_loss(expected).backward()
-    prefix = PrefixCache.of(batch_of(TEXTS), model, AMPLE)
-    with LastToken(model) as run:
-        logits = run(prefix, HeadEdit.mix(alpha, vectors, mixing))
+    heard: list[Tensor] = []
+    listening: list[Any] = [("blocks.1.mlp.hook_in", lambda x, hook: heard.append(x))] if watched else []
+    with model.hooks(fwd_hooks=listening):
+        assert can_unhook(model) == (not watched and not family.startswith("GPT"))
+        prefix = PrefixCache.of(batch_of(TEXTS), model, AMPLE)
+        with LastToken(model) as run:
+            logits = run(prefix, HeadEdit.mix(alpha, vectors, mixing))
+    assert bool(heard) == watched
     summed_loss(logits).backward()
     assert_close(logits.detach(), expected.detach())
     assert_close(alpha.grad, expected_alpha.grad)
@@ -195,9 +197,10 @@ def test_alpha_zero_is_the_untouched_model_to_the_bit(model: Model, mixing: Any)
     alpha, vectors = random_mix(model, len(TEXTS))
     edit = HeadEdit.mix(0 * alpha, vectors, mixing)
     prefix = PrefixCache.of(batch, model, AMPLE)
-    untouched = run_tokens(model, prefix.last[:, None], prefix.mask, prefix.positions()[:, None], prefix.cache())
-    for nothing in (edit, None):
-        assert torch.equal(last_logits(model, batch, nothing), untouched)
+    last, cache = prefix.last[:, None], prefix.cache(ReadOnly)
+    untouched = run_tokens(model, last, prefix.mask, prefix.positions()[:, None], cache)
+    assert torch.equal(last_logits(model, batch, edit), last_logits(model, batch, None))
+    assert_close(last_logits(model, batch, None), untouched)
     assert torch.equal(hooked_logits(model, batch, edit.hooks()), hooked_logits(model, batch, []))
 
 
@@ -240,6 +243,31 @@ def test_earlier_positions_and_earlier_layers_stay_the_same_to_the_bit(model: Mo
     assert ((second - second_edited)[:, -1].abs().amax(-1) > 0).all()
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_rows_that_share_a_prompt_give_what_each_gives_alone(model: Model, watched: bool) -> None:
+    alpha, vectors = random_mix(model, 6)
+    alpha.requires_grad_()
+    prefix = PrefixCache.of(batch_of(TEXTS), model, AMPLE)
+    which = torch.tensor([3, 3, 0, 0, 4, 4])
+    listening: list[Any] = [("blocks.0.mlp.hook_in", lambda x, hook: x)] if watched else []
+    with model.hooks(fwd_hooks=listening), LastToken(model) as run:
+        shared = run(prefix.sharing(which), HeadEdit.mix(alpha, vectors))
+        edits = [HeadEdit.mix(alpha[i : i + 1], vectors[i : i + 1]) for i in range(6)]
+        alone = torch.cat([run(prefix.rows(which[i : i + 1]), edits[i]) for i in range(6)])
+    assert prefix.sharing(which).repeats == 2
+    assert_close(shared.detach(), alone.detach())
+    (one,), (other,) = (torch.autograd.grad(summed_loss(logits), alpha) for logits in (shared, alone))
+    assert_close(one, other)
+
+
+@pytest.mark.parametrize("which", [[0, 1, 1], [1, 0, 1, 0], [2], [0, 1, 2, 3, 4]])
+def test_rows_share_only_where_every_prompt_has_as_many(llama: Model, which: list[int]) -> None:
+    prefix = PrefixCache.of(batch_of(TEXTS), llama, AMPLE)
+    found, expected = prefix.sharing(torch.tensor(which)), prefix.rows(torch.tensor(which))
+    assert found.repeats == 1 and torch.equal(found.last, expected.last)
+    assert all(torch.equal(a, b) for a, b in zip(found.layer(0), expected.layer(0), strict=True))
+
+
 def test_apply_does_not_write_to_its_input(llama: Model) -> None:
     alpha, vectors = random_mix(llama, 2)
     for positions in (1, 3):
@@ -258,8 +286,7 @@ def test_prefix_is_never_written_to(model: Model) -> None:
     with LastToken(model) as run:
         first = run(prefix, HeadEdit.mix(alpha.requires_grad_(), vectors))
         first.sum().backward()
-        cache = prefix.cache(growing=True)
-        logits = run.step(prefix, HeadEdit.mix(alpha.detach(), vectors), cache)
+        logits, cache = run.step(prefix, HeadEdit.mix(alpha.detach(), vectors))
         decode(model, logits, cache, prefix.mask, micro.tokenizer(), 5)
         again = run(prefix, HeadEdit.mix(alpha.detach(), vectors))
     assert cache.get_seq_length() > prefix.keys[0].shape[2]
@@ -278,9 +305,9 @@ def test_decoded_text_ends_at_a_newline_inside_a_token(llama: Model) -> None:
             return "no\nyes" * len(ids)
 
     prefix = PrefixCache.of(batch_of(TEXTS), llama, AMPLE)
-    cache = prefix.cache(growing=True)
     with LastToken(llama) as run, torch.no_grad():
-        assert decode(llama, run.step(prefix, None, cache), cache, prefix.mask, Fused(), 3) == ["no"] * len(TEXTS)
+        logits, cache = run.step(prefix, None)
+        assert decode(llama, logits, cache, prefix.mask, Fused(), 3) == ["no"] * len(TEXTS)
 
 
 # -- hooks go away --

@@ -22,9 +22,10 @@ from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.evaluation import evaluate
-from sitelens.forward import HeadEdit, LastToken, PrefixCache, capture_z, full_logits
-from sitelens.memory import forward_bytes, prefix_bytes, step_bytes
+from sitelens.forward import HeadEdit, LastToken, capture_z, full_logits
+from sitelens.memory import forward_bytes, prefix_bytes, step_cost
 from sitelens.models import Model, _tokenizers
+from sitelens.prefix import PrefixCache
 from sitelens.prompts import Prompt, PromptBatch, tokenize
 from sitelens.selection import HeadSelection
 from sitelens.tasks import Example, Task
@@ -189,7 +190,7 @@ class TestEstimates:
                 torch.autograd.grad(loss, alpha)
 
         with LastToken(model) as last_token:
-            assert peak(step) <= self.rows * step_bytes(model, length, gradient)
+            assert peak(step) <= self.rows * step_cost(model, gradient)(length)
 
 
 def task_of(name: str, length: int, n: int = 24) -> Task:

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 import sitelens as sl
 from sitelens import cli
 from sitelens.defaults import overridden
-from sitelens.forward import HeadEdit, LastToken, PrefixCache
+from sitelens.forward import HeadEdit, LastToken
 from sitelens.models import Model, own_tokenizer
+from sitelens.prefix import PrefixCache
 from sitelens.prompts import few_shot_prompts, tokenize
 from tests import oracle
 

@@ -45,7 +45,8 @@ def silenced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was run")
 
-    monkeypatch.setattr(model, "forward", forward)
+    for network in (model, model.original_model):
+        monkeypatch.setattr(network, "forward", forward)
 
 
 def files() -> list[Path]:

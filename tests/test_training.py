@@ -20,9 +20,10 @@ from sitelens import training, training_loop
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.embedding import TaskEmbedding, embed_task
-from sitelens.forward import HeadEdit, LastToken, PrefixCache, full_logits
+from sitelens.forward import HeadEdit, LastToken, full_logits
 from sitelens.memory import prefix_bytes
 from sitelens.models import Model
+from sitelens.prefix import PrefixCache
 from sitelens.prompts import PromptBatch, few_shot_prompts, tokenize
 from sitelens.store import default_store
 from sitelens.tasks import Example, Task

@@ -304,7 +304,8 @@ def test_a_second_call_evaluates_and_trains_nothing(model: Model, monkeypatch: p
         def forward(*_: Any, **__: Any) -> None:
             raise AssertionError("the model was run")
 
-        patch.setattr(model, "forward", forward)
+        for network in (model, model.original_model):
+            patch.setattr(network, "forward", forward)
         second = fast(model)
     assert names == ["one", "two", "three"]
     pd.testing.assert_frame_equal(second.frame, first.frame)

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sitelens.defaults import SitelensError, settings
-from sitelens.forward import all_positions, run_tokens
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.models import Model, head_shape
+from sitelens.network import all_positions, run_tokens
 from sitelens.prompts import PromptBatch
 from sitelens.tasks import Example, Task
 

@@ -12,10 +12,11 @@ from einops import rearrange
 
 from sitelens.defaults import settings, tracked
 from sitelens.embedding import TaskEmbedding
-from sitelens.forward import HeadEdit, LastToken, PrefixCache
+from sitelens.forward import HeadEdit, LastToken
 from sitelens.heads.common import per_head, valid_items
-from sitelens.memory import MAX_ROWS, chunks, prefix_bytes, step_bytes
+from sitelens.memory import chunks, crossed, prefix_bytes, step_cost
 from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
+from sitelens.prefix import PrefixCache
 from sitelens.prompts import draw_demonstrations, few_shot_prompt, tokenize
 from sitelens.tasks import Example, Task, load_task
 
@@ -57,19 +58,21 @@ def indirect_effects(
     vectors = embedding.mean_z.to(device, dtype)
     chance = torch.zeros(n_prompts, len(alphas), dtype=torch.float64)
     share = budget // 3
-    bar = tracked(range(n_prompts), f"indirect effects {task.name}", progress=progress)
+    bar = tracked(range(chance.numel()), f"indirect effects {task.name}", progress=progress)
     with torch.no_grad(), LastToken(model) as last_token:
         for index in chunks(batch.lengths, functools.partial(prefix_bytes, model), share):
             part = batch.rows(index)
             prefix = PrefixCache.of(part, model, share)
-            for place, item in enumerate(index):
-                at_once = max(1, min(MAX_ROWS, share // step_bytes(model, part.lengths[place], gradient=False)))
-                for some in torch.arange(len(alphas)).split(at_once):
-                    rows = prefix.rows(torch.full((len(some),), place))
-                    edit = HeadEdit.mix(alphas[some], vectors.expand(len(some), -1, -1, -1))
-                    logits = last_token(rows, edit)
-                    chance[item, some] = logits.to(dtype).softmax(-1)[:, part.answer[place]].double().cpu()
-                next(bar, None)
+            for items, some in crossed(part.lengths, len(alphas), step_cost(model, gradient=False), share):
+                which = some * len(items)
+                edit = HeadEdit.mix(alphas[which], vectors.expand(len(which), -1, -1, -1))
+                logits = last_token(prefix.rows(torch.tensor(items), repeats=len(some)), edit)
+                answer = part.answer[items].repeat_interleave(len(some)).to(device)
+                found = logits.to(dtype).softmax(-1).gather(1, answer[:, None])
+                places = torch.tensor([index[i] for i in items])
+                chance[places[:, None], torch.tensor(some)] = found.reshape(len(items), -1).double().cpu()
+                for _ in which:
+                    next(bar, None)
     next(bar, None)
     gains = chance[:, 1:] - chance[:, :1]
     error = gains.std(0) / n_prompts**0.5 if n_prompts > 1 else torch.full_like(gains[0], torch.nan)
