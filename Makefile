@@ -44,6 +44,7 @@ notebooks: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks.bench
 	$(BIN)/python -m benchmarks.limits
+	$(BIN)/python -m benchmarks.curves
 
 # torch first: with it in place, nothing else asks for another build of it.
 .venv/.installed: pyproject.toml constraints.txt

@@ -10,18 +10,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from datetime import date
 
 import pandas as pd
 import torch
 
 import sitelens as sl
+from benchmarks.bench import RESULTS, machine
 from sitelens.forward import HeadEdit, LastToken
 from sitelens.models import own_tokenizer
 from sitelens.prefix import PrefixCache
 from sitelens.prompts import few_shot_prompts, tokenize
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS = 21
 
 
@@ -81,7 +81,8 @@ def main() -> None:
     """Measure, print, and write benchmarks/results/limits.csv."""
     model = sl.load_model()
     frame = pd.DataFrame([measured(rows, model) for rows in (1, 16, 64)]).round(2)
-    print(frame.to_string(index=False))
+    frame = frame.assign(date=f"{date.today()}", machine=machine())
+    print(frame.drop(columns=["date", "machine"]).to_string(index=False))
     RESULTS.mkdir(exist_ok=True)
     frame.to_csv(RESULTS / "limits.csv", index=False)
 

@@ -59,22 +59,25 @@ class Plain:
         draws: Sequence[int],
         mean_z: Tensor,
         eval_every: int,
-    ) -> Tensor:
-        """Alpha of the best validation loss."""
+    ) -> tuple[Tensor, list[float]]:
+        """Alpha of the best validation loss, and the loss of every step."""
+        losses: list[float] = []
         logits = torch.zeros(mean_z.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([logits], lr=0.2)
         best, kept = float("inf"), torch.sigmoid(logits.detach())
         for step, item in enumerate(draws, start=1):
             optimizer.zero_grad()
-            self.loss(*prompts[item], torch.sigmoid(logits), mean_z).backward()
+            loss = self.loss(*prompts[item], torch.sigmoid(logits), mean_z)
+            loss.backward()
+            losses.append(loss.item())
             optimizer.step()
             if step % eval_every == 0 or step == len(draws):
                 with torch.no_grad():
                     alpha = torch.sigmoid(logits)
-                    loss = sum(float(self.loss(*item, alpha, mean_z)) for item in valid) / len(valid)
-                if loss < best:
-                    best, kept = loss, alpha
-        return kept
+                    measured = sum(float(self.loss(*item, alpha, mean_z)) for item in valid) / len(valid)
+                if measured < best:
+                    best, kept = measured, alpha
+        return kept, losses
 
     @torch.no_grad()
     def hits(self, prompts: Sequence[tuple[list[int], Collection[int]]], alpha: Tensor, mean_z: Tensor) -> list[bool]:

@@ -25,6 +25,9 @@ from sitelens.models import Model, computing_dtype, head_shape
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact
 
+Positions = Literal["last", "all"]
+Steps = Literal["prompt", "every"]
+
 
 @dataclass(frozen=True, eq=False)
 class Patch:
@@ -45,13 +48,14 @@ class Condition(ABC):
     """What a task is evaluated under.
 
     n_shots: demonstrations in the prompt, drawn anew for each item.
-    positions: "last" if only the last prompt token is touched, "all" otherwise.
+    positions: "last" if nothing before the last prompt token is touched, so that its prefix can be shared with other
+    conditions; "all" otherwise.
     steps: "prompt" if only the prompt's forward pass is touched, "every" if each decoding step is, too.
     """
 
     n_shots: int = 0
-    positions: ClassVar[Literal["last", "all"]] = "last"
-    steps: ClassVar[Literal["prompt", "every"]] = "prompt"
+    positions: ClassVar[Positions] = "all"
+    steps: Steps = "prompt"
     kinds: ClassVar[dict[str, type[Condition]]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -142,6 +146,7 @@ def _once(hook: Any) -> Any:
 class FewShot(Condition):
     """The model as it is, with `n_shots` demonstrations in the prompt, drawn anew for each item."""
 
+    positions = "last"
     n_shots: int = 10
 
     def __post_init__(self) -> None:
@@ -172,16 +177,19 @@ class PatchHeads(Condition):
     """Task injection: the heads' z at the last prompt token is mixed with the task embedding by alpha.
 
     Soft, hard, random, high-alpha, low-alpha, task-agnostic and cross-task patching differ only in `selection`
-    and `embedding` (SITE, step 3). `mixing` is "convex", as published, or "additive".
+    and `embedding` (SITE, step 3). `mixing` is "convex", as published, or "additive"; `steps` is "prompt", as
+    published, or "every" to act at every decoding step, too.
 
     Raises:
         SitelensError: if selection and embedding come from different models.
     """
 
+    positions = "last"
     selection: HeadSelection
     embedding: TaskEmbedding
     mixing: Mixing = "convex"
     n_shots: int = 0
+    steps: Steps = "prompt"
 
     def __post_init__(self) -> None:
         if self.mixing not in get_args(Mixing):
@@ -207,6 +215,8 @@ class PatchHeads(Condition):
         selection = {name: getattr(self.selection, name) for name in ("task", "model", "provenance")}
         embedding = {name: getattr(self.embedding, name) for name in ("task", "model", "n_prompts", "n_shots", "seed")}
         meta = {"condition": "PatchHeads", "mixing": self.mixing, "n_shots": self.n_shots}
+        if self.steps != "prompt":
+            meta["steps"] = self.steps
         tensors = {"alpha": self.selection.alpha, "mean_z": self.embedding.mean_z}
         return tensors, meta | {"selection": selection, "embedding": embedding}
 

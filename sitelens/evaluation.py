@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from sitelens.conditions import Condition, Patch, ZeroShot
 from sitelens.defaults import SitelensError, settings, tracked
-from sitelens.forward import HeadEdit, LastToken, decode, full_logits
+from sitelens.forward import HeadEdit, LastToken, decode, full_logits, last_logits
 from sitelens.memory import (
     MAX_ROWS,
     MAX_TOKENS,
@@ -83,7 +83,7 @@ def evaluate(
     for name, condition in conditions.items():
         patched, hooked = groups.setdefault(condition.n_shots, ({}, {}))
         patch = condition.patch(model)
-        if patch is None:
+        if patch is None or (generating and condition.steps == "every"):
             hooked[name] = condition
         else:
             patched[name] = patch
@@ -180,7 +180,7 @@ def generate(
     batch = tokenize(texts, tokenizer, context_length(model), new_tokens=max_new_tokens)
     answers = _Answers(model, tokenizer, max_new_tokens, settings.budget(memory_budget))
     patch = condition.patch(model)
-    if patch is None:
+    if patch is None or condition.steps == "every":
         outputs = answers.hooked(batch, {"": condition}, lambda rows: None)
     else:
         outputs = answers.patched(batch, {"": patch}, lambda rows: None)
@@ -236,17 +236,26 @@ class _Answers:
     def hooked(
         self, batch: PromptBatch, conditions: Mapping[str, Condition], advance: Callable[[int], None]
     ) -> dict[str, list[Output]]:
-        """Any condition: whole prompts run, and decoded, while it is applied."""
+        """Any condition: whole prompts run, and decoded, while it is applied.
+
+        Those that leave all but the last token alone share its prefix and run that token only.
+        """
         found: dict[str, list[Output | None]] = {name: [None] * len(batch) for name in conditions}
         share = self.budget // 2  # the other half is for what decoding keeps
         for index in chunks(
             batch.lengths, self._full_cost, share, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, same_length=True
         ):
             part = batch.rows(index)
+            prefix: PrefixCache | None = None
             for name, condition in conditions.items():
-                cache = DynamicCache()
+                if condition.positions == "last" and prefix is None:
+                    prefix = PrefixCache.of(part, self.model, share)
                 with torch.no_grad(), condition.applied(self.model):
-                    logits = full_logits(part, self.model, cache)
+                    if condition.positions == "last" and prefix is not None:
+                        logits, cache = last_logits(prefix, self.model)
+                    else:
+                        cache = DynamicCache()
+                        logits = full_logits(part, self.model, cache)
                     outputs = self._outputs(logits, part, cache, part.mask.to(logits.device))
                 for i, out in zip(index, outputs, strict=True):
                     found[name][i] = out

@@ -122,9 +122,8 @@ class LastToken:
         token = _token.set((prefix, edit))
         try:
             tokens, positions = prefix.last[:, None], prefix.positions()[:, None]
-            return run_tokens(
-                self.model, tokens, prefix.mask, positions, cache, attention=LAST_TOKEN if self._unhooked else None
-            )
+            attention = LAST_TOKEN if self._unhooked else None
+            return run_tokens(self.model, tokens, prefix.mask, positions, cache, attention=attention)[:, -1]
         finally:
             _token.reset(token)
             self._edit = None
@@ -186,7 +185,14 @@ def full_logits(batch: PromptBatch, model: Model, cache: DynamicCache | None = N
     Rows should be of one length: padding attends to nothing, which some dtypes cannot express.
     """
     mask = batch.mask.to(model.cfg.device)
-    return run_tokens(model, batch.tokens.to(model.cfg.device), mask, all_positions(mask), cache)
+    return run_tokens(model, batch.tokens.to(model.cfg.device), mask, all_positions(mask), cache)[:, -1]
+
+
+def last_logits(prefix: PrefixCache, model: Model) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
+    """Logits of the last token under whatever hooks are installed, and a cache of the whole prompt that may grow."""
+    cache = prefix.cache(DynamicLayer)
+    logits = run_tokens(model, prefix.last[:, None], prefix.mask, prefix.positions()[:, None], cache)
+    return logits[:, -1], cache
 
 
 @torch.no_grad()
@@ -244,7 +250,7 @@ def decode(
             active, mask, tokens = [active[place] for place in going], mask[index], tokens[index]
             cache.batch_select_indices(index)
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        tokens = run_tokens(model, tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache).argmax(-1)
+        tokens = run_tokens(model, tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)[:, -1].argmax(-1)
     ids = [[token for token in row if token not in ends] for row in written]
     return [tokenizer.decode(row).split("\n")[0].strip() for row in ids]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,30 +116,58 @@ def _of(model: Model) -> _Wrappers:
     return known
 
 
+@dataclass
+class Tokens:
+    """How many tokens were run forward, and how many of them backward; padding counts."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+_spent: ContextVar[Tokens | None] = ContextVar("spent", default=None)
+
+
+@contextmanager
+def counted_tokens() -> Iterator[Tokens]:
+    """Count the tokens of all forward passes in the block."""
+    spent, outer = Tokens(), _spent.get()
+    token = _spent.set(spent)
+    try:
+        yield spent
+    finally:
+        _spent.reset(token)
+        if outer is not None:
+            outer.forward += spent.forward
+            outer.backward += spent.backward
+
+
 def run_tokens(
     model: Model,
     tokens: Int[Tensor, "row new"],
     mask: Bool[Tensor, "row all"],
     positions: Int[Tensor, "row new"],
     cache: DynamicCache | None = None,
-    logits: bool = True,
+    kept: int = 1,
     attention: str | None = None,
-) -> Float[Tensor, "row vocab"]:
-    """Logits after the last of some new tokens; `mask` also covers what the cache holds.
+) -> Float[Tensor, "row kept vocab"]:
+    """Logits after each of the last `kept` of some new tokens; `mask` also covers what the cache holds.
 
-    Without `logits` nothing is unembedded and the result is empty. `attention`: which one to use where the caller
+    `attention`: which one to use where the caller
     has seen that the bridge is not needed.
     """
-    kept = 1 if logits else torch.empty(0, dtype=torch.long, device=tokens.device)
+    last = kept or torch.empty(0, dtype=torch.long, device=tokens.device)
     options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-    options |= {"attention_mask": mask, "position_ids": positions, "logits_to_keep": kept, "use_cache": bool(options)}
+    options |= {"attention_mask": mask, "position_ids": positions, "logits_to_keep": last, "use_cache": bool(options)}
     with out_of_memory_is_named():
         if attention is not None or can_unhook(model):
             with unhooked(model, attention or "eager") as network:
                 result = network(tokens, **options).logits
         else:
             result = model.forward(tokens, **options)
-    return result[:, -1] if logits else result.new_empty(len(tokens), 0)
+    if (spent := _spent.get()) is not None:
+        spent.forward += tokens.numel()
+        spent.backward += tokens.numel() if result.requires_grad else 0
+    return result
 
 
 def all_positions(mask: Bool[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
@@ -157,7 +186,7 @@ def run_right_padded(
     index = (torch.arange(width) + (width - lengths)[:, None]).clamp(max=width - 1)
     moved = tokens.gather(1, index.to(tokens.device)).to(model.cfg.device)
     mask = torch.ones_like(moved, dtype=torch.bool)
-    run_tokens(model, moved, mask, all_positions(mask), cache, logits=False)
+    run_tokens(model, moved, mask, all_positions(mask), cache, kept=0)
 
 
 @contextmanager

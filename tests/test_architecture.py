@@ -33,7 +33,7 @@ ORDER: list[set[str]] = [
     {"scoring", "training_loop"},
     {"training"},
     {"heads", "report", "transfer"},
-    {"similarity"},
+    {"similarity", "methods"},
     {"studies"},
     {"gallery"},
     {"cli"},

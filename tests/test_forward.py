@@ -198,7 +198,7 @@ def test_alpha_zero_is_the_untouched_model_to_the_bit(model: Model, mixing: Any)
     edit = HeadEdit.mix(0 * alpha, vectors, mixing)
     prefix = PrefixCache.of(batch, model, AMPLE)
     last, cache = prefix.last[:, None], prefix.cache(ReadOnly)
-    untouched = run_tokens(model, last, prefix.mask, prefix.positions()[:, None], cache)
+    untouched = run_tokens(model, last, prefix.mask, prefix.positions()[:, None], cache)[:, -1]
     assert torch.equal(last_logits(model, batch, edit), last_logits(model, batch, None))
     assert_close(last_logits(model, batch, None), untouched)
     assert torch.equal(hooked_logits(model, batch, edit.hooks()), hooked_logits(model, batch, []))

@@ -19,7 +19,7 @@ IDS = oracle.encode("ab cd ef")
 def logits_of(model: Model) -> Tensor:
     tokens = torch.tensor([IDS])
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    return run_tokens(model, tokens, mask, all_positions(mask))[0]
+    return run_tokens(model, tokens, mask, all_positions(mask))[0, -1]
 
 
 def modules_of(model: Model) -> list[tuple[str, int]]:

@@ -76,4 +76,4 @@ def watch(tokens: Int[Tensor, "row pos"], model: Model, look: dict[str, Callable
     tokens = tokens.to(model.cfg.device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     with model.hooks(fwd_hooks=[(name, hook_of(see)) for name, see in look.items()]):
-        run_tokens(model, tokens, mask, all_positions(mask), logits=False)
+        run_tokens(model, tokens, mask, all_positions(mask), kept=0)

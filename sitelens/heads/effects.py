@@ -47,7 +47,9 @@ def indirect_effects(
     queries, prompts = valid_items(task), []
     for i in range(n_prompts):
         query = queries[i % len(queries)]
-        shown = _shuffled(draw_demonstrations(task, n_shots, query, seed, "effects", i), f"{task.name}/{seed}/{i}")
+        shown = shuffled_labels(
+            draw_demonstrations(task, n_shots, query, seed, "effects", i), f"{task.name}/{seed}/{i}"
+        )
         prompts.append(few_shot_prompt(task.template, shown, query, tokenizer))
     batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
     layers, heads, _ = head_shape(model)
@@ -81,7 +83,7 @@ def indirect_effects(
     )
 
 
-def _shuffled(demonstrations: Sequence[Example], key: str) -> list[Example]:
+def shuffled_labels(demonstrations: Sequence[Example], key: str) -> list[Example]:
     """The demonstrations with their answers permuted: none keeps its own, where a few attempts find such an order."""
     rng = random.Random(f"sitelens/shuffled/{key}")
     order = list(range(len(demonstrations)))

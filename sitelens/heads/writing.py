@@ -80,7 +80,7 @@ def written_tokens(
     unembed = model.W_U.to(computing_dtype(model))
     direction = unembed - unembed.mean(-1, keepdim=True)
     z = embedding.mean_z[layer, place].to(model.cfg.device, unembed.dtype)
-    write = z @ _output_weights(layer, model)[place]
+    write = z @ output_weights(layer, model)[place]
     logits = torch.stack([norms.through(write, layer) @ direction for norms in factors]).mean(0)
     order = logits.argsort(descending=True).tolist()
     chosen = [*order[:n], *order[len(order) - n :]]
@@ -135,14 +135,15 @@ def _direct_logits(
     norms = _Norms.at_the_end(batch, model)
     layers = []
     for layer in range(model.cfg.n_layers):
-        write = einsum(z[:, layer].to(device, dtype), _output_weights(layer, model),
+        write = einsum(z[:, layer].to(device, dtype), output_weights(layer, model),
                        "row head d, head d d_model -> row head d_model")  # fmt: skip
         through = torch.stack([own.through(rows, layer) for own, rows in zip(norms, write, strict=True)])
         layers.append(einsum(through, directions, "row head d_model, row d_model -> row head"))
     return torch.stack(layers, dim=1)
 
 
-def _output_weights(layer: int, model: Model) -> Float[Tensor, "head d_head d_model"]:
+def output_weights(layer: int, model: Model) -> Float[Tensor, "head d_head d_model"]:
+    """W_O of a layer, in the dtype of computing."""
     block: Any = model.blocks[layer]
     return block.attn.W_O.to(computing_dtype(model))
 

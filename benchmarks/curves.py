@@ -1,0 +1,123 @@
+"""`python -m benchmarks.curves`: time and extra memory against the number of tasks, of prompt tokens, of alphas.
+
+Writes benchmarks/results/curves.csv and curves.png. Time is per task (or per alpha), so that a flat line means that
+more of them cost no more each; extra memory is the peak of the process over what it held before, under one budget.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import sitelens as sl
+from benchmarks.bench import RESULTS, machine, seconds
+from sitelens.models import Model, head_shape, own_tokenizer
+from sitelens.prompts import few_shot_prompts, tokenize
+
+BUDGET = "512MiB"
+CONFIG = sl.TrainConfig(steps=20, eval_every=10, n_valid=16)
+TASKS, TOKENS, ALPHAS = (1, 2, 4, 8, 16, 32, 57), (10, 30, 60, 120, 250, 500), (1, 2, 4, 16, 64, 256)
+
+
+def kibibytes(field: str) -> float:
+    """One line of what Linux says of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def measured(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds, and MiB of resident memory at the peak beyond what was resident before (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the former peak
+    before = kibibytes("VmRSS")
+    took, _ = seconds(work)
+    return took, (kibibytes("VmHWM") - before) / 1024
+
+
+def lengthened(task: sl.Task, tokens: int) -> sl.Task:
+    """The task with filler words before each input, so that prompts have about as many tokens."""
+    filler = " ".join(["and"] * (tokens - 8))
+    parts = {
+        split: tuple(replace(item, input=f"{filler} {item.input}") for item in task.split(split))
+        for split in ("train", "valid", "test")
+    }
+    return replace(task, **parts)
+
+
+def embeddings(model: Model, tasks: list[sl.Task]) -> dict[str, sl.TaskEmbedding]:
+    """Random ones of about the right size: time does not depend on them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = head_shape(model)
+    return {
+        t.name: sl.TaskEmbedding(torch.randn(shape, generator=generator) * 0.05, t.name, None, 1, 1, 0) for t in tasks
+    }
+
+
+def train(model: Model, tasks: list[sl.Task]) -> Callable[[], Any]:
+    """A short training of all tasks together."""
+    vectors = embeddings(model, tasks)
+    return lambda: sl.train_selections(tasks, model, embeddings=vectors, config=CONFIG, memory_budget=BUDGET)
+
+
+def points(model: Model) -> Iterator[dict[str, Any]]:
+    """Every point of the three curves."""
+    names = sl.list_tasks().query("source == 'built in'")["name"]
+    built_in = [sl.load_task(name) for name in names]
+    many = [built_in[i % len(built_in)] for i in range(max(TASKS))]
+    many = [replace(task, name=f"{task.name} {i}") for i, task in enumerate(many)]
+    for n in TASKS:
+        took, extra = measured(train(model, many[:n]))
+        yield {"against": "tasks trained together", "x": n, "seconds": took / n, "mib": extra}
+    for n in TOKENS:
+        tasks = [lengthened(task, n) for task in built_in[:4]] if n > 10 else built_in[:4]
+        took, extra = measured(train(model, tasks))
+        prompts = few_shot_prompts(tasks[0], tasks[0].train[:20], 0, own_tokenizer(model))
+        length = sum(tokenize(prompts, own_tokenizer(model)).lengths) / len(prompts)
+        yield {"against": "tokens of a prompt", "x": round(length), "seconds": took / len(tasks), "mib": extra}
+    task = sl.load_task("capitalize")
+    vector = embeddings(model, [task])[task.name]
+    selection = sl.HeadSelection(torch.rand(head_shape(model)[:2], generator=torch.Generator().manual_seed(0)))
+    for n in ALPHAS:
+        grid = {str(i): sl.PatchHeads(selection.random(64, seed=i), vector) for i in range(n)}
+        took, extra = measured(lambda g=grid: sl.evaluate(task, g, model, n_items=16, memory_budget=BUDGET))
+        yield {"against": "alphas in a grid", "x": n, "seconds": took / n, "mib": extra}
+
+
+def main() -> None:
+    """Measure, print, and write the table and its picture."""
+    sl.settings.progress = False
+    model = sl.load_model()
+    measured(train(model, [sl.load_task("antonym")]))  # warm
+    rows = []
+    for point in points(model):
+        rows.append(point)
+        print("{against:<24} {x:>4}  {seconds:8.3f} s each  {mib:7.0f} MiB".format(**point), flush=True)
+    frame = pd.DataFrame(rows).round({"seconds": 4, "mib": 1}).assign(date=f"{date.today()}", machine=machine())
+    RESULTS.mkdir(exist_ok=True)
+    frame.to_csv(RESULTS / "curves.csv", index=False)
+    draw(frame)
+
+
+def draw(frame: pd.DataFrame) -> None:
+    """Six panels: seconds each and extra memory, against each of the three."""
+    parts = [
+        frame.assign(y=frame["seconds"], panel="Seconds each, by " + frame["against"]),
+        frame.assign(y=frame["mib"], panel=f"Extra MiB (budget {BUDGET}), by " + frame["against"]),
+    ]
+    figure = sl.figures.lines(
+        pd.concat(parts), "x", "y", facet="panel", labels={"x": "number", "y": ""}, share=False, log_x=True
+    )
+    sl.figures.save(figure, RESULTS / "curves.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The rivals of SITE, each fitted to a task and handed back as a condition: `METHODS[name].fit(task, model)`.
+
+Every method sees the same splits and template and at most 200 training items; layers, strengths, numbers of heads and
+learning rates are chosen on at most 50 validation items; test is never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sitelens.conditions import Condition
+from sitelens.methods import (
+    function_vector,
+    i2cl,
+    icv,
+    lofit,
+    lora,
+    ltv,
+    many_shot,
+    mtv,
+    site,
+    task_vector,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method is fitted, and how many numbers it trains for a condition that it gave."""
+
+    fit: Callable[..., Condition]
+    trained: Callable[[Any], int]
+
+
+def _both_steps(condition: lofit.HeadOffsets) -> int:
+    """A scale for every entry of z, then offsets on the chosen heads."""
+    return condition.offsets.numel() + int((condition.offsets != 0).any(-1).sum()) * condition.offsets.shape[-1]
+
+
+METHODS: dict[str, Method] = {
+    "many-shot": Method(many_shot.fit, lambda condition: 0),
+    "FV": Method(function_vector.fit, lambda condition: 0),
+    "TV": Method(task_vector.fit, lambda condition: 0),
+    "ICV": Method(icv.fit, lambda condition: 0),
+    "MTV": Method(mtv.fit, lambda condition: condition.selection.alpha.numel()),
+    "I2CL": Method(i2cl.fit, lambda condition: condition.a.numel() + condition.b.numel()),
+    "LTV": Method(ltv.fit, lambda condition: condition.n_trained),
+    "LoFiT": Method(lofit.fit, _both_steps),
+    "LoRA": Method(lora.fit, lambda condition: sum(weights.numel() for weights in condition.weights.values())),
+    "SITE": Method(site.fit, lambda condition: condition.selection.alpha.numel()),
+}

@@ -1,0 +1,129 @@
+"""What the methods share: training items, mean states, gradients through prompts and answers, the choice on valid."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sitelens.conditions import Condition
+from sitelens.defaults import SitelensError
+from sitelens.evaluation import evaluate
+from sitelens.heads.common import like_prompts, watch
+from sitelens.models import Model, context_length, own_tokenizer
+from sitelens.network import all_positions, run_tokens
+from sitelens.prompts import PromptBatch, few_shot_prompt, few_shot_prompts, tokenize
+from sitelens.tasks import Example, Task
+
+Key = TypeVar("Key")
+
+MAX_TRAIN = 200  # training items that any method may see
+MAX_VALID = 50  # validation items on which layers, coefficients and learning rates are chosen
+
+
+def fitting(task: Task) -> Task:
+    """The task with at most 200 training items, the same for every method.
+
+    Raises:
+        SitelensError: if there are no training or no validation items.
+    """
+    for split in ("train", "valid"):
+        if not task.split(split):
+            raise SitelensError(f"task {task.name!r} has no {split} items")
+    if len(task.train) <= MAX_TRAIN:
+        return task
+    rng = random.Random(f"sitelens/fitting/{task.name}")
+    return replace(task, train=tuple(task.train[i] for i in sorted(rng.sample(range(len(task.train)), MAX_TRAIN))))
+
+
+def zero_shot(task: Task, items: Sequence[Example], model: Model) -> PromptBatch:
+    """Prompts without demonstrations."""
+    return prompts_of(few_shot_prompts(task, items, 0, own_tokenizer(model)), task, model)
+
+
+def prompts_of(prompts: Sequence[Any], task: Task, model: Model) -> PromptBatch:
+    """Prompts as tokens, checked against the model's context."""
+    return tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
+
+
+def accuracy_on_valid(task: Task, conditions: Mapping[Any, Condition], model: Model) -> dict[Any, float]:
+    """First-token accuracy of each condition on at most 50 validation items."""
+    named = {str(i): condition for i, condition in enumerate(conditions.values())}
+    scores = evaluate(task, named, model, split="valid", n_items=MAX_VALID, progress=False)
+    means = scores.groupby("condition")["score"].mean()
+    return {key: float(means[str(i)]) for i, key in enumerate(conditions)}
+
+
+def best_on_valid(task: Task, conditions: Mapping[Key, Condition], model: Model) -> Key:
+    """The key of the condition with the highest accuracy on valid; of equals the first."""
+    found = accuracy_on_valid(task, conditions, model)
+    return max(found, key=found.__getitem__)
+
+
+def mean_states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "point d_model"]:
+    """Means over prompts of what passes some hook points at the last token."""
+    return states(batch, points, model).mean(0).to(torch.float32)
+
+
+def states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "prompt point d_model"]:
+    """What passes some hook points at the last token of each prompt, in float64."""
+    found = torch.zeros(len(batch), len(points), model.cfg.d_model, dtype=torch.float64)
+    for index in like_prompts(batch, model):
+
+        def keep(place: int, rows: list[int] = index) -> Callable[[Tensor], None]:
+            def see(x: Tensor) -> None:
+                found[rows, place] = x[:, -1].double().cpu()
+
+            return see
+
+        watch(batch.rows(index).tokens, model, {point: keep(place) for place, point in enumerate(points)})
+    return found
+
+
+def drawn(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[list[int]]:
+    """Places of the items in each of `steps` batches, every item once before any comes again."""
+    rng = random.Random(f"sitelens/batches/{key}")
+    queue: list[int] = []
+    for _ in range(steps):
+        while len(queue) < size:
+            more = list(range(len(items)))
+            rng.shuffle(more)
+            queue += more
+        yield queue[:size]
+        del queue[:size]
+
+
+def answered(task: Task, items: Sequence[Example], model: Model) -> list[tuple[list[int], int]]:
+    """Token ids of each zero-shot prompt with its whole answer behind it, and how many of them are the answer's."""
+    tokenizer = own_tokenizer(model)
+    prompts = [few_shot_prompt(task.template, [], item, tokenizer) for item in items]
+    batch = prompts_of(prompts, task, model)
+    rows = []
+    for i, prompt in enumerate(prompts):
+        ids = batch.tokens[i][batch.mask[i]].tolist()
+        whole = tokenizer(prompt.text + prompt.answers[0], add_special_tokens=prompt.special_tokens)["input_ids"]
+        own = tokenizer(prompt.answers[0], add_special_tokens=False)["input_ids"]
+        answer = whole[len(ids) :] if whole[: len(ids)] == ids and len(whole) > len(ids) else own
+        rows.append((ids + answer, len(answer)))
+    return rows
+
+
+def answer_loss(rows: Sequence[tuple[list[int], int]], model: Model) -> Float[Tensor, ""]:
+    """Mean cross-entropy of all answer tokens of some rows of `answered`, with gradient."""
+    device, width, longest = model.cfg.device, max(len(ids) for ids, _ in rows), max(n for _, n in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    wanted = torch.full((len(rows), longest), -100)
+    for row, (ids, n) in enumerate(rows):
+        tokens[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = True
+        wanted[row, longest - n :] = torch.tensor(ids[len(ids) - n :])
+    tokens, mask = tokens.to(device), mask.to(device)
+    logits = run_tokens(model, tokens, mask, all_positions(mask), kept=longest + 1)[:, :-1]
+    return cross_entropy(logits.flatten(0, 1).float(), wanted.flatten().to(device))

@@ -1,0 +1,93 @@
+"""Function vectors (Todd et al. 2024, arXiv 2310.15213): the sum of what a few heads write, added at one layer."""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.conditions import Steps
+from sitelens.defaults import SitelensError
+from sitelens.embedding import TaskEmbedding
+from sitelens.forward import capture_z, full_logits
+from sitelens.heads.common import like_prompts
+from sitelens.heads.effects import indirect_effects
+from sitelens.heads.writing import output_weights
+from sitelens.methods.common import best_on_valid, fitting, prompts_of
+from sitelens.methods.streams import AddToStream
+from sitelens.models import Model, computing_dtype, fingerprint, head_shape, own_tokenizer, resolve_model
+from sitelens.prompts import few_shot_prompts
+from sitelens.tasks import Task, load_task
+
+
+def fit(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    n_prompts: int = 100,
+    n_shots: int = 10,
+    n_effects: int = 25,
+    head_counts: tuple[int, ...] = (10, 20, 40),
+    correct_only: bool = True,
+    steps: Steps = "every",
+    seed: int = 0,
+) -> AddToStream:
+    """The function vector, its layer and number of heads chosen on valid; ties take the lowest layer.
+
+    z is averaged over `n_prompts` prompts of `n_shots` training demonstrations with queries from valid, of which only
+    those count that the model answers correctly (`correct_only`); heads are ranked by their indirect effect on
+    `n_effects` prompts with shuffled answers. Published: 10 heads on GPT-J, 20 to 100 on larger models. The public
+    code chooses the layer on test and adds the output bias once a head where there is one: here it is chosen on
+    valid, without bias. On post-norm models (Gemma 3) what a head writes passes a norm first, which is left out.
+
+    Raises:
+        SitelensError: as `embed_task`.
+    """
+    model, task = resolve_model(model), fitting(load_task(task))
+    mean_z = _mean_z(task, model, n_prompts, n_shots, correct_only, seed)
+    embedding = TaskEmbedding(mean_z, task.name, fingerprint(model), n_prompts, n_shots, seed)
+    effects = indirect_effects(task, model, embedding=embedding, n_prompts=n_effects, n_shots=n_shots, seed=seed)
+    ranked = effects.sort_values(["effect", "layer", "head"], ascending=[False, True, True])
+    order = list(zip(ranked["layer"], ranked["head"], strict=True))
+    writes = written(mean_z, model)
+    layers = range(head_shape(model)[0])
+    candidates = {
+        (layer, count): AddToStream(
+            torch.stack([writes[place] for place in order[:count]]).sum(0)[None], (layer,), fingerprint(model), steps
+        )
+        for layer in layers
+        for count in head_counts
+        if count <= len(order)
+    }
+    if not candidates:
+        raise SitelensError(f"the model has {len(order)} heads, fewer than any of head_counts {head_counts}")
+    return candidates[best_on_valid(task, candidates, model)]
+
+
+def written(z: Float[Tensor, "layer head d_head"], model: Model) -> Float[Tensor, "layer head d_model"]:
+    """What each head's z adds to the residual stream: z @ W_O, without the output bias."""
+    dtype = computing_dtype(model)
+    rows = []
+    for layer in range(len(z)):
+        weights = output_weights(layer, model)
+        rows.append(einsum(z[layer].to(weights.device, dtype), weights, "head d, head d d_model -> head d_model").cpu())
+    return torch.stack(rows)
+
+
+def _mean_z(
+    task: Task, model: Model, n_prompts: int, n_shots: int, correct_only: bool, seed: int
+) -> Float[Tensor, "layer head d_head"]:
+    queries = [task.valid[i % len(task.valid)] for i in range(n_prompts)]
+    drawn = few_shot_prompts(task, queries, n_shots, own_tokenizer(model), seed, "function-vector", range(n_prompts))
+    batch = prompts_of(drawn, task, model)
+    z = torch.zeros(n_prompts, *head_shape(model), dtype=torch.float64)
+    right = torch.ones(n_prompts, dtype=torch.bool)
+    for index in like_prompts(batch, model):
+        part = batch.rows(index)
+        z[index] = capture_z(part, model).double().cpu()
+        if correct_only:
+            said = full_logits(part, model).argmax(-1).tolist()
+            right[index] = torch.tensor([one in known for one, known in zip(said, part.accepted, strict=True)])
+    chosen = z[right] if right.any() else z  # where nothing is answered correctly, all count
+    return chosen.mean(0).to(torch.float32)

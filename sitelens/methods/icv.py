@@ -1,0 +1,95 @@
+"""In-context vectors (Liu et al. 2024, arXiv 2311.06668): a direction from inputs to answers, added after every MLP."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sitelens.conditions import Condition
+from sitelens.forward import Hook
+from sitelens.methods.common import best_on_valid, drawn, fitting, prompts_of, states
+from sitelens.methods.streams import check_stream, stream_hook
+from sitelens.models import Model, fingerprint, head_shape, resolve_model
+from sitelens.prompts import Prompt
+from sitelens.tasks import Task, load_task
+
+STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+
+
+@dataclass(frozen=True, eq=False)
+class InContextVector(Condition):
+    """After every MLP and at every position, x turns towards a direction and keeps its length.
+
+    x <- |x| u / |u| with u = x / |x| + strength (1 + max(0, cos(x, -v))) v, for the unit direction v of the layer.
+    """
+
+    directions: Float[Tensor, "layer d_model"]
+    strength: float
+    model: str | None = None
+    steps = "every"
+
+    def fwd_hooks(self, model: Model) -> list[Hook]:
+        check_stream("an in-context vector", self.model, self.directions.shape[1], model)
+        return [
+            (f"blocks.{layer}.mlp.hook_out", functools.partial(self._turn, direction=direction))
+            for layer, direction in enumerate(self.directions)
+        ]
+
+    def _turn(self, x: Tensor, hook: Any = None, *, direction: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        state, v = x.to(wide), direction.to(x.device, wide)
+        length = state.norm(dim=-1, keepdim=True)
+        unit = state / length.clamp(min=1e-12)
+        u = unit + self.strength * (1 + (unit @ -v).clamp(min=0)[..., None]) * v
+        return (length * normalize(u, dim=-1)).to(x.dtype)
+
+
+def fit(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    n_pairs: int = 5,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+) -> InContextVector:
+    """The direction from inputs to answers over `n_pairs` training items; its strength is chosen on valid.
+
+    Input and answer are each run alone, without a template (label tasks have no natural pair: this one is ours). The
+    direction is the first principal component of the differences of their last tokens' states plus their mean, over
+    embedding and layers together, each layer's part then of unit length. Its sign, which principal components leave
+    open, is that of the mean. Published strengths lie between 0.1 and 0.8.
+
+    Raises:
+        SitelensError: for a task without training items.
+    """
+    model, task = resolve_model(model), fitting(load_task(task))
+    (places,) = drawn(task.train, 1, min(n_pairs, len(task.train)), f"icv/{task.name}/{seed}")
+    items = [task.train[i] for i in places]
+    points = ["blocks.0.hook_resid_pre", *(stream_hook(layer) for layer in range(head_shape(model)[0]))]
+    said, asked = (
+        states(prompts_of([Prompt(text, ()) for text in texts], task, model), points, model)
+        for texts in ([item.output for item in items], [item.input for item in items])
+    )
+    directions = direction(said - asked)[1:].to(torch.float32)
+    made_for = fingerprint(model)
+    candidates = {strength: InContextVector(directions, strength, made_for) for strength in strengths}
+    return candidates[best_on_valid(task, candidates, model)]
+
+
+def direction(differences: Float[Tensor, "pair point d_model"]) -> Float[Tensor, "point d_model"]:
+    """First principal component plus mean, over all points together; each point's part is of unit length."""
+    mean = differences.mean(0)
+    flat = (differences - mean).flatten(1)
+    component = torch.zeros_like(mean)
+    if len(flat) > 1:
+        component = torch.linalg.svd(flat, full_matrices=False).Vh[0].reshape(mean.shape)
+        if (component * mean).sum() < 0:
+            component = -component
+    return normalize(component + mean, dim=-1)

@@ -1,0 +1,99 @@
+"""Multimodal task vectors (Huang et al. 2024, arXiv 2406.15334): heads drawn by a policy that REINFORCE trains."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from einops import repeat
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from sitelens.conditions import PatchHeads
+from sitelens.defaults import settings
+from sitelens.embedding import embed_task
+from sitelens.forward import HeadEdit, LastToken
+from sitelens.methods.common import MAX_VALID, fitting, zero_shot
+from sitelens.models import Model, computing_dtype, fingerprint, head_shape, resolve_model
+from sitelens.prefix import PrefixCache
+from sitelens.selection import HeadSelection
+from sitelens.tasks import Task, load_task
+
+
+def fit(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    n_prompts: int = 100,
+    n_shots: int = 4,
+    n_items: int = 100,
+    n_steps: int = 600,
+    n_masks: int = 32,
+    n_draws: int = 10,
+    lr: float = 0.1,
+    seed: int = 0,
+) -> PatchHeads:
+    """Heads whose z is replaced by its mean over few-shot prompts, at the prompt's last token and every decoding step.
+
+    One Bernoulli logit a head, -1 at first; each step takes one of `n_items` training items and `n_masks` masks, whose
+    cross-entropies, standardised, weigh the gradient of their log-probability (Adam). Of `n_draws` masks the best by
+    cross-entropy on valid is kept (the public code takes 50 training items for this).
+
+    Raises:
+        SitelensError: as `embed_task`.
+    """
+    model, task = resolve_model(model), fitting(load_task(task))
+    embedding = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
+    generator = torch.Generator().manual_seed(_seed(task, seed))
+    batch = zero_shot(task, task.train[:n_items], model)
+    budget = settings.budget(None) // 3
+    prefix = PrefixCache.of(batch, model, budget)
+    logits = torch.full(head_shape(model)[:2], -1.0)
+    optimizer = torch.optim.Adam([logits], lr=lr)
+    rng = random.Random(f"sitelens/mtv/{task.name}/{seed}")
+    vectors = embedding.mean_z.to(model.cfg.device, computing_dtype(model))
+
+    def losses(
+        masks: Float[Tensor, "mask layer head"], of: PrefixCache, item: int, answer: int
+    ) -> Float[Tensor, " mask"]:
+        masks = masks.to(vectors)
+        edit = HeadEdit.mix(masks, vectors.expand(len(masks), -1, -1, -1))
+        found = last_token(of.rows(torch.tensor([item]), repeats=len(masks)), edit).to(vectors.dtype)
+        return cross_entropy(found, torch.full((len(masks),), answer, device=found.device), reduction="none").cpu()
+
+    with torch.no_grad(), LastToken(model) as last_token:
+        for _ in range(n_steps):
+            masks = draw(logits, n_masks, generator)
+            item = rng.randrange(len(batch))
+            found = losses(masks, prefix, item, int(batch.answer[item]))
+            logits.grad = policy_gradient(logits, masks, found)
+            optimizer.step()
+        del prefix
+        valid = zero_shot(task, task.valid[:MAX_VALID], model)
+        prefix = PrefixCache.of(valid, model, budget)
+        masks = draw(logits, n_draws, generator)
+        total = torch.stack([losses(masks, prefix, i, int(valid.answer[i])) for i in range(len(valid))]).sum(0)
+    best = masks[int(total.argmin())]
+    chosen = HeadSelection(best, task.name, fingerprint(model), f"MTV, {n_steps} steps, seed {seed}")
+    return PatchHeads(chosen, embedding, steps="every")
+
+
+def draw(logits: Float[Tensor, "layer head"], n: int, generator: torch.Generator) -> Float[Tensor, "mask layer head"]:
+    """Masks of zeros and ones, each head on with the probability of its logit."""
+    return torch.bernoulli(repeat(torch.sigmoid(logits), "layer head -> mask layer head", mask=n), generator=generator)
+
+
+def policy_gradient(
+    logits: Float[Tensor, "layer head"], masks: Float[Tensor, "mask layer head"], losses: Float[Tensor, " mask"]
+) -> Float[Tensor, "layer head"]:
+    """REINFORCE: the gradient of the mean over masks of their standardised loss times their log-probability."""
+    weights = (losses - losses.mean()) / (losses.std() + 1e-6)
+    with torch.enable_grad():
+        free = logits.detach().requires_grad_()
+        chances = (masks * logsigmoid(free) + (1 - masks) * logsigmoid(-free)).sum((1, 2))
+        return torch.autograd.grad((weights * chances).mean(), free)[0]
+
+
+def _seed(task: Task, seed: int) -> int:
+    return random.Random(f"sitelens/mtv/masks/{task.name}/{seed}").getrandbits(62)

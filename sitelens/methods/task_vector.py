@@ -1,0 +1,43 @@
+"""Task vectors (Hendel et al. 2023, arXiv 2310.15916): a layer's state at the last token replaced."""
+
+from __future__ import annotations
+
+import random
+
+from sitelens.conditions import Steps
+from sitelens.methods.common import best_on_valid, fitting, mean_states, prompts_of
+from sitelens.methods.streams import ReplaceStream, stream_hook
+from sitelens.models import Model, fingerprint, head_shape, own_tokenizer, resolve_model
+from sitelens.prompts import few_shot_prompt
+from sitelens.tasks import Task, load_task
+
+
+def fit(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    n_sets: int = 50,
+    n_shots: int = 5,
+    steps: Steps = "prompt",
+    seed: int = 0,
+) -> ReplaceStream:
+    """The mean state over `n_sets` sets of demonstrations, its layer chosen on valid; ties take the lowest layer.
+
+    Each prompt has `n_shots` demonstrations and, as a dummy query, the input of another training item. As published,
+    a test prompt has a vector of its own, from two dummy queries; here one vector, averaged over sets, serves all (its
+    option `multi_context`). Generation goes on from the patched prompt.
+
+    Raises:
+        SitelensError: for too few training items.
+    """
+    model, task = resolve_model(model), fitting(load_task(task))
+    prompts = []
+    for i in range(n_sets):
+        rng = random.Random(f"sitelens/task-vector/{task.name}/{seed}/{i}")
+        *shown, dummy = rng.sample(task.train, min(n_shots + 1, len(task.train)))
+        prompts.append(few_shot_prompt(task.template, shown, dummy, own_tokenizer(model)))
+    layers = range(head_shape(model)[0])
+    means = mean_states(prompts_of(prompts, task, model), [stream_hook(layer) for layer in layers], model)
+    made_for = fingerprint(model)
+    candidates = {layer: ReplaceStream(means[layer : layer + 1], (layer,), made_for, steps) for layer in layers}
+    return candidates[best_on_valid(task, candidates, model)]

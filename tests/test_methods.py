@@ -1,0 +1,419 @@
+"""The methods: conditions against raw models, what each fit estimates, and all of them on every family."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sitelens as sl
+from sitelens.conditions import Condition, PatchHeads
+from sitelens.defaults import SitelensError
+from sitelens.methods import METHODS, common, icv, ltv, mtv
+from sitelens.methods.i2cl import LinearCombination, cosine
+from sitelens.methods.icv import InContextVector
+from sitelens.methods.lofit import HeadOffsets
+from sitelens.methods.lora import LowRank, adapted
+from sitelens.methods.streams import AddToStream, ReplaceStream
+from sitelens.models import Model, fingerprint, head_shape
+from sitelens.network import counted_tokens
+from sitelens.tasks import Example, Task
+from tests import micro, oracle
+
+TASK = micro.task("shift", 40)
+TEXTS = [" ".join(micro.WORDS[i : i + n]) for i, n in ((3, 7), (20, 4), (50, 12))]
+CLOSE = 2e-5  # share of the scale of logits
+SMALL: dict[str, dict[str, Any]] = {
+    "many-shot": {"limit": 4},
+    "FV": {"n_prompts": 3, "n_shots": 2, "n_effects": 2, "head_counts": (1, 3)},
+    "TV": {"n_sets": 3, "n_shots": 2},
+    "ICV": {"n_pairs": 3, "strengths": (0.1, 0.5)},
+    "MTV": {"n_prompts": 3, "n_shots": 2, "n_steps": 4, "n_masks": 4, "n_draws": 2},
+    "I2CL": {"n_demonstrations": 3, "epochs": 2},
+    "LTV": {"n_prompts": 3, "n_shots": 2, "n_pool": 6, "pool_shots": 2, "steps": 3, "batch_size": 2, "rates": (0.1,)},
+    "LoFiT": {"epochs": 1, "n_heads": 2},
+    "LoRA": {"n_steps": 3, "rates": (1e-2,)},
+    "SITE": {"n_prompts": 3, "n_shots": 2, "steps": 3, "n_valid": 4},
+}
+
+
+@pytest.fixture
+def model(family: str) -> Iterator[Model]:
+    yield from micro.lent(family)
+
+
+@pytest.fixture
+def llama() -> Iterator[Model]:
+    yield from micro.lent("Llama")
+
+
+def raw(family: str) -> Any:
+    return micro.raw(family).requires_grad_(False)
+
+
+def logits_under(condition: Condition, model: Model, text: str) -> Tensor:
+    """Of the last token of a whole prompt, by way of the bridge's own forward pass."""
+    with torch.no_grad(), condition.applied(model):
+        return model.forward(torch.tensor([oracle.encode(text)]))[0, -1]
+
+
+def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(found: Tensor, expected: Tensor, share: float = CLOSE) -> None:
+    assert ((found - expected).abs().max() / expected.abs().max()).item() <= share
+
+
+# -- every method on every family --
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_fits_answers_generates_and_comes_back_from_disk(name: str, model: Model, tmp_path: Path) -> None:
+    before = fingerprint(model)
+    condition = METHODS[name].fit(TASK, model, **SMALL[name])
+    assert METHODS[name].trained(condition) >= 0
+    again = Condition.load(condition.save(tmp_path / "condition.safetensors"))
+    assert type(again) is type(condition) and again.steps == condition.steps
+    both = {"now": condition, "again": again}
+    scores = sl.evaluate(TASK, both, model, n_items=5, metrics=("first_token", "exact_match"), max_new_tokens=3)
+    frames = [scores[scores["condition"] == name].drop(columns="condition").reset_index(drop=True) for name in both]
+    assert frames[0].equals(frames[1])
+    assert fingerprint(model) == before and not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_condition(name: str, llama: Model) -> None:
+    first, second = (METHODS[name].fit(TASK, llama, **SMALL[name]).state() for _ in range(2))
+    assert first[1] == second[1]
+    assert all(torch.equal(first[0][key], second[0][key]) for key in first[0])
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("many-shot", "I2CL", "LoFiT")])
+def test_test_items_are_not_looked_at(name: str, llama: Model) -> None:
+    other = replace(TASK, test=(Example("aa", "ab"),))
+    first, second = (METHODS[name].fit(task, llama, **SMALL[name]).state()[0] for task in (TASK, other))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_no_method_sees_more_than_two_hundred_training_items() -> None:
+    many = Task("many", "own", tuple(Example(f"a{i}", f"b{i}") for i in range(500)), TASK.valid, TASK.test)
+    seen = common.fitting(many)
+    assert len(seen.train) == 200 and len(set(seen.train)) == 200
+    assert seen == common.fitting(many) and common.fitting(TASK) == TASK
+    with pytest.raises(SitelensError, match="no valid items"):
+        common.fitting(replace(TASK, valid=()))
+
+
+# -- conditions against raw models --
+
+
+@pytest.mark.parametrize("family", micro.FAMILIES)
+@pytest.mark.parametrize("steps", ["prompt", "every"])
+def test_a_vector_in_the_stream_acts_as_a_raw_hook_and_in_every_step_if_asked(family: str, steps: Any) -> None:
+    model, network, vector = micro.bridge(family), raw(family), normal(32, scale=8)
+    condition = AddToStream(vector[None], (0,), fingerprint(model), steps)
+    for text in TEXTS:
+        ids = oracle.encode(text)
+        with oracle.added_to_stream(network, vector, slice(-1, None)):
+            expected = oracle.logits(network, ids)
+        assert_close(logits_under(condition, model, text), expected)
+    found = sl.generate(TEXTS, condition, model, max_new_tokens=4)
+    reach = [
+        slice(len(oracle.encode(text)) - 1, None if steps == "every" else len(oracle.encode(text))) for text in TEXTS
+    ]
+    expected_texts = []
+    for text, where in zip(TEXTS, reach, strict=True):
+        with oracle.added_to_stream(network, vector, where):
+            expected_texts.append(oracle.text_of(oracle.greedy(network, oracle.encode(text), 4)))
+    assert found == expected_texts
+
+
+@contextmanager
+def replaced(network: Any, layer: int, vector: Tensor) -> Iterator[None]:
+    """A layer's output at the last position, by a raw forward hook."""
+    ends = (f".h.{layer}", f".layers.{layer}")
+
+    def act(module: Any, args: Any, output: Any) -> Any:
+        resid = (output if isinstance(output, Tensor) else output[0]).clone()
+        resid[:, -1] = vector
+        return resid if isinstance(output, Tensor) else (resid, *output[1:])
+
+    handle = next(m for name, m in network.named_modules() if name.endswith(ends)).register_forward_hook(act)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_task_vector_replaces_the_state_as_a_raw_hook_does(family: str, model: Model, layer: int) -> None:
+    network, vector = raw(family), normal(32, seed=layer)
+    condition = ReplaceStream(vector[None], (layer,), fingerprint(model))
+    for text in TEXTS:
+        with replaced(network, layer, vector):
+            expected = oracle.logits(network, oracle.encode(text))
+        assert_close(logits_under(condition, model, text), expected)
+
+
+def test_last_token_conditions_over_a_prefix_score_as_whole_prompts(model: Model) -> None:
+    """The evaluator's shared prefix against a condition that claims to touch all positions."""
+
+    class Anywhere(AddToStream):
+        positions = "all"
+
+    vector, made_for = normal(1, 32, scale=3), fingerprint(model)
+    both = {"prefix": AddToStream(vector, (0,), made_for), "whole": Anywhere(vector, (0,), made_for)}
+    scores = sl.evaluate(TASK, both, model, metrics=("first_token", "exact_match"), n_items=6, max_new_tokens=3)
+    one, other = (scores[scores["condition"] == name].reset_index(drop=True) for name in both)
+    assert one["predicted"].tolist() == other["predicted"].tolist()
+    torch.testing.assert_close(torch.tensor(one["logprob"]), torch.tensor(other["logprob"]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["I2CL", "LoFiT", "ICV", "LoRA", "FV"])
+def test_what_changes_nothing_leaves_the_model_as_it_is(name: str, family: str, model: Model) -> None:
+    layers, heads, d_head = head_shape(model)
+    shape = (layers, 2)
+    nothing: dict[str, Callable[[], Condition]] = {
+        "I2CL": lambda: LinearCombination(normal(*shape, 32), torch.zeros(shape), torch.ones(shape)),
+        "LoFiT": lambda: HeadOffsets(torch.zeros(layers, heads, d_head)),
+        "ICV": lambda: InContextVector(normal(layers, 32), 0.0),
+        "LoRA": lambda: untrained(model),
+        "FV": lambda: AddToStream(torch.zeros(1, 32), (1,)),
+    }
+    for text in TEXTS:
+        assert_close(logits_under(nothing[name](), model, text), oracle.logits(raw(family), oracle.encode(text)))
+
+
+def untrained(model: Model) -> LowRank:
+    with adapted(model, 2, 2) as parameters:
+        weights = {name: torch.stack([p.detach().clone() for p in layers]) for name, layers in parameters.items()}
+    return LowRank({name: 0 * w if name.endswith("B") else w for name, w in weights.items()}, 2)
+
+
+def test_in_context_vectors_turn_and_keep_the_length() -> None:
+    x, v = normal(2, 3, 16, seed=1), torch.nn.functional.normalize(normal(1, 16, seed=2), dim=-1)
+    condition = InContextVector(v, 0.4)
+    turned = condition._turn(x, direction=v[0])
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    for row, before in zip(turned.reshape(-1, 16), x.reshape(-1, 16), strict=True):
+        unit = before / before.norm()
+        u = unit + 0.4 * (1 + max(0.0, float(-(unit @ v[0])))) * v[0]
+        torch.testing.assert_close(row, before.norm() * u / u.norm())
+        assert torch.cosine_similarity(row, v[0], dim=0) > torch.cosine_similarity(before, v[0], dim=0)
+
+
+def test_the_direction_is_mean_plus_first_component_by_hand() -> None:
+    axis = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)  # all that the differences vary along
+    mean = torch.tensor([[3.0, 4.0], [0.0, 2.0]], dtype=torch.float64)
+    differences = torch.stack([mean + t * axis for t in (-1.0, 0.0, 1.0)])
+    expected = torch.tensor([[3.0, 5.0], [0.0, 2.0]], dtype=torch.float64)
+    torch.testing.assert_close(icv.direction(differences), expected / expected.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(icv.direction(differences[:1]), torch.nn.functional.normalize(differences[0], dim=-1))
+
+
+def test_linear_combination_and_offsets_do_what_their_formulas_say(llama: Model) -> None:
+    context, a, b = normal(2, 2, 32), normal(2, 2, seed=1), normal(2, 2, seed=2)
+    seen: dict[str, Tensor] = {}
+    names = [f"blocks.{layer}.{part}.hook_out" for layer in range(2) for part in ("attn", "mlp")]
+    ids = torch.tensor([oracle.encode(TEXTS[0])])
+    with torch.no_grad():
+        llama.run_with_hooks(ids, fwd_hooks=[(names[0], lambda x, hook: seen.update(before=x.clone()))])
+        with LinearCombination(context, a, b).applied(llama):
+            llama.run_with_hooks(ids, fwd_hooks=[(names[0], lambda x, hook: seen.update(after=x.clone()))])
+    torch.testing.assert_close(seen["after"], b[0, 0] * seen["before"] + a[0, 0] * context[0, 0])
+    offsets = normal(2, 4, 8)
+    with torch.no_grad():
+        llama.run_with_hooks(ids, fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: seen.update(before=z.clone()))])
+        with HeadOffsets(offsets).applied(llama):
+            llama.run_with_hooks(
+                ids, fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: seen.update(after=z.clone()))]
+            )
+    torch.testing.assert_close(seen["after"], seen["before"] + offsets[0])
+
+
+def test_adapters_are_the_weights_that_peft_says_and_are_gone_afterwards(family: str) -> None:
+    model = micro.bridge(family)
+    weights = {
+        name: normal(*w.shape, seed=i, scale=0.3) for i, (name, w) in enumerate(untrained(model).weights.items())
+    }
+    condition = LowRank(weights, 4)
+    before, modules = fingerprint(model), [id(m) for m in model.modules()]
+    found = logits_under(condition, model, TEXTS[0])
+    assert fingerprint(model) == before and [id(m) for m in model.modules()] == modules
+    merged = micro.bridge(family)
+    for layer in range(2):
+        for name in ("q", "v"):
+            block: Any = merged.blocks[layer]
+            linear = getattr(block.attn, name).original_component
+            delta = 4 / 2 * weights[f"{name}.B"][layer] @ weights[f"{name}.A"][layer]
+            linear.weight += delta.T if linear.weight.shape != delta.shape else delta
+    expected = merged.forward(torch.tensor([oracle.encode(TEXTS[0])]))[0, -1]
+    assert not torch.allclose(found, logits_under(sl.ZeroShot(), model, TEXTS[0]), atol=1e-3)
+    assert_close(found, expected)
+
+
+def test_adapters_go_when_something_fails_in_between(llama: Model) -> None:
+    before = [id(m) for m in llama.modules()]
+
+    def failing() -> None:
+        with untrained(llama).applied(llama):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        failing()
+    assert [id(m) for m in llama.modules()] == before
+    with pytest.raises(SitelensError, match="changes weights"):
+        untrained(llama).fwd_hooks(llama)
+
+
+@pytest.mark.parametrize("steps", ["prompt", "every"])
+def test_a_full_mask_is_patching_with_alpha_one(llama: Model, steps: Any) -> None:
+    embedding = sl.embed_task(TASK, llama, n_prompts=3, n_shots=2)
+    full = PatchHeads(sl.HeadSelection(torch.ones(2, 4)), embedding, steps=steps)
+    network = raw("Llama")
+    for text in TEXTS:
+        ids = oracle.encode(text)
+        alpha = torch.ones(1, 2, 4)
+        at_once = oracle.patched_logits(network, [ids], alpha, embedding.mean_z[None])[0]
+        assert_close(logits_under(full, llama, text), at_once)
+        said: list[int] = []
+        for step in range(3):
+            at = len(ids) - 1 if steps == "prompt" else None
+            if at is None:  # earlier steps were patched, too
+                with patched_everywhere(network, embedding.mean_z, len(ids) - 1):
+                    said.append(int(oracle.logits(network, [*ids, *said]).argmax()))
+            else:
+                said = oracle.patched_greedy(network, ids, step + 1, alpha[0], embedding.mean_z)
+        assert sl.generate([text], full, llama, max_new_tokens=3) == [oracle.text_of(said)]
+
+
+@contextmanager
+def patched_everywhere(network: Any, mean_z: Tensor, start: int) -> Iterator[None]:
+    """z replaced from a position on, by raw hooks on the output projections."""
+
+    def hook(vector: Tensor) -> Callable[..., Any]:
+        def act(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            z = args[0].clone()
+            z[:, start:] = vector.flatten()
+            return (z, *args[1:])
+
+        return act
+
+    handles = [
+        module.register_forward_pre_hook(hook(vector))
+        for module, vector in zip(micro.output_projections(network), mean_z, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# -- what fits estimate --
+
+
+def test_the_policy_gradient_is_that_of_the_expected_loss() -> None:
+    """Against the exact expectation over all masks of three heads."""
+    logits = torch.tensor([[-0.5, 0.3, 0.8]])
+    every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)))[:, None]
+    losses = torch.tensor([2.0, 0.5, 1.0, 3.0, 0.2, 1.5, 0.7, 2.5])
+    free = logits.clone().requires_grad_()
+    p = torch.sigmoid(free)
+    chances = (every * p + (1 - every) * (1 - p)).prod(-1)[:, 0]
+    mean = (chances * losses).sum()
+    (exact,) = torch.autograd.grad(mean, free, retain_graph=True)
+    spread = (chances * (losses - mean) ** 2).sum().sqrt().detach()
+    masks = mtv.draw(logits, 400_000, torch.Generator().manual_seed(0))
+    codes = (masks[:, 0] @ torch.tensor([4.0, 2.0, 1.0])).long()
+    torch.testing.assert_close(mtv.policy_gradient(logits, masks, losses[codes]), exact / spread, rtol=0, atol=4e-3)
+
+
+def test_the_policy_learns_which_head_matters() -> None:
+    logits = torch.full((1, 4), -1.0)
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        masks = mtv.draw(logits, 32, generator)
+        logits.grad = mtv.policy_gradient(logits, masks, 1 - masks[:, 0, 2] + 0.3 * masks[:, 0, 0])
+        optimizer.step()
+    assert logits[0, 2] > 2 and logits[0, 0] < -2
+
+
+def test_weighted_writes_add_up_to_what_the_heads_write(model: Model) -> None:
+    """All weights one, and z a prompt's own: the attention layer's output less its bias."""
+    from sitelens.forward import capture_z
+    from sitelens.methods.function_vector import written
+
+    batch = common.zero_shot(TASK, TASK.train[:1], model)
+    seen: list[Tensor] = []
+    hooks: list[Any] = [(f"blocks.{layer}.attn.hook_out", lambda x, hook: seen.append(x[0, -1])) for layer in range(2)]
+    with torch.no_grad():
+        model.run_with_hooks(batch.tokens, fwd_hooks=hooks)
+    writes = written(capture_z(batch, model)[0], model)
+    found = ltv.summed(torch.ones(writes.shape[:2]), writes)
+    bias = [getattr(block.attn, "b_O", None) for block in model.blocks]
+    expected = torch.stack([x - (0 if b is None else b) for x, b in zip(seen, bias, strict=True)])
+    assert_close(found, expected)
+
+
+def test_answers_are_scored_as_whole_texts_by_the_raw_model(family: str, model: Model) -> None:
+    rows = common.answered(TASK, TASK.train[:3], model)
+    found = common.answer_loss(rows, model)
+    losses = []
+    for ids, n in rows:
+        logits = raw(family)(torch.tensor([ids])).logits[0]
+        losses += torch.nn.functional.cross_entropy(
+            logits[-n - 1 : -1], torch.tensor(ids[-n:]), reduction="none"
+        ).tolist()
+    assert found.item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_items_come_again_only_when_all_have_come() -> None:
+    batches = list(common.drawn("abcde", 4, 2, "x"))
+    flat = [i for batch in batches for i in batch]
+    assert sorted(flat[:5]) == list(range(5)) and batches == list(common.drawn("abcde", 4, 2, "x"))
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    rates = [cosine(step, 2, 12) for step in range(12)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[7] == pytest.approx(0.5)
+    assert all(b < a for a, b in itertools.pairwise(rates[2:]))
+
+
+def test_many_shot_prompts_fit_the_context(llama: Model) -> None:
+    condition = METHODS["many-shot"].fit(TASK, llama)
+    assert condition.n_shots > 10
+    sl.evaluate(TASK, {"many-shot": condition}, llama)  # none is too long
+
+
+def test_tokens_are_counted_forward_and_backward(llama: Model) -> None:
+    rows = common.answered(TASK, TASK.train[:2], llama)
+    width = max(len(ids) for ids, _ in rows)
+    offsets = torch.zeros(head_shape(llama), requires_grad=True)
+    from sitelens.methods.lofit import changing
+
+    with counted_tokens() as spent, llama.hooks(fwd_hooks=changing(lambda z, layer: z + offsets[layer], 2)):
+        common.answer_loss(rows, llama).backward()
+        with torch.no_grad():
+            common.answer_loss(rows, llama)
+    assert (spent.forward, spent.backward) == (2 * 2 * width, 2 * width)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [AddToStream(torch.zeros(1, 5), (0,)), InContextVector(torch.zeros(2, 5), 0.1), HeadOffsets(torch.zeros(3, 4, 8)),
+     AddToStream(torch.zeros(1, 32), (0,), "another"), HeadOffsets(torch.zeros(2, 4, 8), "another")],
+)  # fmt: skip
+def test_a_condition_for_another_model_is_refused(condition: Condition, llama: Model) -> None:
+    where: AbstractContextManager[Any] = nullcontext()
+    with where, pytest.raises(SitelensError, match=r"shape|entries|another model"):
+        condition.fwd_hooks(llama)
