@@ -152,13 +152,13 @@ def one_task(ground: Ground) -> Iterator[Figure]:
     yield training(ground, "train_selection, one task, about 10 tokens", 1.3, [task], (0,))
 
 
-def many_tasks(ground: Ground) -> Iterator[Figure]:
-    """Sixteen tasks together, at three lengths of prompts."""
+def together(ground: Ground, tokens: int, target: float, sample: int, config: sl.TrainConfig) -> Iterator[Figure]:
+    """Sixteen tasks together, with prompts of about so many tokens."""
     tasks = [sl.load_task(name) for name in NAMES]
-    work = "train_selections, 16 tasks, about {} tokens"
-    yield training(ground, work.format(10), 7, tasks, (0,), sample=3)
-    yield training(ground, work.format(60), 3.5, [padded(task, 50) for task in tasks], (0,), sample=2)
-    yield training(ground, work.format(200), 3.5, [padded(task, 190) for task in tasks], (0,), 1, SHORTER)
+    if tokens > 10:
+        tasks = [padded(task, tokens - 10) for task in tasks]
+    work = f"train_selections, 16 tasks, about {tokens} tokens"
+    yield training(ground, work, target, tasks, (0,), sample, config)
 
 
 def many_seeds(ground: Ground) -> Iterator[Figure]:
@@ -279,7 +279,11 @@ def cached(ground: Ground) -> Iterator[Figure]:
 
 
 SECTIONS: dict[str, Callable[[Ground], Iterator[Figure]]] = {
-    "one-task": one_task, "many-tasks": many_tasks, "many-seeds": many_seeds, "grid": grid, "variants": variants,
+    "one-task": one_task,
+    "many-tasks": lambda ground: together(ground, 10, 7, 3, CONFIG),
+    "60-tokens": lambda ground: together(ground, 60, 3.5, 2, CONFIG),
+    "200-tokens": lambda ground: together(ground, 200, 3.5, 1, SHORTER),
+    "many-seeds": many_seeds, "grid": grid, "variants": variants,
     "generation": generation, "embedding": embedding, "cached": cached,
 }  # fmt: skip
 

@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
+from plotly.subplots import make_subplots
 
 import sitelens as sl
 from benchmarks.bench import RESULTS, machine, seconds
+from sitelens.defaults import settings
+from sitelens.figures.style import COLOURS, DOUBLE, styled
 from sitelens.models import Model, head_shape, own_tokenizer
 from sitelens.prompts import few_shot_prompts, tokenize
 
@@ -82,7 +86,7 @@ def points(model: Model) -> Iterator[dict[str, Any]]:
         took, extra = measured(train(model, tasks))
         prompts = few_shot_prompts(tasks[0], tasks[0].train[:20], 0, own_tokenizer(model))
         length = sum(tokenize(prompts, own_tokenizer(model)).lengths) / len(prompts)
-        yield {"against": "tokens of a prompt", "x": round(length), "seconds": took / len(tasks), "mib": extra}
+        yield {"against": "prompt tokens", "x": round(length), "seconds": took / len(tasks), "mib": extra}
     task = sl.load_task("capitalize")
     vector = embeddings(model, [task])[task.name]
     selection = sl.HeadSelection(torch.rand(head_shape(model)[:2], generator=torch.Generator().manual_seed(0)))
@@ -108,15 +112,23 @@ def main() -> None:
 
 
 def draw(frame: pd.DataFrame) -> None:
-    """Six panels: seconds each and extra memory, against each of the three."""
-    parts = [
-        frame.assign(y=frame["seconds"], panel="Seconds each, by " + frame["against"]),
-        frame.assign(y=frame["mib"], panel=f"Extra MiB (budget {BUDGET}), by " + frame["against"]),
-    ]
-    figure = sl.figures.lines(
-        pd.concat(parts), "x", "y", facet="panel", labels={"x": "number", "y": ""}, share=False, log_x=True
+    """Seconds each above, extra memory and the budget below, a column for each of the three."""
+    names = list(dict.fromkeys(frame["against"]))
+    figure = make_subplots(
+        rows=2, cols=len(names), shared_xaxes="columns", horizontal_spacing=0.07, vertical_spacing=0.06
     )
-    sl.figures.save(figure, RESULTS / "curves.png")
+    for column, name in enumerate(names, start=1):
+        part = frame[frame["against"] == name]
+        for row, (y, title) in enumerate((("seconds", "Seconds each"), ("mib", "Extra memory (MiB)")), start=1):
+            line = go.Scatter(x=part["x"], y=part[y], mode="lines+markers", line={"color": COLOURS[0], "width": 1.5})
+            figure.add_trace(line, row, column)
+            figure.update_yaxes(title=title if column == 1 else None, rangemode="tozero", row=row, col=column)
+        figure.add_hline(settings.budget(BUDGET) / 2**20, row=2, col=column, line={"dash": "dash", "width": 1})  # type: ignore[arg-type]
+        ticks = sorted(set(part["x"]))
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(x) for x in ticks], tickangle=0, col=column)
+        figure.update_xaxes(title=f"Number of {name}", row=2, col=column)
+    figure.update_layout(showlegend=False)
+    sl.figures.save(styled(figure, "", DOUBLE, 330, margin={"l": 60, "b": 50}), RESULTS / "curves.png")
 
 
 if __name__ == "__main__":

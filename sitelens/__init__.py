@@ -14,7 +14,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sitelens import figures as figures
     from sitelens import heads as heads
+    from sitelens import methods as methods
     from sitelens import studies as studies
+    from sitelens.comparison import by_method as by_method
+    from sitelens.comparison import compare as compare
     from sitelens.conditions import Condition as Condition
     from sitelens.conditions import FewShot as FewShot
     from sitelens.conditions import PatchHeads as PatchHeads
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from sitelens.transfer import transfer_matrix as transfer_matrix
 
 _HOMES = {
+    "comparison": ("by_method", "compare"),
     "conditions": ("Condition", "FewShot", "PatchHeads", "ZeroShot"),
     "config": ("TrainConfig",),
     "conversion": ("list_models",),
@@ -69,9 +73,14 @@ _HOMES = {
 }
 _HOME_OF: dict[str, str] = {name: home for home, names in _HOMES.items() for name in names}
 
-_ROOMS = ("figures", "heads", "studies")  # modules whose functions are called by their names: sl.studies.costs
+_ROOMS = (
+    "figures",
+    "heads",
+    "methods",
+    "studies",
+)  # modules whose functions are called by their names: sl.studies.costs
 
-__all__ = ["__version__", "figures", "heads", "studies", *sorted(_HOME_OF)]
+__all__ = ["__version__", "figures", "heads", "methods", "studies", *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str) -> Any:

@@ -69,12 +69,14 @@ class PrefixCache:
         index = index.to(self.mask.device)
         mask = self.mask[index]
         start = mask.shape[1] - int(mask.sum(-1).max())
+        everything = torch.equal(index, torch.arange(len(self), device=index.device))
+        chosen = index if self.index is None else self.index[index]
         several = functools.partial(torch.repeat_interleave, repeats=repeats, dim=0)
         return replace(
             self,
             mask=several(mask[:, start:]),
             last=several(self.last[index]),
-            index=index if self.index is None else self.index[index],
+            index=self.index if everything else chosen,
             start=self.start + start,
             repeats=repeats,
         )

@@ -63,6 +63,12 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=micro.MORE_FAMILIES)
+def wide_family(request: pytest.FixtureRequest) -> str:
+    """Those and a few more."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Real data sets in their upstream layout."""

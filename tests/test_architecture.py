@@ -35,6 +35,7 @@ ORDER: list[set[str]] = [
     {"heads", "report", "transfer"},
     {"similarity", "methods"},
     {"studies"},
+    {"comparison"},
     {"gallery"},
     {"cli"},
 ]

@@ -25,7 +25,7 @@ from sitelens.tasks import builtin, task_names
 from sitelens.training import TrainConfig
 from tests import micro
 
-COMMANDS = ["run", "transfer", "figures", "tasks", "models", "cache"]
+COMMANDS = ["run", "transfer", "compare", "figures", "tasks", "models", "cache"]
 HEAVY = ("torch", "transformers", "transformer_lens", "pandas", "numpy", "plotly")
 
 
@@ -444,3 +444,36 @@ def test_a_reader_that_leaves_early_is_no_error(monkeypatch: pytest.MonkeyPatch,
     )
     os.close(writing)
     assert (process.returncode, process.stderr) == (0, "")
+
+
+# Compare
+
+
+def test_compare_prints_a_table_and_writes_figure_numbers_and_origin(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    micro.raw("Llama").save_pretrained(folder)
+    micro.tokenizer().save_pretrained(folder)
+    task = tmp_path / "shift.json"
+    pairs = zip(micro.WORDS[:30], micro.WORDS[1:31], strict=True)
+    task.write_text(json.dumps([{"input": a, "output": b} for a, b in pairs]))
+    options = ["--methods", "zero-shot", "SITE", "--set", "SITE.steps=2", "SITE.n_prompts=2", "SITE.n_shots=2"]
+    arguments = ["compare", str(task), *options, "--model", str(folder), "--n-items", "4", "--out", str(out)]
+    code, printed, _ = outcome(capsys, *arguments)
+    assert code == 0 and "zero-shot" in printed and "SITE" in printed and "fit_seconds" in printed
+    rows = (out / "comparison.csv").read_text().splitlines()
+    assert len(rows) == 3 and rows[2].startswith("shift,SITE,")
+    origin = json.loads((out / "comparison.json").read_text())
+    assert origin["made_by"].startswith("sitelens compare") and origin["options"]["SITE"]["steps"] == 2
+    assert (out / "comparison.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--methods", "LORA"], "LoRA"), (["--set", "LoRA.rank"], "METHOD.OPTION=VALUE"),
+     (["--set", "LTV.steps=many"], "JSON value")],
+)  # fmt: skip
+def test_a_wrong_comparison_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], options: list[str], named: str):
+    code, _, errors = outcome(capsys, "compare", "antonym", *options)
+    assert code == 1 and named in errors and errors.count("\n") == 1

@@ -122,10 +122,9 @@ def test_texts_have_the_lengths_they_are_named_for() -> None:
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_prefix_path_gives_the_oracles_logits_and_gradients(
-    family: str, model: Model, mixing: Any, watched: bool
-) -> None:
+def test_prefix_path_gives_the_oracles_logits_and_gradients(wide_family: str, mixing: Any, watched: bool) -> None:
     """Both without the bridge, where the family allows it, and through it, where a hook listens."""
+    family, model = wide_family, micro.bridge(wide_family)
     start, vectors = random_mix(model, len(TEXTS))
     untouched = oracle.patched_logits(raw(family), ids_of(TEXTS), 0 * start, vectors)
     alpha, expected_alpha = (start.clone().requires_grad_() for _ in range(2))

@@ -16,7 +16,7 @@ from torch import Tensor
 import sitelens as sl
 from sitelens.conditions import Condition, PatchHeads
 from sitelens.defaults import SitelensError
-from sitelens.methods import METHODS, common, icv, ltv, mtv
+from sitelens.methods import METHODS, common, i2cl, icv, ltv, mtv
 from sitelens.methods.i2cl import LinearCombination, cosine
 from sitelens.methods.icv import InContextVector
 from sitelens.methods.lofit import HeadOffsets
@@ -76,7 +76,8 @@ def assert_close(found: Tensor, expected: Tensor, share: float = CLOSE) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_fits_answers_generates_and_comes_back_from_disk(name: str, model: Model, tmp_path: Path) -> None:
+def test_a_method_fits_answers_generates_and_comes_back_from_disk(name: str, wide_family: str, tmp_path: Path) -> None:
+    model = micro.bridge(wide_family)
     before = fingerprint(model)
     condition = METHODS[name].fit(TASK, model, **SMALL[name])
     assert METHODS[name].trained(condition) >= 0
@@ -381,6 +382,14 @@ def test_items_come_again_only_when_all_have_come() -> None:
     batches = list(common.drawn("abcde", 4, 2, "x"))
     flat = [i for batch in batches for i in batch]
     assert sorted(flat[:5]) == list(range(5)) and batches == list(common.drawn("abcde", 4, 2, "x"))
+
+
+def test_demonstrations_are_five_of_each_label_or_ten_in_all() -> None:
+    labelled = replace(TASK, train=tuple(Example(f"x{i}", "yes" if i % 3 else "no") for i in range(40)))
+    chosen = [item.output for item in i2cl.demonstrations(labelled, None, 0)]
+    assert sorted(chosen) == ["no"] * 5 + ["yes"] * 5
+    assert len(set(i2cl.demonstrations(TASK, None, 0))) == 10
+    assert i2cl.demonstrations(TASK, 3, 0) == i2cl.demonstrations(TASK, None, 0)[:3]
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -91,6 +93,15 @@ def test_the_weights_of_the_moment_count(family: str, change: str) -> None:
     expected = model.forward(torch.tensor([IDS]))[0, -1]
     assert not torch.allclose(expected, before)
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_known_of_a_model_does_not_keep_it_alive() -> None:
+    model = micro.bridge("Llama")
+    logits_of(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_unknown_families_run_through_the_bridge() -> None:

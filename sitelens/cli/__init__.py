@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sitelens import __version__
-from sitelens.cli.options import Help, figures_options, run_options, transfer_options
+from sitelens.cli.options import Help, compare_options, figures_options, run_options, transfer_options
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 
 if TYPE_CHECKING:
@@ -128,6 +128,41 @@ def _transfer(options: argparse.Namespace) -> None:
         print(f"\nheatmap, transfer.csv, transfer.json and transfer.safetensors are in {options.out}")
 
 
+def _compare(options: argparse.Namespace) -> None:
+    import json
+
+    from sitelens.tasks import load_tasks
+
+    tasks = load_tasks(options.tasks)  # a wrong name shows before a model is loaded
+    from sitelens import figures
+    from sitelens.comparison import by_method, checked_methods, compare
+    from sitelens.gallery import save_figure
+    from sitelens.models import load_model
+
+    methods: Any = "all" if options.methods == ["all"] else checked_methods(options.methods)
+    chosen: dict[str, dict[str, Any]] = {}
+    for setting in options.settings:
+        key, _, value = setting.partition("=")
+        method, _, option = key.partition(".")
+        try:
+            chosen.setdefault(method, {})[option] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise SitelensError(f"--set takes METHOD.OPTION=VALUE with a JSON value, got {setting!r}") from error
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    n_items = options.n_items or None
+    frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
+    wide = frame.pivot(index="method", columns="task", values="accuracy").reindex(frame["method"].unique())
+    print(f"first-token accuracy in per cent, at most {n_items or 'all'} test items a task, model {options.model}\n")
+    print((100 * wide).round().astype(int).to_string() + "\n")
+    print(by_method(frame).round(3).to_string(index=False))
+    if options.out is not None:
+        words = [*options.tasks, "--methods", *options.methods, *(["--set", *options.settings] if chosen else [])]
+        command = f"sitelens compare {' '.join(words)} --n-items {options.n_items} --model {options.model}"
+        facts = {"n_items": options.n_items, "seed": options.seed, "options": chosen}
+        save_figure(figures.comparison(frame), frame, "comparison", options.out, options.formats, command, model, facts)
+        print(f"\nfigure, comparison.csv and comparison.json are in {options.out}")
+
+
 def _figures(options: argparse.Namespace) -> None:
     from sitelens.gallery import PICTURES, make_figures
 
@@ -230,6 +265,10 @@ def _parser() -> argparse.ArgumentParser:
         "transfer", _transfer, "how well each task's heads serve every other task",
         "Embeddings and selections are made where they are missing. Everything computed is cached.",
     ))  # fmt: skip
+    compare_options(command(
+        "compare", _compare, "compare ways of adapting the model to tasks, and what they cost",
+        "Function vectors, task vectors, LoRA and others, fitted alike. Everything computed is cached.",
+    ))  # fmt: skip
     figures_options(command(
         "figures", _figures, "make the figures of the paper's analyses",
         "Each with its data (.csv) and where it came from (.json) beside it.",
@@ -241,8 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     command("models", _models, "list the packaged models")
     cache = command("cache", _cache, "show or clear the cache")
     cache.add_argument("--clear", metavar="KIND", nargs="?", const="all",
-                       choices=["all", "embedding", "selection", "scores", "models", "damaged"],
-                       help="remove all, or one of: embedding, selection, scores, models, damaged")  # fmt: skip
+                       choices=["all", "embedding", "selection", "scores", "method", "comparison", "models", "damaged"],
+                       help="remove all, or one kind")  # fmt: skip
     cache.add_argument("--verbose", action="store_true", help="a line for each artifact")
     return parser
 

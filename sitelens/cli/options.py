@@ -51,6 +51,21 @@ def transfer_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="decides prompts and test items")
 
 
+def compare_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("tasks", nargs="+", metavar="TASK", help="names (see `sitelens tasks`), or .json or .csv files")
+    add("--methods", nargs="+", metavar="METHOD", default=["all"],
+        help="of zero-shot, 10-shot, many-shot, FV, TV, ICV, MTV, I2CL, LTV, LoFiT, LoRA, SITE")  # fmt: skip
+    add("--set", nargs="+", metavar="METHOD.OPTION=VALUE", default=[], dest="settings",
+        help="options of a method's fit, for example LTV.steps=400")  # fmt: skip
+    add("--out", metavar="DIR", type=Path, help="write the figure, its numbers and their origin there")
+    _formats(parser, ["html"])
+    _model_options(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
+    group.add_argument("--seed", type=int, default=0, help="decides prompts, training and test items")
+
+
 def figures_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", nargs="*", metavar="FIGURE", help="names of figures (default: all; --list shows them)")

@@ -10,6 +10,7 @@ from sitelens.figures.studies import alpha_distribution as alpha_distribution
 from sitelens.figures.studies import attention_example as attention_example
 from sitelens.figures.studies import attention_roles as attention_roles
 from sitelens.figures.studies import checkpoints as checkpoints
+from sitelens.figures.studies import comparison as comparison
 from sitelens.figures.studies import costs as costs
 from sitelens.figures.studies import head_counts as head_counts
 from sitelens.figures.studies import head_overlap as head_overlap

@@ -62,7 +62,7 @@ def lines(
                 x=part[x], y=part[y], mode="lines+markers" if markers else "lines", name=name, legendgroup=name,
                 showlegend=name not in shown,
                 line={"color": ink, "width": 1.5, "dash": DASHES[dashes.index(d) % len(DASHES)]},
-                marker={"size": 5, "symbol": _symbol(i)},
+                marker={"size": 5, "symbol": marker(i)},
                 customdata=part[["low", "high"]] if has_band else None,
                 hovertemplate=f"{name}<br>{named[x]} %{{x}}<br>{named[y]} %{{y:.3f}}"
                 + (_between(interval, 0) if has_band else "") + "<extra></extra>",
@@ -105,7 +105,7 @@ def dots(
         known = {"low", "high"} <= set(part.columns)
         figure.add_trace(go.Scatter(
             x=part[x], y=[names.index(name) + offset for name in part[y]], mode="markers", name=str(value),
-            marker={"color": COLOURS[i % len(COLOURS)], "size": min(6.0, room + 2), "symbol": _symbol(i)},
+            marker={"color": COLOURS[i % len(COLOURS)], "size": min(6.0, room + 2), "symbol": marker(i)},
             error_x={"type": "data", "symmetric": False, "array": part["high"] - part[x], "thickness": 1, "width": 0,
                      "arrayminus": part[x] - part["low"]} if known else None,
             customdata=part[[y, *(["low", "high"] if known else [])]],
@@ -168,7 +168,7 @@ def _name(*values: Any) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
-def _symbol(i: int) -> str:
+def marker(i: int) -> str:
     """Another one for each colour, and other pairs of the two when the colours begin again."""
     return SYMBOLS[(i + i // len(COLOURS)) % len(SYMBOLS)]
 

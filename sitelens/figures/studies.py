@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from sitelens.figures.charts import dots, histogram, lines
+from sitelens.figures.charts import SHARE, dots, histogram, lines, marker
 from sitelens.figures.style import COLOURS, DOUBLE, SEQUENTIAL, SINGLE, colourbar, legend_height, styled, text_width
 
 ACCURACY = "First-token accuracy"
@@ -196,3 +198,38 @@ def similarity_against_transfer(similarity: pd.DataFrame, transfer: pd.DataFrame
     figure.update_xaxes(title="Similarity of alpha (Pearson r)")
     figure.update_yaxes(title="Transfer (share of the own gain)")
     return styled(figure, title, SINGLE, 210)
+
+
+def comparison(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Mean accuracy of each method over the numbers it trains, and over the tokens that fitting it takes.
+
+    Tokens are forward ones and backward ones, which cost twice as much. Bars are the range over tasks of the middle
+    half; methods that train nothing, or need no fitting, stand at the left edge.
+    """
+    grouped = frame.assign(work=frame["forward_tokens"] + 2 * frame["backward_tokens"]).groupby("method", sort=False)
+    means = grouped[["accuracy", "trained", "work"]].mean()
+    lows, highs = grouped["accuracy"].quantile(0.25), grouped["accuracy"].quantile(0.75)
+    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.04)
+    for place, column in enumerate(("trained", "work"), start=1):
+        known = means[column][means[column] > 0]
+        least, most = (known.min(), known.max()) if len(known) else (1.0, 1.0)
+        first = math.floor(math.log10(least)) - 1  # where nothing is shown
+        for i, (name, row) in enumerate(means.iterrows()):
+            below, above = row["accuracy"] - lows[name], highs[name] - row["accuracy"]
+            figure.add_trace(go.Scatter(
+                x=[max(row[column], 10.0**first)], y=[row["accuracy"]], mode="markers", name=str(name),
+                legendgroup=str(name), showlegend=place == 1,
+                marker={"color": COLOURS[i % len(COLOURS)], "size": 8, "symbol": marker(i)},
+                error_y={"type": "data", "symmetric": False, "array": [max(above, 0)], "arrayminus": [max(below, 0)],
+                         "thickness": 1, "width": 0},
+                hovertemplate=f"{name}<br>accuracy %{{y:.3f}}<br>{column} {row[column]:,.0f}<extra></extra>",
+            ), 1, place)  # fmt: skip
+        powers = range(first, math.ceil(math.log10(most)) + 1)
+        figure.update_xaxes(type="log", tickvals=[10.0**p for p in powers], col=place,
+                            ticktext=["none", *(f"10<sup>{p}</sup>" for p in powers[1:])])  # fmt: skip
+    figure.update_xaxes(title="Trained parameters", col=1)
+    figure.update_xaxes(title="Tokens of fitting (forward + 2 backward)", col=2)
+    figure.update_yaxes(title=ACCURACY, col=1)
+    figure.update_yaxes(**SHARE)
+    names = [str(name) for name in means.index]
+    return styled(figure, title, DOUBLE, 230, margin={"l": 60, "b": 62 + legend_height(names, DOUBLE - 74)})

@@ -19,10 +19,11 @@ from sitelens.methods.streams import check_stream
 from sitelens.models import Model, fingerprint, head_shape, own_tokenizer, resolve_model
 from sitelens.network import all_positions, run_tokens
 from sitelens.prompts import Prompt, few_shot_prompt
-from sitelens.tasks import Task, load_task
+from sitelens.tasks import Example, Task, load_task
 
 MODULES = ("attn", "mlp")
 START = (0.1, 1.0)  # a and b
+CLOSED, PER_LABEL, OPEN = 10, 5, 10  # answers of a closed task at most; demonstrations of each; of an open task
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,7 @@ def fit(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    n_demonstrations: int = 10,
+    n_demonstrations: int | None = None,
     epochs: int = 100,
     batch_size: int = 2,
     lr: float = 0.01,
@@ -79,15 +80,15 @@ def fit(
 
     Each demonstration is run alone up to its newline; then a and b (0.1 and 1 at first) are trained on them as
     zero-shot prompts: AdamW, cosine schedule after a warm-up, cross-entropy of the answer's first token over the whole
-    vocabulary (the public code evaluates among the labels only). Published: 5 demonstrations a class; here 10 in all,
-    for tasks with open answers. Nothing is chosen on valid.
+    vocabulary (the public code evaluates among the labels only). Unless `n_demonstrations` says how many, 5 of each
+    answer where there are at most 10 different ones, as published, and 10 in all where answers are open. Nothing is
+    chosen on valid.
 
     Raises:
         SitelensError: for a task without training items.
     """
     model, task = resolve_model(model), fitting(load_task(task))
-    (places,) = drawn(task.train, 1, min(n_demonstrations, len(task.train)), f"i2cl/{task.name}/{seed}")
-    items = [task.train[i] for i in places]
+    items = demonstrations(task, n_demonstrations, seed)
     tokenizer = own_tokenizer(model)
     shown = []
     for item in items:
@@ -115,6 +116,16 @@ def fit(
             optimizer.step()
             schedule.step()
     return LinearCombination(context.cpu(), a.detach().cpu(), b.detach().cpu(), fingerprint(model))
+
+
+def demonstrations(task: Task, n: int | None, seed: int) -> list[Example]:
+    """`n` training items; without `n`, 5 of each answer of a task with at most 10 of them, 10 in all of another."""
+    (order,) = drawn(task.train, 1, len(task.train), f"i2cl/{task.name}/{seed}")
+    items = [task.train[i] for i in order]
+    labels = dict.fromkeys(item.output for item in items)
+    if n is None and len(labels) <= CLOSED:
+        return [item for label in labels for item in [one for one in items if one.output == label][:PER_LABEL]]
+    return items[: OPEN if n is None else n]
 
 
 def cosine(step: int, warm_up: int, steps: int) -> float:

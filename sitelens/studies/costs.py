@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import pandas as pd
-from torch import Tensor
 
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
@@ -19,6 +18,7 @@ from sitelens.defaults import SitelensError, overridden
 from sitelens.embedding import embed_task
 from sitelens.evaluation import evaluate
 from sitelens.models import Model, resolve_model
+from sitelens.network import counted_tokens
 from sitelens.studies.common import Options, Sample
 from sitelens.tasks import Task, load_task
 from sitelens.training import train_selection
@@ -50,7 +50,7 @@ def costs(
     if not items:
         raise SitelensError(f"task {task.name!r} has no {sample.split} items")
     with tempfile.TemporaryDirectory() as folder, overridden(cache_dir=Path(folder)):
-        with _metered(model) as prepared:
+        with _metered() as prepared:
             vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed, **sample.limits)
             result = train_selection(task, model, embedding=vector, config=config, **sample.limits)
         conditions: dict[str, Condition] = {
@@ -61,7 +61,7 @@ def costs(
         for count in counts:
             repeated = replace(task, test=tuple(items[i % len(items)] for i in range(count)))
             for name, condition in conditions.items():
-                with _metered(model) as meter:
+                with _metered() as meter:
                     evaluate(repeated, {name: condition}, model, seed=sample.seed, **sample.limits)
                 rows.append({"method": name, "prompts": count, **meter})
             both = {key: prepared[key] + rows[-1][key] for key in ("seconds", "tokens")}
@@ -70,14 +70,10 @@ def costs(
 
 
 @contextmanager
-def _metered(model: Model) -> Iterator[dict[str, float]]:
-    """Seconds passed and tokens embedded within it, filled in at its end."""
-    meter: dict[str, float] = {"seconds": 0.0, "tokens": 0}
-
-    def count(embedded: Tensor, hook: Any = None) -> None:
-        meter["tokens"] += embedded.shape[0] * embedded.shape[1]
-
+def _metered() -> Iterator[dict[str, float]]:
+    """Seconds passed and tokens run within it, filled in at its end."""
+    meter: dict[str, float] = {}
     started = time.perf_counter()
-    with model.hooks(fwd_hooks=[("hook_embed", count)]):
+    with counted_tokens() as spent:
         yield meter
-    meter["seconds"] = time.perf_counter() - started
+    meter |= {"seconds": time.perf_counter() - started, "tokens": spent.forward}

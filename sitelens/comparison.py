@@ -1,0 +1,162 @@
+"""compare: ways of adapting a model to a task, side by side, with what each costs."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+
+from sitelens.conditions import Condition, FewShot, ZeroShot
+from sitelens.defaults import SitelensError, overridden, tracked
+from sitelens.evaluation import evaluate
+from sitelens.methods import METHODS
+from sitelens.methods.common import fitting
+from sitelens.models import Model, fingerprint, resolve_model
+from sitelens.network import counted_tokens
+from sitelens.store import Artifact, default_store
+from sitelens.summary import summarize
+from sitelens.tasks import Task, load_tasks
+
+ALGORITHM = 1  # to be raised when the numbers change
+PROMPTING = {"zero-shot": ZeroShot(), "10-shot": FewShot(10)}
+NAMES = (*PROMPTING, *METHODS)
+COSTS = ("trained", "forward_tokens", "backward_tokens", "fit_seconds", "seconds_per_prompt")
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A method's condition for a task, and what fitting it cost.
+
+    trained: numbers that were trained; forward_tokens, backward_tokens: tokens that went through the model, choices on
+    valid and padding included; fit_seconds: of this machine.
+    """
+
+    condition: Condition
+    trained: int
+    forward_tokens: int
+    backward_tokens: int
+    fit_seconds: float
+
+
+def fit_method(
+    name: str, task: Task, model: Model, *, seed: int = 0, options: Mapping[str, Any] | None = None
+) -> Fitted:
+    """The fitted method, kept on disk; fitted with an empty cache, so that its cost is its own.
+
+    Raises:
+        SitelensError: for an unknown method, and as the method's own `fit`.
+    """
+    (name,) = checked_methods([name])
+    if name in PROMPTING:
+        return Fitted(PROMPTING[name], 0, 0, 0, 0.0)
+    chosen = dict(options or {})
+    spec = {
+        "algorithm": ALGORITHM, "method": name, "task": task.name, "items": task.digest, "model": fingerprint(model),
+        "seed": seed, "options": {key: list(v) if isinstance(v, tuple) else v for key, v in chosen.items()},
+    }  # fmt: skip
+    store = default_store()
+    kept = store.get("method", spec)
+    if kept is None:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, overridden(cache_dir=Path(folder)), counted_tokens() as spent:
+            condition = METHODS[name].fit(task, model, seed=seed, **chosen)
+        cost = {
+            "trained": METHODS[name].trained(condition), "forward_tokens": spent.forward,
+            "backward_tokens": spent.backward, "fit_seconds": time.perf_counter() - started,
+        }  # fmt: skip
+        tensors, meta = condition.state()
+        kept = Artifact("method", spec, tensors, {"state": meta, "cost": cost})
+        store.put(kept)
+    state = dict(kept.meta["state"])
+    kind = Condition.kinds[state.pop("condition")]
+    return Fitted(kind.from_state(dict(kept.tensors), state), **kept.meta["cost"])
+
+
+def compare(
+    tasks: Iterable[Task | str],
+    methods: Sequence[str] | Literal["all"] = "all",
+    model: Model | str | None = None,
+    *,
+    n_items: int | None = 100,
+    seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Every task under every method: accuracy and what it cost. One row a task and method.
+
+    Columns: task, method, accuracy (first token, full vocabulary, unfiltered test items), low, high (95%), n, trained
+    (numbers), forward_tokens, backward_tokens (of fitting, choices on valid included), fit_seconds, seconds_per_prompt
+    (of a test prompt, in batches). All methods see the same splits and template and at most 200 training items.
+    `options` are further arguments of a method's fit, by its name: {"LTV": {"steps": 400}}. Every cell is kept on disk,
+    so that an interrupted comparison goes on where it was. Seconds are of the machine that fitted.
+
+    Raises:
+        SitelensError: for an unknown method, and as each method's fit.
+    """
+    names = checked_methods(NAMES if methods == "all" else methods)
+    strange = set(options or {}) - set(METHODS)
+    if strange:
+        raise SitelensError(f"options are given for {', '.join(sorted(strange))}; methods are {', '.join(METHODS)}")
+    loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
+    rows: list[dict[str, Any]] = []
+    for task, name in tracked([(t, n) for t in loaded for n in names], "compare", progress=progress):
+        fitted = fit_method(name, task, model, seed=seed, options=(options or {}).get(name))
+        scores, seconds = _scored(name, fitted, task, model, n_items, seed, (options or {}).get(name))
+        found = summarize(scores).iloc[0]
+        rows.append({
+            "task": task.name, "method": name, "accuracy": found["mean"], "low": found["low"], "high": found["high"],
+            "n": int(found["n"]), "trained": fitted.trained, "forward_tokens": fitted.forward_tokens,
+            "backward_tokens": fitted.backward_tokens, "fit_seconds": fitted.fit_seconds,
+            "seconds_per_prompt": seconds / int(found["n"]),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def by_method(frame: pd.DataFrame) -> pd.DataFrame:
+    """Means over the tasks of `compare`'s rows, a method a row in the frame's order; `tasks` is how many there are."""
+    grouped = frame.groupby("method", sort=False)
+    return grouped[["accuracy", *COSTS]].mean().assign(tasks=grouped["task"].nunique()).reset_index()
+
+
+def checked_methods(names: Sequence[str]) -> list[str]:
+    """The names, each once.
+
+    Raises:
+        SitelensError: for an unknown one, with the nearest names.
+    """
+    if isinstance(names, str):
+        raise SitelensError(f"methods must be 'all' or a list of names: write [{names!r}]")
+    for name in names:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name.upper(), NAMES, n=2, cutoff=0.3) or list(NAMES)
+            raise SitelensError(f"unknown method {name!r}: did you mean {' or '.join(near)}?")
+    return list(dict.fromkeys(names))
+
+
+def _scored(
+    name: str, fitted: Fitted, task: Task, model: Model, n_items: int | None, seed: int, options: Any
+) -> tuple[pd.DataFrame, float]:
+    """Scores on test, and the seconds that they took."""
+    spec = {
+        "algorithm": ALGORITHM, "method": name, "task": task.name, "items": task.digest, "model": fingerprint(model),
+        "seed": seed, "n_items": n_items,
+        "options": {key: list(v) if isinstance(v, tuple) else v for key, v in dict(options or {}).items()},
+    }  # fmt: skip
+    store = default_store()
+    kept = store.get("comparison", spec)
+    if kept is None:
+        started = time.perf_counter()
+        scores = evaluate(task, {name: fitted.condition}, model, n_items=n_items, seed=seed, progress=False)
+        seconds = time.perf_counter() - started
+        tensors = {column: torch.tensor(scores[column].to_numpy()) for column in ("item", "score")}
+        kept = Artifact("comparison", spec, tensors, {"seconds": seconds})
+        store.put(kept)
+    columns = {column: kept.tensors[column].numpy() for column in ("item", "score")}
+    return pd.DataFrame(columns).assign(task=task.name, condition=name, metric="first_token"), kept.meta["seconds"]

@@ -1,0 +1,112 @@
+"""compare: its table against fits and evaluations made one by one, its costs, its cache, its figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import sitelens as sl
+from sitelens import figures
+from sitelens.comparison import COSTS, NAMES, by_method, checked_methods, compare, fit_method
+from sitelens.defaults import SitelensError
+from sitelens.methods import METHODS
+from sitelens.models import Model, head_shape
+from tests import micro
+from tests.test_methods import SMALL, TASK
+
+FEW = ("zero-shot", "FV", "MTV", "I2CL", "LoRA", "SITE")
+CHOSEN: dict[str, Any] = {name: SMALL[name] for name in FEW if name in SMALL}
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    yield from micro.lent("Llama")
+
+
+def silenced(model: Model, patch: pytest.MonkeyPatch) -> None:
+    def forward(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was run")
+
+    for network in (model, model.original_model):
+        patch.setattr(network, "forward", forward)
+
+
+def test_each_row_is_the_methods_own_fit_and_evaluation(model: Model) -> None:
+    frame = compare([TASK], FEW, model, n_items=8, options=CHOSEN)
+    assert list(frame["method"]) == list(FEW)
+    for row in frame.to_dict("records"):
+        name = row["method"]
+        condition = sl.ZeroShot() if name == "zero-shot" else METHODS[name].fit(TASK, model, **CHOSEN[name])
+        found = sl.summarize(sl.evaluate(TASK, {"it": condition}, model, n_items=8)).iloc[0]
+        assert (row["accuracy"], row["low"], row["high"], row["n"]) == (found["mean"], found["low"], found["high"], 8)
+
+
+def test_what_is_trained_and_spent_is_that_of_the_method(model: Model) -> None:
+    frame = compare([TASK], FEW, model, n_items=4, options=CHOSEN).set_index("method")
+    layers, heads, _ = head_shape(model)
+    expected = {"zero-shot": 0, "FV": 0, "MTV": layers * heads, "SITE": layers * heads, "I2CL": 4 * layers}
+    assert {name: frame.loc[name, "trained"] for name in expected} == expected
+    assert frame.loc["LoRA", "trained"] == layers * 8 * (32 + 32 + 32 + 16)  # 2 of 4 key and value heads
+    assert (frame["backward_tokens"] > 0).to_dict() == {name: name in ("I2CL", "LoRA", "SITE") for name in FEW}
+    assert (frame["forward_tokens"] > 0).sum() == len(FEW) - 1 and (frame["seconds_per_prompt"] > 0).all()
+
+
+def test_a_second_call_runs_nothing_and_gives_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compare([TASK], FEW, model, n_items=4, options=CHOSEN)
+    silenced(model, monkeypatch)
+    pd.testing.assert_frame_equal(compare([TASK], FEW, model, n_items=4, options=CHOSEN), first)
+    changed = CHOSEN | {"MTV": SMALL["MTV"] | {"n_steps": 5}}
+    with pytest.raises(AssertionError, match="the model was run"):
+        compare([TASK], FEW, model, n_items=4, options=changed)
+
+
+def test_what_was_finished_before_an_interruption_is_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare([TASK], ["I2CL"], model, n_items=4, options={"I2CL": SMALL["I2CL"]})
+    with monkeypatch.context() as patch:
+        silenced(model, patch)
+        with pytest.raises(AssertionError, match="the model was run"):
+            compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]})
+    frame = compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]})
+    assert list(frame["method"]) == ["I2CL", "TV"]
+
+
+def test_a_fits_cost_does_not_depend_on_what_lies_in_the_cache(model: Model) -> None:
+    alone = fit_method("SITE", TASK, model, options=SMALL["SITE"])
+    sl.settings.cache_dir = None if sl.settings.cache_dir is None else sl.settings.cache_dir / "other"
+    sl.embed_task(TASK, model, n_prompts=3, n_shots=2)
+    again = fit_method("SITE", TASK, model, options=SMALL["SITE"])
+    assert (alone.forward_tokens, alone.backward_tokens) == (again.forward_tokens, again.backward_tokens)
+
+
+def test_means_over_tasks() -> None:
+    rows = [
+        {"task": task, "method": method, "accuracy": value, **dict.fromkeys(COSTS, 1.0)}
+        for task, method, value in (("a", "x", 0.0), ("a", "y", 1.0), ("b", "x", 1.0), ("b", "y", 1.0))
+    ]
+    found = by_method(pd.DataFrame(rows))
+    assert found["method"].tolist() == ["x", "y"]
+    assert found["accuracy"].tolist() == [0.5, 1.0] and found["tasks"].tolist() == [2, 2]
+
+
+def test_unknown_methods_are_named_with_the_nearest(model: Model) -> None:
+    with pytest.raises(SitelensError, match=r"did you mean .*LoRA"):
+        checked_methods(["lora"])
+    with pytest.raises(SitelensError, match=r"write \['FV'\]"):
+        compare([TASK], "FV", model)  # type: ignore[arg-type]
+    with pytest.raises(SitelensError, match="options are given for lora"):
+        compare([TASK], ["FV"], model, options={"lora": {}})
+
+
+def test_the_figure_has_every_method_in_both_panels() -> None:
+    rows = [
+        {"task": task, "method": name, "accuracy": 0.1 * i, "trained": 10 * i, "forward_tokens": 1000 * i,
+         "backward_tokens": 0}
+        for task in ("a", "b") for i, name in enumerate(NAMES[:5])
+    ]  # fmt: skip
+    figure: Any = figures.comparison(pd.DataFrame(rows))
+    assert [trace.name for trace in figure.data if trace.showlegend] == list(NAMES[:5])
+    assert len(figure.data) == 10
+    assert {trace.y[0] for trace in figure.data} == {pytest.approx(0.1 * i) for i in range(5)}
