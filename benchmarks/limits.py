@@ -23,6 +23,13 @@ from sitelens.prefix import PrefixCache
 from sitelens.prompts import few_shot_prompts, tokenize
 
 REPEATS = 21
+KINDS = {
+    "products": ("aten::mm", "aten::addmm"),
+    "attention": ("aten::bmm", "aten::_softmax", "aten::_softmax_backward_data", "aten::cat", "aten::index"),
+    "norms, gates, mixing": ("aten::mul", "aten::add", "aten::add_", "aten::pow", "aten::mean", "aten::rsqrt",
+                             "aten::silu", "aten::silu_backward", "aten::sum", "aten::div", "aten::neg",
+                             "aten::addcmul"),
+}  # fmt: skip
 
 
 def timed(*works: Callable[[], object]) -> list[float]:
@@ -34,6 +41,20 @@ def timed(*works: Callable[[], object]) -> list[float]:
             work()
             times.append(time.perf_counter() - started)
     return [statistics.median(times[2:]) for times in found]
+
+
+def profiled(step: Callable[[], object]) -> dict[str, float]:
+    """Shares of a step's time by what was run, of the profiler, whose own cost counts as Python's."""
+    started = time.perf_counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(3):
+            step()
+    whole = 1e6 * (time.perf_counter() - started)
+    shares = dict.fromkeys((*KINDS, "other operators"), 0.0)
+    for event in profile.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if event.key in names), "other operators")
+        shares[kind] += event.self_cpu_time_total / whole
+    return shares | {"Python": 1 - sum(shares.values())}
 
 
 def measured(rows: int, model: sl.Model) -> dict[str, float]:
@@ -71,9 +92,11 @@ def measured(rows: int, model: sl.Model) -> dict[str, float]:
 
     with last_token:
         whole, ahead, gemms, reading = timed(step, forward, products, read)
+        parts = profiled(step)
     return {
         "rows": rows, "step_ms": 1e3 * whole, "forward_ms": 1e3 * ahead, "products_ms": 1e3 * gemms,
         "reading_ms": 1e3 * reading, "step_over_products": whole / gemms, "reading_over_step": reading / whole,
+        "reading_over_products": reading / gemms, **parts,
     }  # fmt: skip
 
 
