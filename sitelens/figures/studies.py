@@ -208,14 +208,14 @@ def comparison(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """
     grouped = frame.assign(work=frame["forward_tokens"] + 2 * frame["backward_tokens"]).groupby("method", sort=False)
     means = grouped[["accuracy", "trained", "work"]].mean()
-    lows, highs = grouped["accuracy"].quantile(0.25), grouped["accuracy"].quantile(0.75)
+    means = means.assign(low=grouped["accuracy"].quantile(0.25), high=grouped["accuracy"].quantile(0.75))
     figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.04)
     for place, column in enumerate(("trained", "work"), start=1):
         known = means[column][means[column] > 0]
         least, most = (known.min(), known.max()) if len(known) else (1.0, 1.0)
         first = math.floor(math.log10(least)) - 1  # where nothing is shown
         for i, (name, row) in enumerate(means.iterrows()):
-            below, above = row["accuracy"] - lows[name], highs[name] - row["accuracy"]
+            below, above = row["accuracy"] - row["low"], row["high"] - row["accuracy"]
             figure.add_trace(go.Scatter(
                 x=[max(row[column], 10.0**first)], y=[row["accuracy"]], mode="markers", name=str(name),
                 legendgroup=str(name), showlegend=place == 1,
