@@ -20,7 +20,7 @@ import torch
 from plotly.subplots import make_subplots
 
 import sitelens as sl
-from benchmarks.bench import RESULTS, machine, seconds
+from benchmarks.bench import RESULTS, machine, padded, seconds
 from sitelens.defaults import settings
 from sitelens.figures.style import COLOURS, DOUBLE, styled
 from sitelens.models import Model, head_shape, own_tokenizer
@@ -45,16 +45,6 @@ def measured(work: Callable[[], Any]) -> tuple[float, float]:
     before = kibibytes("VmRSS")
     took, _ = seconds(work)
     return took, (kibibytes("VmHWM") - before) / 1024
-
-
-def lengthened(task: sl.Task, tokens: int) -> sl.Task:
-    """The task with filler words before each input, so that prompts have about as many tokens."""
-    filler = " ".join(["and"] * (tokens - 8))
-    parts = {
-        split: tuple(replace(item, input=f"{filler} {item.input}") for item in task.split(split))
-        for split in ("train", "valid", "test")
-    }
-    return replace(task, **parts)
 
 
 def embeddings(model: Model, tasks: list[sl.Task]) -> dict[str, sl.TaskEmbedding]:
@@ -82,7 +72,7 @@ def points(model: Model) -> Iterator[dict[str, Any]]:
         took, extra = measured(train(model, many[:n]))
         yield {"against": "tasks trained together", "x": n, "seconds": took / n, "mib": extra}
     for n in TOKENS:
-        tasks = [lengthened(task, n) for task in built_in[:4]] if n > 10 else built_in[:4]
+        tasks = [padded(task, n - 8) for task in built_in[:4]] if n > 10 else built_in[:4]
         took, extra = measured(train(model, tasks))
         prompts = few_shot_prompts(tasks[0], tasks[0].train[:20], 0, own_tokenizer(model))
         length = sum(tokenize(prompts, own_tokenizer(model)).lengths) / len(prompts)

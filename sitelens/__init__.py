@@ -73,14 +73,10 @@ _HOMES = {
 }
 _HOME_OF: dict[str, str] = {name: home for home, names in _HOMES.items() for name in names}
 
-_ROOMS = (
-    "figures",
-    "heads",
-    "methods",
-    "studies",
-)  # modules whose functions are called by their names: sl.studies.costs
+# Modules whose functions are called by their names: sl.studies.costs.
+_ROOMS = ("figures", "heads", "methods", "studies")
 
-__all__ = ["__version__", "figures", "heads", "methods", "studies", *sorted(_HOME_OF)]
+__all__ = ["__version__", *_ROOMS, *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str) -> Any:

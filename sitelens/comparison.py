@@ -56,17 +56,13 @@ def fit_method(
     (name,) = checked_methods([name])
     if name in PROMPTING:
         return Fitted(PROMPTING[name], 0, 0, 0, 0.0)
-    chosen = dict(options or {})
-    spec = {
-        "algorithm": ALGORITHM, "method": name, "task": task.name, "items": task.digest, "model": fingerprint(model),
-        "seed": seed, "options": {key: list(v) if isinstance(v, tuple) else v for key, v in chosen.items()},
-    }  # fmt: skip
+    spec = _spec(name, task, model, seed, options)
     store = default_store()
     kept = store.get("method", spec)
     if kept is None:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, overridden(cache_dir=Path(folder)), counted_tokens() as spent:
-            condition = METHODS[name].fit(task, model, seed=seed, **chosen)
+            condition = METHODS[name].fit(task, model, seed=seed, **(options or {}))
         cost = {
             "trained": METHODS[name].trained(condition), "forward_tokens": spent.forward,
             "backward_tokens": spent.backward, "fit_seconds": time.perf_counter() - started,
@@ -74,9 +70,7 @@ def fit_method(
         tensors, meta = condition.state()
         kept = Artifact("method", spec, tensors, {"state": meta, "cost": cost})
         store.put(kept)
-    state = dict(kept.meta["state"])
-    kind = Condition.kinds[state.pop("condition")]
-    return Fitted(kind.from_state(dict(kept.tensors), state), **kept.meta["cost"])
+    return Fitted(Condition.remade(kept.tensors, kept.meta["state"]), **kept.meta["cost"])
 
 
 def compare(
@@ -144,11 +138,7 @@ def _scored(
     name: str, fitted: Fitted, task: Task, model: Model, n_items: int | None, seed: int, options: Any
 ) -> tuple[pd.DataFrame, float]:
     """Scores on test, and the seconds that they took."""
-    spec = {
-        "algorithm": ALGORITHM, "method": name, "task": task.name, "items": task.digest, "model": fingerprint(model),
-        "seed": seed, "n_items": n_items,
-        "options": {key: list(v) if isinstance(v, tuple) else v for key, v in dict(options or {}).items()},
-    }  # fmt: skip
+    spec = _spec(name, task, model, seed, options) | {"n_items": n_items}
     store = default_store()
     kept = store.get("comparison", spec)
     if kept is None:
@@ -160,3 +150,12 @@ def _scored(
         store.put(kept)
     columns = {column: kept.tensors[column].numpy() for column in ("item", "score")}
     return pd.DataFrame(columns).assign(task=task.name, condition=name, metric="first_token"), kept.meta["seconds"]
+
+
+def _spec(name: str, task: Task, model: Model, seed: int, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """All that decides what a method gives."""
+    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in (options or {}).items()}
+    return {
+        "algorithm": ALGORITHM, "method": name, "task": task.name, "items": task.digest, "model": fingerprint(model),
+        "seed": seed, "options": plain,
+    }  # fmt: skip

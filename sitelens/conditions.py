@@ -111,10 +111,16 @@ class Condition(ABC):
             SitelensError: if there is no such file, it is damaged, or its kind is not known here.
         """
         artifact = Artifact.load(path, "condition")
-        kind = artifact.meta.pop("condition")
-        if kind not in Condition.kinds:
+        if artifact.meta["condition"] not in Condition.kinds:
+            kind = artifact.meta["condition"]
             raise SitelensError(f"{path} holds a condition {kind!r} that this version does not know")
-        return Condition.kinds[kind].from_state(artifact.tensors, artifact.meta)
+        return Condition.remade(artifact.tensors, artifact.meta)
+
+    @staticmethod
+    def remade(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
+        """The condition of any known kind that `state` described."""
+        rest = {name: value for name, value in meta.items() if name != "condition"}
+        return Condition.kinds[meta["condition"]].from_state(dict(tensors), rest)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain JSON (with the key "condition") that `from_state` takes: by default, a dataclass's fields.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -178,15 +178,10 @@ def tokenize(
                 f"use fewer shots or shorter inputs ({prompt.text[:60]!r}...)"
             )
     pairs = [(i, answer) for i, prompt in enumerate(prompts) for answer in prompt.answers]
-    together = _encode([prompts[i].text + answer for i, answer in pairs], [prompts[i] for i, _ in pairs], tokenizer)
     accepted: list[list[int]] = [[] for _ in prompts]
     merged: list[str] = []
-    for (i, answer), row in zip(pairs, together, strict=True):
-        prompt_ids = ids[i]
-        if row[: len(prompt_ids)] == prompt_ids:
-            rest = row[len(prompt_ids) :]
-        else:
-            rest = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    for (i, answer), (rest, apart) in zip(pairs, answer_tokens(prompts, ids, pairs, tokenizer), strict=True):
+        if apart:
             merged.append(prompts[i].text[-20:] + answer)
         if not rest or not answer.strip():
             raise SitelensError(f"{where}the answer {answer!r} has no token of its own after {prompts[i].text[-40:]!r}")
@@ -207,6 +202,20 @@ def tokenize(
         tokens.reshape(len(ids), width), mask, first,
         tuple(map(tuple, accepted)), tuple(p.text for p in prompts), tuple(p.answers for p in prompts),
     )  # fmt: skip
+
+
+def answer_tokens(
+    prompts: Sequence[Prompt], ids: Sequence[list[int]], pairs: Sequence[tuple[int, str]], tokenizer: Any
+) -> Iterator[tuple[list[int], bool]]:
+    """The tokens of each answer behind its prompt, for pairs of a prompt's place and an answer.
+
+    Tokenised together with the prompt, whose own tokens are `ids`; on its own, and the second is true, where the two
+    merge.
+    """
+    together = _encode([prompts[i].text + answer for i, answer in pairs], [prompts[i] for i, _ in pairs], tokenizer)
+    for (i, answer), row in zip(pairs, together, strict=True):
+        apart = row[: len(ids[i])] != ids[i]
+        yield (tokenizer(answer, add_special_tokens=False)["input_ids"] if apart else row[len(ids[i]) :]), apart
 
 
 def _encode(texts: list[str], prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:

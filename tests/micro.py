@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -114,6 +115,16 @@ _shared_bridge = functools.cache(bridge)
 def hooks_left(model: Model) -> list[str]:
     """The hook points of a bridge on which something is installed."""
     return [name for name, point in model.hook_dict.items() if point.has_hooks() or point._forward_hooks]
+
+
+def silence(model: Model, patch: pytest.MonkeyPatch) -> None:
+    """Any forward pass from now on, with the bridge or without, is an AssertionError "the model was run"."""
+
+    def forward(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was run")
+
+    for network in (model, model.original_model):
+        patch.setattr(network, "forward", forward)
 
 
 def output_projections(network: Any) -> list[torch.nn.Module]:

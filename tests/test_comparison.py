@@ -26,14 +26,6 @@ def model() -> Iterator[Model]:
     yield from micro.lent("Llama")
 
 
-def silenced(model: Model, patch: pytest.MonkeyPatch) -> None:
-    def forward(*_: Any, **__: Any) -> None:
-        raise AssertionError("the model was run")
-
-    for network in (model, model.original_model):
-        patch.setattr(network, "forward", forward)
-
-
 def test_each_row_is_the_methods_own_fit_and_evaluation(model: Model) -> None:
     frame = compare([TASK], FEW, model, n_items=8, options=CHOSEN)
     assert list(frame["method"]) == list(FEW)
@@ -56,7 +48,7 @@ def test_what_is_trained_and_spent_is_that_of_the_method(model: Model) -> None:
 
 def test_a_second_call_runs_nothing_and_gives_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compare([TASK], FEW, model, n_items=4, options=CHOSEN)
-    silenced(model, monkeypatch)
+    micro.silence(model, monkeypatch)
     pd.testing.assert_frame_equal(compare([TASK], FEW, model, n_items=4, options=CHOSEN), first)
     changed = CHOSEN | {"MTV": SMALL["MTV"] | {"n_steps": 5}}
     with pytest.raises(AssertionError, match="the model was run"):
@@ -66,7 +58,7 @@ def test_a_second_call_runs_nothing_and_gives_the_same(model: Model, monkeypatch
 def test_what_was_finished_before_an_interruption_is_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     compare([TASK], ["I2CL"], model, n_items=4, options={"I2CL": SMALL["I2CL"]})
     with monkeypatch.context() as patch:
-        silenced(model, patch)
+        micro.silence(model, patch)
         with pytest.raises(AssertionError, match="the model was run"):
             compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]})
     frame = compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]})

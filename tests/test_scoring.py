@@ -41,14 +41,6 @@ def conditions() -> dict[str, Condition]:
     return {"patched": patch(), "zero-shot": sl.ZeroShot(), "2-shot": sl.FewShot(2)}
 
 
-def silenced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(*_: Any, **__: Any) -> None:
-        raise AssertionError("the model was run")
-
-    for network in (model, model.original_model):
-        monkeypatch.setattr(network, "forward", forward)
-
-
 def files() -> list[Path]:
     return sorted((settings.cache() / "artifacts" / "scores").glob("*"))
 
@@ -61,7 +53,7 @@ def test_the_rows_are_those_of_evaluate_at_first_and_from_the_cache(
     expected = sl.evaluate(TASK, conditions(), model, **options)[KEPT]
     assert set(expected["metric"]) == set(metrics) and len(expected) >= 3 * 7 * len(metrics)
     found = score_conditions(TASK, conditions(), model, **options)
-    silenced(model, monkeypatch)
+    micro.silence(model, monkeypatch)
     for frame in (found, score_conditions(TASK, conditions(), model, **options)):
         pd.testing.assert_frame_equal(frame, expected, check_exact=True)
     with pytest.raises(AssertionError, match="the model was run"):

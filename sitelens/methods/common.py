@@ -18,7 +18,7 @@ from sitelens.evaluation import evaluate
 from sitelens.heads.common import like_prompts, watch
 from sitelens.models import Model, context_length, own_tokenizer
 from sitelens.network import all_positions, run_tokens
-from sitelens.prompts import PromptBatch, few_shot_prompt, few_shot_prompts, tokenize
+from sitelens.prompts import PromptBatch, answer_tokens, few_shot_prompt, few_shot_prompts, tokenize
 from sitelens.tasks import Example, Task
 
 Key = TypeVar("Key")
@@ -104,14 +104,10 @@ def answered(task: Task, items: Sequence[Example], model: Model) -> list[tuple[l
     tokenizer = own_tokenizer(model)
     prompts = [few_shot_prompt(task.template, [], item, tokenizer) for item in items]
     batch = prompts_of(prompts, task, model)
-    rows = []
-    for i, prompt in enumerate(prompts):
-        ids = batch.tokens[i][batch.mask[i]].tolist()
-        whole = tokenizer(prompt.text + prompt.answers[0], add_special_tokens=prompt.special_tokens)["input_ids"]
-        own = tokenizer(prompt.answers[0], add_special_tokens=False)["input_ids"]
-        answer = whole[len(ids) :] if whole[: len(ids)] == ids and len(whole) > len(ids) else own
-        rows.append((ids + answer, len(answer)))
-    return rows
+    ids = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
+    first = [(i, prompt.answers[0]) for i, prompt in enumerate(prompts)]
+    answers = [answer for answer, _ in answer_tokens(prompts, ids, first, tokenizer)]
+    return [(asked + answer, len(answer)) for asked, answer in zip(ids, answers, strict=True)]
 
 
 def answer_loss(rows: Sequence[tuple[list[int], int]], model: Model) -> Float[Tensor, ""]:

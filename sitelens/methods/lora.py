@@ -14,7 +14,7 @@ from sitelens.conditions import Condition
 from sitelens.defaults import SitelensError
 from sitelens.forward import Hook
 from sitelens.methods.common import answer_loss, answered, best_on_valid, drawn, fitting
-from sitelens.models import Model, fingerprint, head_shape, model_name, resolve_model
+from sitelens.models import Model, check_fit, fingerprint, head_shape, resolve_model
 from sitelens.tasks import Task, load_task
 
 RATES = (1e-4, 3e-4, 1e-3)
@@ -44,10 +44,7 @@ class LowRank(Condition):
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[None]:
-        if self.model is not None and self.model != fingerprint(model):
-            raise SitelensError(f"the adapters were made with another model than {model_name(model)}")
-        if self.weights["q.A"].shape[0] != head_shape(model)[0]:
-            raise SitelensError(f"the adapters do not fit {model_name(model)}, which has other layers")
+        check_fit("the adapters", self.model, (len(self.weights["q.A"]),), model)
         with adapted(model, self.weights["q.A"].shape[1], self.alpha) as parameters:
             for name, layers in parameters.items():
                 for parameter, values in zip(layers, self.weights[name], strict=True):

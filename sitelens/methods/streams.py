@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from sitelens.conditions import Condition, Steps
 from sitelens.defaults import SitelensError
 from sitelens.forward import Hook
-from sitelens.models import Model, fingerprint, model_name
+from sitelens.models import Model, check_fit, model_name
 
 
 def stream_hook(layer: int) -> str:
@@ -43,9 +44,9 @@ class _StreamCondition(Condition):
         last = self.changed(x[:, -1:], vector.to(x.device))
         return torch.cat([x[:, :-1], last.to(x.dtype)], dim=1)
 
+    @abstractmethod
     def changed(self, last: Tensor, vector: Tensor) -> Tensor:
         """What becomes of the last token's state `[batch 1 d_model]`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,4 @@ def check_stream(what: str, made_for: str | None, width: int, model: Model) -> N
         raise SitelensError(
             f"{what} has vectors of {width} entries, {model_name(model)} has d_model {model.cfg.d_model}"
         )
-    if made_for is not None and made_for != fingerprint(model):
-        raise SitelensError(
-            f"{what} was made with another model (fingerprint {made_for[:12]}) than {model_name(model)}"
-        )
+    check_fit(what, made_for, (), model)
