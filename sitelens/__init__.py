@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from sitelens.evaluation import echo as echo
     from sitelens.evaluation import evaluate as evaluate
     from sitelens.evaluation import generate as generate
+    from sitelens.fingerprints import fingerprint as fingerprint
     from sitelens.models import Model as Model
-    from sitelens.models import fingerprint as fingerprint
     from sitelens.models import load_model as load_model
     from sitelens.report import RunConfig as RunConfig
     from sitelens.report import RunReport as RunReport
@@ -61,7 +61,8 @@ _HOMES = {
     "conversion": ("list_models",),
     "embedding": ("TaskEmbedding", "embed_task"),
     "evaluation": ("echo", "evaluate", "generate"),
-    "models": ("Model", "fingerprint", "load_model"),
+    "fingerprints": ("fingerprint",),
+    "models": ("Model", "load_model"),
     "report": ("RunConfig", "RunReport", "run"),
     "selection": ("HeadSelection",),
     "defaults": ("SitelensError", "SitelensWarning", "settings"),

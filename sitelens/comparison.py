@@ -16,9 +16,10 @@ import torch
 from sitelens.conditions import Condition, FewShot, ZeroShot
 from sitelens.defaults import SitelensError, overridden, tracked
 from sitelens.evaluation import evaluate
+from sitelens.fingerprints import fingerprint
 from sitelens.methods import METHODS
 from sitelens.methods.common import fitting
-from sitelens.models import Model, fingerprint, resolve_model
+from sitelens.models import Model, resolve_model
 from sitelens.network import counted_tokens
 from sitelens.store import Artifact, default_store
 from sitelens.summary import summarize

@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sitelens.defaults import SitelensError, settings, tracked
+from sitelens.fingerprints import fingerprint
 from sitelens.forward import capture_z
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
-from sitelens.models import Model, check_fit, context_length, fingerprint, head_shape, own_tokenizer, resolve_model
+from sitelens.models import Model, check_fit, context_length, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
 from sitelens.store import Artifact, default_store
 from sitelens.tasks import Task, load_task

@@ -7,7 +7,8 @@ from importlib import metadata
 from typing import Any
 
 from sitelens import __version__
-from sitelens.models import Model, fingerprint, head_shape, model_name
+from sitelens.fingerprints import fingerprint
+from sitelens.models import Model, head_shape, model_name
 
 RECORDED = ("torch", "transformers", "transformer-lens", "numpy", "pandas", "plotly", "safetensors", "gguf")
 

@@ -14,7 +14,8 @@ import torch
 
 from sitelens.conditions import Condition
 from sitelens.evaluation import COLUMNS, evaluate
-from sitelens.models import Model, fingerprint
+from sitelens.fingerprints import fingerprint
+from sitelens.models import Model
 from sitelens.store import Artifact, default_store, digest, tensor_bytes
 from sitelens.tasks import Task
 

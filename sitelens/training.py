@@ -13,12 +13,8 @@ import pandas as pd
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.embedding import TaskEmbedding, embedded
-from sitelens.models import (
-    Model,
-    fingerprint,
-    resolve_model,
-    unchanged,
-)
+from sitelens.fingerprints import fingerprint, unchanged
+from sitelens.models import Model, resolve_model
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact, default_store, tensor_bytes
 from sitelens.tasks import Task, load_tasks

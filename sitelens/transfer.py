@@ -18,7 +18,8 @@ from sitelens.conditions import Condition, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, tracked
 from sitelens.embedding import TaskEmbedding, embedded
-from sitelens.models import Model, model_name, resolve_model, unchanged
+from sitelens.fingerprints import unchanged
+from sitelens.models import Model, model_name, resolve_model
 from sitelens.scoring import score_conditions
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact

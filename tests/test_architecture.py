@@ -21,7 +21,7 @@ PACKAGE = ROOT / "sitelens"
 ORDER: list[set[str]] = [
     {"defaults"},
     {"figures", "tasks", "store", "summary"},
-    {"prompts", "conversion"},
+    {"prompts", "conversion", "fingerprints"},
     {"models"},
     {"network"},
     {"memory", "provenance"},
@@ -39,7 +39,7 @@ ORDER: list[set[str]] = [
     {"gallery"},
     {"cli"},
 ]
-BRIDGED = {"models", "network", "forward", "heads", "methods"}  # may import transformer_lens
+BRIDGED = {"fingerprints", "models", "network", "forward", "heads", "methods"}  # may import transformer_lens
 VERSION = "sitelens.__version__"  # what every module may know of the package
 LONGEST = 320  # lines
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

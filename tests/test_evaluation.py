@@ -21,8 +21,9 @@ import sitelens as sl
 from sitelens.conditions import Condition, PatchHeads
 from sitelens.embedding import TaskEmbedding
 from sitelens.evaluation import COLUMNS
+from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook, decode, full_logits
-from sitelens.models import Model, fingerprint
+from sitelens.models import Model
 from sitelens.prompts import Prompt, PromptBatch, draw_demonstrations, few_shot_prompts, tokenize
 from sitelens.tasks import Example, Task
 from tests import micro, oracle

@@ -16,13 +16,14 @@ from torch import Tensor
 import sitelens as sl
 from sitelens.conditions import Condition, PatchHeads
 from sitelens.defaults import SitelensError
+from sitelens.fingerprints import fingerprint
 from sitelens.methods import METHODS, common, i2cl, icv, ltv, mtv
 from sitelens.methods.i2cl import LinearCombination, cosine
 from sitelens.methods.icv import InContextVector
 from sitelens.methods.lofit import HeadOffsets
 from sitelens.methods.lora import LowRank, adapted
 from sitelens.methods.streams import AddToStream, ReplaceStream
-from sitelens.models import Model, fingerprint, head_shape
+from sitelens.models import Model, head_shape
 from sitelens.network import counted_tokens
 from sitelens.tasks import Example, Task
 from tests import micro, oracle

@@ -22,10 +22,11 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from sitelens import conversion, list_models, models
+from sitelens import conversion, fingerprints, list_models, models
 from sitelens.conversion import PACKAGED, PackagedModel, packaged_folder
 from sitelens.defaults import SitelensError, SitelensWarning
-from sitelens.models import check_fit, fingerprint, load_model, own_tokenizer, resolve_model
+from sitelens.fingerprints import fingerprint
+from sitelens.models import check_fit, load_model, own_tokenizer, resolve_model
 from tests import micro
 
 TOKENS = torch.arange(20, 60)[None]
@@ -137,7 +138,7 @@ def test_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch):
     def fail(_: torch.Tensor) -> list[Any]:
         raise AssertionError("hashed again")
 
-    monkeypatch.setattr(models, "_tensor_digest", fail)
+    monkeypatch.setattr(fingerprints, "_tensor_digest", fail)
     bridge(TOKENS)
     assert fingerprint(bridge) == first
     with torch.no_grad():

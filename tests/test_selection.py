@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
-from sitelens.models import fingerprint
+from sitelens.fingerprints import fingerprint
 from sitelens.selection import HeadSelection
 from sitelens.store import DamagedArtifactError
 from tests import micro

@@ -16,7 +16,8 @@ from scipy.spatial.distance import squareform
 
 import sitelens as sl
 from sitelens import scoring, transfer
-from sitelens.models import Model, fingerprint
+from sitelens.fingerprints import fingerprint
+from sitelens.models import Model
 from sitelens.tasks import list_tasks
 from sitelens.transfer import Swap
 from tests import micro

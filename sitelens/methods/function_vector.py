@@ -10,13 +10,14 @@ from torch import Tensor
 from sitelens.conditions import Steps
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
+from sitelens.fingerprints import fingerprint
 from sitelens.forward import capture_z, full_logits
 from sitelens.heads.common import like_prompts
 from sitelens.heads.effects import indirect_effects
 from sitelens.heads.writing import output_weights
 from sitelens.methods.common import best_on_valid, fitting, prompts_of
 from sitelens.methods.streams import AddToStream
-from sitelens.models import Model, computing_dtype, fingerprint, head_shape, own_tokenizer, resolve_model
+from sitelens.models import Model, computing_dtype, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import few_shot_prompts
 from sitelens.tasks import Task, load_task
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sitelens.conditions import Condition
+from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.methods.common import drawn, fitting, mean_states, prompts_of, zero_shot
 from sitelens.methods.streams import check_stream
-from sitelens.models import Model, fingerprint, head_shape, own_tokenizer, resolve_model
+from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
 from sitelens.network import all_positions, run_tokens
 from sitelens.prompts import Prompt, few_shot_prompt
 from sitelens.tasks import Example, Task, load_task

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sitelens.conditions import Condition
+from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.methods.common import best_on_valid, drawn, fitting, prompts_of, states
 from sitelens.methods.streams import check_stream, stream_hook
-from sitelens.models import Model, fingerprint, head_shape, resolve_model
+from sitelens.models import Model, head_shape, resolve_model
 from sitelens.prompts import Prompt
 from sitelens.tasks import Task, load_task
 

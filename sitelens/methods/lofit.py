@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sitelens.conditions import Condition
+from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.methods.common import answer_loss, answered, drawn, fitting
-from sitelens.models import Model, check_fit, computing_dtype, fingerprint, head_shape, resolve_model, z_hook
+from sitelens.models import Model, check_fit, computing_dtype, head_shape, resolve_model, z_hook
 from sitelens.tasks import Task, load_task
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from sitelens.conditions import Condition
 from sitelens.defaults import SitelensError
+from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.methods.common import answer_loss, answered, best_on_valid, drawn, fitting
-from sitelens.models import Model, check_fit, fingerprint, head_shape, resolve_model
+from sitelens.models import Model, check_fit, head_shape, resolve_model
 from sitelens.tasks import Task, load_task
 
 RATES = (1e-4, 3e-4, 1e-3)

@@ -14,12 +14,13 @@ from torch.nn.functional import cross_entropy
 
 from sitelens.defaults import settings
 from sitelens.embedding import embed_task
+from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.heads.effects import shuffled_labels
 from sitelens.methods.common import best_on_valid, drawn, fitting, prompts_of
 from sitelens.methods.function_vector import written
 from sitelens.methods.streams import AddToStream, stream_hook
-from sitelens.models import Model, fingerprint, own_tokenizer, resolve_model
+from sitelens.models import Model, own_tokenizer, resolve_model
 from sitelens.network import run_tokens
 from sitelens.prefix import PrefixCache, ReadOnly
 from sitelens.prompts import draw_demonstrations, few_shot_prompt

@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from sitelens.conditions import PatchHeads
 from sitelens.defaults import settings
 from sitelens.embedding import embed_task
+from sitelens.fingerprints import fingerprint
 from sitelens.forward import HeadEdit, LastToken
 from sitelens.methods.common import MAX_VALID, fitting, zero_shot
-from sitelens.models import Model, computing_dtype, fingerprint, head_shape, resolve_model
+from sitelens.models import Model, computing_dtype, head_shape, resolve_model
 from sitelens.prefix import PrefixCache
 from sitelens.selection import HeadSelection
 from sitelens.tasks import Task, load_task

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 
 from sitelens.conditions import Steps
+from sitelens.fingerprints import fingerprint
 from sitelens.methods.common import best_on_valid, fitting, mean_states, prompts_of
 from sitelens.methods.streams import ReplaceStream, stream_hook
-from sitelens.models import Model, fingerprint, head_shape, own_tokenizer, resolve_model
+from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import few_shot_prompt
 from sitelens.tasks import Task, load_task
 
