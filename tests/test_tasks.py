@@ -117,7 +117,7 @@ def test_all_57_tasks_are_known_with_checksum_and_size_but_one():
 
 def test_every_local_task_has_its_known_checksum_and_sizes(data_folder: Path):
     with overridden(data_dir=data_folder):
-        found = [name for name in PUBLISHED if function_vectors.local_path(name)]
+        found = [name for name in PUBLISHED if function_vectors.FILES.local_path(name)]
         assert len(found) >= 40
         for name in found:
             task = load_task(f"fv/{name}")
@@ -171,7 +171,8 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("SITELENS_DATA", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server, overridden(data_dir=None):
-        monkeypatch.setattr(function_vectors, "UPSTREAM", f"http://127.0.0.1:{server.server_port}/")
+        files = replace(function_vectors.FILES, address=f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setattr(function_vectors, "FILES", files)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield folder
@@ -275,10 +276,11 @@ def test_splits_of_a_builtin_task_are_mixed():
 def test_list_tasks_has_a_row_for_every_name():
     frame = list_tasks()
     assert frame["name"].tolist() == task_names()
-    assert len(frame) == len(builtin.names()) + 57
+    assert len(frame) == len(builtin.names()) + 57 + 3 + 14 + 27
     row = frame.set_index("name").loc["antonym"]
     assert row["items"] == len(builtin.pairs("antonym")) and row["source"] == "built in" and row["description"]
-    assert frame.set_index("name")["items"].isna().loc[lambda absent: absent].index.tolist() == ["fv/squad_val"]
+    absent = frame.set_index("name")["items"].isna()
+    assert absent.index[absent].tolist() == ["fv/squad_val", "anli/r1", "anli/r2", "anli/r3"]
 
 
 @pytest.mark.parametrize(

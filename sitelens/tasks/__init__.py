@@ -1,7 +1,8 @@
 """Tasks: pairs of an input and its answer, split into train, valid and test.
 
-Built-in tasks need no download (`antonym`), `fv/NAME` is one of the 57 Function Vectors tasks, and own tasks come
-from a JSON or CSV file, a DataFrame or a list of pairs.
+Built-in tasks need no download (`antonym`), `fv/NAME` is one of the 57 Function Vectors tasks, `anli/ROUND`,
+`mmlu-pro/CATEGORY` and `bbh/NAME` are benchmarks, and own tasks come from a JSON or CSV file, a DataFrame or a list
+of pairs.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ import numpy as np
 import pandas as pd
 
 from sitelens.defaults import SitelensError
-from sitelens.tasks import builtin, function_vectors
+from sitelens.tasks import benchmarks, builtin, function_vectors
 from sitelens.tasks.examples import Example, parse_examples, read_file, warn_about_repeats
+from sitelens.tasks.listing import group_of as group_of
+from sitelens.tasks.listing import kinds_of as kinds_of
+from sitelens.tasks.listing import list_tasks as list_tasks
+from sitelens.tasks.listing import suite_names as suite_names
+from sitelens.tasks.listing import task_names as task_names
 
 QA_TEMPLATE = "Q: {input}\nA: {output}\n\n"
 METRICS = ("first_token", "exact_match", "prefix_match")
@@ -99,7 +105,7 @@ class Task:
 
 
 def load_task(name: str | Path | Task) -> Task:
-    """A task by name ("antonym", "fv/antonym"), or from a .json or .csv file. A Task is returned as it is.
+    """A task by name ("antonym", "fv/antonym", "bbh/navigate"), or from a .json or .csv file. A Task is returned as is.
 
     A JSON file is a list of {"input", "output", "also"?}, or an object with "examples" (such a list) or with
     "train", "valid" and "test" (three of them), and optionally "name", "metric" and "template".
@@ -116,6 +122,8 @@ def load_task(name: str | Path | Task) -> Task:
         return _builtin(text)
     if text.startswith("fv/") and text[3:] in function_vectors.registry():
         return _function_vectors(text[3:])
+    if found := benchmarks.find(text):
+        return _benchmark(text, *found)
     known = task_names()
     # "antonim" is near "antonym"; "fv/antonim" near "fv/antonym"
     near = difflib.get_close_matches(text, known, n=4, cutoff=0.6)
@@ -134,30 +142,6 @@ def load_tasks(names: Iterable[str | Path | Task] | str | Path | Task) -> list[T
         if count > 1:
             raise SitelensError(f"the task {name!r} is given {count} times; names must differ")
     return tasks
-
-
-def task_names() -> list[str]:
-    """All names that `load_task` knows."""
-    return [*builtin.names(), *(f"fv/{name}" for name in sorted(function_vectors.registry()))]
-
-
-def list_tasks() -> pd.DataFrame:
-    """One row a task: name, kind, items, where it comes from, description."""
-    rows: list[tuple[str, str, int | None, str, str]] = []
-    for name in builtin.names():
-        rows.append((name, builtin.kind(name), len(builtin.pairs(name)), "built in", builtin.describe(name)))
-    for name, row in sorted(function_vectors.registry().items()):
-        rows.append((f"fv/{name}", row["category"], row["examples"], function_vectors.SOURCE, "Todd et al. 2024"))
-    frame = pd.DataFrame(rows, columns=["name", "kind", "items", "source", "description"])
-    return frame.astype({"items": "Int64"})
-
-
-def kinds_of(names: Iterable[str]) -> dict[str, str]:
-    """ "extractive" or "abstractive" for every named task of which that is known."""
-    registry = function_vectors.registry()
-    kinds = {name: builtin.kind(name) for name in names if name in builtin.names()}
-    upstream = {name: name.removeprefix("fv/") for name in names if name.startswith("fv/")}
-    return kinds | {name: registry[own]["category"] for name, own in upstream.items() if own in registry}
 
 
 def check_template(template: str) -> None:
@@ -202,10 +186,24 @@ def _builtin(name: str) -> Task:
 
 def _function_vectors(name: str) -> Task:
     examples = [Example(item["input"], item["output"]) for item in function_vectors.items(name)]
-    train, valid, test = (tuple(examples[i] for i in part) for part in function_vectors_split(len(examples)))
-    shared = len({example.input for example in train} & {example.input for example in test})
-    note = f"{shared} inputs of train also stand in test (as upstream)" if shared else ""
-    return Task(f"fv/{name}", function_vectors.SOURCE, train, valid, test, metric="prefix_match", note=note)
+    train, valid, test = _split(examples)
+    shared = _shared(train, test)
+    note = f"{shared} (as upstream)" if shared else ""
+    return Task(f"fv/{name}", function_vectors.FILES.source, train, valid, test, metric="prefix_match", note=note)
+
+
+def _benchmark(name: str, benchmark: benchmarks.Benchmark, own: str) -> Task:
+    parts = benchmark.read(own)
+    if len(parts) == 3:
+        train, valid, test = parts.values()
+        notes = [f"the official splits {', '.join(parts)}"]
+    else:
+        [(split, examples)] = parts.items()
+        _check_number(name, examples)
+        train, valid, test = _split(examples)
+        notes = [f"70/9/21 of {split} (seed 32)"]
+    note = "; ".join(filter(None, [*notes, _shared(train, test)]))
+    return Task(name, benchmark.source, train, valid, test, metric="exact_match", note=note)
 
 
 def _from_file(path: Path) -> Task:
@@ -229,11 +227,25 @@ def _from_file(path: Path) -> Task:
 
 
 def _from_examples(name: str, examples: Sequence[Example], **options: Any) -> Task:
+    _check_number(name, examples)
+    warn_about_repeats(name, examples)
+    train, valid, test = _split(examples)
+    return Task(name, train=train, valid=valid, test=test, **options)
+
+
+def _check_number(name: str, examples: Sequence[Example]) -> None:
     if len(examples) < 4:
         raise SitelensError(f"task {name!r} has {len(examples)} items: at least 4 are needed to fill every split")
-    warn_about_repeats(name, examples)
-    train, valid, test = (tuple(examples[i] for i in part) for part in function_vectors_split(len(examples)))
-    return Task(name, train=train, valid=valid, test=test, **options)
+
+
+def _split(examples: Sequence[Example]) -> list[tuple[Example, ...]]:
+    return [tuple(examples[i] for i in part) for part in function_vectors_split(len(examples))]
+
+
+def _shared(train: Sequence[Example], test: Sequence[Example]) -> str:
+    """How many inputs stand in both; no text for none."""
+    shared = len({example.input for example in train} & {example.input for example in test})
+    return f"{shared} inputs of train also stand in test" if shared else ""
 
 
 def _listed(items: Any, path: Path) -> list[Any]:

@@ -1,0 +1,193 @@
+"""Benchmarks as tasks: ANLI by round, MMLU-Pro by category, BIG-Bench Hard (BBH) by task.
+
+Files come from `SITELENS_DATA` (`anli`, `mmlu_pro`, `bbh`) or are downloaded: ANLI and MMLU-Pro by the `datasets`
+library, BBH from its authors' repository at a pinned commit with known SHA-256 sums.
+
+These benchmarks are usually posed with instructions. Here their items are shown under the question-and-answer
+template of all other tasks, so that heads are compared under one form, and what an item's input and output are is
+this library's own choice. Outputs differ in their first token wherever the benchmark allows it: it is what is
+trained on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any
+
+from sitelens.defaults import SitelensError
+from sitelens.tasks.examples import Example
+from sitelens.tasks.pinned import PinnedFiles
+from sitelens.tasks.rows import file_rows, hub_rows, local_file
+
+Parts = dict[str, tuple[Example, ...]]
+"""Items by the name that upstream gives a split: train, development and test, or the only one."""
+
+LABELS = ("entailment", "neutral", "contradiction")
+LEAST_TRAIN = 11  # ten demonstrations and an item to ask
+ANLI, MMLU_PRO = "facebook/anli", "TIGER-Lab/MMLU-Pro"  # on the hub
+
+_COMMIT = "9ee07bd481feebf959a6b59d61ea57bdcf30964d"
+BBH_FILES = PinnedFiles(
+    suite="bbh",
+    repository="suzgunmirac/BIG-Bench-Hard",
+    commit=_COMMIT,
+    address=f"https://raw.githubusercontent.com/suzgunmirac/BIG-Bench-Hard/{_COMMIT}/bbh/",
+    folder="bbh",
+    fields=("input", "target"),
+    key="examples",
+)
+
+ROUNDS: dict[str, int | None] = {"r1": None, "r2": None, "r3": None}  # how many items depends on the splits at hand
+CATEGORIES: dict[str, int | None] = {
+    "biology": 717, "business": 789, "chemistry": 1132, "computer science": 410, "economics": 844, "engineering": 969,
+    "health": 818, "history": 381, "law": 1101, "math": 1351, "other": 924, "philosophy": 499, "physics": 1299,
+    "psychology": 798,
+}  # fmt: skip
+
+
+def anli(round_: str) -> Parts:
+    """One round (r1, r2, r3) of Adversarial NLI (Nie et al. 2020, arXiv:1910.14599; CC BY-NC 4.0).
+
+    Input: the premise, and on a line of its own the hypothesis after "Hypothesis:", as both are sentences that a
+    model could not tell apart otherwise. Output: the data set's own names of its labels, which are English words
+    that a model knows and that begin with different tokens.
+
+    All three official splits where they are at hand and large enough (always from the hub; a local folder may hold
+    the development set alone), else the development set.
+
+    Raises:
+        SitelensError: if the data can neither be found nor loaded, or for an item that cannot be used.
+    """
+    train, dev, test = splits = [f"{split}_{round_}" for split in ("train", "dev", "test")]
+    local = {split: path for split in splits if (path := local_file(f"anli/{split}.jsonl"))}
+    if dev in local:
+        chosen = splits if len(local) == 3 else [dev]
+        rows = {split: file_rows(local[split]) for split in chosen}
+    else:
+        files = f"anli/{dev}.jsonl (and anli/{train}.jsonl and anli/{test}.jsonl for the official splits)"
+        rows = {split: hub_rows(f"anli/{round_}", ANLI, split, files) for split in splits}
+    parts = {split: tuple(_inference(row, where) for where, row in found) for split, found in rows.items()}
+    enough = len(parts) == 3 and len(parts[train]) >= LEAST_TRAIN and parts[dev] and parts[test]
+    return parts if enough else {dev: parts[dev]}
+
+
+def mmlu_pro(slug: str) -> Parts:
+    """One category of MMLU-Pro's test split (Wang et al. 2024, arXiv:2406.01574; Apache-2.0).
+
+    Input: the question and under it the options, each on a line after its letter ("A. ..."), as MMLU is usually
+    shown. Output: the right one's letter, as the options are too long and too alike in their first tokens to be
+    answers themselves. Most questions have ten options, some fewer (seven of them one or two); all are kept.
+
+    There are five more questions a category in the hub's validation split, too few for anything; they are left out.
+
+    Raises:
+        SitelensError: if the data can neither be found nor loaded, have no such category, or for an item that cannot
+            be used.
+    """
+    category, path = slug.replace("-", " "), local_file("mmlu_pro/test.jsonl")
+    rows = file_rows(path) if path else hub_rows(f"mmlu-pro/{slug}", MMLU_PRO, "test", "mmlu_pro/test.jsonl")
+    categories = [_text(row, "category", where) for where, row in rows]
+    if category not in categories:
+        known = ", ".join(sorted(set(categories))) or "none"
+        raise SitelensError(f"mmlu-pro/{slug}: {path or MMLU_PRO} has no category {category!r}; there are: {known}")
+    return {"test": tuple(_choice(row, at) for (at, row), one in zip(rows, categories, strict=True) if one == category)}
+
+
+def bbh(name: str) -> Parts:
+    """One of BIG-Bench Hard's 27 tasks (Suzgun et al. 2022, arXiv:2210.09261; MIT).
+
+    Input and output are BBH's own, but where the answer is an option, "(B)", the output is its letter, "B": all
+    would begin with the same token otherwise. The one answer of `movie_recommendation` that is no option's letter
+    stays as it is. First tokens do not tell all answers apart where these are numbers (`object_counting`,
+    `multistep_arithmetic_two`) or lists of words (`word_sorting`).
+
+    Upstream's files carry a canary string that keeps them out of training corpora. It is left in them; this library
+    keeps no copy of the data of its own.
+
+    Raises:
+        SitelensError: if the file can neither be found nor downloaded, or is not the expected one.
+    """
+    where = f"bbh/{name}, item"
+    items = enumerate(BBH_FILES.items(name), start=1)
+    return {"examples": tuple(_reasoning(item, f"{where} {number}") for number, item in items)}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark: its name in a results table, where it is from, its tasks' names and sizes (None: it depends)."""
+
+    title: str
+    source: str
+    description: str
+    tasks: Callable[[], Mapping[str, int | None]]
+    read: Callable[[str], Parts]
+
+
+BENCHMARKS = {
+    "anli": Benchmark("ANLI", ANLI, "Nie et al. 2020", lambda: ROUNDS, anli),
+    "mmlu-pro": Benchmark(
+        "MMLU-Pro",
+        MMLU_PRO,
+        "Wang et al. 2024",
+        lambda: {category.replace(" ", "-"): n for category, n in CATEGORIES.items()},
+        mmlu_pro,
+    ),
+    "bbh": Benchmark(
+        "BBH",
+        BBH_FILES.source,
+        "Suzgun et al. 2022",
+        lambda: {name: row["examples"] for name, row in sorted(BBH_FILES.registry.items())},
+        bbh,
+    ),
+}
+
+
+def names(suite: str) -> list[str]:
+    """The names of a benchmark's tasks, as `load_task` knows them, sorted."""
+    return [f"{suite}/{own}" for own in BENCHMARKS[suite].tasks()]
+
+
+def find(name: str) -> tuple[Benchmark, str] | None:
+    """The benchmark that a task belongs to and the task's name within it; None if it belongs to none."""
+    suite, _, own = name.partition("/")
+    return (BENCHMARKS[suite], own) if suite in BENCHMARKS and own in BENCHMARKS[suite].tasks() else None
+
+
+# Items
+
+
+def _inference(row: Any, where: str) -> Example:
+    label = row.get("label") if isinstance(row, Mapping) else None
+    premise, hypothesis = _text(row, "premise", where), _text(row, "hypothesis", where)
+    if not isinstance(label, int) or label not in range(len(LABELS)):
+        raise SitelensError(f"{where}: 'label' must be 0 ({LABELS[0]}), 1 or 2 ({LABELS[2]}), not {label!r}")
+    return Example(f"{premise}\nHypothesis: {hypothesis}", LABELS[label])
+
+
+def _choice(row: Any, where: str) -> Example:
+    question, answer, options = _text(row, "question", where), _text(row, "answer", where), row.get("options")
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise SitelensError(f"{where}: 'options' must be a list of texts, not {options!r}")
+    if len(options) > len(ascii_uppercase):
+        raise SitelensError(f"{where}: {len(options)} options, more than there are letters")
+    letters = ascii_uppercase[: len(options)]
+    if answer not in tuple(letters):
+        raise SitelensError(f"{where}: the answer {answer!r} is none of the options' letters, {letters or 'none'}")
+    lines = [f"{letter}. {option.strip()}" for letter, option in zip(letters, options, strict=True)]
+    return Example("\n".join([question, *lines]), answer)
+
+
+def _reasoning(row: Any, where: str) -> Example:
+    target = _text(row, "target", where)
+    option = re.fullmatch(r"\(([A-Z])\)", target)
+    return Example(_text(row, "input", where), option[1] if option else target)
+
+
+def _text(row: Any, field: str, where: str) -> str:
+    value = row.get(field) if isinstance(row, Mapping) else None
+    if not isinstance(value, str) or not value.strip():
+        raise SitelensError(f"{where}: {field!r} must be text that is not empty, not {value!r}")
+    return value.strip()

@@ -1,0 +1,129 @@
+"""Task files of somebody's repository, pinned to one commit and checked against known SHA-256 sums.
+
+They are downloaded once, or read from a folder of the same layout in `SITELENS_DATA`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sitelens.defaults import SitelensError, SitelensWarning, settings
+
+
+@dataclass(frozen=True)
+class PinnedFiles:
+    """One JSON file a task, all of them with the same fields.
+
+    suite: what the tasks' names begin with ("fv").
+    repository, commit: where the files come from, on GitHub.
+    address: the URL under which they lie, with a slash at its end.
+    folder: their folder in the local data folder; `data/<folder>.json` of this package holds their checksums.
+    fields: the names of an item's input and answer.
+    key: the key under which a file has its list of items; None where the file is that list.
+    """
+
+    suite: str
+    repository: str
+    commit: str
+    address: str
+    folder: str
+    fields: tuple[str, str]
+    key: str | None = None
+
+    @property
+    def source(self) -> str:
+        """Repository and commit, as results name them."""
+        return f"{self.repository}@{self.commit[:7]}"
+
+    @cached_property
+    def registry(self) -> dict[str, dict[str, Any]]:
+        """name -> category (if they have any), sha256 (None: not known), bytes, examples, of every task."""
+        text = resources.files("sitelens.tasks").joinpath(f"data/{self.folder}.json").read_text("utf-8")
+        return {row["name"]: row for row in json.loads(text)}
+
+    def items(self, name: str) -> list[dict[str, Any]]:
+        """The task's items as upstream wrote them.
+
+        Raises:
+            SitelensError: if the file can neither be found nor downloaded, or is not the expected one.
+        """
+        return self._parsed(name, self.local_path(name) or self._download(name))
+
+    def local_path(self, name: str) -> Path | None:
+        """The task's file in the local data folder, checked; None where there is no such file.
+
+        Raises:
+            SitelensError: if the file is another one than upstream's.
+        """
+        folder = settings.data()
+        if folder is None:
+            return None
+        path = folder / self.folder / self._place(name)
+        if not path.exists():
+            return None
+        expected, found = self.registry[name]["sha256"], hashlib.sha256(path.read_bytes()).hexdigest()
+        if expected not in (None, found):
+            raise SitelensError(
+                f"{path} is not the upstream file of {self.suite}/{name}: SHA-256 {found}, expected {expected}"
+            )
+        return path
+
+    def _place(self, name: str) -> str:
+        category = self.registry[name].get("category")
+        return f"{category}/{name}.json" if category else f"{name}.json"
+
+    def _download(self, name: str) -> Path:
+        import pooch
+
+        url = f"{self.address}{self._place(name)}"
+        folder = settings.cache() / "data" / self.folder / self.commit[:12]
+        pooch.utils.get_logger().setLevel("WARNING")
+        try:
+            path = Path(pooch.retrieve(url, self._known_hash(name, folder), fname=f"{name}.json", path=folder))
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+            layout = sorted({f"{self.folder}/{self._place(one)}".replace(f"/{one}.", "/*.") for one in self.registry})
+            raise SitelensError(
+                f"{self.suite}/{name} could not be downloaded from {url}: {error}. Without a network, put the "
+                f"authors' files into a folder as {' and '.join(layout)} and set SITELENS_DATA to it."
+            ) from error
+        if self.registry[name]["sha256"] is None:
+            try:
+                self._parsed(name, path)
+            except SitelensError:
+                path.unlink()  # whatever came instead is not worth keeping
+                raise
+            self._record_hash(name, path, folder)
+        return path
+
+    def _parsed(self, name: str, path: Path) -> list[dict[str, Any]]:
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            found = content if self.key is None else content[self.key]
+            if found and all(isinstance(item[field], str) for item in found for field in self.fields):
+                return found
+        except (ValueError, TypeError, KeyError):
+            pass
+        kinds = " and ".join(f"{field}s" for field in self.fields)
+        raise SitelensError(f"{self.suite}/{name}: {path} holds no list of {kinds}")
+
+    def _known_hash(self, name: str, folder: Path) -> str | None:
+        recorded = folder / f"{name}.sha256"
+        return self.registry[name]["sha256"] or (recorded.read_text().strip() if recorded.exists() else None)
+
+    def _record_hash(self, name: str, path: Path, folder: Path) -> None:
+        recorded = folder / f"{name}.sha256"
+        if not recorded.exists():
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+            recorded.write_text(found)
+            warnings.warn(
+                f"{self.suite}/{name} has no known checksum; from now on SHA-256 {found} is expected of it",
+                SitelensWarning,
+                stacklevel=2,
+            )

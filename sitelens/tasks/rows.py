@@ -1,0 +1,74 @@
+"""Rows of a data set: from a JSON-lines file in the local data folder, or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sitelens.defaults import SitelensError, settings
+
+Row = tuple[str, Any]
+"""Where a row stands, to begin an error's text with, and what stands there."""
+
+
+def local_file(place: str) -> Path | None:
+    """A file of the local data folder; None where there is no folder or no such file in it."""
+    folder = settings.data()
+    return folder / place if folder is not None and (folder / place).is_file() else None
+
+
+def file_rows(path: Path) -> Sequence[Row]:
+    """The objects of a file with one JSON object a line; blank lines count for nothing.
+
+    The last file is kept in memory and parsed again only if it was changed.
+
+    Raises:
+        SitelensError: naming the line that is not JSON, or if the file is not UTF-8.
+    """
+    state = path.stat()
+    return _parsed(path, state.st_mtime_ns, state.st_size)
+
+
+def hub_rows(task: str, address: str, split: str, files: str) -> Sequence[Row]:
+    """The rows of a data set's split on the Hugging Face hub, loaded by the `datasets` library.
+
+    `files` says in an error's text what the local data folder should hold instead. The last split is kept in memory.
+
+    Raises:
+        SitelensError: if it cannot be loaded.
+    """
+    try:
+        return _loaded(address, split)
+    except Exception as error:  # datasets, the hub's client and its HTTP library share no class of errors
+        raise SitelensError(
+            f"{task} could not be loaded from https://huggingface.co/datasets/{address} ({split}): {error}. Without "
+            f"a network, put {files} into a folder and set SITELENS_DATA to it."
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _parsed(path: Path, _changed: int, _size: int) -> Sequence[Row]:
+    try:
+        lines = path.read_text("utf-8").split("\n")  # not at the other line ends that a text may contain
+    except UnicodeDecodeError as error:
+        raise SitelensError(f"{path} is not UTF-8 text: {error}") from error
+    places = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return tuple((where, _json(line, where)) for where, line in places)
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SitelensError(f"{where} is not JSON: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _loaded(address: str, split: str) -> Sequence[Row]:
+    from datasets import load_dataset
+
+    rows = load_dataset(address, split=split)
+    return tuple((f"{address}, {split} item {number}", row) for number, row in enumerate(rows, start=1))
