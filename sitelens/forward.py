@@ -246,7 +246,7 @@ def decode(
         if not going or step == max_new_tokens - 1:
             break
         if len(going) < len(active):
-            index = torch.tensor(going, device=mask.device)
+            index = torch.tensor(going)  # on the CPU: layers may lie on different devices
             active, mask, tokens = [active[place] for place in going], mask[index], tokens[index]
             cache.batch_select_indices(index)
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)

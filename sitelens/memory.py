@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from sitelens.models import Model
+from sitelens.models import Model, model_dtype
 from sitelens.network import can_unhook
 
 MAX_ROWS = 64  # of one last-token batch: past this the time per row no longer falls
@@ -99,4 +99,4 @@ def _d_mlp(model: Model) -> int:
 
 
 def _itemsize(model: Model) -> int:
-    return next(model.original_model.parameters()).element_size()
+    return model_dtype(model).itemsize

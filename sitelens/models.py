@@ -16,9 +16,11 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module, detect_tokenizer_bos_eos
 
+from sitelens.catalogue import PAPER, how_to_get
 from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder, quiet_transformers
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.fingerprints import fingerprint, text_config
+from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
 
 Model = TransformerBridge
 
@@ -26,25 +28,40 @@ DEFAULT_MODEL = "smollm2-135m"
 
 
 def load_model(
-    name: str | Path | Model | None = None, *, dtype: torch.dtype | str | None = None, device: Any = None
+    name: str | Path | Model | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: Any = None,
+    device_map: Any = None,
+    quantize: str | None = None,
 ) -> Model:
     """A model with frozen weights and TransformerLens hook points.
 
     `name` is a packaged model (default: "smollm2-135m"), a hub id, a local folder, a .gguf file, or a
     TransformerBridge, which is returned as it is. `dtype` defaults to float32 for GGUF weights and to the
-    checkpoint's own otherwise; `device` to a GPU where there is one.
+    checkpoint's own otherwise; `device` to a GPU where there is one. `device_map` ("auto", or as transformers takes it)
+    spreads the layers over several devices. `quantize="nf4"` loads 4-bit weights as the paper does for its large models
+    (bitsandbytes, NF4, double quantisation, computing in bfloat16 or in `dtype`).
 
     Raises:
-        SitelensError: for an unknown model (with the nearest names), or weights that cannot be had.
+        SitelensError: for an unknown model (with the nearest names), weights that cannot be had (with the command that
+            gets them), a quantisation that is not to be trusted, or both `device` and `device_map`.
     """
     if isinstance(name, TransformerBridge):
         return name
+    if device is not None and device_map is not None:
+        raise SitelensError("give device or device_map, not both")
     name = DEFAULT_MODEL if name is None else str(name)
     if isinstance(dtype, str):
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype):
             raise SitelensError(f"unknown dtype {dtype!r}; write for example 'float32' or 'bfloat16'")
         dtype = found
+    packed = None
+    if quantize is not None:
+        check_quantization(quantize)
+        dtype = dtype or torch.bfloat16
+        packed = nf4_config(dtype)
     if name in PACKAGED:
         folder, dtype = packaged_folder(name), dtype or torch.float32
     elif name.endswith(".gguf"):
@@ -54,12 +71,16 @@ def load_model(
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         folder = name  # a hub id
     else:
-        near = difflib.get_close_matches(name.lower(), list(PACKAGED), n=2, cutoff=0.4) or list(PACKAGED)
+        known = [*PACKAGED, *PAPER]
+        near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.4) or list(PACKAGED)
         raise SitelensError(
             f"unknown model {name!r}: did you mean {' or '.join(near)}? "
             "Otherwise give a hub id (owner/name), a folder, or a .gguf file that exists"
         )
-    return _boot(folder, name, dtype or "auto", device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return _boot(
+        folder, name, {"dtype": dtype or "auto", "device_map": device_map, "quantization_config": packed}, place
+    )
 
 
 @functools.cache
@@ -80,6 +101,8 @@ def resolve_model(model: str | Path | Model | None) -> Model:
         return load_model(model)
     if z_hook(0) not in model.hook_dict:
         raise SitelensError(f"{model_name(model)} has no hook point {z_hook(0)}: its heads cannot be patched")
+    if getattr(model.original_model, "is_loaded_in_8bit", False):
+        raise SitelensError(f"{model_name(model)}: {NO_8BIT}")
     if model.original_model.training:
         raise SitelensError(f"{model_name(model)} is in training mode, where dropout is random: call model.eval()")
     return model
@@ -107,7 +130,12 @@ def context_length(model: Model) -> int | None:
 
 def computing_dtype(model: Model) -> torch.dtype:
     """The dtype in which alpha is kept and heads are mixed: float32, or the model's own where that is wider."""
-    return torch.promote_types(next(model.original_model.parameters()).dtype, torch.float32)
+    return torch.promote_types(model_dtype(model), torch.float32)
+
+
+def model_dtype(model: Model) -> torch.dtype:
+    """The dtype of a model's activations: that of its embeddings, which no quantisation packs."""
+    return next(p.dtype for p in model.original_model.parameters() if p.is_floating_point())
 
 
 # model -> the tokenizer it was given, and the one to be used
@@ -156,25 +184,34 @@ def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Mo
         )
 
 
-def _boot(folder: str | Path, name: str, dtype: torch.dtype | str, device: Any) -> Model:
+def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -> Model:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options, output_loading_info=True)
             network, found = loaded
             if found["missing_keys"]:
                 raise ValueError(f"it has no weights {', '.join(sorted(found['missing_keys'])[:3])}, ...")
-            network = network.to(device).eval()
+            if options["device_map"] is None:
+                network = network.to(device)
+            network.eval()
+        if options["quantization_config"] is not None:
+            settle(network)
         model = build_bridge_from_module(
-            network, type(network).__name__, hf_config=network.config, device=str(device), model_name=name
-        )
+            network, type(network).__name__, hf_config=network.config, model_name=name,
+            device=str(network.get_input_embeddings().weight.device),
+        )  # fmt: skip
     except Exception as error:  # each library below us raises its own kinds for what is no model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        command = (
+            f"get it with `{how_to_get(name)}`" if folder == name else "is it a folder of a causal language model?"
+        )
         raise SitelensError(
-            f"the model {name!r} could not be loaded: {reason} (a gated or private model needs `hf auth login`; "
-            "without a network, give a local folder or use a packaged model: " + ", ".join(PACKAGED) + ")"
+            f"the model {name!r} could not be loaded: {reason} ({command}; a gated or private model needs "
+            "`hf auth login` and its licence accepted on its hub page; without a network, give a local folder or use a "
+            "packaged model: " + ", ".join(PACKAGED) + ")"
         ) from error
     model.requires_grad_(False)  # after the bridge is built: it makes new parameters where q, k and v are fused
     # Set only now: a tokenizer given to the builder is reloaded with a BOS token that the model may not know.

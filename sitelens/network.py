@@ -26,7 +26,7 @@ from sitelens.models import Model
 
 # Model types whose wrappers have no weights of their own, and whose z reaches the output projection as attention gave
 # it: those that the tests compare with raw forward passes. All others run through the bridge.
-PLAIN = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3_text"})
+PLAIN = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3", "gemma3_text"})
 
 
 @dataclass

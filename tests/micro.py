@@ -15,11 +15,12 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sitelens.models import Model, _tokenizers
 from sitelens.tasks import Task
+from tests import paper
+from tests.paper import WINDOW
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Every answer must be one known word; two-letter words give enough of them.
 WORDS = [first + second for first in LETTERS[:12] for second in LETTERS[:8]]
-WINDOW = 8  # tokens of the sliding window, shorter than most prompts
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -39,12 +40,14 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 FAMILIES = list(_FAMILIES)
-# For the tests that reach furthest only: the other model type that runs without its bridge, and a single key head.
+# For the tests that reach furthest only: the other model type that runs without its bridge, a single key head, a d_head
+# that does not divide d_model, and the models of the paper, shrunk.
 _FAMILIES |= {
     "Qwen2": ("Qwen2ForCausalLM", _COMMON),
     "MultiQuery": ("LlamaForCausalLM", _COMMON | {"num_key_value_heads": 1}),
+    "OddHeads": ("Qwen3ForCausalLM", _COMMON | {"head_dim": 12}),
 }
-MORE_FAMILIES = list(_FAMILIES)
+MORE_FAMILIES = [*_FAMILIES, *paper.CONFIGS]
 
 
 def tokenizer(bos: bool = False) -> Any:
@@ -66,10 +69,10 @@ def tokenizer(bos: bool = False) -> Any:
 
 @functools.cache
 def _network(family: str, dtype: torch.dtype, seed: int) -> Any:
-    name, options = _FAMILIES[family]
-    config = getattr(transformers, name).config_class(
-        vocab_size=len(tokenizer()), pad_token_id=0, bos_token_id=1, eos_token_id=2, **options
-    )
+    words = len(tokenizer())
+    name, options = paper.shrunk(family, words) if family in paper.CONFIGS else _FAMILIES[family]
+    whole = options if family in paper.CONFIGS else options | {"vocab_size": words}
+    config = getattr(transformers, name).config_class(pad_token_id=0, bos_token_id=1, eos_token_id=2, **whole)
     torch.manual_seed(seed)
     network = getattr(transformers, name)(config)
     with torch.no_grad():  # larger than at a usual start, so that every head matters

@@ -22,6 +22,7 @@ ORDER: list[set[str]] = [
     {"defaults"},
     {"figures", "tasks", "store", "summary"},
     {"prompts", "conversion", "fingerprints"},
+    {"catalogue", "quantization"},
     {"models"},
     {"network"},
     {"memory", "provenance"},

@@ -17,7 +17,7 @@ import torch
 
 import sitelens
 from sitelens import cli, models, report
-from sitelens.cli import main
+from sitelens.cli import experiments, main
 from sitelens.conversion import PACKAGED
 from sitelens.report import RunConfig
 from sitelens.store import Artifact, default_store
@@ -45,7 +45,7 @@ def words(value: list[str] | str) -> str:
 
 
 def config_of(*arguments: str) -> RunConfig:
-    return cli._config(cli._parser().parse_args(["run", *arguments]))
+    return experiments.run_config(cli._parser().parse_args(["run", *arguments]))
 
 
 def recorded(path: Path, config: RunConfig) -> Path:

@@ -29,13 +29,19 @@ from tests import micro, oracle
 LENGTHS = (15, 9, micro.WINDOW, 4, 1)
 TEXTS = [" ".join(micro.WORDS[17 * i : 17 * i + length]) for i, length in enumerate(LENGTHS)]
 AMPLE = 2**30  # bytes: everything fits into one chunk
-EXACT = 3e-6  # share of the scale of logits or gradients; float32 rounding alone gives up to half of it
+EXACT = 5e-6  # share of the scale of logits or gradients; float32 rounding alone gives up to 3.3e-6
 MIXINGS = ("convex", "additive")
 
 
 @functools.cache
 def raw(family: str, dtype: torch.dtype = torch.float32) -> Any:
     return micro.raw(family, dtype).requires_grad_(False)
+
+
+@pytest.fixture
+def family(wide_family: str) -> str:
+    """Every shape there is: these tests carry all others."""
+    return wide_family
 
 
 @pytest.fixture
@@ -122,9 +128,9 @@ def test_texts_have_the_lengths_they_are_named_for() -> None:
 
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_prefix_path_gives_the_oracles_logits_and_gradients(wide_family: str, mixing: Any, watched: bool) -> None:
+def test_prefix_path_gives_the_oracles_logits_and_gradients(family: str, mixing: Any, watched: bool) -> None:
     """Both without the bridge, where the family allows it, and through it, where a hook listens."""
-    family, model = wide_family, micro.bridge(wide_family)
+    model = micro.bridge(family)
     start, vectors = random_mix(model, len(TEXTS))
     untouched = oracle.patched_logits(raw(family), ids_of(TEXTS), 0 * start, vectors)
     alpha, expected_alpha = (start.clone().requires_grad_() for _ in range(2))

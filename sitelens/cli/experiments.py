@@ -1,0 +1,173 @@
+"""Commands that compute: run, transfer, compare, figures."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from sitelens.cli.options import run_options
+from sitelens.defaults import SitelensError, SitelensWarning
+
+if TYPE_CHECKING:
+    from sitelens.config import TrainConfig
+    from sitelens.models import Model
+    from sitelens.report import RunConfig
+
+
+# Options of `run` that a run.json does not record, so that they may stand beside --again.
+_NOT_RECORDED = (
+    "again",
+    "out",
+    "formats",
+    "dtype",
+    "device",
+    "device_map",
+    "quantize",
+    "memory_budget",
+    "cache",
+    "data",
+    "progress",
+    "command",
+)
+
+
+def run(options: argparse.Namespace) -> None:
+    config = run_config(options)
+    from sitelens.tasks import load_tasks
+
+    with warnings.catch_warnings():  # the run itself says them
+        warnings.simplefilter("ignore", SitelensWarning)
+        load_tasks(config.tasks)  # a wrong name shows before a model is loaded
+    from sitelens.report import run
+
+    model = _load_model(options, config.model)
+    report = run(config, model, memory_budget=options.memory_budget)
+    for metric in config.metrics:
+        print(f"{metric.replace('_', ' ')}, per cent, 95% intervals, {config.n_items or 'all'} test items at most "
+              f"a task, model {config.model}\n")  # fmt: skip
+        print(report.table(metric) + "\n")
+    print(f"random: mean of {config.draws} draws, ± their standard deviation; echo: answering with the query itself")
+    if options.out is not None:
+        report.save(options.out, options.formats)
+        print(f"heatmaps, selections, embeddings, scores and run.json are in {options.out}")
+
+
+def _load_model(options: argparse.Namespace, name: str | None = None) -> Model:
+    from sitelens.models import load_model
+
+    return load_model(
+        name or options.model, dtype=options.dtype, device=options.device, device_map=options.device_map,
+        quantize=options.quantize,
+    )  # fmt: skip
+
+
+def run_config(options: argparse.Namespace) -> RunConfig:
+    from sitelens.report import RunConfig
+
+    if options.again is not None:
+        plain = argparse.ArgumentParser()
+        run_options(plain)
+        usual = vars(plain.parse_args([]))
+        changed = [name for name, value in usual.items() if name not in _NOT_RECORDED and value != vars(options)[name]]
+        if changed:
+            raise SitelensError(f"give tasks and options or --again run.json, not both: {', '.join(changed)}")
+        return RunConfig.load(options.again)
+    if not options.tasks:
+        raise SitelensError("name at least one task; `sitelens tasks` lists them")
+    return RunConfig(
+        tasks=tuple(options.tasks), template=options.template, model=options.model, n_prompts=options.n_prompts,
+        n_shots=options.n_shots, train=_train_config(options), k=options.k, draws=options.draws,
+        n_items=options.n_items or None, metrics=tuple(dict.fromkeys(options.metrics)), seed=options.seed,
+    )  # fmt: skip
+
+
+def _train_config(options: argparse.Namespace) -> TrainConfig:
+    from sitelens.config import TrainConfig
+
+    return TrainConfig(
+        steps=options.steps, lr=options.lr, batch_size=options.batch_size, eval_every=options.eval_every,
+        n_valid=options.n_valid, checkpoint=options.checkpoint, mixing=options.mixing, seed=options.train_seed,
+        init=options.init if options.init == "random" else _number(options.init, "--init"),
+    )  # fmt: skip
+
+
+def transfer(options: argparse.Namespace) -> None:
+    train = _train_config(options)
+    from sitelens.tasks import load_tasks
+
+    tasks = load_tasks(options.tasks)  # a wrong name shows before a model is loaded
+    from sitelens.gallery import save_figure
+    from sitelens.transfer import transfer_matrix
+
+    model = _load_model(options)
+    grid = transfer_matrix(
+        tasks, model, swap=options.swap, n_items=options.n_items or None, metric=options.metric,
+        n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, seed=options.seed,
+        memory_budget=options.memory_budget,
+    )  # fmt: skip
+    print(f"{options.metric.replace('_', ' ')} accuracy in per cent, model {options.model}: sources down, targets "
+          f"across, {options.swap} of the source\n")  # fmt: skip
+    print((100 * grid.frame).round().astype(int).to_string() + "\n")
+    print((100 * grid.zero_shot).round().astype(int).rename("zero-shot").to_frame().T.to_string())
+    if options.out is not None:
+        command = f"sitelens transfer {' '.join(options.tasks)} --swap {options.swap} --model {options.model}"
+        facts = {"n_items": options.n_items, "seed": options.seed, "train": asdict(train)}
+        save_figure(grid.heatmap(), grid.long(), "transfer", options.out, options.formats, command, model, facts)
+        grid.save(options.out / "transfer.safetensors")
+        print(f"\nheatmap, transfer.csv, transfer.json and transfer.safetensors are in {options.out}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    import json
+
+    from sitelens.tasks import load_tasks
+
+    tasks = load_tasks(options.tasks)  # a wrong name shows before a model is loaded
+    from sitelens import figures
+    from sitelens.comparison import by_method, checked_methods, compare
+    from sitelens.gallery import save_figure
+
+    methods: Any = "all" if options.methods == ["all"] else checked_methods(options.methods)
+    chosen: dict[str, dict[str, Any]] = {}
+    for setting in options.settings:
+        key, _, value = setting.partition("=")
+        method, _, option = key.partition(".")
+        try:
+            chosen.setdefault(method, {})[option] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise SitelensError(f"--set takes METHOD.OPTION=VALUE with a JSON value, got {setting!r}") from error
+    model = _load_model(options)
+    n_items = options.n_items or None
+    frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
+    wide = frame.pivot(index="method", columns="task", values="accuracy").reindex(frame["method"].unique())
+    print(f"first-token accuracy in per cent, at most {n_items or 'all'} test items a task, model {options.model}\n")
+    print((100 * wide).round().astype(int).to_string() + "\n")
+    print(by_method(frame).round(3).to_string(index=False))
+    if options.out is not None:
+        words = [*options.tasks, "--methods", *options.methods, *(["--set", *options.settings] if chosen else [])]
+        command = f"sitelens compare {' '.join(words)} --n-items {options.n_items} --model {options.model}"
+        facts = {"n_items": options.n_items, "seed": options.seed, "options": chosen}
+        save_figure(figures.comparison(frame), frame, "comparison", options.out, options.formats, command, model, facts)
+        print(f"\nfigure, comparison.csv and comparison.json are in {options.out}")
+
+
+def figures(options: argparse.Namespace) -> None:
+    from sitelens.gallery import PICTURES, make_figures
+
+    if options.list:
+        print("\n".join(f"{name:<26}{picture.caption}" for name, picture in PICTURES.items()))
+        return
+    written = make_figures(
+        options.names or None, options.out, options.model, tasks=options.tasks, n_items=options.n_items,
+        seed=options.seed, formats=options.formats, memory_budget=options.memory_budget,
+    )  # fmt: skip
+    print("\n".join(map(str, written)))
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SitelensError(f"{option} must be a number or 'random', not {text!r}") from None
