@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from sitelens.similarity import HeadSimilarity as HeadSimilarity
     from sitelens.similarity import head_similarity as head_similarity
     from sitelens.similarity import similarity_predicts_transfer as similarity_predicts_transfer
+    from sitelens.suites import SuiteResult as SuiteResult
+    from sitelens.suites import run_suite as run_suite
     from sitelens.summary import summarize as summarize
     from sitelens.tasks import Example as Example
     from sitelens.tasks import Task as Task
@@ -66,6 +68,7 @@ _HOMES = {
     "report": ("RunConfig", "RunReport", "run"),
     "selection": ("HeadSelection",),
     "defaults": ("SitelensError", "SitelensWarning", "settings"),
+    "suites": ("SuiteResult", "run_suite"),
     "summary": ("summarize",),
     "tasks": ("Example", "Task", "list_tasks", "load_task", "load_tasks"),
     "training": ("TrainResult", "train_selection", "train_selections"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -202,6 +202,51 @@ def tokenize(
         tokens.reshape(len(ids), width), mask, first,
         tuple(map(tuple, accepted)), tuple(p.text for p in prompts), tuple(p.answers for p in prompts),
     )  # fmt: skip
+
+
+def item_sizes(items: Sequence[Example], template: str, tokenizer: Any) -> list[int]:
+    """Tokens that each item takes in a prompt as a demonstration, and one to spare."""
+    if not items:
+        return []
+    alone = few_shot_prompt(template, [], items[0], tokenizer)
+    behind = [few_shot_prompt(template, [item], items[0], tokenizer) for item in items]
+    first, *both = map(len, _encode([alone.text, *(prompt.text for prompt in behind)], [alone], tokenizer))
+    return [size - first + 1 for size in both]
+
+
+def within_context(task: Task, tokenizer: Any, room: int, n_shots: int) -> Task:
+    """The task without the items that are too long for few-shot prompts of at most `room` tokens.
+
+    An item is dropped from its split if it takes, with its answer, more than an (n_shots + 1)-th of the room; so every
+    prompt fits, whichever items it shows.
+    """
+    splits = {split: task.split(split) for split in ("train", "valid", "test")}
+    everything = [item for items in splits.values() for item in items]
+    if not everything:
+        return task
+    sizes = item_sizes(everything, task.template, tokenizer)
+    alone = few_shot_prompt(task.template, [], everything[0], tokenizer)
+    around = max(0, len(_encode([alone.text], [alone], tokenizer)[0]) - sizes[0])  # what a chat template adds once
+    limit = (room - around) // (n_shots + 1)
+    kept = iter(size <= limit for size in sizes)
+    chosen = {split: tuple(item for item in items if next(kept)) for split, items in splits.items()}
+    dropped = len(everything) - sum(map(len, chosen.values()))
+    if not dropped:
+        return task
+    note = f"{dropped} of {len(everything)} items are dropped: longer than {limit} tokens"
+    return replace(task, **chosen, note="; ".join(text for text in (task.note, note) if text))
+
+
+def shared_first_tokens(task: Task, tokenizer: Any) -> set[str]:
+    """The answers of a task whose first token is also that of another of its answers."""
+    items = {item.output: item for split in (task.train, task.valid, task.test) for item in split}
+    prompts = [few_shot_prompt(task.template, [], item, tokenizer) for item in items.values()]
+    ids = _encode([prompt.text for prompt in prompts], prompts, tokenizer)
+    pairs = [(i, prompt.answers[0]) for i, prompt in enumerate(prompts)]
+    by_token: dict[int, list[str]] = {}
+    for output, (tokens, _) in zip(items, answer_tokens(prompts, ids, pairs, tokenizer), strict=True):
+        by_token.setdefault(tokens[0], []).append(output)
+    return {output for outputs in by_token.values() if len(outputs) > 1 for output in outputs}
 
 
 def answer_tokens(

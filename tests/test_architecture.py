@@ -38,6 +38,7 @@ ORDER: list[set[str]] = [
     {"studies"},
     {"comparison"},
     {"gallery"},
+    {"suites"},
     {"cli"},
 ]
 BRIDGED = {"fingerprints", "models", "network", "forward", "heads", "methods"}  # may import transformer_lens

@@ -12,13 +12,22 @@ from typing import Any
 
 from sitelens import __version__
 from sitelens.cli import experiments, listings
-from sitelens.cli.options import Help, compare_options, figures_options, run_options, transfer_options
+from sitelens.cli.options import (
+    Help,
+    compare_options,
+    figures_options,
+    run_options,
+    suite_options,
+    transfer_options,
+)
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, or 1 for input that cannot be used (2: a wrong command line)."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(words)
+    options.words = words
     settings.progress = options.progress
     if options.cache is not None:
         settings.cache_dir = options.cache
@@ -81,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     compare_options(command(
         "compare", experiments.compare, "compare ways of adapting the model to tasks, and what they cost",
         "Function vectors, task vectors, LoRA and others, fitted alike. Everything computed is cached.",
+    ))  # fmt: skip
+    suite_options(command(
+        "suite", experiments.suite, "run a whole benchmark under prompting, SITE and other methods",
+        "Tasks train in batches. Everything finished is kept: the same command goes on where it was interrupted.",
     ))  # fmt: skip
     figures_options(command(
         "figures", experiments.figures, "make the figures of the paper's analyses",

@@ -1,8 +1,10 @@
-"""Commands that compute: run, transfer, compare, figures."""
+"""Commands that compute: run, transfer, compare, suite, figures."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -112,7 +114,7 @@ def transfer(options: argparse.Namespace) -> None:
     print((100 * grid.frame).round().astype(int).to_string() + "\n")
     print((100 * grid.zero_shot).round().astype(int).rename("zero-shot").to_frame().T.to_string())
     if options.out is not None:
-        command = f"sitelens transfer {' '.join(options.tasks)} --swap {options.swap} --model {options.model}"
+        command = _command(options)
         facts = {"n_items": options.n_items, "seed": options.seed, "train": asdict(train)}
         save_figure(grid.heatmap(), grid.long(), "transfer", options.out, options.formats, command, model, facts)
         grid.save(options.out / "transfer.safetensors")
@@ -120,8 +122,6 @@ def transfer(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    import json
-
     from sitelens.tasks import load_tasks
 
     tasks = load_tasks(options.tasks)  # a wrong name shows before a model is loaded
@@ -130,14 +130,7 @@ def compare(options: argparse.Namespace) -> None:
     from sitelens.gallery import save_figure
 
     methods: Any = "all" if options.methods == ["all"] else checked_methods(options.methods)
-    chosen: dict[str, dict[str, Any]] = {}
-    for setting in options.settings:
-        key, _, value = setting.partition("=")
-        method, _, option = key.partition(".")
-        try:
-            chosen.setdefault(method, {})[option] = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise SitelensError(f"--set takes METHOD.OPTION=VALUE with a JSON value, got {setting!r}") from error
+    chosen = _settings(options)
     model = _load_model(options)
     n_items = options.n_items or None
     frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
@@ -146,11 +139,38 @@ def compare(options: argparse.Namespace) -> None:
     print((100 * wide).round().astype(int).to_string() + "\n")
     print(by_method(frame).round(3).to_string(index=False))
     if options.out is not None:
-        words = [*options.tasks, "--methods", *options.methods, *(["--set", *options.settings] if chosen else [])]
-        command = f"sitelens compare {' '.join(words)} --n-items {options.n_items} --model {options.model}"
         facts = {"n_items": options.n_items, "seed": options.seed, "options": chosen}
-        save_figure(figures.comparison(frame), frame, "comparison", options.out, options.formats, command, model, facts)
+        figure, command = figures.comparison(frame), _command(options)
+        save_figure(figure, frame, "comparison", options.out, options.formats, command, model, facts)
         print(f"\nfigure, comparison.csv and comparison.json are in {options.out}")
+
+
+def suite(options: argparse.Namespace) -> None:
+    train, chosen = _train_config(options), _settings(options)
+    from sitelens.suites import run_suite
+
+    model = _load_model(options)
+    n_items = options.n_items or None
+    found = run_suite(
+        options.suite, model, methods=options.methods, tasks=options.tasks, metric=options.metric, n_items=n_items,
+        n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, options=chosen, seed=options.seed,
+        memory_budget=options.memory_budget,
+    )  # fmt: skip
+    print(f"{options.metric.replace('_', ' ')}, per cent, means over tasks with 95% intervals, "
+          f"{n_items or 'all'} test items at most a task, model {options.model}\n")  # fmt: skip
+    print(found.markdown())
+    for task, reason in found.left_out.items():
+        print(f"left out: {task} ({reason})", file=sys.stderr)
+    long, clashing = found.tasks[found.tasks["dropped"] > 0], found.tasks[found.tasks["shared"] > 0]
+    for row in long.itertuples():
+        print(f"{row.task}: {row.dropped} items are too long for the context and were dropped", file=sys.stderr)
+    if len(clashing) and options.metric == "first_token":
+        worst = ", ".join(f"{row.task} {row.shared:.0%}" for row in clashing.nlargest(3, "shared").itertuples())
+        print(f"{len(clashing)} tasks have answers that begin with the same token as another of their answers "
+              f"(most: {worst} of test items), which first_token cannot tell apart", file=sys.stderr)  # fmt: skip
+    if options.out is not None:
+        found.save(options.out, _command(options), options.formats, options.name)
+        print(f"\ntable, figure, their numbers and their origin are in {options.out}")
 
 
 def figures(options: argparse.Namespace) -> None:
@@ -164,6 +184,32 @@ def figures(options: argparse.Namespace) -> None:
         seed=options.seed, formats=options.formats, memory_budget=options.memory_budget,
     )  # fmt: skip
     print("\n".join(map(str, written)))
+
+
+def _settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    import json
+
+    chosen: dict[str, dict[str, Any]] = {}
+    for setting in options.settings:
+        key, _, value = setting.partition("=")
+        method, _, option = key.partition(".")
+        try:
+            chosen.setdefault(method, {})[option] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise SitelensError(f"--set takes METHOD.OPTION=VALUE with a JSON value, got {setting!r}") from error
+    return chosen
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What was typed, but for folders of this machine that change no number."""
+    words = iter(options.words)
+    kept = []
+    for word in words:
+        if word in ("--cache", "--data"):
+            next(words, None)
+        elif not word.startswith(("--cache=", "--data=")):
+            kept.append(word)
+    return f"sitelens {shlex.join(kept)}"
 
 
 def _number(text: str, option: str) -> float:

@@ -56,14 +56,33 @@ def compare_options(parser: argparse.ArgumentParser) -> None:
     add("tasks", nargs="+", metavar="TASK", help="names (see `sitelens tasks`), or .json or .csv files")
     add("--methods", nargs="+", metavar="METHOD", default=["all"],
         help="of zero-shot, 10-shot, many-shot, FV, TV, ICV, MTV, I2CL, LTV, LoFiT, LoRA, SITE")  # fmt: skip
-    add("--set", nargs="+", metavar="METHOD.OPTION=VALUE", default=[], dest="settings",
-        help="options of a method's fit, for example LTV.steps=400")  # fmt: skip
+    _settings(parser)
     add("--out", metavar="DIR", type=Path, help="write the figure, its numbers and their origin there")
     _formats(parser, ["html"])
     _model_options(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
     group.add_argument("--seed", type=int, default=0, help="decides prompts, training and test items")
+
+
+def suite_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("suite", choices=["fv57", "anli", "mmlu-pro", "bbh", "builtin"], help="which benchmark")
+    add("--tasks", nargs="+", metavar="TASK", help="only these of its tasks")
+    add("--methods", nargs="+", metavar="METHOD", default=["SITE"],
+        help="beside prompting: of many-shot, FV, TV, ICV, MTV, I2CL, LTV, LoFiT, LoRA, SITE")  # fmt: skip
+    _settings(parser)
+    add("--out", metavar="DIR", type=Path, help="write the table, the figure, their numbers and their origin there")
+    add("--name", help="what the files are called (default: suite-SUITE)")
+    _formats(parser, ["html"])
+    _model_options(parser)
+    _prompt_options(parser)
+    _training_options(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
+    group.add_argument("--metric", choices=["first_token", "exact_match", "prefix_match"], default="first_token",
+                       help="how answers are scored")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="decides prompts and test items")
 
 
 def figures_options(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +101,11 @@ def figures_options(parser: argparse.ArgumentParser) -> None:
 def _formats(parser: argparse.ArgumentParser, default: list[str]) -> None:
     parser.add_argument("--formats", nargs="+", choices=["html", "png", "svg", "pdf"], default=default,
                         help=f"of figures (default: {' '.join(default)})")  # fmt: skip
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", nargs="+", metavar="METHOD.OPTION=VALUE", default=[], dest="settings",
+                        help="options of a method's fit, for example LTV.steps=400")  # fmt: skip
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from sitelens.figures.studies import seed_variance as seed_variance
 from sitelens.figures.studies import shared_attention as shared_attention
 from sitelens.figures.studies import similarity_against_transfer as similarity_against_transfer
 from sitelens.figures.studies import soft_hard as soft_hard
+from sitelens.figures.studies import suite as suite
 from sitelens.figures.studies import task_agnostic as task_agnostic
 from sitelens.figures.studies import training_curves as training_curves
 from sitelens.figures.style import DOUBLE as DOUBLE

@@ -214,10 +214,12 @@ def comparison(frame: pd.DataFrame, title: str = "") -> go.Figure:
         known = means[column][means[column] > 0]
         least, most = (known.min(), known.max()) if len(known) else (1.0, 1.0)
         first = math.floor(math.log10(least)) - 1  # where nothing is shown
+        nothing = [str(name) for name in means.index[means[column] == 0]]  # side by side around the edge
+        at = {name: 10 ** (first + 0.16 * (i - (len(nothing) - 1) / 2)) for i, name in enumerate(nothing)}
         for i, (name, row) in enumerate(means.iterrows()):
             below, above = row["accuracy"] - row["low"], row["high"] - row["accuracy"]
             figure.add_trace(go.Scatter(
-                x=[max(row[column], 10.0**first)], y=[row["accuracy"]], mode="markers", name=str(name),
+                x=[at.get(str(name), row[column])], y=[row["accuracy"]], mode="markers", name=str(name),
                 legendgroup=str(name), showlegend=place == 1,
                 marker={"color": COLOURS[i % len(COLOURS)], "size": 8, "symbol": marker(i)},
                 error_y={"type": "data", "symmetric": False, "array": [max(above, 0)], "arrayminus": [max(below, 0)],
@@ -233,3 +235,26 @@ def comparison(frame: pd.DataFrame, title: str = "") -> go.Figure:
     figure.update_yaxes(**SHARE)
     names = [str(name) for name in means.index]
     return styled(figure, title, DOUBLE, 230, margin={"l": 60, "b": 62 + legend_height(names, DOUBLE - 74)})
+
+
+def suite(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """A suite's tasks, by group and best under the last condition first: a dot for each condition's mean.
+
+    Columns: task, group, condition, mean, low, high.
+    """
+    last = frame["condition"].iloc[-1]
+    order = frame[frame["condition"] == last].sort_values(["group", "mean"], ascending=[True, False])
+    place = {task: i for i, task in enumerate(order["task"])}
+    conditions = list(dict.fromkeys(frame["condition"]))
+    key = {"task": place.__getitem__, "condition": conditions.index}
+    ordered = frame.sort_values(["task", "condition"], key=lambda column: column.map(key[str(column.name)]))
+    figure = dots(ordered, labels={"mean": ACCURACY}, title=title)
+    starts = order["group"].ne(order["group"].shift()).to_numpy().nonzero()[0]
+    if len(starts) > 1:
+        for start in starts:
+            figure.add_hline(start - 0.5, line={"color": "#888", "width": 1})
+            figure.add_annotation(
+                x=1, xref="paper", xanchor="left", xshift=4, y=start - 0.4, yanchor="top", textangle=90,
+                text=order["group"].iloc[start], showarrow=False, font={"size": 10, "color": "#555"},
+            )  # fmt: skip
+    return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sitelens.conditions import FewShot
 from sitelens.methods.common import fitting
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
-from sitelens.prompts import few_shot_prompt
+from sitelens.prompts import few_shot_prompt, item_sizes
 from sitelens.tasks import Task, load_task
 
 ROOM = 32  # tokens kept for the answer
@@ -22,9 +22,7 @@ def fit(task: Task | str, model: Model | str | None = None, *, limit: int | None
     model, task = resolve_model(model), fitting(load_task(task))
     tokenizer = own_tokenizer(model)
     queries = [few_shot_prompt(task.template, [], item, tokenizer).text for item in (*task.valid, *task.test)]
-    both = [few_shot_prompt(task.template, [item], task.valid[0], tokenizer).text for item in task.train]
-    first = len(tokenizer(queries[0])["input_ids"])
-    sizes = sorted((len(ids) - first + 1 for ids in tokenizer(both)["input_ids"]), reverse=True)
+    sizes = sorted(item_sizes(task.train, task.template, tokenizer), reverse=True)
     left = (context_length(model) or 2**31) - max(map(len, tokenizer(queries)["input_ids"])) - ROOM
     count = 0
     for size in sizes[: min(limit or len(sizes), len(sizes) - 1)]:

@@ -1,0 +1,251 @@
+"""Suites on micro models: what a suite gives is what each task gives by itself, whole or after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import sitelens as sl
+from sitelens import suites
+from sitelens.defaults import SitelensError
+from sitelens.models import Model
+from sitelens.prompts import few_shot_prompts, item_sizes, shared_first_tokens, within_context
+from sitelens.suites import run_suite
+from sitelens.tasks import Task
+from tests import micro
+
+ROOT = Path(__file__).parents[1]
+TASKS = {name: micro.task(name, step=step) for name, step in (("one", 1), ("two", 2), ("three", 3))}
+GROUPS = {"one": "left", "two": "right", "three": "left"}
+SMALL: dict[str, Any] = {
+    "n_prompts": 3, "n_shots": 2, "n_items": 6, "config": sl.TrainConfig(steps=6, eval_every=3, n_valid=3, lr=1.0),
+}  # fmt: skip
+
+
+def load(name: str) -> Task:
+    if name not in TASKS:
+        raise SitelensError(f"{name} is nowhere to be had")
+    return TASKS[name]
+
+
+@pytest.fixture
+def model() -> Iterator[Model]:
+    yield from micro.lent("Llama")
+
+
+@pytest.fixture(autouse=True)
+def suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite "bbh" is three micro tasks in two groups, and one whose data cannot be had."""
+    monkeypatch.setattr(suites, "suite_names", lambda name: [*TASKS, "four"])
+    monkeypatch.setattr(suites, "load_task", load)
+    monkeypatch.setattr(suites, "group_of", GROUPS.__getitem__)
+
+
+def test_each_tasks_rows_are_what_it_gives_by_itself(model: Model) -> None:
+    found = run_suite("bbh", model, **SMALL)
+    for name, task in TASKS.items():
+        embedding = sl.embed_task(task, model, n_prompts=3, n_shots=2)
+        alpha = sl.train_selection(task, model, embedding=embedding, config=SMALL["config"]).selection
+        conditions = {"zero-shot": sl.ZeroShot(), "2-shot": sl.FewShot(2), "SITE": sl.PatchHeads(alpha, embedding)}
+        expected = sl.evaluate(task, conditions, model, n_items=6)
+        rows = found.scores[found.scores["task"] == name].reset_index(drop=True)
+        for column in ("condition", "item", "score", "rank"):
+            assert rows[column].tolist() == expected[column].tolist()
+        np.testing.assert_allclose(rows["logprob"], expected["logprob"], atol=1e-4)
+
+
+def test_the_table_has_means_over_the_tasks_of_each_group_and_of_all(model: Model) -> None:
+    found = run_suite("bbh", model, **SMALL)
+    by_task = found.scores.groupby(["condition", "group", "task"])["score"].mean()
+    table = found.table().set_index(["condition", "group"])
+    for condition in ("zero-shot", "2-shot", "SITE"):
+        for group, tasks in (("left", 2), ("right", 1)):
+            row = table.loc[(condition, group)]
+            assert row["mean"] == pytest.approx(by_task[condition, group].mean())
+            assert (row["tasks"], row["n"]) == (tasks, 6 * tasks) and row["low"] <= row["mean"] <= row["high"]
+        assert table.loc[(condition, "all"), "mean"] == pytest.approx(by_task[condition].mean())
+    summary = found.summary()
+    assert len(summary) == 9 and summary["n"].eq(6).all()
+    lines = found.markdown().splitlines()
+    assert lines[0] == "| condition | left (2 tasks) | right (1 tasks) | all (3 tasks) |" and len(lines) == 5
+
+
+def test_a_task_that_cannot_be_had_or_is_not_asked_for_is_named(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run_suite("bbh", model, tasks=["three", "four"], **SMALL)
+    assert found.left_out == {
+        "one": "not asked for", "two": "not asked for", "four": "four is nowhere to be had",
+    }  # fmt: skip
+    assert set(found.scores["task"]) == {"three"} and found.tasks["task"].tolist() == ["three"]
+    few = Task("one", "here", TASKS["one"].train[:2], TASKS["one"].valid, TASKS["one"].test)
+    monkeypatch.setitem(TASKS, "one", few)
+    assert run_suite("bbh", model, **SMALL).left_out["one"].startswith("too few items are left (2 train, ")
+    with pytest.raises(SitelensError, match=r"no task of the suite 'bbh' can be run: one: .*too few items"):
+        run_suite("bbh", model, tasks=["one"], **SMALL)
+
+
+def test_a_name_that_is_not_in_the_suite_is_refused(model: Model) -> None:
+    with pytest.raises(SitelensError, match="the suite 'bbh' has no task 'five'"):
+        run_suite("bbh", model, tasks=["five"])
+    with pytest.raises(SitelensError, match="unknown method 'SIDE'"):
+        run_suite("bbh", model, methods=["SIDE"])
+    with pytest.raises(SitelensError, match="unknown metric 'f1'"):
+        run_suite("bbh", model, metric="f1")
+
+
+def test_other_methods_stand_beside_site(model: Model) -> None:
+    options = {"TV": {"n_sets": 2, "n_shots": 2}}
+    found = run_suite("bbh", model, methods=["TV", "SITE", "zero-shot"], tasks=["one"], options=options, **SMALL)
+    assert found.scores["condition"].unique().tolist() == ["zero-shot", "2-shot", "TV", "SITE"]
+    condition = sl.methods.METHODS["TV"].fit(TASKS["one"], model, **options["TV"])
+    expected = sl.evaluate(TASKS["one"], {"TV": condition}, model, n_items=6)
+    rows = found.scores[found.scores["condition"] == "TV"]
+    np.testing.assert_allclose(rows["logprob"], expected["logprob"], atol=1e-4)
+
+
+def test_a_second_call_runs_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_suite("bbh", model, **SMALL)
+    micro.silence(model, monkeypatch)
+    second = run_suite("bbh", model, **SMALL)
+    pd.testing.assert_frame_equal(first.scores, second.scores)
+    assert first.tasks.equals(second.tasks) and first.left_out == second.left_out
+
+
+def test_the_bar_ends_where_it_should(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tuple[int, list[int]]] = []
+
+    def tracked(items: Any, label: str, progress: bool | None = None) -> Iterator[int]:
+        seen: list[int] = []
+        bars.append((len(items), seen))
+        for item in items:
+            seen.append(item)
+            yield item
+
+    monkeypatch.setattr(suites, "tracked", tracked)
+    monkeypatch.setattr(suites._Bar, "close", lambda self: None)
+    run_suite("bbh", model, methods=["SITE", "TV"], **SMALL | {"n_prompts": 400}, options={"TV": {"n_sets": 2}})
+    ((total, seen),) = bars
+    assert total > 100 and len(seen) in (total, total - 1)
+
+
+# Interruptions
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from sitelens import TrainConfig, suites
+from sitelens.defaults import settings
+from tests import micro, test_suites
+settings.cache_dir = Path(sys.argv[1])
+suites.suite_names = lambda name: list(test_suites.TASKS)
+suites.load_task = test_suites.load
+suites.group_of = test_suites.GROUPS.__getitem__
+suites.TOGETHER = 1
+found = suites.run_suite("bbh", micro.bridge("Llama"), **test_suites.SMALL)
+found.scores.to_csv(sys.argv[2], index=False)
+"""
+
+
+def start(cache: Path, out: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(cache), str(out)], cwd=ROOT)
+
+
+def artifacts(cache: Path) -> dict[str, int]:
+    """The finished files and when they were written."""
+    return {str(p.relative_to(cache)): p.stat().st_mtime_ns for p in sorted(cache.rglob("*.safetensors"))}
+
+
+def test_what_was_finished_before_a_kill_is_not_done_again(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(whole, tmp_path / "whole.csv").wait() == 0
+    process = start(broken, tmp_path / "broken.csv")
+    while process.poll() is None and not any("scores" in name for name in artifacts(broken)):
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = artifacts(broken)
+    assert 0 < len(before) < len(artifacts(whole))
+    assert start(broken, tmp_path / "broken.csv").wait() == 0
+    after = artifacts(broken)
+    assert sorted(after) == sorted(artifacts(whole))
+    assert {name: after[name] for name in before} == before
+    assert (tmp_path / "broken.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+# Items
+
+
+def test_items_too_long_for_their_share_of_the_context_are_dropped_everywhere(model: Model) -> None:
+    long = [(" ".join(micro.WORDS[i : i + 20]), micro.WORDS[0]) for i in range(6)]
+    task = Task.from_pairs("lengths", [*((word, micro.WORDS[1]) for word in micro.WORDS[:30]), *long])
+    tokenizer = micro.tokenizer()
+    kept = within_context(task, tokenizer, 60, 4)
+    sizes = {split: item_sizes(task.split(split), task.template, tokenizer) for split in ("train", "valid", "test")}
+    for split, found in sizes.items():
+        assert len(kept.split(split)) == sum(size <= 12 for size in found)
+    assert len(kept.train) + len(kept.valid) + len(kept.test) == 30
+    assert kept.note == "6 of 36 items are dropped: longer than 12 tokens" and kept.digest != task.digest
+    prompts = few_shot_prompts(kept, kept.test, 4, tokenizer)
+    assert max(len(tokenizer(prompt.text)["input_ids"]) for prompt in prompts) <= 60
+    assert within_context(task, tokenizer, 1000, 4) is task
+    assert within_context(task, tokenizer, 5, 4).train == ()
+
+
+def test_dropped_items_are_counted_and_no_prompt_is_longer_than_the_context(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [(" ".join(micro.WORDS[i : i + 60]), micro.WORDS[i]) for i in range(8)]
+    pairs = [*((item.input, item.output) for item in TASKS["one"].train), *long]
+    monkeypatch.setitem(TASKS, "one", Task.from_pairs("one", pairs))
+    found = run_suite("bbh", model, tasks=["one", "two"], **SMALL | {"n_shots": 4})
+    assert found.tasks.set_index("task")["dropped"].to_dict() == {"one": 8, "two": 0}
+    assert "8 of" in found.tasks.set_index("task").loc["one", "note"]
+
+
+def test_answers_that_begin_alike_are_counted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = micro.WORDS
+    pairs = [(words[i], f"{words[50]} {words[i]}" if i < 10 else words[i]) for i in range(40)]
+    task = Task.from_pairs("one", pairs)
+    assert shared_first_tokens(task, micro.tokenizer()) == {output for _, output in pairs[:10]}
+    monkeypatch.setitem(TASKS, "one", task)
+    found = run_suite("bbh", model, tasks=["one"], **SMALL).tasks.iloc[0]
+    assert found["shared"] == sum(" " in item.output for item in task.test) / len(task.test) > 0
+
+
+# What is written
+
+
+def test_everything_is_written_with_its_origin(model: Model, tmp_path: Path) -> None:
+    found = run_suite("bbh", model, **SMALL)
+    folder = tmp_path / "figures"
+    paths = found.save(folder, "sitelens suite bbh")
+    assert {path.name for path in paths} | {"plotly.min.js"} == {path.name for path in folder.iterdir()}
+    record = json.loads((folder / "suite-bbh.json").read_text())
+    assert record["made_by"] == "sitelens suite bbh" and record["left_out"] == found.left_out
+    assert record["tasks"] == list(TASKS) and record["train"]["steps"] == 6
+    assert [row["mean"] for row in record["table"]] == pytest.approx(found.table()["mean"].tolist(), abs=1e-4)
+    summary = pd.read_csv(folder / "suite-bbh.csv")
+    assert summary["mean"].tolist() == pytest.approx(found.summary()["mean"].tolist())
+    assert (folder / "suite-bbh.md").read_text().strip() == found.markdown()
+    tasks = pd.read_csv(folder / "suite-bbh-tasks.csv")
+    assert tasks["digest"].tolist() == [TASKS[name].digest for name in TASKS]
+
+
+def test_the_figure_has_a_line_a_task_by_group_and_accuracy(model: Model) -> None:
+    found = run_suite("bbh", model, **SMALL)
+    figure: Any = found.figure()
+    site = found.summary().query("condition == 'SITE'").sort_values(["group", "mean"], ascending=[True, False])
+    assert list(figure.layout.yaxis.ticktext) == site["task"].tolist()
+    assert [trace.name for trace in figure.data] == ["zero-shot", "2-shot", "SITE"]
+    assert list(figure.data[-1].x) == site["mean"].tolist()
+    assert [note.text for note in figure.layout.annotations][-2:] == ["left", "right"]
