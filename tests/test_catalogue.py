@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +66,31 @@ def test_rows_say_how_much_memory_and_which_command() -> None:
     assert large["prefix_kib"] == 2 * 80 * 8 * 128 * 2 / 1024
     assert large["prefix_tokens"] == 2**30 // (320 * 1024)
     assert large["weights_gib"] == round(weight_bytes(PAPER[large.name]) / 2**30, 2) < 70.6e9 / 2**30
-    assert large["get"] == "hf auth login && hf download meta-llama/Llama-3.1-70B" and not large["ready"]
-    assert frame.loc["Qwen/Qwen3-8B", "get"] == how_to_get("Qwen/Qwen3-8B") == "hf download Qwen/Qwen3-8B"
+    assert large["get"].startswith("hf auth login && hf download meta-llama/Llama-3.1-70B ") and not large["ready"]
+    plain = 'hf download Qwen/Qwen3-8B --exclude "original/*" "consolidated*"'
+    assert frame.loc["Qwen/Qwen3-8B", "get"] == how_to_get("Qwen/Qwen3-8B") == plain
     assert frame.loc["Qwen/Qwen3-8B", "weights_gib"] == round(2 * 8_190_735_360 / 2**30, 2)
 
 
-def test_a_model_in_the_hubs_cache_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_ready_when_all_its_weights_lie_in_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
+    def ready() -> list[str]:
+        found = list_models().set_index("name")["ready"]
+        return list(found.index[found & found.index.str.contains("/")])
+
     def cached(name: str, file: str) -> str | None:
-        return str(tmp_path / file) if (name, file) == ("Qwen/Qwen3-8B", "model.safetensors.index.json") else None
+        return str(tmp_path / file) if name == "Qwen/Qwen3-8B" and (tmp_path / file).exists() else None
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", cached)
-    ready = list_models().set_index("name")["ready"]
-    assert list(ready.index[ready & ready.index.str.contains("/")]) == ["Qwen/Qwen3-8B"]
+    parts = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    (tmp_path / "model-1.safetensors").touch()
+    assert ready() == []  # an interrupted download
+    (tmp_path / "model-2.safetensors").touch()
+    assert ready() == ["Qwen/Qwen3-8B"]
 
 
 def test_four_bits_take_what_bitsandbytes_takes() -> None:

@@ -11,11 +11,12 @@ import torch
 
 import sitelens as sl
 from sitelens import quantization
+from sitelens.defaults import overridden, settings
 from sitelens.forward import HeadEdit, LastToken, full_logits
 from sitelens.models import Model, fingerprint, load_model, resolve_model
 from sitelens.prefix import PrefixCache
 from sitelens.prompts import Prompt, tokenize
-from tests import micro, paper
+from tests import micro, oracle, paper
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -56,8 +57,9 @@ def test_a_model_in_four_bits_does_everything(packed: Model) -> None:
     scores = sl.evaluate(task, {"zero-shot": sl.ZeroShot(), "SITE": site}, packed, n_items=4, metrics=("exact_match",))
     assert scores["logprob"].notna().all()
     assert fingerprint(packed) == before  # no forward pass has repacked a weight
-    vector = sl.methods.METHODS["TV"].fit(task, packed, n_sets=2, n_shots=2)
+    vector = sl.methods.METHODS["FV"].fit(task, packed, n_prompts=2, n_effects=1, n_shots=2, head_counts=(2,))
     assert len(sl.generate(TEXTS, vector, packed, max_new_tokens=2)) == 3
+    assert sl.heads.head_attribution(task, packed, n_items=2, n_shots=2)["attribution"].notna().all()
 
 
 @needs_bitsandbytes
@@ -89,6 +91,53 @@ def test_experts_are_packed_to_what_bitsandbytes_makes_of_them(packed: Model) ->
         assert torch.equal(getattr(found, name), functional.dequantize_4bit(parts, state).reshape(weight.shape))
 
 
+@needs_bitsandbytes
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_weights_give_what_they_unpack_to(family: str, tmp_path: Path) -> None:
+    """Logits and gradients of alpha against a plain model with the unpacked weights, computed in float32."""
+    from bitsandbytes import functional
+
+    packed = load_model(folder(tmp_path / "model", family), quantize="nf4", dtype="float32")
+    plain = micro.raw(family).requires_grad_(False)
+    found: dict[str, Any] = dict(micro.raw_modules(packed))
+    for name, module in plain.named_modules():
+        for key, weight in module.named_parameters(recurse=False):
+            other = getattr(found[name], key)
+            state = getattr(other, "quant_state", None)
+            weight.copy_(other if state is None else functional.dequantize_4bit(other.data, state))
+    ids = [oracle.encode(text) for text in TEXTS]
+    layers, heads, d_head = packed.cfg.n_layers, packed.cfg.n_heads, packed.cfg.d_head
+    vectors = torch.randn(layers, heads, d_head, generator=torch.Generator().manual_seed(0))
+    alphas = [torch.full((layers, heads), 0.3, requires_grad=True) for _ in range(2)]
+    expected = oracle.patched_logits(plain, ids, *([x] * len(ids) for x in (alphas[0], vectors)))
+    batch = tokenize([Prompt(text, ()) for text in TEXTS], micro.tokenizer())
+    edit = HeadEdit.mix(alphas[1].expand(3, -1, -1), vectors.expand(3, -1, -1, -1))
+    with LastToken(packed) as run:
+        logits = run(PrefixCache.of(batch, packed, 2**30), edit)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * expected.detach().abs().max().item())
+    for found_logits in (expected, logits):
+        found_logits.square().sum().backward()
+    torch.testing.assert_close(alphas[1].grad, alphas[0].grad, rtol=1e-3, atol=1e-4 * alphas[0].grad.abs().max().item())
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("packed", ["Mixtral-8x7B"], indirect=True)
+def test_no_unpacked_expert_is_kept_for_the_gradient(packed: Model) -> None:
+    task = micro.task()
+    embedding = sl.embed_task(task, packed, n_prompts=2, n_shots=2)
+    largest = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel() if tensor.is_floating_point() and not tensor.is_leaf else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sl.train_selection(task, packed, embedding=embedding, config=sl.TrainConfig(steps=2, eval_every=2, n_valid=2))
+    experts = micro.raw("Mixtral-8x7B").model.layers[0].mlp.experts
+    assert 0 < largest < experts.down_proj[0].numel()
+
+
 @pytest.mark.parametrize("name", ["int8", "8bit"])
 def test_eight_bits_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     with pytest.raises(sl.SitelensError, match=r"8-bit weights are refused.*cached prefix.*nf4"):
@@ -118,8 +167,29 @@ def test_device_and_device_map_do_not_go_together(tmp_path: Path) -> None:
         load_model(tmp_path, device="cpu", device_map="auto")
 
 
+@pytest.mark.parametrize("family", ["Llama-3.1-8B", "Mixtral-8x7B", "gemma-3-4b"])
+def test_what_dispatches_a_model_to_devices_changes_no_number(family: str) -> None:
+    """accelerate's hooks on every module, as with several GPUs, though all of them place it on the CPU here."""
+    from accelerate import dispatch_model
+
+    network = dispatch_model(micro.raw(family), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert sum(hasattr(module, "_hf_hook") for module in network.modules()) > 5
+    spread, plain = micro.bridged(network, family, micro.tokenizer()), micro.bridge(family)
+    task, config = micro.task(), sl.TrainConfig(steps=4, eval_every=2, n_valid=2)
+    found = []
+    for model in (plain, spread):
+        with overridden(cache_dir=settings.cache() / str(len(found))):
+            embedding = sl.embed_task(task, model, n_prompts=2, n_shots=2)
+            alpha = sl.train_selection(task, model, embedding=embedding, config=config).selection
+            conditions = {"SITE": sl.PatchHeads(alpha, embedding), "2-shot": sl.FewShot(2)}
+            scores = sl.evaluate(task, conditions, model, n_items=4, metrics=("exact_match",))
+        found.append((embedding.mean_z, alpha.alpha, torch.tensor(scores["logprob"].to_numpy())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("family", ["Llama-3.1-8B", "gemma-3-4b"])
-def test_a_device_map_places_the_layers_and_changes_no_number(family: str, tmp_path: Path) -> None:
+def test_a_device_map_is_passed_on(family: str, tmp_path: Path) -> None:
     place = folder(tmp_path / "model", family)
     plain, spread = load_model(place), load_model(place, device_map={"": "cpu"})
     assert fingerprint(plain) == fingerprint(spread)

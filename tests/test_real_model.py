@@ -19,7 +19,7 @@ from sitelens.forward import HeadEdit, LastToken
 from sitelens.models import Model, own_tokenizer
 from sitelens.prefix import PrefixCache
 from sitelens.prompts import few_shot_prompts, tokenize
-from tests import oracle
+from tests import micro, oracle
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -139,6 +139,45 @@ def test_the_command_writes_all_of_a_run_and_makes_it_again(
     first, second = (pd.read_csv(folder / "scores.csv") for folder in (out, again))
     pd.testing.assert_frame_equal(first, second, atol=1e-3)
     assert record["results"] == json.loads((again / "run.json").read_text())["results"]
+
+
+def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main job of a whole benchmark, with small settings; a second call runs no model."""
+    words = ["suite", "builtin", "--tasks", "capitalize", "choose_first_of_3", "antonym", "--n-prompts", "5", "--steps",
+             "60", "--eval-every", "20", "--n-valid", "10", "--n-items", "20", "--no-progress"]  # fmt: skip
+    assert cli.main([*words, "--out", str(tmp_path / "first")]) == 0
+    first = capsys.readouterr().out
+    assert "| condition | abstractive (2 tasks) | extractive (1 tasks) | all (3 tasks) |" in first
+    means = pd.read_csv(tmp_path / "first" / "suite-builtin.csv").set_index(["task", "condition"])["mean"]
+    assert means["choose_first_of_3", "10-shot"] > 0.8 and means["choose_first_of_3", "SITE"] > 0.8
+    assert means["choose_first_of_3", "zero-shot"] < 0.2
+    record = json.loads((tmp_path / "first" / "suite-builtin.json").read_text())
+    assert len(record["left_out"]) == 45 and record["made_by"].startswith("sitelens suite builtin --tasks capitalize")
+    micro.silence(model, monkeypatch)
+    assert cli.main([*words, "--out", str(tmp_path / "second")]) == 0
+    assert capsys.readouterr().out.replace("second", "first") == first
+
+
+def test_a_benchmark_with_long_prompts_runs(model: Model, data_folder: Path) -> None:
+    found = sl.run_suite("bbh", model, tasks=["bbh/date_understanding"], n_items=3, n_prompts=2, n_shots=3,
+                         config=sl.TrainConfig(steps=4, eval_every=2, n_valid=3))  # fmt: skip
+    assert found.scores["item"].nunique() == 3
+    assert found.tasks["dropped"].tolist() == [0] and len(found.left_out) == 26
+
+
+def test_the_compare_command_sets_costs_beside_accuracy(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["ICV.strengths=[0.1]", "LoRA.n_steps=5", "LoRA.rates=[0.001]", "many-shot.limit=12"]
+    words = ["compare", "choose_first_of_3", "--methods", "zero-shot", "many-shot", "ICV", "LoRA"]
+    assert cli.main([*words, "--set", *small, "--n-items", "10", "--no-progress", "--out", str(tmp_path)]) == 0
+    assert "LoRA" in capsys.readouterr().out
+    rows = pd.read_csv(tmp_path / "comparison.csv").set_index("method")
+    assert rows.loc["many-shot", "accuracy"] > 0.8 > rows.loc["zero-shot", "accuracy"]
+    assert rows.loc["LoRA", "trained"] == 30 * 8 * (576 + 576 + 576 + 192)
+    assert (rows.loc[["ICV", "LoRA"], "forward_tokens"] > 0).all()
 
 
 def test_the_readmes_example_runs_as_printed(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

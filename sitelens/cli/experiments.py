@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sitelens.cli.options import run_options
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.defaults import SitelensError, SitelensWarning, overridden, settings
 
 if TYPE_CHECKING:
     from sitelens.config import TrainConfig
@@ -133,7 +133,8 @@ def compare(options: argparse.Namespace) -> None:
     chosen = _settings(options)
     model = _load_model(options)
     n_items = options.n_items or None
-    frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
+    with overridden(memory_budget=options.memory_budget or settings.memory_budget):
+        frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
     wide = frame.pivot(index="method", columns="task", values="accuracy").reindex(frame["method"].unique())
     print(f"first-token accuracy in per cent, at most {n_items or 'all'} test items a task, model {options.model}\n")
     print((100 * wide).round().astype(int).to_string() + "\n")
@@ -146,11 +147,18 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def suite(options: argparse.Namespace) -> None:
-    train, chosen = _train_config(options), _settings(options)
-    from sitelens.suites import run_suite
+    train, chosen, n_items = _train_config(options), _settings(options), options.n_items or None
+    from sitelens.suites import NOT_ASKED, check_suite, run_suite
 
+    check_suite(
+        options.suite,
+        tasks=options.tasks,
+        methods=options.methods,
+        metric=options.metric,
+        n_items=n_items,
+        options=chosen,
+    )  # before a model is loaded
     model = _load_model(options)
-    n_items = options.n_items or None
     found = run_suite(
         options.suite, model, methods=options.methods, tasks=options.tasks, metric=options.metric, n_items=n_items,
         n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, options=chosen, seed=options.seed,
@@ -159,8 +167,12 @@ def suite(options: argparse.Namespace) -> None:
     print(f"{options.metric.replace('_', ' ')}, per cent, means over tasks with 95% intervals, "
           f"{n_items or 'all'} test items at most a task, model {options.model}\n")  # fmt: skip
     print(found.markdown())
+    others = [task for task, reason in found.left_out.items() if reason == NOT_ASKED]
+    if others:
+        print(f"{len(others)} more tasks of the suite were not asked for", file=sys.stderr)
     for task, reason in found.left_out.items():
-        print(f"left out: {task} ({reason})", file=sys.stderr)
+        if reason != NOT_ASKED:
+            print(f"left out: {task} ({reason})", file=sys.stderr)
     long, clashing = found.tasks[found.tasks["dropped"] > 0], found.tasks[found.tasks["shared"] > 0]
     for row in long.itertuples():
         print(f"{row.task}: {row.dropped} items are too long for the context and were dropped", file=sys.stderr)

@@ -114,7 +114,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", help="for example float32 or bfloat16 (default: the checkpoint's)")
     group.add_argument("--device", help="for example cpu or cuda (default: a GPU where there is one)")
     group.add_argument("--device-map", help="'auto' spreads the layers over all GPUs")
-    group.add_argument("--quantize", choices=["nf4"], help="4-bit weights, as the paper loads its large models")
+    group.add_argument("--quantize", metavar="nf4", help="4-bit weights, as the paper loads its large models")
     group.add_argument("--memory-budget", metavar="SIZE", help="extra memory beside the weights (default: 2GiB)")
 
 

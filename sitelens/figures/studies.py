@@ -240,15 +240,16 @@ def comparison(frame: pd.DataFrame, title: str = "") -> go.Figure:
 def suite(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """A suite's tasks, by group and best under the last condition first: a dot for each condition's mean.
 
-    Columns: task, group, condition, mean, low, high.
+    Columns: task, group, condition, metric, mean, low, high.
     """
+    label = f"{str(frame['metric'].iloc[0]).replace('_', ' ').capitalize()} accuracy"
     last = frame["condition"].iloc[-1]
     order = frame[frame["condition"] == last].sort_values(["group", "mean"], ascending=[True, False])
     place = {task: i for i, task in enumerate(order["task"])}
     conditions = list(dict.fromkeys(frame["condition"]))
     key = {"task": place.__getitem__, "condition": conditions.index}
     ordered = frame.sort_values(["task", "condition"], key=lambda column: column.map(key[str(column.name)]))
-    figure = dots(ordered, labels={"mean": ACCURACY}, title=title)
+    figure = dots(ordered, labels={"mean": label}, title=title)
     starts = order["group"].ne(order["group"].shift()).to_numpy().nonzero()[0]
     if len(starts) > 1:
         for start in starts:

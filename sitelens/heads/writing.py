@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from einops import einsum, repeat
+from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -77,10 +77,10 @@ def written_tokens(
     prompts = embedding_prompts(task, tokenizer, min(8, embedding.n_prompts), embedding.n_shots, embedding.seed)
     batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
     factors = [factor for index in like_prompts(batch, model) for factor in _Norms.at_the_end(batch.rows(index), model)]
-    unembed = model.W_U.to(computing_dtype(model))
+    unembed = model.W_U.to(model.cfg.device, computing_dtype(model))
     direction = unembed - unembed.mean(-1, keepdim=True)
     z = embedding.mean_z[layer, place].to(model.cfg.device, unembed.dtype)
-    write = z @ output_weights(layer, model)[place]
+    write = z @ output_weights(layer, model)[place].to(z.device)
     logits = torch.stack([norms.through(write, layer) @ direction for norms in factors]).mean(0)
     order = logits.argsort(descending=True).tolist()
     chosen = [*order[:n], *order[len(order) - n :]]
@@ -108,7 +108,7 @@ class _Norms:
         names = ["ln_final", *behind.values()]
 
         def keep(scale: Tensor, name: str) -> None:
-            scales[name] = scale[:, -1, 0].to(computing_dtype(model))
+            scales[name] = scale[:, -1, 0].to(model.cfg.device, computing_dtype(model))
 
         watch(batch.tokens, model, {f"{name}.hook_scale": functools.partial(keep, name=name) for name in names})
         weights = {name: _norm_weight(name, model) for name in names}
@@ -130,12 +130,12 @@ def _direct_logits(
 ) -> Float[Tensor, "row layer head"]:
     """Each head's direct contribution to the logit of the row's answer, past the vocabulary's mean."""
     dtype, device = computing_dtype(model), model.cfg.device
-    unembed = model.W_U.to(dtype)
+    unembed = model.W_U.to(device, dtype)
     directions = unembed[:, batch.answer.to(device)].T - unembed.mean(-1)
     norms = _Norms.at_the_end(batch, model)
     layers = []
     for layer in range(model.cfg.n_layers):
-        write = einsum(z[:, layer].to(device, dtype), output_weights(layer, model),
+        write = einsum(z[:, layer].to(device, dtype), output_weights(layer, model).to(device),
                        "row head d, head d d_model -> row head d_model")  # fmt: skip
         through = torch.stack([own.through(rows, layer) for own, rows in zip(norms, write, strict=True)])
         layers.append(einsum(through, directions, "row head d_model, row d_model -> row head"))
@@ -143,13 +143,20 @@ def _direct_logits(
 
 
 def output_weights(layer: int, model: Model) -> Float[Tensor, "head d_head d_model"]:
-    """W_O of a layer, in the dtype of computing."""
-    block: Any = model.blocks[layer]
-    return block.attn.W_O.to(computing_dtype(model))
+    """W_O of a layer, in the dtype of computing, unpacked where it is kept in 4 bits."""
+    attention: Any = model.blocks[layer].attn
+    projection = attention.o.original_component
+    packed = getattr(projection.weight, "quant_state", None)
+    if packed is None:
+        return attention.W_O.to(computing_dtype(model))
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = dequantize_4bit(projection.weight.data, packed).to(computing_dtype(model))
+    return rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=model.cfg.n_heads)
 
 
 def _norm_weight(name: str, model: Model) -> Float[Tensor, " d_model"]:
     """What a norm multiplies the scaled stream with (Gemma keeps it less one)."""
     norm: Any = model.get_submodule(name)
-    weight = norm.original_component.weight.to(computing_dtype(model))
+    weight = norm.original_component.weight.to(model.cfg.device, computing_dtype(model))
     return 1 + weight if getattr(model.cfg, "rmsnorm_uses_offset", False) else weight

@@ -53,7 +53,9 @@ def combining(
 
     def act(out: Tensor, hook: Any = None, *, layer: int, module: int) -> Tensor:
         wide = torch.promote_types(out.dtype, torch.float32)
-        mixed = b[layer, module] * out.to(wide) + a[layer, module] * context[layer, module].to(out.device, wide)
+        parts = (side[layer, module].to(out.device) for side in (a, b, context))
+        of_context, of_out, vector = parts
+        mixed = of_out * out.to(wide) + of_context * vector.to(wide)
         if noise:
             random = torch.randn(mixed.shape, generator=generator).to(mixed)
             mixed = mixed + noise * mixed.norm(dim=-1, keepdim=True) * random

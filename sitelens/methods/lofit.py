@@ -84,10 +84,10 @@ def fit(
                 optimizer.step()
                 schedule.step()
 
-    train(scales, scale_lr, l1, lambda z, layer: (1 + scales[layer]) * z, "scales")
+    train(scales, scale_lr, l1, lambda z, layer: (1 + scales[layer].to(z.device)) * z, "scales")
     norms = scales.detach().norm(dim=-1).flatten()
     chosen = torch.zeros_like(norms)
     chosen[norms.sort(descending=True, stable=True).indices[:count]] = 1
     mask = chosen.reshape(*shape[:2], 1)
-    train(offsets, offset_lr, 0.0, lambda z, layer: z + mask[layer] * offsets[layer], "offsets")
+    train(offsets, offset_lr, 0.0, lambda z, layer: z + (mask[layer] * offsets[layer]).to(z.device), "offsets")
     return HeadOffsets((mask * offsets.detach()).float().cpu(), fingerprint(model))

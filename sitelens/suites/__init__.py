@@ -1,0 +1,272 @@
+"""run_suite: a whole benchmark under prompting, SITE and other methods, in batches across tasks, resumable."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from sitelens.comparison import PROMPTING, checked_methods, fit_method
+from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
+from sitelens.config import TrainConfig
+from sitelens.defaults import SitelensError, overridden, settings, tracked
+from sitelens.embedding import TaskEmbedding, embed_task
+from sitelens.fingerprints import unchanged
+from sitelens.methods.common import fitting
+from sitelens.metrics import checked_metrics
+from sitelens.models import Model, context_length, own_tokenizer, resolve_model
+from sitelens.prompts import item_sizes, shared_first_tokens, within_context
+from sitelens.scoring import score_conditions
+from sitelens.selection import HeadSelection
+from sitelens.suites.result import SuiteResult as SuiteResult
+from sitelens.summary import ECHO
+from sitelens.tasks import Task, group_of, load_task, suite_names
+from sitelens.training import train_selections
+
+TOGETHER = 16  # tasks that train in one batch: past this the time per task no longer falls
+SITE = "SITE"
+NEW_TOKENS = 20  # that may follow a prompt
+NOT_ASKED = "not asked for"
+# What the parts of the work cost, in prompt tokens of one forward pass: for the progress bar's estimate only.
+STEP, FIT = 25, 50_000
+
+
+def run_suite(
+    name: str,
+    model: Model | str | None = None,
+    *,
+    methods: Sequence[str] = (SITE,),
+    tasks: Sequence[str] | None = None,
+    metric: str = "first_token",
+    n_items: int | None = None,
+    n_prompts: int = 50,
+    n_shots: int = 10,
+    config: TrainConfig | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> SuiteResult:
+    """All tasks of "fv57", "anli", "mmlu-pro", "bbh" or "builtin", zero-shot, few-shot and by some methods.
+
+    `methods` are names of `sl.methods`; SITE trains up to 16 tasks in one batch, the others are fitted task by task,
+    with `options` as in `compare`. As in the paper, SITE and few-shot prompting draw from all training items; the other
+    methods see at most 200, as in `compare`, which gives SITE no more than them. `tasks` chooses some of the suite by
+    name; the others are in `left_out`, as are those whose data cannot be had and those that fail. `n_items` test items
+    a task at most.
+
+    An item longer than its share of the context, (context - 20) / (n_shots + 1) tokens with its answer, is dropped from
+    its split beforehand, so that every few-shot prompt fits and all conditions see the same items; `tasks` counts them.
+
+    Everything that is finished (an embedding, a batch of selections, a task's scores, a method's fit) is kept on disk:
+    an interrupted call, started again, goes on from there; what is lost is the batch in training, at most.
+
+    Raises:
+        SitelensError: for an unknown suite, method, metric, option or task, or if no task of the suite can be run.
+    """
+    chosen = check_suite(name, tasks=tasks, methods=methods, metric=metric, n_items=n_items, options=options)
+    if n_shots < 1 or n_prompts < 1:
+        raise SitelensError(f"n_shots and n_prompts must be at least 1, got {n_shots} and {n_prompts}")
+    model, config = resolve_model(model), config or TrainConfig()
+    left_out = {task: NOT_ASKED for task in suite_names(name) if task not in chosen}
+    loaded: list[Task] = []
+    about: list[dict[str, Any]] = []
+    for task, row, reason in _loaded(chosen, model, n_shots):
+        if reason is None:
+            loaded.append(task)
+            about.append(row)
+        else:
+            left_out[task.name] = reason
+    measured: dict[str, Any] = {"n_prompts": n_prompts, "n_shots": n_shots, "seed": seed}
+    scored: dict[str, Any] = {"n_items": n_items, "metrics": (metric,), "seed": seed}
+    fitted = tuple(method for method in checked_methods(methods) if method not in PROMPTING)
+    chosen_options = {method: dict(values) for method, values in (options or {}).items()}
+    work = [_work(task, model, n_prompts, n_shots, n_items, config, fitted) for task in loaded]
+    bar = _Bar(name, work, progress)
+    run = _Run(model, fitted, config, measured, scored, chosen_options, bar, left_out)
+    with unchanged(model), overridden(memory_budget=memory_budget or settings.memory_budget, progress=False):
+        for start in range(0, len(loaded), TOGETHER):
+            run.batch(dict(enumerate(loaded[start : start + TOGETHER], start)))
+    bar.close()
+    if not run.frames:
+        reasons = [f"{task}: {reason}" for task, reason in left_out.items() if reason != NOT_ASKED]
+        raise SitelensError(f"no task of the suite {name!r} can be run: {'; '.join(reasons[:3])}")
+    scores = pd.concat(run.frames, ignore_index=True).drop(columns="seed")
+    scores.insert(1, "group", scores["task"].map({row["task"]: row["group"] for row in about}))
+    facts = {
+        "suite": name, "tasks": [task.name for task in loaded], "n_items": n_items, **measured, "metric": metric,
+        "train": asdict(config), "options": chosen_options,
+    }  # fmt: skip
+    return SuiteResult(name, model, scores, pd.DataFrame(about), left_out, run.embeddings, run.selections, facts)
+
+
+def check_suite(
+    name: str,
+    *,
+    tasks: Sequence[str] | None,
+    methods: Sequence[str],
+    metric: str,
+    n_items: int | None,
+    options: Mapping[str, Mapping[str, Any]] | None,
+) -> list[str]:
+    """The names of the tasks that these arguments of `run_suite` choose; no model is needed to refuse them.
+
+    Raises:
+        SitelensError: for anything that cannot be run.
+    """
+    names = suite_names(name)
+    fitted = [method for method in checked_methods(methods) if method not in (*PROMPTING, SITE)]
+    checked_metrics([metric])
+    if n_items is not None and n_items < 1:
+        raise SitelensError(f"n_items must be at least 1, got {n_items}")
+    for method in options or {}:
+        if method not in fitted:
+            raise SitelensError(f"options are given for {method!r}, which is not fitted here; "
+                                f"methods with options: {', '.join(fitted) or 'none'}")  # fmt: skip
+    if isinstance(tasks, str):
+        raise SitelensError(f"tasks must be a list of names: write [{tasks!r}]")
+    for task in tasks or ():
+        if task not in names:
+            near = difflib.get_close_matches(task, names, n=2, cutoff=0.5)
+            hint = f": did you mean {' or '.join(near)}?" if near else ""
+            raise SitelensError(f"the suite {name!r} has no task {task!r}{hint}")
+    return [task for task in names if tasks is None or task in tasks]
+
+
+@dataclass(eq=False)
+class _Run:
+    """What a suite's run has come to; a part that fails is left out, and the rest goes on."""
+
+    model: Model
+    methods: tuple[str, ...]
+    config: TrainConfig
+    measured: dict[str, Any]
+    scored: dict[str, Any]
+    options: dict[str, dict[str, Any]]
+    bar: _Bar
+    left_out: dict[str, str]
+    frames: list[pd.DataFrame] = field(default_factory=list)
+    embeddings: dict[str, TaskEmbedding] = field(default_factory=dict)
+    selections: dict[str, HeadSelection] = field(default_factory=dict)
+
+    def batch(self, tasks: Mapping[int, Task]) -> None:
+        """All parts of the work on some tasks of one batch, by their places in the suite."""
+        if SITE in self.methods:
+            for place, task in tasks.items():
+                self._try(place, task, "embed", self._embed)
+            self._train([task for task in tasks.values() if task.name in self.embeddings])
+            for place in tasks:
+                self.bar.done(place, "train")
+        n_shots = self.measured["n_shots"]
+        prompting: dict[str, Condition] = {"zero-shot": ZeroShot(), f"{n_shots}-shot": FewShot(n_shots)}
+        for place, task in tasks.items():
+            self._try(place, task, "prompt", lambda task: self._score(task, prompting))
+            for method in self.methods:
+                if method != SITE:
+                    self._try(place, task, method, functools.partial(self._fit, method=method))
+                elif task.name in self.selections:
+                    self._try(place, task, SITE, self._patch)
+
+    def _try(self, place: int, task: Task, part: str, act: Callable[[Task], None]) -> None:
+        try:
+            act(task)
+        except SitelensError as error:
+            self.left_out[f"{task.name}, {part}"] = str(error)
+        self.bar.done(place, part)
+
+    def _embed(self, task: Task) -> None:
+        self.embeddings[task.name] = embed_task(task, self.model, **self.measured)
+
+    def _train(self, tasks: Sequence[Task]) -> None:
+        """In one batch; if that fails, one by one, and those that fail are left out."""
+        options: dict[str, Any] = {"embeddings": self.embeddings, "seeds": (self.config.seed,), "config": self.config}
+        try:
+            results = train_selections(tasks, self.model, **options) if tasks else {}
+        except SitelensError as error:
+            if len(tasks) == 1:
+                self.left_out[f"{tasks[0].name}, {SITE}"] = str(error)
+                return
+            for task in tasks:
+                self._train([task])
+            return
+        self.selections |= {name: result.selection for (name, _), result in results.items()}
+
+    def _patch(self, task: Task) -> None:
+        patched = PatchHeads(self.selections[task.name], self.embeddings[task.name], self.config.mixing)
+        self._score(task, {SITE: patched})
+
+    def _fit(self, task: Task, method: str) -> None:
+        small, seed = fitting(task), self.scored["seed"]
+        fitted = fit_method(method, small, self.model, seed=seed, options=self.options.get(method))
+        self._score(small, {method: fitted.condition})
+
+    def _score(self, task: Task, conditions: Mapping[str, Condition]) -> None:
+        found = score_conditions(task, conditions, self.model, **self.scored)
+        again = ECHO in found["condition"].values and "zero-shot" not in conditions  # once a task is enough
+        self.frames.append(found[found["condition"] != ECHO] if again else found)
+
+
+def _loaded(names: Iterable[str], model: Model, n_shots: int) -> Iterator[tuple[Task, dict[str, Any], str | None]]:
+    """Each task without its too long items, a row about it, and why it cannot be run (None: it can)."""
+    tokenizer, context = own_tokenizer(model), context_length(model)
+    for name in names:
+        try:
+            whole = load_task(name)
+        except SitelensError as error:
+            yield Task(name, "", (), (), ()), {}, str(error)
+            continue
+        task = whole if context is None else within_context(whole, tokenizer, context - NEW_TOKENS, n_shots)
+        splits = {split: len(task.split(split)) for split in ("train", "valid", "test")}
+        dropped = sum(len(whole.split(split)) for split in splits) - sum(splits.values())
+        short = splits["train"] < n_shots + 1 or not splits["valid"] or not splits["test"]
+        if short:
+            sizes = ", ".join(f"{count} {split}" for split, count in splits.items())
+            yield task, {}, f"too few items are left ({sizes}; {dropped} longer than the context allows)"
+            continue
+        shared = shared_first_tokens(task, tokenizer)
+        row = {
+            "task": name, "group": group_of(name), **splits, "dropped": dropped,
+            "shared": sum(item.output in shared for item in task.test) / splits["test"], "note": task.note,
+            "digest": task.digest,
+        }  # fmt: skip
+        yield task, row, None
+
+
+def _work(
+    task: Task, model: Model, n_prompts: int, n_shots: int, n_items: int | None, config: TrainConfig,
+    methods: Sequence[str],
+) -> dict[str, int]:  # fmt: skip
+    """The parts of a task's work and their cost in prompt tokens, roughly."""
+    sizes = item_sizes(task.train[:50], task.template, own_tokenizer(model))
+    one = sum(sizes) // len(sizes)
+    test = min(len(task.test), n_items or len(task.test))
+    parts = {"prompt": test * one * (n_shots + 2)}
+    if SITE in methods:
+        training = config.steps * config.batch_size * (one + STEP)
+        parts |= {"embed": n_prompts * one * (n_shots + 1), "train": training, SITE: test * one}
+    return parts | {method: FIT + test * one for method in methods if method != SITE}
+
+
+class _Bar:
+    """One progress bar over parts of unequal cost, in thousands of prompt tokens."""
+
+    def __init__(self, name: str, work: Sequence[Mapping[str, int]], progress: bool | None) -> None:
+        self._work = work
+        self._done = self._shown = 0
+        total = sum(cost for parts in work for cost in parts.values()) // 1000
+        self._bar = tracked(range(total + 1), f"suite {name}", progress=progress)
+        next(self._bar)  # it shows from the start
+
+    def done(self, place: int, part: str) -> None:
+        self._done += self._work[place][part]
+        while self._shown < self._done // 1000:
+            next(self._bar, None)
+            self._shown += 1
+
+    def close(self) -> None:
+        for _ in self._bar:
+            pass

@@ -1,0 +1,99 @@
+"""What a suite gave: scores, a table like the paper's, a figure, and what is written of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from sitelens import figures
+from sitelens.embedding import TaskEmbedding
+from sitelens.gallery import save_figure
+from sitelens.models import Model
+from sitelens.selection import HeadSelection
+from sitelens.summary import summarize
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, eq=False)
+class SuiteResult:
+    """What a suite gave.
+
+    scores: one row per task, condition and item: task, group, condition, item, metric, score, logprob, rank.
+    tasks: one row a task: task, group, train, valid, test (items that were used at most), dropped (items too long for
+    the context, from all splits), shared (share of test items whose answer's first token is also that of another answer
+    of the task), note (how it was split), digest.
+    left_out: every task of the suite that is not among them, and why; "TASK, METHOD" where only a method failed.
+    embeddings, selections: SITE's, by task.
+    """
+
+    name: str
+    model: Model
+    scores: pd.DataFrame
+    tasks: pd.DataFrame
+    left_out: dict[str, str]
+    embeddings: dict[str, TaskEmbedding]
+    selections: dict[str, HeadSelection]
+    facts: dict[str, Any]
+
+    def summary(self) -> pd.DataFrame:
+        """One row per task and condition: task, group, condition, metric, mean, low, high (95%, Wilson), n."""
+        found = summarize(self.scores, by=("group", "task", "condition", "metric"))
+        return found.drop(columns="interval")
+
+    def table(self) -> pd.DataFrame:
+        """Means over tasks with 95% intervals (stratified bootstrap): conditions by groups, and over all tasks.
+
+        Columns: condition, metric, group ("all" for the whole suite), tasks, mean, low, high, n (answers).
+        """
+        whole = self.scores.assign(group="all")
+        several = self.scores["group"].nunique() > 1
+        rows = pd.concat([self.scores, whole] if several else [whole], ignore_index=True)
+        found = summarize(rows, by=("group", "condition", "metric")).drop(columns="interval")
+        counts = rows.groupby("group")["task"].nunique()
+        return found.assign(tasks=found["group"].map(counts))
+
+    def markdown(self) -> str:
+        """The table as Markdown, like the paper's: conditions down, groups across, per cent."""
+        table = self.table()
+        cells = table.assign(
+            text=[f"{100 * row.mean:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in _rows(table)],
+            column=[f"{row.group} ({row.tasks} tasks)" for row in _rows(table)],
+        )
+        wide = cells.pivot_table(index="condition", columns="column", values="text", aggfunc="first", sort=False)
+        lines = [["condition", *wide.columns], ["---"] * (len(wide.columns) + 1)]
+        lines += [[str(name), *row] for name, row in wide.iterrows()]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def figure(self, title: str = "") -> go.Figure:
+        """Every task under every condition, by group, best under the last condition first."""
+        return figures.suite(self.summary(), title)
+
+    def save(
+        self, folder: str | Path, command: str, formats: Sequence[str] = ("html",), name: str | None = None
+    ) -> list[Path]:
+        """Write NAME.csv (a row per task and condition), NAME-tasks.csv, NAME.md, NAME.json and the figure.
+
+        `command` is recorded as what made them; `name` defaults to suite-NAME.
+
+        Raises:
+            SitelensError: for a static format without Chrome; all else is written before.
+        """
+        folder, name = Path(folder), name or f"suite-{self.name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tasks.to_csv(folder / f"{name}-tasks.csv", index=False, float_format="%.6g")
+        (folder / f"{name}.md").write_text(self.markdown() + "\n", "utf-8")
+        table = json.loads(self.table().round(5).to_json(orient="records"))
+        facts = {**self.facts, "table": table, "left_out": self.left_out}
+        written = save_figure(self.figure(), self.summary(), name, folder, formats, command, self.model, facts)
+        return [folder / f"{name}-tasks.csv", folder / f"{name}.md", *written]
+
+
+def _rows(frame: pd.DataFrame) -> Iterator[Any]:
+    return frame.itertuples(index=False)
