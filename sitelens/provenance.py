@@ -8,16 +8,23 @@ from typing import Any
 
 from sitelens import __version__
 from sitelens.fingerprints import fingerprint
-from sitelens.models import Model, head_shape, model_name
+from sitelens.models import Model, head_shape, model_dtype, model_name
 
 RECORDED = ("torch", "transformers", "transformer-lens", "numpy", "pandas", "plotly", "safetensors", "gguf")
+IF_INSTALLED = ("accelerate", "bitsandbytes", "datasets", "peft")
 
 
 def provenance(command: str, model: Model, name: str | None = None) -> dict[str, Any]:
-    """As plain JSON: made_by, model (name, fingerprint, heads), versions, python."""
+    """As plain JSON: made_by, model (name, fingerprint, heads, dtype, quantize), versions, python."""
+    installed = {found.metadata["Name"].lower() for found in metadata.distributions()}
+    versions = {name: metadata.version(name) for name in (*RECORDED, *(set(IF_INSTALLED) & installed))}
     return {
         "made_by": command,
-        "model": {"name": name or model_name(model), "fingerprint": fingerprint(model), "heads": head_shape(model)[:2]},
-        "versions": {name: metadata.version(name) for name in RECORDED} | {"sitelens": __version__},
+        "model": {
+            "name": name or model_name(model), "fingerprint": fingerprint(model), "heads": head_shape(model)[:2],
+            "dtype": str(model_dtype(model)).removeprefix("torch."),
+            "quantize": "nf4" if getattr(model.original_model, "is_loaded_in_4bit", False) else None,
+        },
+        "versions": dict(sorted(versions.items())) | {"sitelens": __version__},
         "python": platform.python_version(),
-    }
+    }  # fmt: skip

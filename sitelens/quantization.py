@@ -60,7 +60,8 @@ def settle(network: nn.Module) -> None:
         if fused and name.rpartition(".")[2] == "experts":
             for key in fused:
                 replace_parameter_4bit(module, key, compress_statistics=True, quant_type="nf4")
-            module.forward = functools.partial(_unpacked_anew, module.forward)
+            experts: Any = module
+            experts.forward = functools.partial(_unpacked_anew, experts.forward)
 
 
 def _unpacked_anew(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:

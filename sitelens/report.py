@@ -19,6 +19,7 @@ from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.evaluation import echo, evaluate
+from sitelens.fingerprints import fingerprint
 from sitelens.models import DEFAULT_MODEL, Model, head_shape, load_model, resolve_model
 from sitelens.provenance import provenance
 from sitelens.summary import ECHO, summarize
@@ -73,6 +74,15 @@ class RunConfig:
             raise SitelensError(f"there is no file {path}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise SitelensError(f"{path} is no run.json of sitelens: {error}") from error
+
+
+def warn_of_another_model(path: str | Path, model: Model) -> None:
+    """Warn if a run.json was made with other weights than the model's (another dtype, say, or quantised ones)."""
+    recorded = json.loads(Path(path).read_text("utf-8")).get("model", {})
+    if recorded.get("fingerprint") not in (None, fingerprint(model)):
+        said = ", ".join(str(recorded[key]) for key in ("name", "dtype", "quantize") if recorded.get(key))
+        warnings.warn(f"{path} was made with other weights ({said}) than those loaded now: the numbers will differ",
+                      SitelensWarning, stacklevel=2)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import sitelens as sl
-from sitelens.report import RunConfig, RunReport, run
+from sitelens.provenance import provenance
+from sitelens.report import RunConfig, RunReport, run, warn_of_another_model
 from tests import micro
 
 SMALL = sl.TrainConfig(steps=6, eval_every=3, n_valid=4)
@@ -98,3 +100,12 @@ def test_a_bad_run_json_is_named(content: str | None, message: str, tmp_path: Pa
         path.write_text(content)
     with pytest.raises(sl.SitelensError, match=message):
         RunConfig.load(path)
+
+
+def test_other_weights_than_a_run_json_records_are_warned_of(tmp_path: Path) -> None:
+    narrow, wide = micro.bridge("Llama", torch.bfloat16), micro.bridge("Llama")
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(provenance("sitelens run one", narrow, "tiny")))
+    warn_of_another_model(path, narrow)
+    with pytest.warns(sl.SitelensWarning, match=r"other weights \(tiny, bfloat16\)"):
+        warn_of_another_model(path, wide)

@@ -42,9 +42,11 @@ def run(options: argparse.Namespace) -> None:
     with warnings.catch_warnings():  # the run itself says them
         warnings.simplefilter("ignore", SitelensWarning)
         load_tasks(config.tasks)  # a wrong name shows before a model is loaded
-    from sitelens.report import run
+    from sitelens.report import run, warn_of_another_model
 
     model = _load_model(options, config.model)
+    if options.again is not None:
+        warn_of_another_model(options.again, model)
     report = run(config, model, memory_budget=options.memory_budget)
     for metric in config.metrics:
         print(f"{metric.replace('_', ' ')}, per cent, 95% intervals, {config.n_items or 'all'} test items at most "
