@@ -169,8 +169,9 @@ def _name(*values: Any) -> str:
 
 
 def marker(i: int) -> str:
-    """Another one for each colour, and other pairs of the two when the colours begin again."""
-    return SYMBOLS[(i + i // len(COLOURS)) % len(SYMBOLS)]
+    """Another one for each colour; other pairs of the two, and open ones, when the colours begin again."""
+    turn = i // len(COLOURS)
+    return SYMBOLS[(i + turn) % len(SYMBOLS)] + ("-open" if turn % 2 else "")
 
 
 def _between(interval: str, place: int) -> str:

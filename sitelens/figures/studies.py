@@ -214,12 +214,15 @@ def comparison(frame: pd.DataFrame, title: str = "") -> go.Figure:
         known = means[column][means[column] > 0]
         least, most = (known.min(), known.max()) if len(known) else (1.0, 1.0)
         first = math.floor(math.log10(least)) - 1  # where nothing is shown
-        nothing = [str(name) for name in means.index[means[column] == 0]]  # side by side around the edge
-        at = {name: 10 ** (first + 0.16 * (i - (len(nothing) - 1) / 2)) for i, name in enumerate(nothing)}
+        at = {}
+        for value in set(means[column].astype(float)):  # side by side where they are equal
+            alike = list(means.index[means[column] == value])
+            middle = math.log10(value) if value > 0 else first
+            at |= {name: 10 ** (middle + 0.16 * (i - (len(alike) - 1) / 2)) for i, name in enumerate(alike)}
         for i, (name, row) in enumerate(means.iterrows()):
             below, above = row["accuracy"] - row["low"], row["high"] - row["accuracy"]
             figure.add_trace(go.Scatter(
-                x=[at.get(str(name), row[column])], y=[row["accuracy"]], mode="markers", name=str(name),
+                x=[at[name]], y=[row["accuracy"]], mode="markers", name=str(name),
                 legendgroup=str(name), showlegend=place == 1,
                 marker={"color": COLOURS[i % len(COLOURS)], "size": 8, "symbol": marker(i)},
                 error_y={"type": "data", "symmetric": False, "array": [max(above, 0)], "arrayminus": [max(below, 0)],
