@@ -16,11 +16,11 @@ from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.fingerprints import fingerprint, unchanged
 from sitelens.models import Model, resolve_model
 from sitelens.selection import HeadSelection
-from sitelens.store import Artifact, default_store, tensor_bytes
+from sitelens.store import Artifact, default_store, digest, tensor_bytes
 from sitelens.tasks import Task, load_tasks
-from sitelens.training_loop import HISTORY, Run, train_runs
+from sitelens.training_loop import Run, train_runs
+from sitelens.training_state import ALGORITHM, HISTORY
 
-ALGORITHM = 1  # to be raised when the numbers change
 FEW_BINARY = 0.5  # a share of near-binary alphas below this is worth a warning
 
 
@@ -138,7 +138,7 @@ def train_jobs(
             if artifacts[i] is None:
                 batches.setdefault(replace(job.config, seed=0, init=0.5), []).append(i)
         for config, batch in batches.items():
-            runs, tasks, vectors = _runs([jobs[i] for i in batch])
+            runs, tasks, vectors = _runs([jobs[i] for i in batch], [digest(specs[i]) for i in batch])
             trained = train_runs(runs, tasks, vectors, model, config, settings.budget(memory_budget), progress)
             for i, tensors in zip(batch, trained, strict=True):
                 job = jobs[i].config
@@ -157,17 +157,17 @@ def _check_splits(tasks: Iterable[Task]) -> None:
             raise SitelensError(f"task {task.name!r} has no {'valid' if task.train else 'train'} items")
 
 
-def _runs(jobs: Sequence[TrainJob]) -> tuple[list[Run], list[Task], list[TaskEmbedding]]:
+def _runs(jobs: Sequence[TrainJob], keys: Sequence[str]) -> tuple[list[Run], list[Task], list[TaskEmbedding]]:
     """Jobs as runs over lists in which each task and each embedding stands once."""
     tasks: dict[tuple[str, str], tuple[int, Task]] = {}
     vectors: dict[int, tuple[int, TaskEmbedding]] = {}
     runs = []
-    for job in jobs:
+    for job, key in zip(jobs, keys, strict=True):
         members = []
         for task, embedding in job.members:
             place, _ = tasks.setdefault((task.name, task.digest), (len(tasks), task))
             members.append((place, vectors.setdefault(id(embedding), (len(vectors), embedding))[0]))
-        runs.append(Run(tuple(members), job.config.seed, job.config.init))
+        runs.append(Run(tuple(members), job.config.seed, job.config.init, key))
     return runs, [task for _, task in tasks.values()], [embedding for _, embedding in vectors.values()]
 
 

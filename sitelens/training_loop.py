@@ -27,17 +27,20 @@ from sitelens.models import Model, computing_dtype, context_length, head_shape, 
 from sitelens.prefix import PrefixCache
 from sitelens.prompts import PromptBatch, few_shot_prompt, tokenize
 from sitelens.tasks import Task
-
-HISTORY = ("step", "loss", "valid_loss", "mean_alpha", "share_binary")
+from sitelens.training_state import Record, State
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained as one alpha: one task with its embedding or, for a shared alpha, several."""
+    """What is trained as one alpha: one task with its embedding or, for a shared alpha, several.
+
+    key identifies all that decides its numbers, so that an interrupted training of it can go on.
+    """
 
     members: tuple[tuple[int, int], ...]  # places in the lists of tasks and of embeddings
     seed: int
     init: float | Literal["random"] = 0.5
+    key: str = ""
 
     @property
     def tasks(self) -> tuple[int, ...]:
@@ -72,7 +75,8 @@ def train_runs(
     """Train all runs; yields each one's alpha and history.
 
     They advance together in groups whose validation prefixes fit half of the budget, so that these are computed
-    once; a group's results come before the next group begins.
+    once; a group's results come before the next group begins. A training of more than some seconds keeps its state on
+    disk at validations, and goes on from there after an interruption, with the same numbers.
     """
     for group in _groups(runs, tasks, model, config, budget // 2):
         yield from _train_group(group, tasks, embeddings, model, config, budget, progress)
@@ -93,7 +97,9 @@ def _train_group(
     train, rows = _training_rows(runs, tasks, model, config)
     logits = _initial_logits(runs, head_shape(model)[:2], dtype).to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([logits], lr=config.lr)
-    record = _Record(len(runs), config, torch.zeros_like(logits, requires_grad=False))
+    record = Record(len(runs), config, torch.zeros_like(logits, requires_grad=False))
+    state = State([run.key for run in runs], logits, optimizer, record)
+    begin = state.restore()
     bar = tracked(range(config.steps), _label(runs, tasks), progress=progress)
     with LastToken(model) as last_token:
         losses_of = functools.partial(
@@ -101,10 +107,16 @@ def _train_group(
         )
         valid, valid_rows = _validation_rows(runs, tasks, model, config)
         validation = _Prompts(valid, model, budget // 2, share)
+        for _ in range(begin):
+            next(bar)
         for start, stop in _windows(rows.prompt, train.lengths, model, share):
+            if stop <= begin:
+                continue
             distinct, local = torch.unique(rows.prompt[start:stop], return_inverse=True)
             window = _Prompts(train.rows(distinct.tolist()), model, share, share)
             for step, index in zip(range(start, stop), local, strict=True):
+                if step < begin:
+                    continue
                 next(bar)
                 alpha = torch.sigmoid(logits)
                 losses, gradient = window.losses(alpha.detach(), replace(rows, prompt=index), losses_of, gradient=True)
@@ -118,30 +130,11 @@ def _train_group(
                     measured, _ = validation.losses(alpha, valid_rows, losses_of, gradient=False)
                     _check_finite(measured, valid_rows, runs, tasks, step, "validation loss")
                     record.validation(step, _mean_by_run(measured, valid_rows.run, len(runs)), alpha)
+                    state.keep(step + 1)
     next(bar, None)
     for i in range(len(runs)):
         yield {"alpha": record.alpha[i].cpu(), "history": record.history[:, i].clone()}
-
-
-class _Record:
-    """What is remembered of a training: the history, and each run's alpha at the checkpoint that is kept."""
-
-    def __init__(self, runs: int, config: TrainConfig, alpha: Float[Tensor, "run layer head"]) -> None:
-        self.history = torch.full((config.steps, runs, len(HISTORY)), torch.nan, dtype=torch.float64)
-        self.best = torch.full((runs,), torch.inf, dtype=torch.float64)
-        self.alpha = alpha
-        self._keep_last = config.checkpoint == "last"
-
-    def step(self, step: int, loss: Float[Tensor, " run"], alpha: Float[Tensor, "run layer head"]) -> None:
-        now = self.history[step]
-        now[:, 0], now[:, 1], now[:, 3] = step + 1, loss, alpha.mean((1, 2))
-        now[:, 4] = ((alpha <= 0.1) | (alpha >= 0.9)).double().mean((1, 2))
-
-    def validation(self, step: int, loss: Float[Tensor, " run"], alpha: Float[Tensor, "run layer head"]) -> None:
-        self.history[step, :, 2] = loss
-        better = torch.ones_like(loss, dtype=torch.bool) if self._keep_last else loss < self.best
-        self.best = torch.where(better, loss, self.best)
-        self.alpha = torch.where(rearrange(better, "run -> run 1 1").to(alpha.device), alpha, self.alpha)
+    state.forget()
 
 
 def _losses(

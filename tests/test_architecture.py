@@ -30,7 +30,7 @@ ORDER: list[set[str]] = [
     {"forward"},
     {"embedding", "selection", "config"},
     {"conditions", "metrics"},
-    {"evaluation"},
+    {"evaluation", "training_state"},
     {"scoring", "training_loop"},
     {"training"},
     {"heads", "report", "transfer"},

@@ -183,21 +183,22 @@ def test_the_bar_ends_where_it_should(model: Model, monkeypatch: pytest.MonkeyPa
 SCRIPT = """
 import sys
 from pathlib import Path
-from sitelens import TrainConfig, suites
+from sitelens import suites, training_state
 from sitelens.defaults import settings
 from tests import micro, test_suites
 settings.cache_dir = Path(sys.argv[1])
 suites.suite_names = lambda name: list(test_suites.TASKS)
 suites.load_task = test_suites.load
 suites.group_of = test_suites.GROUPS.__getitem__
-suites.TOGETHER = 1
+suites.TOGETHER = int(sys.argv[3])
+training_state.KEEP_SECONDS = 0
 found = suites.run_suite("bbh", micro.bridge("Llama"), **test_suites.SMALL)
 found.scores.to_csv(sys.argv[2], index=False)
 """
 
 
-def start(cache: Path, out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(cache), str(out)], cwd=ROOT)
+def start(cache: Path, out: Path, together: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(cache), str(out), str(together)], cwd=ROOT)
 
 
 def artifacts(cache: Path) -> dict[str, int]:
@@ -205,17 +206,18 @@ def artifacts(cache: Path) -> dict[str, int]:
     return {str(p.relative_to(cache)): p.stat().st_mtime_ns for p in sorted(cache.rglob("*.safetensors"))}
 
 
-def test_what_was_finished_before_a_kill_is_not_done_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "together"), [("scores", 1), ("selection", 1), ("training", 16)])
+def test_what_was_finished_before_a_kill_is_not_done_again(kind: str, together: int, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert start(whole, tmp_path / "whole.csv").wait() == 0
-    process = start(broken, tmp_path / "broken.csv")
-    while process.poll() is None and not any("scores" in name for name in artifacts(broken)):
-        time.sleep(0.005)
+    assert start(whole, tmp_path / "whole.csv", together).wait() == 0
+    process = start(broken, tmp_path / "broken.csv", together)
+    while process.poll() is None and not any(f"/{kind}/" in name for name in artifacts(broken)):
+        time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    before = artifacts(broken)
+    before = {name: written for name, written in artifacts(broken).items() if "/training/" not in name}
     assert 0 < len(before) < len(artifacts(whole))
-    assert start(broken, tmp_path / "broken.csv").wait() == 0
+    assert start(broken, tmp_path / "broken.csv", together).wait() == 0
     after = artifacts(broken)
     assert sorted(after) == sorted(artifacts(whole))
     assert {name: after[name] for name in before} == before

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sitelens import training, training_loop
+from sitelens import training, training_loop, training_state
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.forward import HeadEdit, LastToken, full_logits
 from sitelens.memory import prefix_bytes
 from sitelens.models import Model
 from sitelens.prefix import PrefixCache
 from sitelens.prompts import PromptBatch, few_shot_prompts, tokenize
-from sitelens.store import default_store
+from sitelens.store import Store, default_store
 from sitelens.tasks import Example, Task
 from sitelens.training import TrainJob, TrainResult, train_jobs, train_selection, train_selections
 from tests import micro, oracle
@@ -762,3 +762,52 @@ class TestTheModelIsLeftAlone:
         frozen = anew([task], model, config=SHORT)
         model.requires_grad_(True)
         assert_equal(anew([task], model, config=SHORT), frozen, 1e-12)
+
+
+class TestInterruptions:
+    CONFIG = TrainConfig(steps=24, eval_every=6, n_valid=3, lr=0.5)
+
+    def interrupted(self, model: Model, at: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Results:
+        """Trained in two goes: the first ends in its step `at`, the second goes on."""
+        monkeypatch.setattr(training_state, "KEEP_SECONDS", 0)
+        tasks, steps = [worded("one"), worded("two", 5)], []
+        step = training_state.Record.step
+
+        def stop(record: Any, number: int, *rest: Any) -> None:
+            steps.append(number)
+            if len(steps) == at:
+                raise KeyboardInterrupt
+            step(record, number, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training_state.Record, "step", stop)
+            with pytest.raises(KeyboardInterrupt):
+                anew(tasks, model, seeds=(0, 1), config=self.CONFIG, **options)
+            assert len(list((settings.cache() / "artifacts" / "training").glob("*"))) == 1
+            found = train_selections(
+                tasks, model, embeddings=vectors(model, *tasks), seeds=(0, 1), config=self.CONFIG, **options
+            )
+        again = (at - 1) // 6 * 6  # the last validation
+        assert steps[: at + 24 - again] == [*range(at), *range(again, 24)]
+        assert not list((settings.cache() / "artifacts" / "training").glob("*"))
+        return found
+
+    @pytest.mark.parametrize("at", [7, 12, 13, 24])
+    @pytest.mark.parametrize("budget", ["2GiB", "1MB"])
+    def test_a_training_goes_on_where_it_was_with_the_same_numbers(
+        self, at: int, budget: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = micro.bridge("Llama")
+        found = self.interrupted(model, at, monkeypatch, memory_budget=budget)
+        expected = anew(
+            [worded("one"), worded("two", 5)], model, seeds=(0, 1), config=self.CONFIG, memory_budget=budget
+        )
+        for key, result in expected.items():
+            assert torch.equal(found[key].selection.alpha, result.selection.alpha)
+            pd.testing.assert_frame_equal(found[key].history, result.history, check_exact=True)
+
+    def test_short_trainings_write_no_state(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        put, kinds = Store.put, []
+        monkeypatch.setattr(Store, "put", lambda store, artifact: kinds.append(artifact.kind) or put(store, artifact))
+        anew([worded("one")], micro.bridge("Llama"), config=self.CONFIG)
+        assert kinds == ["selection"]

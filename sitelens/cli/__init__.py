@@ -106,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     command("models", listings.models, "list the packaged models and the paper's")
     cache = command("cache", listings.cache, "show or clear the cache")
     cache.add_argument("--clear", metavar="KIND", nargs="?", const="all",
-                       choices=["all", "embedding", "selection", "scores", "method", "comparison", "models", "damaged"],
+                       choices=["all", "embedding", "selection", "training", "scores", "method", "comparison", "models",
+                                "damaged"],
                        help="remove all, or one kind")  # fmt: skip
     cache.add_argument("--verbose", action="store_true", help="a line for each artifact")
     return parser

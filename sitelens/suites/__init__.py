@@ -62,8 +62,8 @@ def run_suite(
     An item longer than its share of the context, (context - 20) / (n_shots + 1) tokens with its answer, is dropped from
     its split beforehand, so that every few-shot prompt fits and all conditions see the same items; `tasks` counts them.
 
-    Everything that is finished (an embedding, a batch of selections, a task's scores, a method's fit) is kept on disk:
-    an interrupted call, started again, goes on from there; what is lost is the batch in training, at most.
+    Everything that is finished (an embedding, a batch of selections, a task's scores, a method's fit) is kept on disk,
+    and so is the state of a batch in training: an interrupted call, started again, goes on from there.
 
     Raises:
         SitelensError: for an unknown suite, method, metric, option or task, or if no task of the suite can be run.
