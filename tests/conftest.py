@@ -69,6 +69,18 @@ def wide_family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture
+def llama() -> Iterator[Model]:
+    """A tiny random Llama that tests share."""
+    yield from micro.lent("Llama")
+
+
+@pytest.fixture
+def llama_double() -> Iterator[Model]:
+    """The same in float64."""
+    yield from micro.lent("Llama", torch.float64)
+
+
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Real data sets in their upstream layout."""

@@ -63,11 +63,6 @@ def gpt2() -> Iterator[Model]:
     yield from micro.lent("GPT2")
 
 
-@pytest.fixture
-def llama_double() -> Iterator[Model]:
-    yield from micro.lent("Llama", torch.float64)
-
-
 def random_patch(model: Model, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     layers, heads, d_head = head_shape(model)

@@ -50,18 +50,8 @@ def model(family: str) -> Iterator[Model]:
 
 
 @pytest.fixture
-def llama() -> Iterator[Model]:
-    yield from micro.lent("Llama")
-
-
-@pytest.fixture
 def llama_bfloat16() -> Iterator[Model]:
     yield from micro.lent("Llama", torch.bfloat16)
-
-
-@pytest.fixture
-def llama_double() -> Iterator[Model]:
-    yield from micro.lent("Llama", torch.float64)
 
 
 @pytest.fixture

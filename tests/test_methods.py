@@ -50,11 +50,6 @@ def model(family: str) -> Iterator[Model]:
     yield from micro.lent(family)
 
 
-@pytest.fixture
-def llama() -> Iterator[Model]:
-    yield from micro.lent("Llama")
-
-
 def raw(family: str) -> Any:
     return micro.raw(family).requires_grad_(False)
 

@@ -44,11 +44,7 @@ def transfer_options(parser: argparse.ArgumentParser) -> None:
     _model_options(parser)
     _prompt_options(parser)
     _training_options(parser)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
-    group.add_argument("--metric", choices=["first_token", "exact_match", "prefix_match"], default="first_token",
-                       help="how answers are scored")  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, help="decides prompts and test items")
+    _evaluation_options(parser, metric=True)
 
 
 def compare_options(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +56,7 @@ def compare_options(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, help="write the figure, its numbers and their origin there")
     _formats(parser, ["html"])
     _model_options(parser)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
-    group.add_argument("--seed", type=int, default=0, help="decides prompts, training and test items")
+    _evaluation_options(parser)
 
 
 def suite_options(parser: argparse.ArgumentParser) -> None:
@@ -78,11 +72,7 @@ def suite_options(parser: argparse.ArgumentParser) -> None:
     _model_options(parser)
     _prompt_options(parser)
     _training_options(parser)
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
-    group.add_argument("--metric", choices=["first_token", "exact_match", "prefix_match"], default="first_token",
-                       help="how answers are scored")  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, help="decides prompts and test items")
+    _evaluation_options(parser, metric=True)
 
 
 def figures_options(parser: argparse.ArgumentParser) -> None:
@@ -136,3 +126,12 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--init", metavar="ALPHA", default="0.5", help="alpha at the start, or 'random'")
     group.add_argument("--mixing", choices=["convex", "additive"], default="convex", help="(1 - a) z + a v, or z + a v")
     group.add_argument("--train-seed", metavar="SEED", type=int, default=0, help="decides which items are drawn")
+
+
+def _evaluation_options(parser: argparse.ArgumentParser, metric: bool = False) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
+    if metric:
+        group.add_argument("--metric", choices=["first_token", "exact_match", "prefix_match"], default="first_token",
+                           help="how answers are scored")  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="decides prompts, training and test items")
