@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from sitelens.config import TrainConfig
     from sitelens.models import Model
     from sitelens.report import RunConfig
+    from sitelens.tasks import Task
 
 
 # Options of `run` that a run.json does not record, so that they may stand beside --again.
@@ -99,9 +101,7 @@ def _train_config(options: argparse.Namespace) -> TrainConfig:
 
 def transfer(options: argparse.Namespace) -> None:
     train = _train_config(options)
-    from sitelens.tasks import load_tasks
-
-    tasks = load_tasks(options.tasks)  # a wrong name shows before a model is loaded
+    tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
     from sitelens.gallery import save_figure
     from sitelens.transfer import transfer_matrix
 
@@ -116,17 +116,16 @@ def transfer(options: argparse.Namespace) -> None:
     print((100 * grid.frame).round().astype(int).to_string() + "\n")
     print((100 * grid.zero_shot).round().astype(int).rename("zero-shot").to_frame().T.to_string())
     if options.out is not None:
-        command = _command(options)
-        facts = {"n_items": options.n_items, "seed": options.seed, "train": asdict(train)}
-        save_figure(grid.heatmap(), grid.long(), "transfer", options.out, options.formats, command, model, facts)
-        grid.save(options.out / "transfer.safetensors")
-        print(f"\nheatmap, transfer.csv, transfer.json and transfer.safetensors are in {options.out}")
+        name, command = options.name, _command(options)
+        facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "swap": options.swap,
+                 "n_items": options.n_items, "seed": options.seed, "train": asdict(train)}  # fmt: skip
+        save_figure(grid.heatmap(), grid.long(), name, options.out, options.formats, command, model, facts)
+        grid.save(options.out / f"{name}.safetensors")
+        print(f"\nheatmap, {name}.csv, {name}.json and {name}.safetensors are in {options.out}")
 
 
 def compare(options: argparse.Namespace) -> None:
-    from sitelens.tasks import load_tasks
-
-    tasks = load_tasks(options.tasks)  # a wrong name shows before a model is loaded
+    tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
     from sitelens import figures
     from sitelens.comparison import by_method, checked_methods, compare
     from sitelens.gallery import save_figure
@@ -142,7 +141,8 @@ def compare(options: argparse.Namespace) -> None:
     print((100 * wide).round().astype(int).to_string() + "\n")
     print(by_method(frame).round(3).to_string(index=False))
     if options.out is not None:
-        facts = {"n_items": options.n_items, "seed": options.seed, "options": chosen}
+        facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "n_items": options.n_items,
+                 "seed": options.seed, "options": chosen}  # fmt: skip
         figure, command = figures.comparison(frame), _command(options)
         save_figure(figure, frame, "comparison", options.out, options.formats, command, model, facts)
         print(f"\nfigure, comparison.csv and comparison.json are in {options.out}")
@@ -198,6 +198,24 @@ def figures(options: argparse.Namespace) -> None:
         seed=options.seed, formats=options.formats, memory_budget=options.memory_budget,
     )  # fmt: skip
     print("\n".join(map(str, written)))
+
+
+def tasks_of(words: Sequence[str]) -> tuple[list[Task], dict[str, str]]:
+    """Tasks by name, file or suite, and which of the suites' tasks cannot be had, and why."""
+    from sitelens.tasks import SUITES, load_task, load_tasks, suite_names
+
+    found: list[Task | str] = []
+    left_out: dict[str, str] = {}
+    for word in words:
+        for name in suite_names(word) if word in SUITES else ():
+            try:
+                found.append(load_task(name))
+            except SitelensError as error:
+                left_out[name] = str(error)
+                print(f"left out: {name} ({error})", file=sys.stderr)
+        if word not in SUITES:
+            found.append(word)
+    return load_tasks(found), left_out
 
 
 def _settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

@@ -37,9 +37,11 @@ def run_options(parser: argparse.ArgumentParser) -> None:
 
 def transfer_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("tasks", nargs="+", metavar="TASK", help="two names at least (see `sitelens tasks`), or .json or .csv files")
+    add("tasks", nargs="+", metavar="TASK",
+        help="two names at least (see `sitelens tasks`), suites such as fv57, or .json or .csv files")  # fmt: skip
     add("--out", metavar="DIR", type=Path, help="write the heatmap, its numbers and the matrix there")
     _formats(parser, ["html"])
+    add("--name", default="transfer", help="what the files are called")
     add("--swap", choices=["heads", "embedding", "both"], default="heads", help="what comes from the source")
     _model_options(parser)
     _prompt_options(parser)
@@ -49,7 +51,7 @@ def transfer_options(parser: argparse.ArgumentParser) -> None:
 
 def compare_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("tasks", nargs="+", metavar="TASK", help="names (see `sitelens tasks`), or .json or .csv files")
+    add("tasks", nargs="+", metavar="TASK", help="names (see `sitelens tasks`), suites, or .json or .csv files")
     add("--methods", nargs="+", metavar="METHOD", default=["all"],
         help="of zero-shot, 10-shot, many-shot, FV, TV, ICV, MTV, I2CL, LTV, LoFiT, LoRA, SITE")  # fmt: skip
     _settings(parser)

@@ -25,6 +25,7 @@ import pandas as pd
 from sitelens.defaults import SitelensError
 from sitelens.tasks import benchmarks, builtin, function_vectors
 from sitelens.tasks.examples import Example, parse_examples, read_file, warn_about_repeats
+from sitelens.tasks.listing import SUITES as SUITES
 from sitelens.tasks.listing import group_of as group_of
 from sitelens.tasks.listing import kinds_of as kinds_of
 from sitelens.tasks.listing import list_tasks as list_tasks
