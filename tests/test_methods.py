@@ -27,6 +27,7 @@ from sitelens.models import Model, head_shape
 from sitelens.network import counted_tokens
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
+from tests.paper import CONFIGS
 
 TASK = micro.task("shift", 40)
 TEXTS = [" ".join(micro.WORDS[i : i + n]) for i, n in ((3, 7), (20, 4), (50, 12))]
@@ -71,9 +72,14 @@ def assert_close(found: Tensor, expected: Tensor, share: float = CLOSE) -> None:
 # -- every method on every family --
 
 
+SHAPES = [family if family not in CONFIGS else pytest.param(family, marks=pytest.mark.slow) for family in
+          micro.MORE_FAMILIES]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_fits_answers_generates_and_comes_back_from_disk(name: str, wide_family: str, tmp_path: Path) -> None:
-    model = micro.bridge(wide_family)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_method_fits_answers_generates_and_comes_back_from_disk(name: str, shape: str, tmp_path: Path) -> None:
+    model = micro.bridge(shape)
     before = fingerprint(model)
     condition = METHODS[name].fit(TASK, model, **SMALL[name])
     assert METHODS[name].trained(condition) >= 0

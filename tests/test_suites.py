@@ -206,7 +206,8 @@ def artifacts(cache: Path) -> dict[str, int]:
     return {str(p.relative_to(cache)): p.stat().st_mtime_ns for p in sorted(cache.rglob("*.safetensors"))}
 
 
-@pytest.mark.parametrize(("kind", "together"), [("scores", 1), ("selection", 1), ("training", 16)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "together"), [("scores", 1), ("training", 16)])
 def test_what_was_finished_before_a_kill_is_not_done_again(kind: str, together: int, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start(whole, tmp_path / "whole.csv", together).wait() == 0
