@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 from sitelens import __version__
@@ -16,8 +17,7 @@ IF_INSTALLED = ("accelerate", "bitsandbytes", "datasets", "peft")
 
 def provenance(command: str, model: Model, name: str | None = None) -> dict[str, Any]:
     """As plain JSON: made_by, model (name, fingerprint, heads, dtype, quantize), versions, python."""
-    installed = {found.metadata["Name"].lower() for found in metadata.distributions()}
-    versions = {name: metadata.version(name) for name in (*RECORDED, *(set(IF_INSTALLED) & installed))}
+    versions = {name: metadata.version(name) for name in (*RECORDED, *filter(find_spec, IF_INSTALLED))}
     return {
         "made_by": command,
         "model": {
