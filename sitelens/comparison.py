@@ -22,7 +22,7 @@ from sitelens.methods.common import fitting
 from sitelens.models import Model, resolve_model
 from sitelens.network import counted_tokens
 from sitelens.store import Artifact, default_store
-from sitelens.summary import summarize
+from sitelens.summary import markdown_table, summarize
 from sitelens.tasks import Task, load_tasks
 
 ALGORITHM = 1  # to be raised when the numbers change
@@ -115,9 +115,40 @@ def compare(
 
 
 def by_method(frame: pd.DataFrame) -> pd.DataFrame:
-    """Means over the tasks of `compare`'s rows, a method a row in the frame's order; `tasks` is how many there are."""
+    """Means over the tasks of `compare`'s rows, a method a row in the frame's order.
+
+    Columns: method, tasks (how many there are), accuracy, low, high (95%: Wilson for one task, stratified bootstrap for
+    several), and the means of the costs.
+    """
+    cells = frame.reset_index(drop=True)
+    items = cells.loc[cells.index.repeat(cells["n"]), ["task", "method", "accuracy", "n"]].reset_index(names="cell")
+    items["item"] = items.groupby("cell").cumcount()
+    items["score"] = items["item"] < (items["accuracy"] * items["n"]).round()
+    found = summarize(items, by=("method",)).set_index("method")
     grouped = frame.groupby("method", sort=False)
-    return grouped[["accuracy", *COSTS]].mean().assign(tasks=grouped["task"].nunique()).reset_index()
+    means = found[["mean", "low", "high"]].rename(columns={"mean": "accuracy"}).join(grouped[list(COSTS)].mean())
+    means.insert(0, "tasks", grouped["task"].nunique())
+    return means.reset_index()
+
+
+def comparison_table(frame: pd.DataFrame) -> str:
+    """`compare`'s rows as two Markdown tables: accuracy in per cent with 95% intervals, a task a row; mean costs."""
+    means = by_method(frame).set_index("method")
+    average = means.reset_index().assign(task=f"mean of {means['tasks'].max()}")
+    cells = pd.concat([frame, average], ignore_index=True)
+    values = cells[["accuracy", "low", "high"]].to_numpy(float)
+    cells["text"] = [f"{100 * mean:.0f} [{100 * low:.0f}, {100 * high:.0f}]" for mean, low, high in values]
+    scores = cells.pivot_table(index="task", columns="method", values="text", aggfunc="first", sort=False)
+    costs = means[list(COSTS)]
+    texts = pd.DataFrame({
+        "accuracy": scores.iloc[-1].reindex(means.index),
+        "trained parameters": [f"{value:,.0f}" for value in costs["trained"]],
+        "forward tokens": [f"{value:,.0f}" for value in costs["forward_tokens"]],
+        "backward tokens": [f"{value:,.0f}" for value in costs["backward_tokens"]],
+        "seconds to fit": [f"{value:,.0f}" for value in costs["fit_seconds"]],
+        "seconds a test prompt": [f"{value:.3f}" for value in costs["seconds_per_prompt"]],
+    }).rename_axis("method")  # fmt: skip
+    return f"{markdown_table(scores)}\n\n{markdown_table(texts)}"
 
 
 def checked_methods(names: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from sitelens.evaluation import echo, evaluate
 from sitelens.fingerprints import fingerprint
 from sitelens.models import DEFAULT_MODEL, Model, head_shape, load_model, resolve_model
 from sitelens.provenance import provenance
-from sitelens.summary import ECHO, summarize
+from sitelens.summary import ECHO, markdown_table, summarize
 from sitelens.tasks import Task, load_tasks
 from sitelens.training import TrainResult, train_selections
 
@@ -154,9 +154,7 @@ class RunReport:
         for metric, rows in self.summary.groupby("metric", sort=False):
             cells = rows.assign(text=[_cell(row) for row in rows.to_dict("records")])
             table = cells.pivot_table(index="task", columns="condition", values="text", aggfunc="first", sort=False)
-            lines = [["task", *table.columns], ["---"] * (len(table.columns) + 1)]
-            lines += [[str(name), *row.fillna("")] for name, row in table.iterrows()]
-            parts.append(f"{metric}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+            parts.append(f"{metric}\n\n{markdown_table(table)}")
         return "\n\n".join(parts)
 
     def record(self, files: Sequence[Path] = ()) -> dict[str, Any]:

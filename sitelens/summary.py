@@ -53,6 +53,13 @@ def summarize(
     return pd.DataFrame(rows)
 
 
+def markdown_table(cells: pd.DataFrame) -> str:
+    """Texts as a Markdown table, rows named by the index, whose name stands in the corner; missing ones are empty."""
+    lines = [[str(cells.index.name or ""), *cells.columns], ["---"] * (len(cells.columns) + 1)]
+    lines += [[str(name), *row.fillna("")] for name, row in cells.iterrows()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _interval(group: pd.DataFrame) -> tuple[float, float, float, str]:
     tasks = [part for _, part in group.groupby("task", sort=True)]
     if len(tasks) == 1 and not tasks[0]["item"].duplicated().any():

@@ -462,7 +462,8 @@ def test_compare_prints_a_table_and_writes_figure_numbers_and_origin(
     options = ["--methods", "zero-shot", "SITE", "--set", "SITE.steps=2", "SITE.n_prompts=2", "SITE.n_shots=2"]
     arguments = ["compare", str(task), *options, "--model", str(folder), "--n-items", "4", "--out", str(out)]
     code, printed, _ = outcome(capsys, *arguments)
-    assert code == 0 and "zero-shot" in printed and "SITE" in printed and "fit_seconds" in printed
+    assert code == 0 and "zero-shot" in printed and "SITE" in printed and "seconds to fit" in printed
+    assert (out / "comparison.md").read_text() in printed
     rows = (out / "comparison.csv").read_text().splitlines()
     assert len(rows) == 3 and rows[2].startswith("shift,SITE,")
     origin = json.loads((out / "comparison.json").read_text())

@@ -7,10 +7,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
 import sitelens as sl
 from sitelens import figures
-from sitelens.comparison import COSTS, NAMES, by_method, checked_methods, compare, fit_method
+from sitelens.comparison import COSTS, NAMES, by_method, checked_methods, compare, comparison_table, fit_method
 from sitelens.defaults import SitelensError
 from sitelens.methods import METHODS
 from sitelens.models import Model, head_shape
@@ -18,6 +19,7 @@ from tests import micro
 from tests.test_methods import SMALL, TASK
 
 FEW = ("zero-shot", "FV", "MTV", "I2CL", "LoRA", "SITE")
+CELLS = (("a", "x", 0.1, 40), ("a", "y", 1.0, 40), ("b", "x", 0.5, 10), ("b", "y", 0.9, 10))
 CHOSEN: dict[str, Any] = {name: SMALL[name] for name in FEW if name in SMALL}
 
 
@@ -75,12 +77,31 @@ def test_a_fits_cost_does_not_depend_on_what_lies_in_the_cache(model: Model) -> 
 
 def test_means_over_tasks() -> None:
     rows = [
-        {"task": task, "method": method, "accuracy": value, **dict.fromkeys(COSTS, 1.0)}
-        for task, method, value in (("a", "x", 0.0), ("a", "y", 1.0), ("b", "x", 1.0), ("b", "y", 1.0))
-    ]
-    found = by_method(pd.DataFrame(rows))
+        {"task": task, "method": method, "accuracy": value, "low": value - 0.1, "high": value + 0.1, "n": n,
+         **dict.fromkeys(COSTS, 1234.0)}
+        for task, method, value, n in CELLS
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    found = by_method(frame)
     assert found["method"].tolist() == ["x", "y"]
-    assert found["accuracy"].tolist() == [0.5, 1.0] and found["tasks"].tolist() == [2, 2]
+    assert found["accuracy"].tolist() == pytest.approx([0.3, 0.95]) and found["tasks"].tolist() == [2, 2]
+    items = [
+        (task, i, method, float(i < round(value * n)))
+        for task, method, value, n in frame[["task", "method", "accuracy", "n"]].itertuples(index=False)
+        for i in range(n)
+    ]
+    whole = sl.summarize(pd.DataFrame(items, columns=["task", "item", "method", "score"]), by=("method",))
+    pd.testing.assert_frame_equal(found[["low", "high"]], whole[["low", "high"]])
+    alone = by_method(frame[frame["task"] == "a"]).iloc[0]
+    wilson = binomtest(4, 40).proportion_ci(method="wilson")
+    assert (alone["low"], alone["high"]) == pytest.approx((wilson.low, wilson.high))
+    lines = comparison_table(frame).splitlines()
+    assert lines[0] == "| task | x | y |" and lines[2] == "| a | 10 [0, 20] | 100 [90, 110] |"
+    assert (
+        lines[4].startswith("| mean of 2 | 30 [")
+        and lines[-1].startswith("| y | 95 [")
+        and lines[-1].endswith("| 1,234 | 1234.000 |")
+    )
 
 
 def test_unknown_methods_are_named_with_the_nearest(model: Model) -> None:

@@ -28,6 +28,14 @@ SMALLER = {
     "KS, DRAWS = None, 10": "KS, DRAWS = (0, 8, 270), 2",
     'INITS, INIT_SEEDS = (0.1, 0.3, 0.5, 0.7, 0.9, "random"), (0, 1)': 'INITS, INIT_SEEDS = (0.5, "random"), (0, 1)',
     'sl.load_model("gemma3-270m")': "sl.load_model()",
+    '["fv/country-capital", "fv/antonym", "fv/singular-plural", "fv/english-french"]': '["capitalize"]',
+    '["fv/choose_middle_of_3", "fv/alphabetically_first_3", "fv/animal_v_object_3", "fv/adjective_v_verb_3"]': (
+        '["choose_first_of_3"]'
+    ),
+    'METHODS, N_ITEMS = "all", 100': 'METHODS, N_ITEMS = ("zero-shot", "10-shot", "TV", "SITE"), 6',
+    'OPTIONS = {"LTV": {"steps": 100}, "many-shot": {"limit": 50}}': (
+        'OPTIONS = {"SITE": {"steps": 6, "eval_every": 3, "n_valid": 4, "n_prompts": 4}}'
+    ),
 }
 EXPECTED = (
     "the heads are generic to these tasks",  # said of a training that is too short on purpose

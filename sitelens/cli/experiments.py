@@ -127,7 +127,7 @@ def transfer(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
     from sitelens import figures
-    from sitelens.comparison import by_method, checked_methods, compare
+    from sitelens.comparison import checked_methods, compare, comparison_table
     from sitelens.gallery import save_figure
 
     methods: Any = "all" if options.methods == ["all"] else checked_methods(options.methods)
@@ -136,16 +136,18 @@ def compare(options: argparse.Namespace) -> None:
     n_items = options.n_items or None
     with overridden(memory_budget=options.memory_budget or settings.memory_budget):
         frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
-    wide = frame.pivot(index="method", columns="task", values="accuracy").reindex(frame["method"].unique())
-    print(f"first-token accuracy in per cent, at most {n_items or 'all'} test items a task, model {options.model}\n")
-    print((100 * wide).round().astype(int).to_string() + "\n")
-    print(by_method(frame).round(3).to_string(index=False))
+    table = comparison_table(frame)
+    print(f"first-token accuracy in per cent with 95% intervals, at most {n_items or 'all'} test items a task, model "
+          f"{options.model}; costs: means over tasks\n")  # fmt: skip
+    print(table)
     if options.out is not None:
         facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "n_items": options.n_items,
                  "seed": options.seed, "options": chosen}  # fmt: skip
         figure, command = figures.comparison(frame), _command(options)
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "comparison.md").write_text(table + "\n", "utf-8")
         save_figure(figure, frame, "comparison", options.out, options.formats, command, model, facts)
-        print(f"\nfigure, comparison.csv and comparison.json are in {options.out}")
+        print(f"\ntable, figure, comparison.csv and comparison.json are in {options.out}")
 
 
 def suite(options: argparse.Namespace) -> None:

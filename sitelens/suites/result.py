@@ -15,7 +15,7 @@ from sitelens.embedding import TaskEmbedding
 from sitelens.gallery import save_figure
 from sitelens.models import Model
 from sitelens.selection import HeadSelection
-from sitelens.summary import summarize
+from sitelens.summary import markdown_table, summarize
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -67,9 +67,7 @@ class SuiteResult:
             column=[f"{row.group} ({row.tasks} tasks)" for row in _rows(table)],
         )
         wide = cells.pivot_table(index="condition", columns="column", values="text", aggfunc="first", sort=False)
-        lines = [["condition", *wide.columns], ["---"] * (len(wide.columns) + 1)]
-        lines += [[str(name), *row] for name, row in wide.iterrows()]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return markdown_table(wide)
 
     def figure(self, title: str = "") -> go.Figure:
         """Every task under every condition, by group, best under the last condition first."""
