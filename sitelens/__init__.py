@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sitelens.catalogue import list_models as list_models
     from sitelens.comparison import by_method as by_method
     from sitelens.comparison import compare as compare
+    from sitelens.comparison import comparison_scores as comparison_scores
     from sitelens.comparison import comparison_table as comparison_table
     from sitelens.conditions import Condition as Condition
     from sitelens.conditions import FewShot as FewShot
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from sitelens.transfer import transfer_matrix as transfer_matrix
 
 _HOMES = {
-    "comparison": ("by_method", "compare", "comparison_table"),
+    "comparison": ("by_method", "compare", "comparison_scores", "comparison_table"),
     "conditions": ("Condition", "FewShot", "PatchHeads", "ZeroShot"),
     "config": ("TrainConfig",),
     "catalogue": ("list_models",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,23 +95,37 @@ def compare(
     Raises:
         SitelensError: for an unknown method, and as each method's fit.
     """
-    names = checked_methods(NAMES if methods == "all" else methods)
-    strange = set(options or {}) - set(METHODS)
-    if strange:
-        raise SitelensError(f"options are given for {', '.join(sorted(strange))}; methods are {', '.join(METHODS)}")
-    loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
     rows: list[dict[str, Any]] = []
-    for task, name in tracked([(t, n) for t in loaded for n in names], "compare", progress=progress):
-        fitted = fit_method(name, task, model, seed=seed, options=(options or {}).get(name))
-        scores, seconds = _scored(name, fitted, task, model, n_items, seed, (options or {}).get(name))
+    for fitted, scores, seconds in _cells(tasks, methods, model, n_items, seed, options, progress):
         found = summarize(scores).iloc[0]
         rows.append({
-            "task": task.name, "method": name, "accuracy": found["mean"], "low": found["low"], "high": found["high"],
-            "n": int(found["n"]), "trained": fitted.trained, "forward_tokens": fitted.forward_tokens,
-            "backward_tokens": fitted.backward_tokens, "fit_seconds": fitted.fit_seconds,
-            "seconds_per_prompt": seconds / int(found["n"]),
+            "task": found["task"], "method": found["condition"], "accuracy": found["mean"], "low": found["low"],
+            "high": found["high"], "n": int(found["n"]), "trained": fitted.trained,
+            "forward_tokens": fitted.forward_tokens, "backward_tokens": fitted.backward_tokens,
+            "fit_seconds": fitted.fit_seconds, "seconds_per_prompt": seconds / int(found["n"]),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def comparison_scores(
+    tasks: Iterable[Task | str],
+    methods: Sequence[str] | Literal["all"] = "all",
+    model: Model | str | None = None,
+    *,
+    n_items: int | None = 100,
+    seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """The answers behind `compare`, from which paired differences come: `summarize(scores, against="SITE")`.
+
+    One row per task, condition (the method) and item, with metric and score.
+
+    Raises:
+        SitelensError: as `compare`.
+    """
+    cells = _cells(tasks, methods, model, n_items, seed, options, progress)
+    return pd.concat([scores for _, scores, _ in cells], ignore_index=True)
 
 
 def by_method(frame: pd.DataFrame) -> pd.DataFrame:
@@ -164,6 +178,22 @@ def checked_methods(names: Sequence[str]) -> list[str]:
             near = difflib.get_close_matches(name.upper(), NAMES, n=2, cutoff=0.3) or list(NAMES)
             raise SitelensError(f"unknown method {name!r}: did you mean {' or '.join(near)}?")
     return list(dict.fromkeys(names))
+
+
+def _cells(
+    tasks: Iterable[Task | str], methods: Sequence[str] | Literal["all"], model: Model | str | None,
+    n_items: int | None, seed: int, options: Mapping[str, Mapping[str, Any]] | None, progress: bool | None,
+) -> Iterator[tuple[Fitted, pd.DataFrame, float]]:  # fmt: skip
+    """Each task under each method: the fitted method, its scores, and the seconds that they took."""
+    names = checked_methods(NAMES if methods == "all" else methods)
+    strange = set(options or {}) - set(METHODS)
+    if strange:
+        raise SitelensError(f"options are given for {', '.join(sorted(strange))}; methods are {', '.join(METHODS)}")
+    loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
+    for task, name in tracked([(t, n) for t in loaded for n in names], "compare", progress=progress):
+        chosen = (options or {}).get(name)
+        fitted = fit_method(name, task, model, seed=seed, options=chosen)
+        yield fitted, *_scored(name, fitted, task, model, n_items, seed, chosen)
 
 
 def _scored(

@@ -57,6 +57,18 @@ def test_a_second_call_runs_nothing_and_gives_the_same(model: Model, monkeypatch
         compare([TASK], FEW, model, n_items=4, options=changed)
 
 
+def test_the_answers_behind_the_table_give_paired_differences(model: Model) -> None:
+    names = ("zero-shot", "TV", "SITE")
+    arguments: dict[str, Any] = {"n_items": 8, "options": {name: SMALL[name] for name in names if name in SMALL}}
+    frame = compare([TASK], names, model, **arguments)
+    scores = sl.comparison_scores([TASK], names, model, **arguments)
+    found = sl.summarize(scores, by=("task", "condition"), against="SITE").set_index("condition")
+    assert found["mean"].tolist() == frame["accuracy"].tolist()
+    assert found.loc["TV", "difference"] == pytest.approx(found.loc["TV", "mean"] - found.loc["SITE", "mean"])
+    by_item = scores.pivot(index="item", columns="condition", values="score")
+    assert by_item["SITE"].mean() == frame["accuracy"].iloc[-1] and len(by_item) == 8
+
+
 def test_what_was_finished_before_an_interruption_is_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     compare([TASK], ["I2CL"], model, n_items=4, options={"I2CL": SMALL["I2CL"]})
     with monkeypatch.context() as patch:
