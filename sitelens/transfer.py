@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import pandas as pd
 import torch
-from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from sitelens import figures
@@ -74,6 +74,22 @@ class TransferMatrix:
         distance = 1 - (share + share.T) / 2
         np.fill_diagonal(distance, 0)
         return linkage(squareform(distance), "average")
+
+    def clusters(self, share: float = 0.5) -> list[list[str]]:
+        """Tasks that share what was swapped: the branches of `tree()` cut where tasks keep this share of the gain.
+
+        Each task is in one cluster, maybe alone; the largest come first, tasks and equals in the tree's order.
+
+        Raises:
+            SitelensError: for a share outside [0, 1].
+        """
+        if not 0 <= share <= 1:
+            raise SitelensError(f"share must lie in [0, 1], got {share}")
+        labels = fcluster(self.tree(), 1 - share, "distance")
+        found: dict[int, list[str]] = {}
+        for i in leaves_list(self.tree()):
+            found.setdefault(int(labels[i]), []).append(str(self.frame.columns[i]))
+        return sorted(found.values(), key=len, reverse=True)
 
     def long(self) -> pd.DataFrame:
         """One row a cell: source, target, accuracy, zero_shot, own, n."""

@@ -82,6 +82,14 @@ def test_the_tree_is_of_mean_normalised_transfer_and_what_is_not_known_counts_as
     order = list(grid.clustered().frame.columns)
     assert order[0] == "c" or order[-1] == "c"
     assert abs(order.index("a") - order.index("d")) == 1
+    # a and d keep 1/2 of the gain between them, b with those 5/16, c nothing
+    found = {share: [set(cluster) for cluster in grid.clusters(share)] for share in (0.51, 0.49, 0.32, 0.31, 0.0)}
+    assert sorted(map(len, found[0.51])) == [1, 1, 1, 1]
+    assert found[0.49][0] == found[0.32][0] == {"a", "d"} and [len(c) for c in found[0.49]] == [2, 1, 1]
+    assert found[0.31] == [{"a", "b", "d"}, {"c"}] and found[0.0] == [{"a", "b", "c", "d"}]
+    assert [name for name in order if name in "ad"] == grid.clusters()[0]
+    with pytest.raises(sl.SitelensError, match="share must lie in"):
+        grid.clusters(1.5)
 
 
 def test_clustering_moves_every_fact_with_its_task() -> None:
