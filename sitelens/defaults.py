@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from typing import TypeVar
 import platformdirs
 
 Item = TypeVar("Item")
+_watcher: ContextVar[Callable[[float], None] | None] = ContextVar("watcher", default=None)
 
 
 class SitelensError(ValueError):
@@ -90,14 +92,31 @@ def parse_bytes(text: str) -> int:
     return int(number * base ** " kmgt".index(match.group(2) or " "))
 
 
-def tracked(
-    items: Iterable[Item], label: str, total: int | None = None, progress: bool | None = None
-) -> Iterator[Item]:
-    """`items`, with a progress bar on standard error where `progress` (default: `settings.progress`) wants one."""
+def tracked(items: Sequence[Item], label: str, progress: bool | None = None) -> Iterator[Item]:
+    """`items`, with a progress bar on standard error where `progress` (default: `settings.progress`) wants one.
+
+    Under `watched` there is no bar; the watcher is told instead.
+    """
+    watcher = _watcher.get()
+    if watcher is not None:
+        for done, item in enumerate(items, 1):
+            yield item
+            watcher(done / len(items))
+        return
     from tqdm.auto import tqdm
 
     wanted = settings.progress if progress is None else progress
     yield from tqdm(items, desc=label, disable=None if wanted is None else not wanted, leave=False)
+
+
+@contextmanager
+def watched(watcher: Callable[[float], None]) -> Iterator[None]:
+    """Here within, whatever is `tracked` tells `watcher` the share that is done, for a bar over more than it."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 @contextmanager

@@ -78,8 +78,11 @@ def train_runs(
     once; a group's results come before the next group begins. A training of more than some seconds keeps its state on
     disk at validations, and goes on from there after an interruption, with the same numbers.
     """
-    for group in _groups(runs, tasks, model, config, budget // 2):
-        yield from _train_group(group, tasks, embeddings, model, config, budget, progress)
+    groups = _groups(runs, tasks, model, config, budget // 2)
+    bar = tracked(range(len(groups) * config.steps), _label(runs, tasks), progress=progress)
+    for group in groups:
+        yield from _train_group(group, tasks, embeddings, model, config, budget, bar)
+    next(bar, None)
 
 
 def _train_group(
@@ -89,7 +92,7 @@ def _train_group(
     model: Model,
     config: TrainConfig,
     budget: int,
-    progress: bool | None,
+    bar: Iterator[int],
 ) -> Iterator[dict[str, Tensor]]:
     dtype, device = computing_dtype(model), model.cfg.device
     vectors = torch.stack([embedding.mean_z.to(device, dtype) for embedding in embeddings])
@@ -100,7 +103,6 @@ def _train_group(
     record = Record(len(runs), config, torch.zeros_like(logits, requires_grad=False))
     state = State([run.key for run in runs], logits, optimizer, record)
     begin = state.restore()
-    bar = tracked(range(config.steps), _label(runs, tasks), progress=progress)
     with LastToken(model) as last_token:
         losses_of = functools.partial(
             _losses, last_token=last_token, vectors=vectors, mixing=config.mixing, budget=share
@@ -131,7 +133,6 @@ def _train_group(
                     _check_finite(measured, valid_rows, runs, tasks, step, "validation loss")
                     record.validation(step, _mean_by_run(measured, valid_rows.run, len(runs)), alpha)
                     state.keep(step + 1)
-    next(bar, None)
     for i in range(len(runs)):
         yield {"alpha": record.alpha[i].cpu(), "history": record.history[:, i].clone()}
     state.forget()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import pandas as pd
 import pytest
 
 import sitelens as sl
-from sitelens import suites
-from sitelens.defaults import SitelensError
+from sitelens import suites, training_state
+from sitelens.defaults import SitelensError, tracked, watched
 from sitelens.models import Model
 from sitelens.prompts import few_shot_prompts, item_sizes, shared_first_tokens, within_context
 from sitelens.suites import run_suite
@@ -161,21 +162,48 @@ def test_a_second_call_runs_nothing(model: Model, monkeypatch: pytest.MonkeyPatc
     assert first.tasks.equals(second.tasks) and first.left_out == second.left_out
 
 
-def test_the_bar_ends_where_it_should(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
+    """The suites' bars from here on: their lengths, and what each has shown."""
     bars: list[tuple[int, list[int]]] = []
 
-    def tracked(items: Any, label: str, progress: bool | None = None) -> Iterator[int]:
+    def recorded(items: Any, label: str, progress: bool | None = None) -> Iterator[int]:
         seen: list[int] = []
         bars.append((len(items), seen))
         for item in items:
             seen.append(item)
             yield item
 
-    monkeypatch.setattr(suites, "tracked", tracked)
+    monkeypatch.setattr(suites, "tracked", recorded)
+    return bars
+
+
+def test_the_bar_ends_where_it_should(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = shown(monkeypatch)
     monkeypatch.setattr(suites._Bar, "close", lambda self: None)
     run_suite("bbh", model, methods=["SITE", "TV"], **SMALL | {"n_prompts": 400}, options={"TV": {"n_sets": 2}})
     ((total, seen),) = bars
     assert total > 100 and len(seen) in (total, total - 1, total - 2)
+
+
+def test_the_bar_moves_within_a_batch_of_trainings(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars, counts = shown(monkeypatch), []
+    step = training_state.Record.step
+    monkeypatch.setattr(
+        training_state.Record, "step", lambda self, *values: (counts.append(len(bars[0][1])), step(self, *values))[1]
+    )
+    config = replace(SMALL["config"], steps=100)
+    run_suite("bbh", model, **SMALL | {"config": config})
+    assert len(counts) == 100 and counts == sorted(counts) and len(set(counts)) >= 9
+    ((total, seen),) = bars
+    assert seen == list(range(total))
+
+
+def test_who_watches_is_told_the_share_that_is_done() -> None:
+    told: list[float] = []
+    with watched(told.append):
+        assert list(tracked("abcd", "letters", progress=True)) == list("abcd")
+    assert told == [0.25, 0.5, 0.75, 1.0]
+    assert list(tracked("abcd", "letters", progress=False)) == list("abcd") and len(told) == 4
 
 
 # Interruptions

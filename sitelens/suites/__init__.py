@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 from sitelens.comparison import PROMPTING, checked_methods, fit_method
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, overridden, settings, tracked
+from sitelens.defaults import SitelensError, overridden, settings, tracked, watched
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.fingerprints import unchanged
 from sitelens.methods.common import fitting
@@ -33,6 +34,7 @@ NEW_TOKENS = 20  # that may follow a prompt
 NOT_ASKED = "not asked for"
 # What the parts of the work cost, in prompt tokens of one forward pass: for the progress bar's estimate only.
 STEP, FIT = 25, 50_000
+PARTS = ("embed", "train", "prompt", SITE)  # that are one loop each
 
 
 def run_suite(
@@ -158,7 +160,8 @@ class _Run:
         if SITE in self.methods:
             for place, task in tasks.items():
                 self._try(place, task, "embed", self._embed)
-            self._train([task for task in tasks.values() if task.name in self.embeddings])
+            with self.bar.doing(tasks, "train"):
+                self._train([task for task in tasks.values() if task.name in self.embeddings])
             for place in tasks:
                 self.bar.done(place, "train")
         n_shots = self.measured["n_shots"]
@@ -173,7 +176,8 @@ class _Run:
 
     def _try(self, place: int, task: Task, part: str, act: Callable[[Task], None]) -> None:
         try:
-            act(task)
+            with self.bar.doing([place], part):
+                act(task)
         except SitelensError as error:
             self.left_out[f"{task.name}, {part}"] = str(error)
         self.bar.done(place, part)
@@ -261,9 +265,17 @@ class _Bar:
         self._bar = tracked(range(total + 1), f"suite {name}", progress=progress)
         next(self._bar)  # it shows from the start
 
+    def doing(self, places: Iterable[int], part: str) -> AbstractContextManager[None]:
+        """Here within, the bar follows the part as it goes; a method's fit, of many loops, shows at its end only."""
+        cost = sum(self._work[place][part] for place in places) * (part in PARTS)
+        return watched(lambda share: self._show(self._done + int(share * cost)))
+
     def done(self, place: int, part: str) -> None:
         self._done += self._work[place][part]
-        while self._shown < self._done // 1000:
+        self._show(self._done)
+
+    def _show(self, done: int) -> None:
+        while self._shown < done // 1000:
             next(self._bar, None)
             self._shown += 1
 
