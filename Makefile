@@ -1,13 +1,14 @@
 # make demo   from nothing to trained head maps of four tasks on a real model
 # make test   ruff, pyright and every test
 # make test-fast   the tests that need neither the real model nor minutes
-# make figures, make table, make notebooks   what is committed of results, made again
+# make figures, table, comparison, suites, notebooks   what is committed of results, made again
 
 PYTHON ?= python3
 BIN := .venv/bin
+SAVED := --out figures --formats html png svg
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-fast check format table figures notebooks bench clean
+.PHONY: demo test test-fast check format table figures comparison suites notebooks bench clean
 
 demo: .venv/.installed
 	$(BIN)/sitelens run antonym country-capital capitalize choose_first_of_3 --out figures/demo --progress
@@ -35,6 +36,29 @@ table: .venv/.installed
 # Every figure of the paper's analyses, with its data and origin (about an hour; what is cached is not computed again).
 figures: .venv/.installed
 	$(BIN)/sitelens figures --out figures --progress
+
+# SITE and its rivals on eight Function Vectors tasks (two to three hours; interrupted, it goes on where it was).
+comparison: .venv/.installed
+	$(BIN)/sitelens compare fv/country-capital fv/choose_middle_of_3 fv/antonym fv/alphabetically_first_3 \
+	    fv/singular-plural fv/animal_v_object_3 fv/english-french fv/adjective_v_verb_3 \
+	    --set LTV.steps=100 many-shot.limit=50 $(SAVED)
+
+# Whole benchmarks, samples of those with long prompts, and every Function Vectors task's heads on every other (some
+# hours; interrupted, it goes on where it was).
+suites: .venv/.installed
+	$(BIN)/sitelens suite fv57 $(SAVED)
+	$(BIN)/sitelens suite builtin $(SAVED)
+	$(BIN)/sitelens suite fv57 --model gemma3-270m --name suite-fv57-gemma3-270m $(SAVED) \
+	    --tasks fv/antonym fv/capitalize fv/country-capital fv/english-french fv/person-sport fv/product-company \
+	    fv/singular-plural fv/sentiment fv/choose_first_of_3 fv/alphabetically_first_3 fv/animal_v_object_3 \
+	    fv/adjective_v_verb_3
+	$(BIN)/sitelens suite anli --n-prompts 5 $(SAVED)
+	$(BIN)/sitelens suite bbh --n-prompts 5 $(SAVED) \
+	    --tasks bbh/boolean_expressions bbh/date_understanding bbh/disambiguation_qa \
+	    bbh/logical_deduction_three_objects bbh/navigate bbh/sports_understanding
+	$(BIN)/sitelens suite mmlu-pro --n-prompts 5 --n-items 50 $(SAVED) \
+	    --tasks mmlu-pro/psychology mmlu-pro/math mmlu-pro/biology
+	$(BIN)/sitelens transfer fv57 --n-items 50 --name transfer-fv57 $(SAVED)
 
 # Every notebook from top to bottom, outputs included, in place.
 notebooks: .venv/.installed
