@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests: an own cache for each, no hub, the same few threads everywhere."""
+"""Settings and fixtures of all tests: an own cache and the same random state for each, no hub, few threads."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ def own_cache(tmp_path: Path) -> Iterator[Path]:
     """Each test has an empty cache and no progress bars."""
     with overridden(cache_dir=tmp_path / "cache", progress=False):
         yield tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def same_random_state() -> None:
+    """Each test draws the same numbers whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -74,8 +74,9 @@ def _network(family: str, dtype: torch.dtype, seed: int) -> Any:
     name, options = paper.shrunk(family, words) if family in paper.CONFIGS else _FAMILIES[family]
     whole = options if family in paper.CONFIGS else options | {"vocab_size": words}
     config = getattr(transformers, name).config_class(pad_token_id=0, bos_token_id=1, eos_token_id=2, **whole)
-    torch.manual_seed(seed)
-    network = getattr(transformers, name)(config)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        network = getattr(transformers, name)(config)
     with torch.no_grad():  # larger than at a usual start, so that every head matters
         for weight in network.parameters():
             if weight.ndim > 1:

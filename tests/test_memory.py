@@ -50,12 +50,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def model_of(family: str, dtype: torch.dtype = torch.float32, vocabulary: int | None = None, layers: int = 2) -> Model:
-    """A model large enough that its activations outweigh all else, with random weights."""
+    """A model large enough that its activations outweigh all else, with random weights: always the same."""
     options = OPTIONS[family] | {"n_layer" if family == "GPT2" else "num_hidden_layers": layers}
     size = vocabulary or len(micro.tokenizer())
     config = getattr(transformers, f"{family}Config")(vocab_size=size, pad_token_id=0, **options)
     name = type(micro.raw(family)).__name__
-    network = getattr(transformers, name)(config).to(dtype).eval()
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)  # what it generates, and so what it takes, hangs on the weights
+        network = getattr(transformers, name)(config).to(dtype).eval()
     network.set_attn_implementation("eager")
     model = build_bridge_from_module(network, name, hf_config=config, model_name=family)
     model.requires_grad_(False)
@@ -254,7 +256,7 @@ class TestBudget:
         conditions = conditions_of(model, n_conditions)
         self.check(lambda budget: evaluate(task, conditions, model, memory_budget=budget), 21 * MIB)
 
-    @pytest.mark.parametrize(("length", "budget"), [(LONG, 21 * MIB), (SHORT, MIB // 2)])
+    @pytest.mark.parametrize(("length", "budget"), [(LONG, 16 * MIB), (SHORT, MIB // 2)])
     def test_evaluation_with_generation(self, length: int, budget: int) -> None:
         model, task = model_of("Llama"), task_of("any", length, n=16)
         options: dict[str, Any] = {"metrics": ("first_token", "exact_match"), "max_new_tokens": 4}
