@@ -16,7 +16,15 @@ from sitelens.defaults import SitelensError, settings, tracked
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import capture_z
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
-from sitelens.models import Model, check_fit, context_length, head_shape, own_tokenizer, resolve_model
+from sitelens.models import (
+    Model,
+    check_fit,
+    context_length,
+    head_shape,
+    own_tokenizer,
+    resolve_model,
+    tokenization,
+)
 from sitelens.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
 from sitelens.store import Artifact, default_store
 from sitelens.tasks import Task, load_task
@@ -87,7 +95,8 @@ def embed_task(
     if n_prompts < 1 or n_shots < 0:
         raise SitelensError(f"n_prompts must be at least 1 and n_shots at least 0, got {n_prompts} and {n_shots}")
     spec = {
-        "algorithm": ALGORITHM, "task": task.name, "items": task.digest, "model": fingerprint(model),
+        "algorithm": ALGORITHM, "task": task.name, "items": task.digest,
+        "model": fingerprint(model), "tokenizer": tokenization(model),
         "n_prompts": n_prompts, "n_shots": n_shots, "seed": seed,
     }  # fmt: skip
     store = default_store()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import warnings
 import weakref
 from pathlib import Path
@@ -21,6 +22,7 @@ from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder, quiet_tr
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.fingerprints import fingerprint, text_config
 from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
+from sitelens.store import digest
 
 Model = TransformerBridge
 
@@ -168,6 +170,44 @@ def own_tokenizer(model: Model) -> Any:
                               "which may add a BOS token", SitelensWarning, stacklevel=2)  # fmt: skip
         _tokenizers[model] = given, own
     return _tokenizers[model][1]
+
+
+# model -> a tokenizer of it, its size, and a digest of its rules
+_rules: weakref.WeakKeyDictionary[Model, tuple[Any, int, str]] = weakref.WeakKeyDictionary()
+
+
+def tokenization(model: Model) -> str:
+    """A hexadecimal digest of what makes a text's tokens: rules, vocabulary, special tokens, chat template.
+
+    What is kept on disk hangs on it as on the weights.
+
+    Raises:
+        SitelensError: if the bridge has no tokenizer.
+    """
+    tokenizer = own_tokenizer(model)
+    known = _rules.get(model)
+    if known is None or known[0] is not tokenizer or known[1] != len(tokenizer):
+        known = _rules[model] = tokenizer, len(tokenizer), _rules_of(tokenizer)
+    habits = [str(getattr(tokenizer, name, None)) for name in ("add_bos_token", "add_eos_token", "chat_template")]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return digest([type(tokenizer).__name__, known[2], special, habits])[:32]
+
+
+def _rules_of(tokenizer: Any) -> str:
+    """A digest of a tokenizer's vocabulary and rules, but for the padding and truncation of its last call."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest(tokenizer.get_vocab())
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        return hashlib.sha256(backend.to_str().encode()).hexdigest()
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
 
 
 def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Model) -> None:

@@ -15,7 +15,7 @@ import torch
 from sitelens.conditions import Condition
 from sitelens.evaluation import COLUMNS, evaluate
 from sitelens.fingerprints import fingerprint
-from sitelens.models import Model
+from sitelens.models import Model, tokenization
 from sitelens.store import Artifact, default_store, digest, tensor_bytes
 from sitelens.tasks import Task
 
@@ -50,7 +50,8 @@ def score_conditions(
     if any(type(condition).__module__.split(".")[0] != "sitelens" for condition in conditions.values()):
         return evaluate(task, conditions, model, **options)[KEPT]
     spec = {
-        "algorithm": ALGORITHM, "task": task.name, "items": task.digest, "model": fingerprint(model), "split": split,
+        "algorithm": ALGORITHM, "task": task.name, "items": task.digest,
+        "model": fingerprint(model), "tokenizer": tokenization(model), "split": split,
         "n_items": n_items, "metrics": list(metrics), "seed": seed,
         "conditions": [[name, _digest(condition)] for name, condition in conditions.items()],
     }  # fmt: skip

@@ -14,7 +14,7 @@ from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.fingerprints import fingerprint, unchanged
-from sitelens.models import Model, resolve_model
+from sitelens.models import Model, resolve_model, tokenization
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact, default_store, digest, tensor_bytes
 from sitelens.tasks import Task, load_tasks
@@ -175,7 +175,8 @@ def _spec(job: TrainJob, model: Model) -> dict[str, Any]:
     vectors = [embedding.mean_z.contiguous().cpu() for _, embedding in job.members]
     return {
         "algorithm": ALGORITHM, "task": "+".join(task.name for task, _ in job.members),
-        "items": [task.digest for task, _ in job.members], "model": fingerprint(model), "config": asdict(job.config),
+        "items": [task.digest for task, _ in job.members],
+        "model": fingerprint(model), "tokenizer": tokenization(model), "config": asdict(job.config),
         "embeddings": [hashlib.sha256(tensor_bytes(vector)).hexdigest() for vector in vectors],
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import importlib.util
@@ -25,9 +26,10 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sitelens import conversion, fingerprints, list_models, models
 from sitelens.conversion import PACKAGED, PackagedModel, packaged_folder
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.defaults import SitelensError, SitelensWarning, overridden, settings
+from sitelens.embedding import embed_task
 from sitelens.fingerprints import fingerprint
-from sitelens.models import check_fit, load_model, own_tokenizer, resolve_model
+from sitelens.models import _tokenizers, check_fit, load_model, own_tokenizer, resolve_model, tokenization
 from tests import micro
 
 TOKENS = torch.arange(20, 60)[None]
@@ -62,6 +64,32 @@ def test_the_same_weights_have_the_same_fingerprint(family: str):
 def test_other_weights_or_families_have_other_fingerprints():
     bridges = [micro.bridge("Llama"), micro.bridge("Llama", seed=1), micro.bridge("Mistral"), micro.bridge("Qwen3")]
     assert len({fingerprint(bridge) for bridge in bridges}) == 4
+
+
+def test_what_is_kept_hangs_on_the_tokenizer_too():
+    task = micro.task()
+    plain, prepending = (micro.bridge("Llama", bos=bos) for bos in (False, True))
+    assert fingerprint(plain) == fingerprint(prepending)
+    kept = [embed_task(task, model, n_prompts=2, n_shots=2).mean_z for model in (plain, prepending)]
+    with overridden(cache_dir=settings.cache() / "another"):
+        afresh = embed_task(task, prepending, n_prompts=2, n_shots=2).mean_z
+    assert torch.equal(kept[1], afresh) and not torch.equal(*kept)
+
+
+def test_a_tokenizer_is_known_by_its_rules_and_template_and_not_by_how_it_was_called_last():
+    first, same, prepending = (micro.bridge("Llama", bos=bos) for bos in (False, False, True))
+    known = tokenization(first)
+    assert tokenization(same) == known != tokenization(prepending)
+    own_tokenizer(first)(["aa", "aa bb"], padding=True, truncation=True, max_length=8)
+    assert tokenization(first) == known
+    assert own_tokenizer(first).backend_tokenizer.padding is not None  # it is left as it was
+    chatty = copy.deepcopy(own_tokenizer(same))
+    chatty.chat_template = "{{ messages[0].content }}"
+    larger = copy.deepcopy(own_tokenizer(same))
+    larger.add_tokens(["zz"])
+    for tokenizer in (chatty, larger):
+        _tokenizers[same] = same.tokenizer, tokenizer
+        assert tokenization(same) != known
 
 
 def test_a_fingerprint_is_the_same_in_another_process():
