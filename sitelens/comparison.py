@@ -19,13 +19,13 @@ from sitelens.evaluation import evaluate
 from sitelens.fingerprints import fingerprint
 from sitelens.methods import METHODS
 from sitelens.methods.common import fitting
-from sitelens.models import Model, resolve_model
+from sitelens.models import Model, resolve_model, tokenization
 from sitelens.network import counted_tokens
 from sitelens.store import Artifact, default_store
 from sitelens.summary import markdown_table, summarize
 from sitelens.tasks import Task, load_tasks
 
-ALGORITHM = 1  # to be raised when the numbers change
+ALGORITHM = 1  # of prompting; the methods have their own
 PROMPTING = {"zero-shot": ZeroShot(), "10-shot": FewShot(10)}
 NAMES = (*PROMPTING, *METHODS)
 COSTS = ("trained", "forward_tokens", "backward_tokens", "fit_seconds", "seconds_per_prompt")
@@ -216,8 +216,10 @@ def _scored(
 
 def _spec(name: str, task: Task, model: Model, seed: int, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """All that decides what a method gives."""
+    algorithm = METHODS[name].algorithm if name in METHODS else ALGORITHM
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in (options or {}).items()}
     return {
-        "algorithm": ALGORITHM, "method": name, "task": task.name, "items": task.digest, "model": fingerprint(model),
+        "algorithm": algorithm, "method": name, "task": task.name, "items": task.digest,
+        "model": fingerprint(model), "tokenizer": tokenization(model),
         "seed": seed, "options": plain,
     }  # fmt: skip

@@ -7,6 +7,7 @@ over a shared prefix.
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,8 +112,10 @@ class Condition(ABC):
             SitelensError: if there is no such file, it is damaged, or its kind is not known here.
         """
         artifact = Artifact.load(path, "condition")
-        if artifact.meta["condition"] not in Condition.kinds:
-            kind = artifact.meta["condition"]
+        kind = artifact.meta["condition"]
+        if kind not in Condition.kinds:
+            importlib.import_module("sitelens.methods")  # which has kinds of its own
+        if kind not in Condition.kinds:
             raise SitelensError(f"{path} holds a condition {kind!r} that this version does not know")
         return Condition.remade(artifact.tensors, artifact.meta)
 

@@ -147,15 +147,15 @@ def run_tokens(
     mask: Bool[Tensor, "row all"],
     positions: Int[Tensor, "row new"],
     cache: DynamicCache | None = None,
-    kept: int = 1,
+    kept: int | Int[Tensor, " place"] = 1,
     attention: str | None = None,
 ) -> Float[Tensor, "row kept vocab"]:
-    """Logits after each of the last `kept` of some new tokens; `mask` also covers what the cache holds.
+    """Logits after the last `kept` of some new tokens, or after those at given places.
 
-    `attention`: which one to use where the caller
-    has seen that the bridge is not needed.
+    `mask` also covers what the cache holds. `attention`: which one to use where the caller has seen that the bridge is
+    not needed.
     """
-    last = kept or torch.empty(0, dtype=torch.long, device=tokens.device)
+    last = torch.empty(0, dtype=torch.long, device=tokens.device) if isinstance(kept, int) and kept == 0 else kept
     options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     options |= {"attention_mask": mask, "position_ids": positions, "logits_to_keep": last, "use_cache": bool(options)}
     with out_of_memory_is_named():

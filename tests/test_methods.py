@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
 import sitelens as sl
 from sitelens.conditions import Condition, PatchHeads
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, overridden
 from sitelens.fingerprints import fingerprint
 from sitelens.methods import METHODS, common, i2cl, icv, ltv, mtv
 from sitelens.methods.i2cl import LinearCombination, cosine
 from sitelens.methods.icv import InContextVector
-from sitelens.methods.lofit import HeadOffsets
+from sitelens.methods.lofit import MAX_GRAD_NORM, HeadOffsets
 from sitelens.methods.lora import LowRank, adapted
 from sitelens.methods.streams import AddToStream, ReplaceStream
 from sitelens.models import Model, head_shape
@@ -99,7 +102,7 @@ def test_the_same_seed_gives_the_same_condition(name: str, llama: Model) -> None
     assert all(torch.equal(first[0][key], second[0][key]) for key in first[0])
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("many-shot", "I2CL", "LoFiT")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "many-shot"])
 def test_test_items_are_not_looked_at(name: str, llama: Model) -> None:
     other = replace(TASK, test=(Example("aa", "ab"),))
     first, second = (METHODS[name].fit(task, llama, **SMALL[name]).state()[0] for task in (TASK, other))
@@ -113,6 +116,18 @@ def test_no_method_sees_more_than_two_hundred_training_items() -> None:
     assert seen == common.fitting(many) and common.fitting(TASK) == TASK
     with pytest.raises(SitelensError, match="no valid items"):
         common.fitting(replace(TASK, valid=()))
+
+
+def test_a_saved_method_is_known_where_no_method_was_imported(tmp_path: Path) -> None:
+    path = AddToStream(torch.ones(1, 32), (0,)).save(tmp_path / "one.safetensors")
+    code = f"import sitelens as sl; print(type(sl.Condition.load({str(path)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "AddToStream\n"
+
+
+def test_site_patches_as_it_was_trained(llama: Model) -> None:
+    assert METHODS["SITE"].fit(TASK, llama, **SMALL["SITE"], mixing="additive").mixing == "additive"
+    assert METHODS["SITE"].fit(TASK, llama, **SMALL["SITE"]).mixing == "convex"
 
 
 # -- conditions against raw models --
@@ -380,6 +395,88 @@ def test_answers_are_scored_as_whole_texts_by_the_raw_model(family: str, model: 
     assert found.item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_losses_of_rows_of_all_lengths_are_those_of_each_alone(family: str, dtype: torch.dtype) -> None:
+    if family == "Mixtral":  # its experts know no float64
+        dtype = torch.float32 if dtype == torch.float64 else dtype
+    model = micro.bridge(family, dtype)
+    rows = [(oracle.encode(text), n) for text, n in zip(TEXTS, (1, 3, 2), strict=True)]
+    assert len({len(ids) for ids, _ in rows}) == 3
+    alone = [n * common.answer_loss([(ids, n)], model) for ids, n in rows]
+    together = common.answer_loss(rows, model)
+    assert together.item() == pytest.approx((sum(alone) / 6).item(), rel=0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["I2CL", "LoFiT", "LoRA"])
+def test_training_in_float64_gives_numbers(name: str) -> None:
+    model = micro.bridge("Llama", torch.float64)
+    items = tuple(Example(" ".join(micro.WORDS[: 2 + i % 4]), micro.WORDS[i]) for i in range(12))
+    options = SMALL[name] | ({"batch_size": 4} if name == "LoRA" else {})
+    tensors, _ = METHODS[name].fit(replace(TASK, train=items), model, **options).state()
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_a_loss_that_is_no_number_ends_the_training(llama: Model) -> None:
+    with pytest.raises(SitelensError, match="not finite"):
+        METHODS["LoRA"].fit(TASK, llama, n_steps=20, rates=(1e30,))
+
+
+def test_offsets_train_as_transformers_trainer_does() -> None:
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    assert defaults["max_grad_norm"] == MAX_GRAD_NORM and defaults["weight_decay"] == 0
+
+
+def test_offsets_take_five_epochs_of_all_items_in_clipped_steps(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = replace(TASK, train=TASK.train[:9])
+    norms: list[float] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:
+            (group,) = self.param_groups
+            assert group["weight_decay"] == 0
+            norms.append(group["params"][0].grad.norm().item())
+            super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    METHODS["LoFiT"].fit(task, llama, n_heads=1, batch_size=4)
+    assert len(norms) == 2 * 5 * 3
+    assert max(norms) <= MAX_GRAD_NORM + 1e-5 and min(norms) > 0
+
+
+def test_noise_has_no_gradient_of_its_own() -> None:
+    a, b = (torch.full((1, 2), value, requires_grad=True) for value in (0.1, 1.0))
+    context, out = normal(1, 2, 8, seed=1), normal(2, 3, 8, seed=2)
+    ((_, hook), _) = i2cl.combining(context, a, b, noise=0.5, generator=torch.Generator().manual_seed(0))
+    plain = out.sum().item(), 6 * context[0, 0].sum().item()
+    of_b, of_a = (torch.autograd.grad(hook(out).sum(), side, retain_graph=True)[0][0, 0].item() for side in (b, a))
+    assert (of_b, of_a) == pytest.approx(plain, rel=1e-4)
+
+
+def test_learned_task_vectors_are_the_same_under_any_memory_budget(llama: Model) -> None:
+    options = SMALL["LTV"] | {"steps": 9}
+    sl.embed_task(TASK, llama, n_prompts=3, n_shots=2)  # in the cache for both
+    with counted_tokens() as spent:
+        whole = METHODS["LTV"].fit(TASK, llama, **options)
+    with counted_tokens() as in_parts, overridden(memory_budget=1):
+        parts = METHODS["LTV"].fit(TASK, llama, **options)
+    assert in_parts.forward > spent.forward and in_parts.backward == spent.backward
+    assert_close(parts.vectors, whole.vectors)
+
+
+def test_function_vectors_run_their_prompts_once(llama: Model) -> None:
+    tokens = []
+    for correct_only in (True, False):
+        with overridden(cache_dir=None), counted_tokens() as spent:
+            METHODS["FV"].fit(TASK, llama, **SMALL["FV"], correct_only=correct_only)
+        tokens.append(spent.forward)
+    assert tokens[0] == tokens[1]
+
+
+def test_a_task_vector_needs_items_enough(llama: Model) -> None:
+    with pytest.raises(SitelensError, match="too few training items for 5 shots and a dummy query: 5 items"):
+        METHODS["TV"].fit(replace(TASK, train=TASK.train[:5]), llama)
+
+
 def test_items_come_again_only_when_all_have_come() -> None:
     batches = list(common.drawn("abcde", 4, 2, "x"))
     flat = [i for batch in batches for i in batch]
@@ -404,6 +501,23 @@ def test_many_shot_prompts_fit_the_context(llama: Model) -> None:
     condition = METHODS["many-shot"].fit(TASK, llama)
     assert condition.n_shots > 10
     sl.evaluate(TASK, {"many-shot": condition}, llama)  # none is too long
+
+
+def test_many_shot_prompts_fit_whichever_items_are_drawn(llama: Model) -> None:
+    long = tuple(Example(" ".join(micro.WORDS[i % 9 : i % 9 + 8]), micro.WORDS[i % 96]) for i in range(300))
+    task = replace(TASK, train=TASK.train[:20] + long)
+    sl.evaluate(task, {"many-shot": METHODS["many-shot"].fit(task, llama)}, llama)
+
+
+def test_many_shot_prompts_leave_out_what_equals_the_query(llama: Model) -> None:
+    twins = replace(TASK, train=TASK.train[:8], test=(TASK.train[0],))
+    twins = replace(twins, train=(*twins.train, twins.test[0], twins.test[0]))
+    condition = METHODS["many-shot"].fit(twins, llama)
+    assert condition.n_shots == 7
+    sl.evaluate(twins, {"many-shot": condition}, llama)
+    assert METHODS["many-shot"].fit(twins, llama, limit=0).n_shots == 0
+    with pytest.raises(SitelensError, match="at least 0"):
+        METHODS["many-shot"].fit(twins, llama, limit=-1)
 
 
 def test_tokens_are_counted_forward_and_backward(llama: Model) -> None:

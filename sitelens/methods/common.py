@@ -112,14 +112,30 @@ def answered(task: Task, items: Sequence[Example], model: Model) -> list[tuple[l
 
 def answer_loss(rows: Sequence[tuple[list[int], int]], model: Model) -> Float[Tensor, ""]:
     """Mean cross-entropy of all answer tokens of some rows of `answered`, with gradient."""
-    device, width, longest = model.cfg.device, max(len(ids) for ids, _ in rows), max(n for _, n in rows)
+    return next_loss([(ids, len(ids) - n - 1, ids[len(ids) - n :]) for ids, n in rows], model)
+
+
+def next_loss(rows: Sequence[tuple[list[int], int, list[int]]], model: Model) -> Float[Tensor, ""]:
+    """Mean cross-entropy over rows (tokens, place of the first of them whose next is wanted, what is wanted there on).
+
+    With gradient, over the whole vocabulary. Rows are padded behind their end, where causal attention never sees it.
+
+    Raises:
+        SitelensError: if the loss is not finite.
+    """
+    device, width = model.cfg.device, max(len(ids) for ids, _, _ in rows)
+    places = sorted({start + i for _, start, wanted in rows for i in range(len(wanted))} | {width - 1})
+    # The last place stands among them, wanted or not: a lone row keeps the shapes, and so the bits, it had before padding.
+    column = {place: i for i, place in enumerate(places)}
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    wanted = torch.full((len(rows), longest), -100)
-    for row, (ids, n) in enumerate(rows):
-        tokens[row, width - len(ids) :] = torch.tensor(ids)
-        mask[row, width - len(ids) :] = True
-        wanted[row, longest - n :] = torch.tensor(ids[len(ids) - n :])
-    tokens, mask = tokens.to(device), mask.to(device)
-    logits = run_tokens(model, tokens, mask, all_positions(mask), kept=longest + 1)[:, :-1]
-    return cross_entropy(logits.flatten(0, 1).float(), wanted.flatten().to(device))
+    targets = torch.full((len(rows), len(places)), -100)
+    for row, (ids, start, wanted) in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        targets[row, [column[start + i] for i in range(len(wanted))]] = torch.tensor(wanted)
+    tokens = tokens.to(device)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    logits = run_tokens(model, tokens, mask, all_positions(mask), kept=torch.tensor(places, device=device))
+    loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device))
+    if not torch.isfinite(loss):
+        raise SitelensError(f"the loss is not finite (dtype {model.cfg.dtype}): try a lower learning rate or float32")
+    return loss

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from einops import einsum
 from jaxtyping import Float
@@ -11,13 +14,13 @@ from sitelens.conditions import Steps
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
 from sitelens.fingerprints import fingerprint
-from sitelens.forward import capture_z, full_logits
+from sitelens.forward import full_logits
 from sitelens.heads.common import like_prompts
 from sitelens.heads.effects import indirect_effects
 from sitelens.heads.writing import output_weights
 from sitelens.methods.common import best_on_valid, fitting, prompts_of
 from sitelens.methods.streams import AddToStream
-from sitelens.models import Model, computing_dtype, head_shape, own_tokenizer, resolve_model
+from sitelens.models import Model, computing_dtype, head_shape, own_tokenizer, resolve_model, z_hook
 from sitelens.prompts import few_shot_prompts
 from sitelens.tasks import Task, load_task
 
@@ -86,9 +89,14 @@ def _mean_z(
     right = torch.ones(n_prompts, dtype=torch.bool)
     for index in like_prompts(batch, model):
         part = batch.rows(index)
-        z[index] = capture_z(part, model).double().cpu()
-        if correct_only:
+
+        def keep(out: Tensor, hook: Any = None, *, layer: int, rows: list[int] = index) -> None:
+            z[rows, layer] = out[:, -1].double().cpu()
+
+        with model.hooks(fwd_hooks=[(z_hook(layer), partial(keep, layer=layer)) for layer in range(z.shape[1])]):
             said = full_logits(part, model).argmax(-1).tolist()
-            right[index] = torch.tensor([one in known for one, known in zip(said, part.accepted, strict=True)])
+        right[index] = torch.tensor([one in known for one, known in zip(said, part.accepted, strict=True)])
+    if not correct_only:
+        return z.mean(0).to(torch.float32)
     chosen = z[right] if right.any() else z  # where nothing is answered correctly, all count
     return chosen.mean(0).to(torch.float32)

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from sitelens.conditions import Condition
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
-from sitelens.methods.common import drawn, fitting, mean_states, prompts_of, zero_shot
+from sitelens.methods.common import drawn, fitting, mean_states, next_loss, prompts_of, zero_shot
 from sitelens.methods.streams import check_stream
 from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
-from sitelens.network import all_positions, run_tokens
 from sitelens.prompts import Prompt, few_shot_prompt
 from sitelens.tasks import Example, Task, load_task
 
@@ -58,7 +56,7 @@ def combining(
         mixed = of_out * out.to(wide) + of_context * vector.to(wide)
         if noise:
             random = torch.randn(mixed.shape, generator=generator).to(mixed)
-            mixed = mixed + noise * mixed.norm(dim=-1, keepdim=True) * random
+            mixed = mixed + noise * mixed.detach().norm(dim=-1, keepdim=True) * random
         return mixed.to(out.dtype)
 
     return [
@@ -88,7 +86,7 @@ def fit(
     chosen on valid.
 
     Raises:
-        SitelensError: for a task without training items.
+        SitelensError: for a task without training or validation items.
     """
     model, task = resolve_model(model), fitting(load_task(task))
     items = demonstrations(task, n_demonstrations, seed)
@@ -101,6 +99,8 @@ def fit(
     points = [point for _, _, point in _points(layers)]
     context = mean_states(prompts_of(shown, task, model), points, model).reshape(layers, len(MODULES), -1)
     batch = zero_shot(task, items, model)
+    asked = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
+    rows = [(ids, len(ids) - 1, [answer]) for ids, answer in zip(asked, batch.answer.tolist(), strict=True)]
     device = model.cfg.device
     context = context.to(device)
     a, b = (torch.full((layers, len(MODULES)), start, device=device, requires_grad=True) for start in START)
@@ -111,11 +111,8 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     with model.hooks(fwd_hooks=combining(context, a, b, noise, generator)):
         for index in drawn(items, steps, min(batch_size, len(items)), f"i2cl/train/{task.name}/{seed}"):
-            part = batch.rows(index)
-            mask = part.mask.to(device)
-            logits = run_tokens(model, part.tokens.to(device), mask, all_positions(mask))[:, -1]
             optimizer.zero_grad()
-            cross_entropy(logits.float(), part.answer.to(device)).backward()
+            next_loss([rows[i] for i in index], model).backward()
             optimizer.step()
             schedule.step()
     return LinearCombination(context.cpu(), a.detach().cpu(), b.detach().cpu(), fingerprint(model))

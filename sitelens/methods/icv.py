@@ -68,7 +68,7 @@ def fit(
     open, is that of the mean. Published strengths lie between 0.1 and 0.8.
 
     Raises:
-        SitelensError: for a task without training items.
+        SitelensError: for a task without training or validation items.
     """
     model, task = resolve_model(model), fitting(load_task(task))
     (places,) = drawn(task.train, 1, min(n_pairs, len(task.train)), f"icv/{task.name}/{seed}")

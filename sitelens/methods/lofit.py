@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from sitelens.forward import Hook
 from sitelens.methods.common import answer_loss, answered, drawn, fitting
 from sitelens.models import Model, check_fit, computing_dtype, head_shape, resolve_model, z_hook
 from sitelens.tasks import Task, load_task
+
+MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +59,12 @@ def fit(
     """Offsets on `n_heads` heads (3% of them unless given), trained on the whole answers of the training items.
 
     Step 1 trains a scale of every entry of z, with an L1 penalty, and ranks heads by its norm; step 2 trains offsets on
-    the highest. Both: AdamW with linear decay, batches of 8, 5 epochs. The published rates differ by task; these are
-    its recipe for MQuAKE, fixed for all. No checkpoint is chosen.
+    the highest. Both: AdamW with linear decay, batches of 8, 5 epochs, gradients clipped to a norm of 1 and no weight
+    decay, as transformers' Trainer does by default. The published rates differ by task; these are its recipe for
+    MQuAKE, fixed for all. No checkpoint is chosen.
 
     Raises:
-        SitelensError: for a task without training items.
+        SitelensError: for a task without training or validation items.
     """
     model, task = resolve_model(model), fitting(load_task(task))
     shape = head_shape(model)
@@ -71,16 +75,17 @@ def fit(
         (1e-3 * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_() for _ in range(2)
     )
     rows = answered(task, task.train, model)
-    steps = epochs * max(1, len(rows) // batch_size)
+    steps = epochs * math.ceil(len(rows) / batch_size)
 
     def train(values: Tensor, lr: float, penalty: float, change: Callable[[Tensor, int], Tensor], key: str) -> None:
-        optimizer = torch.optim.AdamW([values], lr=lr)
+        optimizer = torch.optim.AdamW([values], lr=lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         with model.hooks(fwd_hooks=changing(change, shape[0])):
             for index in drawn(rows, steps, min(batch_size, len(rows)), f"lofit/{key}/{task.name}/{seed}"):
                 optimizer.zero_grad()
                 loss = answer_loss([rows[i] for i in index], model) + penalty * values.abs().sum()
                 loss.backward()
+                torch.nn.utils.clip_grad_norm_([values], MAX_GRAD_NORM)
                 optimizer.step()
                 schedule.step()
 

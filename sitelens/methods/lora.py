@@ -108,7 +108,7 @@ def fit(
     As many steps of as many items as SITE takes; the rest are peft's defaults (no dropout).
 
     Raises:
-        SitelensError: for a task without training items, or where peft is not installed.
+        SitelensError: for a task without training or validation items, or where peft is not installed.
     """
     model, task = resolve_model(model), fitting(load_task(task))
     made_for = fingerprint(model)

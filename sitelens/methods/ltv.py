@@ -17,6 +17,7 @@ from sitelens.embedding import embed_task
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.heads.effects import shuffled_labels
+from sitelens.memory import chunks, prefix_bytes, step_cost
 from sitelens.methods.common import best_on_valid, drawn, fitting, prompts_of
 from sitelens.methods.function_vector import written
 from sitelens.methods.streams import AddToStream, stream_hook
@@ -45,9 +46,10 @@ def fit(
     """One weight a head (normal at first), trained with Adam; the learning rate is chosen on valid.
 
     Layer l gets the sum over its heads of weight * mean z @ W_O, added at the last token at every step. Training
-    prompts are a fixed pool with shuffled answers, whose prefixes are computed once. This is the paper's form, a weight
-    a head: the public code for language weighs slices of the residual stream instead, and its rate of 5e-5 leaves the
-    weights near where they began. Not to be confused with Learned Task Vectors (Yang et al., arXiv 2509.24169).
+    prompts are a fixed pool with shuffled answers, whose prefixes are computed once where all of them fit half of the
+    memory budget, at each step where not. This is the paper's form, a weight a head: the public code for language
+    weighs slices of the residual stream instead, and its rate of 5e-5 leaves the weights near where they began. Not to
+    be confused with Learned Task Vectors (Yang et al., arXiv 2509.24169).
 
     Raises:
         SitelensError: as `embed_task`.
@@ -63,20 +65,31 @@ def fit(
         key = f"ltv/{task.name}/{seed}/{i}"
         prompts.append(few_shot_prompt(task.template, shuffled_labels(shown, key), query, own_tokenizer(model)))
     batch = prompts_of(prompts, task, model)
-    prefix = PrefixCache.of(batch, model, settings.budget(None) // 2)
+    budget = settings.budget(None) // 2  # half for prefixes, half for what is computed with them
+    whole = n_pool * prefix_bytes(model, max(batch.lengths)) <= budget
+    pool = PrefixCache.of(batch, model, budget) if whole else None
+
+    def prefixes(chosen: list[int]) -> PrefixCache:
+        return PrefixCache.of(batch.rows(chosen), model, budget) if pool is None else pool.rows(torch.tensor(chosen))
+
+    cost = step_cost(model, gradient=True)
     candidates = {}
     for rate in rates:
         start = torch.randn(writes.shape[:2], generator=torch.Generator().manual_seed(seed))
         weights = start.to(writes).requires_grad_()
         optimizer = torch.optim.Adam([weights], lr=rate)
-        with model.hooks(fwd_hooks=_adding(weights, writes)):
-            for index in drawn(prompts, steps, min(batch_size, n_pool), f"ltv/train/{task.name}/{seed}"):
-                some = prefix.rows(torch.tensor(index))
-                positions = some.positions()[:, None]
-                logits = run_tokens(model, some.last[:, None], some.mask, positions, some.cache(ReadOnly))[:, -1]
-                optimizer.zero_grad()
-                cross_entropy(logits.float(), batch.answer[index].to(logits.device)).backward()
-                optimizer.step()
+        for index in drawn(prompts, steps, min(batch_size, n_pool), f"ltv/train/{task.name}/{seed}"):
+            optimizer.zero_grad()
+            for part in chunks([batch.lengths[i] for i in index], cost, budget):
+                chosen = [index[i] for i in sorted(part)]
+                some = prefixes(chosen)  # without the hooks
+                with model.hooks(fwd_hooks=_adding(weights, writes)):
+                    logits = run_tokens(
+                        model, some.last[:, None], some.mask, some.positions()[:, None], some.cache(ReadOnly)
+                    )[:, -1]
+                    loss = cross_entropy(logits.float(), batch.answer[chosen].to(logits.device))
+                    (loss * (len(chosen) / len(index))).backward()
+            optimizer.step()
         vectors = summed(weights.detach(), writes).float().cpu()
         candidates[rate] = AddToStream(
             vectors, tuple(range(len(writes))), fingerprint(model), n_trained=weights.numel()

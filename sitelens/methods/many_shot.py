@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from sitelens.conditions import FewShot
-from sitelens.methods.common import fitting
+from sitelens.defaults import SitelensError
+from sitelens.methods.common import MAX_TRAIN, fitting
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
 from sitelens.prompts import few_shot_prompt, item_sizes
 from sitelens.tasks import Task, load_task
@@ -12,20 +15,28 @@ ROOM = 32  # tokens kept for the answer
 
 
 def fit(task: Task | str, model: Model | str | None = None, *, limit: int | None = None, seed: int = 0) -> FewShot:
-    """Few-shot prompting with as many training items as fit into the context with the longest query, or `limit`.
+    """Few-shot prompting with as many training items (at most 200) as fit into the context with any query, or `limit`.
 
-    The longest items are counted, so that whichever are drawn fit.
+    The longest items and the longest query are counted, so that whichever are drawn fit; of test items nothing else is
+    looked at. Items with the query's own input are never shown, so that as many are left out of the count. Which 200
+    of more items are shown is decided where the condition is evaluated: `compare` draws from the same 200 that every
+    method is fitted to.
 
     Raises:
-        SitelensError: for a task without training items.
+        SitelensError: for a task without training or validation items, or a limit below 0.
     """
-    model, task = resolve_model(model), fitting(load_task(task))
+    if limit is not None and limit < 0:
+        raise SitelensError(f"limit must be at least 0, got {limit}")
+    model, task = resolve_model(model), load_task(task)
+    fitting(task)  # is it a task to fit anything to?
     tokenizer = own_tokenizer(model)
     queries = [few_shot_prompt(task.template, [], item, tokenizer).text for item in (*task.valid, *task.test)]
     sizes = sorted(item_sizes(task.train, task.template, tokenizer), reverse=True)
     left = (context_length(model) or 2**31) - max(map(len, tokenizer(queries)["input_ids"])) - ROOM
-    count = 0
-    for size in sizes[: min(limit or len(sizes), len(sizes) - 1)]:
+    alike = Counter(item.input for item in task.train)
+    own = max(alike[item.input] for item in (*task.valid, *task.test))
+    count, most = 0, min(MAX_TRAIN, len(sizes)) - max(1, own)
+    for size in sizes[: max(0, most if limit is None else min(limit, most))]:
         left -= size
         if left < 0:
             break

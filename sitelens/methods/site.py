@@ -30,4 +30,4 @@ def fit(
     model, task = resolve_model(model), fitting(load_task(task))
     embedding = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
     trained = train_selection(task, model, embedding=embedding, config=TrainConfig(seed=seed, **config))
-    return PatchHeads(trained.selection, embedding)
+    return PatchHeads(trained.selection, embedding, trained.config.mixing)

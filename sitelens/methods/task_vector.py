@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from sitelens.conditions import Steps
+from sitelens.defaults import SitelensError
 from sitelens.fingerprints import fingerprint
 from sitelens.methods.common import best_on_valid, fitting, mean_states, prompts_of
 from sitelens.methods.streams import ReplaceStream, stream_hook
@@ -29,13 +30,16 @@ def fit(
     option `multi_context`). Generation goes on from the patched prompt.
 
     Raises:
-        SitelensError: for too few training items.
+        SitelensError: for too few training items, or none of validation.
     """
     model, task = resolve_model(model), fitting(load_task(task))
+    if len(task.train) < n_shots + 1:
+        raise SitelensError(f"task {task.name!r} has too few training items for {n_shots} shots and a dummy query: "
+                            f"{len(task.train)} items")  # fmt: skip
     prompts = []
     for i in range(n_sets):
         rng = random.Random(f"sitelens/task-vector/{task.name}/{seed}/{i}")
-        *shown, dummy = rng.sample(task.train, min(n_shots + 1, len(task.train)))
+        *shown, dummy = rng.sample(task.train, n_shots + 1)
         prompts.append(few_shot_prompt(task.template, shown, dummy, own_tokenizer(model)))
     layers = range(head_shape(model)[0])
     means = mean_states(prompts_of(prompts, task, model), [stream_hook(layer) for layer in layers], model)
