@@ -125,7 +125,7 @@ def next_loss(rows: Sequence[tuple[list[int], int, list[int]]], model: Model) ->
     """
     device, width = model.cfg.device, max(len(ids) for ids, _, _ in rows)
     places = sorted({start + i for _, start, wanted in rows for i in range(len(wanted))} | {width - 1})
-    # The last place stands among them, wanted or not: a lone row keeps the shapes, and so the bits, it had before padding.
+    # The last place stands among them, wanted or not: so a lone row keeps the shapes, and the bits, it always had.
     column = {place: i for i, place in enumerate(places)}
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     targets = torch.full((len(rows), len(places)), -100)
