@@ -13,6 +13,11 @@ from sitelens.models import Model
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALLER = {
+    'SUITE, TASKS = "fv57", None': 'SUITE, TASKS = "builtin", ["antonym", "capitalize", "choose_first_of_3"]',
+    'SETTINGS = {"n_items": 100}': (
+        'SETTINGS = {"n_items": 6, "n_prompts": 4, "config": sl.TrainConfig(steps=6, eval_every=3, n_valid=4)}'
+    ),
+    "in SAMPLES.items()": 'in {"builtin": {"tasks": ["synonym"]}}.items()',
     '"n_items": 100': '"n_items": 6',
     "N_ITEMS = 100": "N_ITEMS = 6",
     "N_ITEMS = 50": "N_ITEMS = 6",

@@ -196,6 +196,14 @@ def test_a_download_with_another_checksum_is_refused(upstream: Path):
         load_task("fv/antonym")
 
 
+def test_a_server_that_cannot_be_reached_is_said_in_two_words(upstream: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(function_vectors, "FILES", replace(function_vectors.FILES, address="http://127.0.0.1:9/"))
+    with pytest.raises(
+        SitelensError, match=r"downloaded from http://127.0.0.1:9/\S+: no connection\. Without a network"
+    ):
+        load_task("fv/antonym")
+
+
 def test_a_file_that_upstream_lacks_is_named(upstream: Path):
     with pytest.raises(SitelensError, match=r"fv/antonym could not be downloaded from http.*antonym\.json: .*404"):
         load_task("fv/antonym")

@@ -81,6 +81,7 @@ class PinnedFiles:
 
     def _download(self, name: str) -> Path:
         import pooch
+        import requests
 
         url = f"{self.address}{self._place(name)}"
         folder = settings.cache() / "data" / self.folder / self.commit[:12]
@@ -89,8 +90,9 @@ class PinnedFiles:
             path = Path(pooch.retrieve(url, self._known_hash(name, folder), fname=f"{name}.json", path=folder))
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
             layout = sorted({f"{self.folder}/{self._place(one)}".replace(f"/{one}.", "/*.") for one in self.registry})
+            reason = "no connection" if isinstance(error, requests.ConnectionError) else error
             raise SitelensError(
-                f"{self.suite}/{name} could not be downloaded from {url}: {error}. Without a network, put the "
+                f"{self.suite}/{name} could not be downloaded from {url}: {reason}. Without a network, put the "
                 f"authors' files into a folder as {' and '.join(layout)} and set SITELENS_DATA to it."
             ) from error
         if self.registry[name]["sha256"] is None:
