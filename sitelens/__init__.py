@@ -88,6 +88,8 @@ __all__ = ["__version__", *_ROOMS, *sorted(_HOME_OF)]
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"sitelens.{name}")
+    if name == "Condition":
+        importlib.import_module("sitelens.methods")  # whose kinds of conditions `Condition.load` knows from then on
     if name not in _HOME_OF:
         raise AttributeError(f"module 'sitelens' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sitelens.{_HOME_OF[name]}"), name)

@@ -7,7 +7,6 @@ over a shared prefix.
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -113,8 +112,6 @@ class Condition(ABC):
         """
         artifact = Artifact.load(path, "condition")
         kind = artifact.meta["condition"]
-        if kind not in Condition.kinds:
-            importlib.import_module("sitelens.methods")  # which has kinds of its own
         if kind not in Condition.kinds:
             raise SitelensError(f"{path} holds a condition {kind!r} that this version does not know")
         return Condition.remade(artifact.tensors, artifact.meta)

@@ -68,13 +68,16 @@ def forward_bytes(model: Model, length: int) -> int:
     return prefix_bytes(model, length + 1) + length * (wide + attention) * max(4, _itemsize(model))
 
 
-def step_cost(model: Model, gradient: bool) -> Callable[[int], int]:
-    """What one row of a last-token step needs at a given length: its share of the prefix, activations, logits."""
+def step_cost(model: Model, gradient: bool, hooked: bool = False) -> Callable[[int], int]:
+    """What one row of a last-token step needs at a given length: its share of the prefix, activations, logits.
+
+    hooked: hooks will be installed while it runs, so that it goes through the bridge.
+    """
     config, itemsize = model.cfg, _itemsize(model)
     layers = config.n_layers if gradient else 1
     fixed = 16 * config.d_model + 10 * config.n_heads * config.d_head + 8 * _d_mlp(model)
     own = config.n_layers * config.n_heads * config.d_head * (3 if gradient else 1)
-    bridged = not can_unhook(model)
+    bridged = hooked or not can_unhook(model)
 
     def cost(length: int) -> int:
         layer = prefix_bytes(model, length + 1) // itemsize // config.n_layers

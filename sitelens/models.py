@@ -188,9 +188,12 @@ def tokenization(model: Model) -> str:
     known = _rules.get(model)
     if known is None or known[0] is not tokenizer or known[1] != len(tokenizer):
         known = _rules[model] = tokenizer, len(tokenizer), _rules_of(tokenizer)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    steps = [getattr(backend, step, None) for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    quick = [None if step is None else hashlib.sha256(step.__getstate__()).hexdigest() for step in steps]
     habits = [str(getattr(tokenizer, name, None)) for name in ("add_bos_token", "add_eos_token", "chat_template")]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return digest([type(tokenizer).__name__, known[2], special, habits])[:32]
+    return digest([type(tokenizer).__name__, known[2], quick, special, habits])[:32]
 
 
 def _rules_of(tokenizer: Any) -> str:
@@ -266,19 +269,3 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
     cfg.default_prepend_bos = cfg.tokenizer_prepends_bos
     _tokenizers[model] = model.tokenizer, tokenizer
     return resolve_model(model)
-
-
-def _reason(error: Exception, name: str, folder: str | Path) -> str:
-    """Why a model could not be loaded, and what to do."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{reason} (use quantize='nf4', device_map='auto', or a smaller dtype)"
-    if folder != name:
-        return f"{reason} (is it a folder of a causal language model?)"
-    near = [] if name in PAPER else difflib.get_close_matches(name, PAPER, n=1, cutoff=0.8)
-    return (
-        (f"did you mean {near[0]}? " if near else "")
-        + f"{reason} (get it with `{how_to_get(name)}`; a gated or private model needs `hf auth login` and its licence "
-        "accepted on its hub page; without a network, give a local folder or use a packaged model: "
-        + ", ".join(PACKAGED) + ")"
-    )  # fmt: skip

@@ -155,7 +155,8 @@ def run_tokens(
     `mask` also covers what the cache holds. `attention`: which one to use where the caller has seen that the bridge is
     not needed.
     """
-    last = torch.empty(0, dtype=torch.long, device=tokens.device) if isinstance(kept, int) and kept == 0 else kept
+    # On the CPU: an index from there serves whichever device the last layer lies on.
+    last = torch.empty(0, dtype=torch.long) if isinstance(kept, int) and kept == 0 else kept
     options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     options |= {"attention_mask": mask, "position_ids": positions, "logits_to_keep": last, "use_cache": bool(options)}
     with out_of_memory_is_named():

@@ -20,10 +20,12 @@ from transformers.cache_utils import DynamicCache
 
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
+from sitelens.defaults import overridden
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.evaluation import evaluate
 from sitelens.forward import HeadEdit, LastToken, capture_z, full_logits
 from sitelens.memory import forward_bytes, prefix_bytes, step_cost
+from sitelens.methods import METHODS
 from sitelens.models import Model, _tokenizers
 from sitelens.prefix import PrefixCache
 from sitelens.prompts import Prompt, PromptBatch, tokenize
@@ -276,6 +278,17 @@ class TestBudget:
             monkeypatch.setattr(FewShot, "patch", lambda condition, model: None)
         model, task = model_of("Llama", vocabulary=100_000), task_of("any", SHORT, n=16)
         self.check(lambda budget: evaluate(task, {"": ZeroShot()}, model, memory_budget=budget), 16 * MIB)
+
+    def test_learned_task_vectors(self) -> None:
+        model, task = model_of("Llama"), task_of("any", 40)
+        seeds = iter(range(100))
+
+        def fit(budget: int) -> None:
+            sizes: dict[str, Any] = {"n_prompts": 4, "n_shots": 1, "n_pool": 24, "pool_shots": 4, "batch_size": 24}
+            with overridden(memory_budget=budget):
+                METHODS["LTV"].fit(task, model, **sizes, steps=1, rates=(0.1, 0.01), seed=next(seeds))
+
+        self.check(fit, 10 * MIB)
 
     def test_an_embedding(self) -> None:
         model, task = model_of("Llama"), task_of("any", 40)

@@ -85,11 +85,13 @@ def test_a_tokenizer_is_known_by_its_rules_and_template_and_not_by_how_it_was_ca
     assert own_tokenizer(first).backend_tokenizer.padding is not None  # it is left as it was
     chatty = copy.deepcopy(own_tokenizer(same))
     chatty.chat_template = "{{ messages[0].content }}"
-    larger = copy.deepcopy(own_tokenizer(same))
-    larger.add_tokens(["zz"])
-    for tokenizer in (chatty, larger):
-        _tokenizers[same] = same.tokenizer, tokenizer
-        assert tokenization(same) != known
+    _tokenizers[same] = same.tokenizer, chatty
+    assert tokenization(same) != known
+    own = own_tokenizer(first)
+    own.add_tokens(["zz"])  # in place
+    larger = tokenization(first)
+    own.backend_tokenizer.post_processor = own_tokenizer(prepending).backend_tokenizer.post_processor
+    assert len({known, larger, tokenization(first)}) == 3
 
 
 def test_a_fingerprint_is_the_same_in_another_process():

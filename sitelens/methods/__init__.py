@@ -2,8 +2,8 @@
 
 Every method sees the same splits and template and at most 200 training items; layers, strengths, numbers of heads and
 learning rates are chosen on at most 50 validation items. SITE's checkpoint is chosen on at most 100, as in its paper,
-and function vectors take their queries from valid. No answer of a test item is looked at, and of the inputs only the
-longest one's length (many-shot).
+and function vectors take their queries from valid. Of test items nothing is looked at, but that many-shot prompting
+asks how long the longest input is and how many training items share one, for that many demonstrations fewer fit.
 """
 
 from __future__ import annotations

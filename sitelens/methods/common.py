@@ -134,8 +134,8 @@ def next_loss(rows: Sequence[tuple[list[int], int, list[int]]], model: Model) ->
         targets[row, [column[start + i] for i in range(len(wanted))]] = torch.tensor(wanted)
     tokens = tokens.to(device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    logits = run_tokens(model, tokens, mask, all_positions(mask), kept=torch.tensor(places, device=device))
-    loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device))
+    logits = run_tokens(model, tokens, mask, all_positions(mask), kept=torch.tensor(places))
+    loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(logits.device))
     if not torch.isfinite(loss):
         raise SitelensError(f"the loss is not finite (dtype {model.cfg.dtype}): try a lower learning rate or float32")
     return loss

@@ -86,7 +86,7 @@ def fit(
     chosen on valid.
 
     Raises:
-        SitelensError: for a task without training or validation items.
+        SitelensError: for a task without training or validation items, or if the loss is not finite.
     """
     model, task = resolve_model(model), fitting(load_task(task))
     items = demonstrations(task, n_demonstrations, seed)

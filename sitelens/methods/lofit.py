@@ -64,7 +64,7 @@ def fit(
     MQuAKE, fixed for all. No checkpoint is chosen.
 
     Raises:
-        SitelensError: for a task without training or validation items.
+        SitelensError: for a task without training or validation items, or if the loss is not finite.
     """
     model, task = resolve_model(model), fitting(load_task(task))
     shape = head_shape(model)

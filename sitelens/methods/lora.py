@@ -108,7 +108,8 @@ def fit(
     As many steps of as many items as SITE takes; the rest are peft's defaults (no dropout).
 
     Raises:
-        SitelensError: for a task without training or validation items, or where peft is not installed.
+        SitelensError: for a task without training or validation items, where peft is not installed, or if the loss is
+            not finite at any of the rates.
     """
     model, task = resolve_model(model), fitting(load_task(task))
     made_for = fingerprint(model)

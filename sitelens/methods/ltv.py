@@ -72,28 +72,30 @@ def fit(
     def prefixes(chosen: list[int]) -> PrefixCache:
         return PrefixCache.of(batch.rows(chosen), model, budget) if pool is None else pool.rows(torch.tensor(chosen))
 
-    cost = step_cost(model, gradient=True)
-    candidates = {}
-    for rate in rates:
-        start = torch.randn(writes.shape[:2], generator=torch.Generator().manual_seed(seed))
-        weights = start.to(writes).requires_grad_()
-        optimizer = torch.optim.Adam([weights], lr=rate)
-        for index in drawn(prompts, steps, min(batch_size, n_pool), f"ltv/train/{task.name}/{seed}"):
-            optimizer.zero_grad()
-            for part in chunks([batch.lengths[i] for i in index], cost, budget):
-                chosen = [index[i] for i in sorted(part)]
-                some = prefixes(chosen)  # without the hooks
+    start = torch.randn(writes.shape[:2], generator=torch.Generator().manual_seed(seed))
+    trained = {rate: start.clone().to(writes).requires_grad_() for rate in rates}
+    optimizers = [torch.optim.Adam([weights], lr=rate) for rate, weights in trained.items()]
+    cost = step_cost(model, gradient=True, hooked=True)
+    for index in drawn(prompts, steps, min(batch_size, n_pool), f"ltv/train/{task.name}/{seed}"):
+        for part in chunks([batch.lengths[i] for i in index], cost, budget):
+            chosen = [index[i] for i in sorted(part)]
+            some = prefixes(chosen)  # for all rates, before any hook is there
+            answer = batch.answer[chosen]
+            for weights in trained.values():
                 with model.hooks(fwd_hooks=_adding(weights, writes)):
                     logits = run_tokens(
                         model, some.last[:, None], some.mask, some.positions()[:, None], some.cache(ReadOnly)
                     )[:, -1]
-                    loss = cross_entropy(logits.float(), batch.answer[chosen].to(logits.device))
+                    loss = cross_entropy(logits.float(), answer.to(logits.device))
                     (loss * (len(chosen) / len(index))).backward()
+        for optimizer in optimizers:
             optimizer.step()
-        vectors = summed(weights.detach(), writes).float().cpu()
-        candidates[rate] = AddToStream(
-            vectors, tuple(range(len(writes))), fingerprint(model), n_trained=weights.numel()
-        )
+            optimizer.zero_grad()
+    layers, made_for = tuple(range(len(writes))), fingerprint(model)
+    candidates = {
+        rate: AddToStream(summed(weights.detach(), writes).float().cpu(), layers, made_for, n_trained=weights.numel())
+        for rate, weights in trained.items()
+    }
     return candidates[best_on_valid(task, candidates, model)]
 
 

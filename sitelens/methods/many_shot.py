@@ -17,8 +17,8 @@ ROOM = 32  # tokens kept for the answer
 def fit(task: Task | str, model: Model | str | None = None, *, limit: int | None = None, seed: int = 0) -> FewShot:
     """Few-shot prompting with as many training items (at most 200) as fit into the context with any query, or `limit`.
 
-    The longest items and the longest query are counted, so that whichever are drawn fit; of test items nothing else is
-    looked at. Items with the query's own input are never shown, so that as many are left out of the count. Which 200
+    The longest items and the longest query are counted, so that whichever are drawn fit. Items with the query's own
+    input are never shown, so that as many are left out of the count. Nothing else of test items is looked at. Which 200
     of more items are shown is decided where the condition is evaluated: `compare` draws from the same 200 that every
     method is fitted to.
 
