@@ -97,10 +97,17 @@ class TransferMatrix:
         facts = {"zero_shot": self.zero_shot, "own": self.own, "n": self.n}
         return rows.assign(**{name: rows["target"].map(values) for name, values in facts.items()})
 
-    def heatmap(self, title: str | None = None, *, order: Literal["clustered", "given"] = "clustered") -> go.Figure:
+    def heatmap(
+        self,
+        title: str | None = None,
+        *,
+        values: Literal["accuracy", "share"] = "accuracy",
+        order: Literal["clustered", "given"] = "clustered",
+    ) -> go.Figure:
         """Sources by targets, colours fixed to [0, 1], kinds of tasks at the side, the numbers in the hover.
 
-        Clustered, with the dendrogram above; or in the order given.
+        values: accuracy, or `normalized()`, in which targets that are hard even with their own heads show as well as
+        easy ones (empty where it is not known). order: clustered, with the dendrogram above; or as given.
         """
         title = f"Transfer of {self.swap}: {self.model}" if title is None else title
         shown = self.clustered() if order == "clustered" else self
@@ -112,8 +119,12 @@ class TransferMatrix:
         }
         known = [name for name in shown.frame.columns if name in self.groups]
         axes = {"heads": "Source of the heads", "embedding": "Source of the embedding"}
+        cells, label = shown.frame, f"{self.metric.replace('_', ' ')} accuracy"
+        if values == "share":
+            cells, label = hover.pop("share of the own gain"), "share of the target's own gain"
+            hover = {"accuracy": shown.frame, **hover}
         return figures.transfer_heatmap(
-            shown.frame, title, f"{self.metric.replace('_', ' ')} accuracy", groups=self.groups if known else None,
+            cells, title, label, groups=self.groups if known else None,
             tree=self.tree() if order == "clustered" else None, hover=hover,
             axes=(axes.get(self.swap, "Source of heads and embedding"), "Target task"),
         )  # fmt: skip

@@ -155,6 +155,20 @@ def test_heatmap_has_fixed_colours_every_name_and_the_numbers_in_its_hover(
     assert all(word in trace.hovertemplate for word in words)
 
 
+def test_a_heatmap_of_shares_shows_them_and_keeps_accuracy_in_its_hover() -> None:
+    grid = matrix([[0.3, 0.0, 0.8], [0.1, 0.04, 0.1], [0.2, 0.0, 0.9]], [0.0, 0.0, 0.4])
+    figure = grid.heatmap(values="share")
+    (trace,) = traces(figure, "heatmap")
+    names = drawn_names(figure)
+    assert names == list(grid.clustered().frame.columns)
+    shares = np.array(trace.z, float)
+    np.testing.assert_allclose(shares, grid.normalized().loc[names, names])
+    assert np.isnan(shares[:, names.index("b")]).all()  # a gain of 4 points
+    assert shares[names.index("c"), names.index("a")] == pytest.approx(2 / 3)
+    np.testing.assert_allclose(np.array(trace.customdata)[..., 0], grid.frame.loc[names, names])
+    assert "share of the target's own gain %{z" in trace.hovertemplate and "accuracy %{cust" in trace.hovertemplate
+
+
 def test_the_dendrogram_stands_above_its_columns() -> None:
     grid = matrix(VALUES, [0.0, 0.1, 0.05])
     figure = grid.heatmap()
