@@ -56,8 +56,8 @@ suites: .venv/.installed
 	$(BIN)/sitelens suite bbh --n-prompts 5 $(SAVED) \
 	    --tasks bbh/boolean_expressions bbh/date_understanding bbh/disambiguation_qa \
 	    bbh/logical_deduction_three_objects bbh/navigate bbh/sports_understanding
-	$(BIN)/sitelens suite mmlu-pro --n-prompts 5 --n-items 50 $(SAVED) \
-	    --tasks mmlu-pro/psychology mmlu-pro/math mmlu-pro/biology
+	$(BIN)/sitelens suite mmlu-pro --n-prompts 5 --n-items 25 $(SAVED) \
+	    --tasks mmlu-pro/biology
 	$(BIN)/sitelens transfer fv57 --n-items 50 --name transfer-fv57 $(SAVED)
 
 # Every notebook from top to bottom, outputs included, in place.

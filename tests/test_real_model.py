@@ -149,7 +149,7 @@ def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
              "60", "--eval-every", "20", "--n-valid", "10", "--n-items", "20", "--no-progress"]  # fmt: skip
     assert cli.main([*words, "--out", str(tmp_path / "first")]) == 0
     first = capsys.readouterr().out
-    assert "| condition | abstractive (2 tasks) | extractive (1 tasks) | all (3 tasks) |" in first
+    assert "| condition | abstractive (2 tasks) | extractive (1 task) | all (3 tasks) |" in first
     means = pd.read_csv(tmp_path / "first" / "suite-builtin.csv").set_index(["task", "condition"])["mean"]
     assert means["choose_first_of_3", "10-shot"] > 0.8 and means["choose_first_of_3", "SITE"] > 0.8
     assert means["choose_first_of_3", "zero-shot"] < 0.2

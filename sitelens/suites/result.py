@@ -64,7 +64,7 @@ class SuiteResult:
         table = self.table()
         cells = table.assign(
             text=[f"{100 * row.mean:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in _rows(table)],
-            column=[f"{row.group} ({row.tasks} tasks)" for row in _rows(table)],
+            column=[f"{row.group} ({row.tasks} task{'' if row.tasks == 1 else 's'})" for row in _rows(table)],
         )
         wide = cells.pivot_table(index="condition", columns="column", values="text", aggfunc="first", sort=False)
         return markdown_table(wide)
