@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pooch
 import pytest
+import requests
 
 from sitelens.defaults import SitelensError, SitelensWarning, overridden
 from sitelens.tasks import (
@@ -196,10 +197,15 @@ def test_a_download_with_another_checksum_is_refused(upstream: Path):
         load_task("fv/antonym")
 
 
-def test_a_server_that_cannot_be_reached_is_said_in_two_words(upstream: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(function_vectors, "FILES", replace(function_vectors.FILES, address="http://127.0.0.1:9/"))
-    with pytest.raises(
-        SitelensError, match=r"downloaded from http://127.0.0.1:9/\S+: no connection\. Without a network"
+def test_a_server_that_cannot_be_reached_is_said_in_two_words(monkeypatch: pytest.MonkeyPatch):
+    def retrieve(*_: Any, **__: Any) -> str:
+        raise requests.ConnectionError("Max retries exceeded with url")
+
+    monkeypatch.delenv("SITELENS_DATA", raising=False)
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    with (
+        overridden(data_dir=None),
+        pytest.raises(SitelensError, match=r"downloaded from http\S+antonym\.json: no connection\. Without a network"),
     ):
         load_task("fv/antonym")
 
