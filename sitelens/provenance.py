@@ -7,9 +7,9 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
-from sitelens import __version__
 from sitelens.fingerprints import fingerprint
 from sitelens.models import Model, head_shape, model_dtype, model_name
+from sitelens.version import __version__
 
 RECORDED = ("torch", "transformers", "transformer-lens", "numpy", "pandas", "plotly", "safetensors", "gguf")
 IF_INSTALLED = ("accelerate", "bitsandbytes", "datasets", "peft")

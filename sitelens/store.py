@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.version import __version__
 
 FORMAT = 1
 STALE_TEMPORARY_SECONDS = 3600
@@ -56,7 +57,7 @@ class Artifact:
             for name, tensor in self.tensors.items()
         }
         header = canonical_json(
-            {"format": FORMAT, "kind": self.kind, "spec": self.spec, "meta": self.meta, "sitelens": _version()}
+            {"format": FORMAT, "kind": self.kind, "spec": self.spec, "meta": self.meta, "sitelens": __version__}
         )
         data = safetensors.torch.save(tensors, {"sitelens": header, "sha256": _checksum(header, tensors)})
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -201,9 +202,3 @@ def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
         total.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
         total.update(tensor_bytes(tensor))
     return total.hexdigest()
-
-
-def _version() -> str:
-    from sitelens import __version__
-
-    return __version__

@@ -17,32 +17,7 @@ import sitelens
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sitelens"
-# A module may import from the groups before its own only.
-ORDER: list[set[str]] = [
-    {"defaults"},
-    {"figures", "tasks", "store", "summary"},
-    {"prompts", "conversion", "fingerprints"},
-    {"catalogue", "quantization"},
-    {"models"},
-    {"network"},
-    {"memory", "provenance"},
-    {"prefix"},
-    {"forward"},
-    {"embedding", "selection", "config"},
-    {"conditions", "metrics"},
-    {"evaluation", "training_state"},
-    {"scoring", "training_loop"},
-    {"training"},
-    {"heads", "report", "transfer"},
-    {"similarity", "methods"},
-    {"studies"},
-    {"comparison"},
-    {"gallery"},
-    {"suites"},
-    {"cli"},
-]
 BRIDGED = {"fingerprints", "models", "network", "forward", "heads", "methods"}  # may import transformer_lens
-VERSION = "sitelens.__version__"  # what every module may know of the package
 LONGEST = 320  # lines
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FOLDERS = re.compile(r"(?<![\w.~-])/(?:home|tmp|root|Users|work|mnt|scratch)/")  # of somebody's machine
@@ -53,6 +28,16 @@ FILES = {
     if (module := path.relative_to(PACKAGE).with_suffix("").parts[0]) != "__init__"
 }
 MODULES = sorted(set(FILES.values()))
+
+
+def listed_modules() -> list[str]:
+    """The modules in the order of README's list, which says that each imports from those above it only."""
+    block = re.search(r"\n    sitelens/\n((?: {6}.*\n)+)", (ROOT / "README.md").read_text("utf-8"))
+    assert block
+    return [line.split()[0].removesuffix("/").removesuffix(".py") for line in block.group(1).splitlines()]
+
+
+ORDER = listed_modules()
 SOURCES = [path for folder in ("sitelens", "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -78,7 +63,7 @@ def imports(path: Path) -> set[str]:
 
 def own_imports(module: str) -> set[str]:
     """The modules of sitelens that a module imports from; "sitelens" stands for its public names."""
-    names = {name for path, home in FILES.items() if home == module for name in imports(path)} - {VERSION}
+    names = {name for path, home in FILES.items() if home == module for name in imports(path)}
     parts = [name.split(".") for name in names if name.split(".")[0] in ("sitelens", "")]
     return {next((part for part in path[1:2] if part in MODULES), "sitelens") for path in parts} - {module}
 
@@ -86,14 +71,13 @@ def own_imports(module: str) -> set[str]:
 # Imports
 
 
-def test_every_module_has_its_place():
-    assert sorted(module for group in ORDER for module in group) == MODULES
+def test_the_readme_lists_every_module_once():
+    assert sorted(ORDER) == MODULES
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module: str):
-    place = next(i for i, group in enumerate(ORDER) if module in group)
-    assert own_imports(module) <= set().union(*ORDER[:place])
+def test_a_module_imports_from_those_above_it_in_the_readme_only(module: str):
+    assert own_imports(module) <= set(ORDER[: ORDER.index(module)])
 
 
 def test_the_imports_are_seen():

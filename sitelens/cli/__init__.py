@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sitelens import __version__
 from sitelens.cli import experiments, listings
 from sitelens.cli.options import (
     Help,
@@ -21,6 +20,7 @@ from sitelens.cli.options import (
     transfer_options,
 )
 from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
