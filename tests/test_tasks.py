@@ -465,9 +465,22 @@ CSV = "input,output\n" + "".join(f"{source},{output}\n" for source, output in PA
         CSV.rstrip().encode(),
         re.sub(r"(\w+),(\w+)", r'"\1","\2"', CSV).encode(),
         re.sub(r"(\w+),(\w+)", r"note,\2,\1", CSV).encode(),
+        CSV.replace("\n", "\r").encode(),
+        CSV.replace(",", ";").encode(),
+        CSV.replace(",", "\t").encode(),
+        CSV.replace(",", "|").encode(),
+        CSV.encode("utf-16"),
+        CSV.replace("input,output", " input , output").encode(),
+        CSV.replace("input,output", "Input,OUTPUT").encode(),
+        re.sub(r"(?m)^(?=\w+,)", "0,", CSV).replace("0,input", ",input").encode(),
+        re.sub(r"(?m)$(?<=.)", ",", CSV).encode(),
+        (CSV + ",\n , \n,,,\n").encode(),
+        ("sep=;\n" + CSV.replace(",", ";")).encode(),
     ],
-    ids=["plain", "byte order mark", "CRLF", "blank lines", "no last newline", "quoted", "other columns"],
-)
+    ids=["plain", "byte order mark", "CRLF", "blank lines", "no last newline", "quoted", "other columns", "CR",
+         "semicolons", "tabs", "bars", "UTF-16", "header with spaces", "header in capitals", "index column",
+         "trailing commas", "blank rows of commas", "Excel's sep line"],
+)  # fmt: skip
 def test_a_csv_file_becomes_a_task(tmp_path: Path, content: bytes):
     task = load_task(written(tmp_path / "mine.csv", content))
     assert items(task) == {Example(*pair) for pair in PAIRS}
@@ -493,7 +506,156 @@ def test_any_text_survives_a_csv_file(tmp_path: Path, text: str):
     assert Example(text, "x") in items(load_task(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mine.CSV", CSV),
+        ("mine.tsv", CSV.replace(",", "\t")),
+        ("mine.Jsonl", "\n".join(map(json.dumps, LISTED)) + "\n\n"),
+        ("mine.ndjson", "\r\n".join(json.dumps(pair) for pair in PAIRS)),
+        ("mine.JSON", LISTED),
+    ],
+)
+def test_the_ending_says_what_a_file_is(tmp_path: Path, name: str, content: Any):
+    path = written(tmp_path / name, content)
+    assert load_task(path) == Task.from_pairs("mine", PAIRS, source=str(path))
+
+
+def test_a_comma_in_a_tab_separated_file_is_text(tmp_path: Path):
+    path = written(tmp_path / "mine.tsv", CSV.replace(",", "\t") + "one, two\tthree, four\n")
+    assert Example("one, two", "three, four") in items(load_task(path))
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written(tmp_path / "mine.csv", CSV)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert items(load_task("~/mine.csv")) == {Example(*pair) for pair in PAIRS}
+
+
+def test_a_field_may_be_long(tmp_path: Path):
+    limit = csv.field_size_limit()
+    task = load_task(written(tmp_path / "mine.csv", CSV + "x" * 140_000 + ",end\n"))
+    assert Example("x" * 140_000, "end") in items(task)
+    assert csv.field_size_limit() == limit
+
+
+def test_words_that_stand_for_nothing_elsewhere_are_text(tmp_path: Path):
+    task = load_task(written(tmp_path / "mine.csv", CSV + "NA,null\nnan,None\n007,1.0\n"))
+    assert {Example("NA", "null"), Example("nan", "None"), Example("007", "1.0")} <= items(task)
+
+
+SPLIT = [*PAIRS, ("wet", "dry")]
+PARTS = {"train": SPLIT[:3], "valid": SPLIT[3:4], "test": SPLIT[4:]}
+LABELS = ["train", "Training ", "TRAIN", "validation", "test"]
+
+
+def own_splits(task: Task) -> dict[str, list[tuple[str, str]]]:
+    return {split: [(item.input, item.output) for item in task.split(split)] for split in SPLITS}
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.tsv", "mine.jsonl", "mine.json"])
+def test_a_file_may_say_each_items_split(tmp_path: Path, name: str):
+    frame = pd.DataFrame(SPLIT, columns=["input", "output"]).assign(split=LABELS)
+    path = tmp_path / name
+    if name.endswith("sv"):
+        frame.to_csv(path, index=False, sep="\t" if name.endswith(".tsv") else ",")
+    else:
+        frame.to_json(path, orient="records", lines=name.endswith("l"))
+    assert own_splits(load_task(path)) == PARTS
+
+
+def test_a_frame_may_say_each_items_split():
+    frame = pd.DataFrame(SPLIT, columns=["input", "output"]).assign(split=pd.Categorical(LABELS))
+    assert own_splits(Task.from_frame("own", frame)) == PARTS
+    assert Task.from_frame("own", frame, split=None) == Task.from_pairs("own", SPLIT)
+    with pytest.raises(SitelensError, match=r"item 5: the split must be train, valid or test, not nan"):
+        Task.from_frame("own", frame.assign(split=[*LABELS[:4], np.nan]))
+    with pytest.raises(SitelensError, match=r"task 'own': the test split is empty"):
+        Task.from_frame("own", frame[:4])
+
+
+def test_columns_may_have_other_names(tmp_path: Path):
+    frame = pd.DataFrame(SPLIT, columns=["Question", "label"]).assign(part=LABELS, more=["icy|cool", "", "", "", ""])
+    names = {"input": "question", "output": "label", "also": "more", "split": "part"}
+    expected = Task.from_frame("mine", frame, **names)
+    assert own_splits(expected) == PARTS and expected.train[0].also == ("icy", "cool")
+    for name in ("mine.csv", "mine.jsonl", "mine.json"):
+        path = tmp_path / name
+        if name.endswith("v"):
+            frame.to_csv(path, sep=";")
+        else:
+            frame.to_json(path, orient="records", lines=name.endswith("l"))
+        assert load_task(path, **names) == replace(expected, source=str(path))
+    assert Task.from_frame("own", pd.DataFrame(PAIRS), input=0, output=1) == Task.from_pairs("own", PAIRS)
+
+
+def test_the_separator_may_be_named(tmp_path: Path):
+    path = written(tmp_path / "mine.csv", CSV.replace(",", ":"))
+    assert items(load_task(path, sep=":")) == {Example(*pair) for pair in PAIRS}
+    with pytest.raises(SitelensError, match="sep must be one character, not '::'"):
+        load_task(path, sep="::")
+    with pytest.raises(SitelensError, match=r"sep is for \.csv and \.tsv"):
+        load_task(written(tmp_path / "mine.json", LISTED), sep=";")
+
+
+def test_a_seed_decides_the_split(tmp_path: Path):
+    pairs = [(f"q{i}", f"a{i}") for i in range(40)]
+    default, other = Task.from_pairs("mine", pairs), Task.from_pairs("mine", pairs, seed=1)
+    assert default == Task.from_pairs("mine", pairs, seed=32) and items(default) == items(other)
+    assert default.test != other.test and sizes(default) == sizes(other)
+    assert Task.from_frame("mine", pd.DataFrame(pairs, columns=["input", "output"]), seed=1) == other
+    path = written(tmp_path / "mine.json", pairs)
+    assert load_task(path, seed=1) == replace(other, source=str(path))
+
+
+def test_what_is_for_files_is_refused_elsewhere():
+    for options in ({"seed": 1}, {"input": "question"}, {"sep": ";"}):
+        with pytest.raises(SitelensError, match=r"columns, sep and seed are for files .*'antonym' is none"):
+            load_task("antonym", **options)
+        with pytest.raises(SitelensError, match="'own' is a task already"):
+            load_task(Task.from_pairs("own", PAIRS), **options)
+
+
+def test_a_mapping_is_pairs():
+    assert Task.from_pairs("own", dict(PAIRS)) == Task.from_pairs("own", PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [(pd.DataFrame(PAIRS), "use Task.from_frame"), (PAIRS, "use load_tasks"), (5, "not int"), (None, "not NoneType")],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_task_is_answered_with_what_makes_one(value: Any, hint: str):
+    with pytest.raises(SitelensError, match=f"a task is a name, a file or a Task, .*{hint}"):
+        load_task(value)
+
+
 # Bad input
+
+
+@pytest.mark.parametrize("text", ["a\ud83d", "\udc80", "a\0b"], ids=ascii)
+def test_text_that_no_file_could_hold_is_refused_wherever_it_stands(tmp_path: Path, text: str):
+    for pairs in ([*PAIRS, (text, "x")], [*PAIRS, ("x", text)], [*PAIRS, ("x", "y", [text])]):
+        with pytest.raises(SitelensError, match=r"'own', .* item .*: a text, .* (is not Unicode|has a NUL)"):
+            Task.from_pairs("own", pairs)
+    with pytest.raises(SitelensError, match=r"a task's name, .* (is not Unicode|has a NUL)"):
+        Task.from_pairs(text, PAIRS)
+    with pytest.raises(SitelensError, match=r"is not Unicode|has a NUL"):
+        load_task(written(tmp_path / "mine.json", [*PAIRS, (text, "x")]))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_task_made_by_hand_is_checked_and_cannot_change():
+    examples = [Example(*pair) for pair in PAIRS]
+    task = Task("own", "own", examples, examples[:1], tuple(examples[:2]))  # type: ignore[arg-type]
+    digest = Task("own", "own", *map(tuple, (examples, examples[:1], examples[:2]))).digest
+    examples.pop()
+    assert task.digest == digest and len(task.train) == 4
+    with pytest.raises(SitelensError, match=r"'own', valid item 1: .* is no Example; Task.from_pairs takes pairs"):
+        Task("own", "own", (), (PAIRS[0],), ())  # type: ignore[arg-type]
+    for name in ("", "  ", 5, None):
+        with pytest.raises(SitelensError, match="a task's name must be text and not empty"):
+            Task.from_pairs(name, PAIRS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -582,16 +744,28 @@ def test_a_json_file_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ("", "the header must name input and output; it is: empty"),
-        (CSV.replace(",", ";"), "the header must name input and output; it is: input;output"),
-        (CSV.replace("output", "answer"), "it is: input, answer"),
+        ("", "no column input or output; there are: none"),
+        (CSV.replace(",", "~"), "no column input or output; there are: input~output"),
+        (
+            CSV.replace("output", "answer"),
+            r"no column output; there are: input, answer \(name the columns with output=",
+        ),
+        (CSV.replace("output", "Outputs"), r"name the columns with output='Outputs'"),
+        (CSV.replace("input,output", "input,output,input"), "2 columns are named 'input'; names must differ"),
+        (CSV.replace("input,output", "Input,output,INPUT"), "2 columns are named 'input'; names must differ"),
+        ("input,output,split\n" + "a,b,train\n" * 4, "the valid split is empty"),
+        (
+            "input,output,split\na,b,train\na,b,nowhere\n",
+            "item 2: the split must be train, valid or test, not 'nowhere'",
+        ),
+        ("input,output,split\na,b,train\na,b\n", "item 2: the split must be .* not None"),
         ("input,output\n", "has 0 items"),
         (CSV + "wet\n", "item 5: no output in"),
         (CSV + "wet,\n", "item 5: the output of 'wet' is empty"),
-        (CSV + "wet, damp,dry\n", "item 5"),  # a comma that should have been quoted
+        (CSV + "wet, damp,dry\n", "item 5: 3 fields, but the header has 2"),  # a comma that should have been quoted
         (CSV + 'wet,"dry\n' + CSV, "quot|end of data"),
         (CSV + 'wet,"dry\n' + CSV * 5000, "quot|end of data|field"),
-        (CSV.encode("utf-16"), "is not UTF-8 text"),
+        (CSV.encode("utf-16-le"), "no column|is not UTF-8 text"),
         (CSV.encode() + "née,née\n".encode("latin-1"), "is not UTF-8 text"),
     ],
     ids=lambda value: str(value)[-60:],

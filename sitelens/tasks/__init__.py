@@ -1,8 +1,8 @@
 """Tasks: pairs of an input and its answer, split into train, valid and test.
 
 Built-in tasks need no download (`antonym`), `fv/NAME` is one of the 57 Function Vectors tasks, `anli/ROUND`,
-`mmlu-pro/CATEGORY` and `bbh/NAME` are benchmarks, and own tasks come from a JSON or CSV file, a DataFrame or a list
-of pairs.
+`mmlu-pro/CATEGORY` and `bbh/NAME` are benchmarks, and own tasks come from a file (CSV, TSV, JSON, JSON Lines), a
+DataFrame or a list of pairs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,8 @@ import pandas as pd
 
 from sitelens.defaults import SitelensError
 from sitelens.tasks import benchmarks, builtin, function_vectors
-from sitelens.tasks.examples import Example, parse_examples, read_file, warn_about_repeats
+from sitelens.tasks.examples import Example, check_text, parse_examples, warn_about_repeats
+from sitelens.tasks.files import ENDINGS, SPLIT_SEED, Columns, by_split, frame_rows, read_file
 from sitelens.tasks.listing import SUITES as SUITES
 from sitelens.tasks.listing import group_of as group_of
 from sitelens.tasks.listing import kinds_of as kinds_of
@@ -58,6 +59,16 @@ class Task:
     note: str = ""
 
     def __post_init__(self) -> None:
+        check_text(self.name, "a task's name")
+        for split in SPLITS:
+            examples = tuple(getattr(self, split))
+            for number, example in enumerate(examples, start=1):
+                if not isinstance(example, Example):
+                    raise SitelensError(f"task {self.name!r}, {split} item {number}: {example!r} is no Example; "
+                                        "Task.from_pairs takes pairs")  # fmt: skip
+                for text in (example.input, *example.answers):
+                    check_text(text, f"task {self.name!r}, {split} item {number}: a text")
+            object.__setattr__(self, split, examples)  # a tuple, whatever was given: digests rely on it
         if self.metric not in METRICS:
             raise SitelensError(f"task {self.name!r}: unknown metric {self.metric!r}; one of {', '.join(METRICS)}")
         check_template(self.template)
@@ -80,45 +91,87 @@ class Task:
         return getattr(self, name)
 
     @staticmethod
-    def from_pairs(name: str, pairs: Iterable[Any], **options: Any) -> Task:
-        """A task from (input, output) pairs, (input, output, further answers) triples, dicts or Examples.
+    def from_pairs(
+        name: str, pairs: Iterable[Any] | Mapping[str, Any], *, seed: int = SPLIT_SEED, **options: Any
+    ) -> Task:
+        """A task from (input, output) pairs, (input, output, further answers) triples, dicts, Examples or one mapping.
 
-        Items are split 70/9/21 as the Function Vectors tasks are. `options` are further fields of Task.
+        Items are split at random into 70% train, 9% valid and 21% test; `seed` decides which (the default is that of
+        the Function Vectors tasks). `options` are further fields of Task.
 
         Raises:
             SitelensError: naming the item that cannot be used and why, or if there are fewer than 4 items.
         """
-        return _from_examples(name, parse_examples(pairs, f"task {name!r}, "), **{"source": "own", **options})
+        items = pairs.items() if isinstance(pairs, Mapping) else pairs
+        return _from_items(name, {"examples": list(items)}, f"task {name!r}", seed, {"source": "own", **options})
 
     @staticmethod
-    def from_frame(name: str, frame: pd.DataFrame, **options: Any) -> Task:
-        """A task from a DataFrame with columns input, output and optionally also (lists, or text with "|").
+    def from_frame(
+        name: str,
+        frame: pd.DataFrame,
+        *,
+        input: Hashable = "input",
+        output: Hashable = "output",
+        also: Hashable | None = "also",
+        split: Hashable | None = "split",
+        seed: int = SPLIT_SEED,
+        **options: Any,
+    ) -> Task:
+        """A task from a DataFrame, one row per item.
+
+        input, output, also, split: names of its columns. `also` (further accepted answers: lists, or text with "|"
+        between them) and `split` (train, valid or test) may be missing; without `split` the rows are split as
+        `from_pairs` does, by `seed`. split=None ignores that column. `options` are further fields of Task.
 
         Raises:
-            SitelensError: if a column is missing, and as `from_pairs`.
+            SitelensError: if a column is missing, for an unknown or empty split, and as `from_pairs`.
         """
-        missing = {"input", "output"} - set(frame.columns)
-        if missing:
-            found = ", ".join(map(str, frame.columns))
-            raise SitelensError(f"task {name!r}: no column {' or '.join(sorted(missing))}; there are: {found}")
-        columns = [column for column in ("input", "output", "also") if column in frame.columns]
-        return Task.from_pairs(name, frame[columns].to_dict("records"), **options)
+        if not isinstance(frame, pd.DataFrame):
+            raise SitelensError(
+                f"from_frame takes a DataFrame, not {type(frame).__name__}; Task.from_pairs takes pairs"
+            )
+        where = f"task {name!r}"
+        content = by_split(frame_rows(frame, Columns(input, output, also, split), where), where)
+        return _from_items(name, content, where, seed, {"source": "own", **options})
 
 
-def load_task(name: str | Path | Task) -> Task:
-    """A task by name ("antonym", "fv/antonym", "bbh/navigate"), or from a .json or .csv file. A Task is returned as is.
+def load_task(
+    name: str | Path | Task,
+    *,
+    input: str = "input",
+    output: str = "output",
+    also: str | None = "also",
+    split: str | None = "split",
+    sep: str | None = None,
+    seed: int | None = None,
+) -> Task:
+    """A task by name ("antonym", "fv/antonym", "bbh/navigate") or from a file. A Task is returned as is.
 
-    A JSON file is a list of {"input", "output", "also"?}, or an object with "examples" (such a list) or with
-    "train", "valid" and "test" (three of them), and optionally "name", "metric" and "template".
+    Files are tables (.csv, .tsv; the separator is recognized, or given as `sep`), JSON Lines (.jsonl) or .json: a list
+    of items, or an object with "examples" (such a list) or with "train", "valid" and "test" (three of them), and
+    optionally "name", "metric", "template" and "note". The other options are for files, too:
+
+    input, output, also, split: names of the columns or keys. `also` and `split` (train, valid, test) may be missing;
+    without `split` the items are split as `Task.from_pairs` does, by `seed`. split=None ignores that column.
 
     Raises:
         SitelensError: for an unknown name (with the nearest ones) or a file that cannot be used (which item, why).
     """
+    options = (input, output, also, split, sep, seed)
+    given = options != ("input", "output", "also", "split", None, None)
     if isinstance(name, Task):
+        if given:
+            raise SitelensError(f"columns, sep and seed are for files; {name.name!r} is a task already")
         return name
+    if not isinstance(name, str | Path):
+        raise SitelensError(f"a task is a name, a file or a Task, not {type(name).__name__}{_hint(name)}")
     text = str(name)
-    if text.endswith((".json", ".csv")):
-        return _from_file(Path(text))
+    if text.lower().endswith(ENDINGS):
+        path = Path(text).expanduser()
+        content = read_file(path, Columns(input, output, also, split), sep)
+        return _from_file(path, content, SPLIT_SEED if seed is None else seed)
+    if given:
+        raise SitelensError(f"columns, sep and seed are for files ({', '.join(ENDINGS)}); {text!r} is none")
     if text in builtin.names():
         return _builtin(text)
     if text.startswith("fv/") and text[3:] in function_vectors.registry():
@@ -129,7 +182,7 @@ def load_task(name: str | Path | Task) -> Task:
     # "antonim" is near "antonym"; "fv/antonim" near "fv/antonym"
     near = difflib.get_close_matches(text, known, n=4, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}?" if near else "sl.list_tasks() lists them all"
-    raise SitelensError(f"unknown task {text!r}: {hint} (a file must end in .json or .csv)")
+    raise SitelensError(f"unknown task {text!r}: {hint} (a file must end in {', '.join(ENDINGS)})")
 
 
 def load_tasks(names: Iterable[str | Path | Task] | str | Path | Task) -> list[Task]:
@@ -159,21 +212,29 @@ def check_template(template: str) -> None:
         raise SitelensError(f"the template {template!r} must have some text between {{input}} and {{output}}")
 
 
-def function_vectors_split(n: int) -> tuple[list[int], list[int], list[int]]:
-    """Indices of train, valid and test as Todd et al. split: scikit-learn's train_test_split twice, seed 32.
+def function_vectors_split(n: int, seed: int = SPLIT_SEED) -> tuple[list[int], list[int], list[int]]:
+    """Indices of train, valid and test as Todd et al. split: scikit-learn's train_test_split twice, by default seed 32.
 
     70% train, 9% valid, 21% test. (For a test size t, scikit-learn takes the first ceil(t n) indices of
     `RandomState(seed).permutation(n)` as the test part and the following ones as the train part.)
     """
 
     def halves(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        order = np.random.RandomState(32).permutation(len(indices))
+        order = np.random.RandomState(seed).permutation(len(indices))
         cut = math.ceil(0.3 * len(indices))
         return indices[order[cut:]], indices[order[:cut]]
 
     train, rest = halves(np.arange(n))
     test, valid = halves(rest)
     return train.tolist(), valid.tolist(), test.tolist()
+
+
+def _hint(value: object) -> str:
+    if isinstance(value, pd.DataFrame):
+        return ": use Task.from_frame(name, frame)"
+    if isinstance(value, Iterable):
+        return ": use load_tasks for several, Task.from_pairs(name, pairs) for items"
+    return ""
 
 
 def _builtin(name: str) -> Task:
@@ -207,31 +268,31 @@ def _benchmark(name: str, benchmark: benchmarks.Benchmark, own: str) -> Task:
     return Task(name, benchmark.source, train, valid, test, metric="exact_match", note=note)
 
 
-def _from_file(path: Path) -> Task:
-    content = read_file(path)
+def _from_file(path: Path, content: dict[str, Any], seed: int) -> Task:
     options = {key: content[key] for key in ("metric", "template", "note") if key in content}
     name = content.get("name", path.stem)
     for key, value in {**options, "name": name}.items():
         if not isinstance(value, str):
             raise SitelensError(f"{path}: {key} must be text, not {value!r}")
+    return _from_items(name, content, str(path), seed, {"source": str(path), **options})
+
+
+def _from_items(name: str, content: dict[str, Any], where: str, seed: int, options: dict[str, Any]) -> Task:
+    """A task from raw items: "examples", which are split here, or "train", "valid" and "test"."""
     if "examples" in content:
-        examples = parse_examples(_listed(content["examples"], path), f"{path}, ")
-        return _from_examples(name, examples, source=str(path), **options)
+        examples = parse_examples(_listed(content["examples"], where), f"{where}, ")
+        _check_number(name, examples)
+        warn_about_repeats(name, examples)
+        train, valid, test = _split(examples, seed)
+        return Task(name, train=train, valid=valid, test=test, **options)
     if not set(SPLITS) <= content.keys():
-        raise SitelensError(f'{path} must hold "examples", or "train", "valid" and "test"')
-    parts = {split: tuple(parse_examples(_listed(content[split], path), f"{path}, {split} ")) for split in SPLITS}
+        raise SitelensError(f'{where} must hold "examples", or "train", "valid" and "test"')
+    parts = {split: tuple(parse_examples(_listed(content[split], where), f"{where}, {split} ")) for split in SPLITS}
     for split, part in parts.items():
         if not part:
-            raise SitelensError(f"{path}: the {split} split is empty")
+            raise SitelensError(f"{where}: the {split} split is empty")
     warn_about_repeats(name, [example for part in parts.values() for example in part])
-    return Task(name, str(path), **parts, **options)
-
-
-def _from_examples(name: str, examples: Sequence[Example], **options: Any) -> Task:
-    _check_number(name, examples)
-    warn_about_repeats(name, examples)
-    train, valid, test = _split(examples)
-    return Task(name, train=train, valid=valid, test=test, **options)
+    return Task(name, **parts, **options)
 
 
 def _check_number(name: str, examples: Sequence[Example]) -> None:
@@ -239,8 +300,8 @@ def _check_number(name: str, examples: Sequence[Example]) -> None:
         raise SitelensError(f"task {name!r} has {len(examples)} items: at least 4 are needed to fill every split")
 
 
-def _split(examples: Sequence[Example]) -> list[tuple[Example, ...]]:
-    return [tuple(examples[i] for i in part) for part in function_vectors_split(len(examples))]
+def _split(examples: Sequence[Example], seed: int = SPLIT_SEED) -> list[tuple[Example, ...]]:
+    return [tuple(examples[i] for i in part) for part in function_vectors_split(len(examples), seed)]
 
 
 def _shared(train: Sequence[Example], test: Sequence[Example]) -> str:
@@ -249,7 +310,7 @@ def _shared(train: Sequence[Example], test: Sequence[Example]) -> str:
     return f"{shared} inputs of train also stand in test" if shared else ""
 
 
-def _listed(items: Any, path: Path) -> list[Any]:
+def _listed(items: Any, where: str) -> list[Any]:
     if not isinstance(items, list):
-        raise SitelensError(f"{path}: the items must be a list, not {type(items).__name__}")
+        raise SitelensError(f"{where}: the items must be a list, not {type(items).__name__}")
     return items

@@ -1,16 +1,12 @@
-"""Examples, and how they are read from whatever a user has: pairs, objects, JSON and CSV files."""
+"""Examples, and how they are read from pairs and objects."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,30 +38,18 @@ def parse_examples(items: Any, where: str) -> list[Example]:
     return [_example(item, f"{where}item {number}") for number, item in enumerate(items, start=1)]
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """A task file as an object: a CSV file's rows, or a JSON file's list, are its "examples".
-
-    Raises:
-        SitelensError: if the file is not there, not UTF-8, or not what its name says.
-    """
-    if not path.is_file():
-        raise SitelensError(f"there is no task file {path}")
+def check_text(text: object, what: str) -> None:
+    """Raise SitelensError unless `text` is text that can be encoded, and not empty."""
+    if not isinstance(text, str) or not text.strip():
+        raise SitelensError(f"{what} must be text and not empty, not {text!r}")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise SitelensError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".csv":
-        return {"examples": _csv_rows(text, path)}
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SitelensError(f"{path} is not JSON: {error}") from error
-    if isinstance(content, list):
-        return {"examples": content}
-    if not isinstance(content, dict):
-        raise SitelensError(f"{path} must hold a list of items or an object, not {type(content).__name__}")
-    return content
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SitelensError(
+            f"{what}, {text!r}, is not Unicode: it has half of a surrogate pair at {error.start}"
+        ) from None
+    if "\0" in text:
+        raise SitelensError(f"{what}, {text!r}, has a NUL character: was a file read in the wrong encoding?")
 
 
 def warn_about_repeats(name: str, examples: Sequence[Example]) -> None:
@@ -85,21 +69,6 @@ def warn_about_repeats(name: str, examples: Sequence[Example]) -> None:
         more = f" and {len(clashes) - 5} more" if len(clashes) > 5 else ""
         text = f"task {name!r}: the same input with different outputs: {'; '.join(clashes[:5])}{more}"
         warnings.warn(text, SitelensWarning, stacklevel=3)
-
-
-def _csv_rows(text: str, path: Path) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="too many", strict=True)
-    try:
-        fields = reader.fieldnames or []
-        if not {"input", "output"} <= set(fields):
-            raise SitelensError(f"{path}: the header must name input and output; it is: {', '.join(fields) or 'empty'}")
-        rows: list[dict[str, Any]] = list(reader)
-    except csv.Error as error:
-        raise SitelensError(f"{path}, line {reader.line_num}: {error}; is a quotation mark not closed?") from error
-    for number, row in enumerate(rows, start=1):
-        if "too many" in row:
-            raise SitelensError(f"{path}, item {number}: more fields than the header has; quote a text with commas")
-    return rows
 
 
 def _example(item: Any, where: str) -> Example:
