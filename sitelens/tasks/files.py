@@ -89,7 +89,7 @@ def read_file(path: Path, columns: Columns | None = None, sep: str | None = None
         return by_split(_renamed(content, columns, path), str(path))
     if not isinstance(content, dict):
         raise SitelensError(f"{path} must hold a list of items or an object, not {type(content).__name__}")
-    named: dict[str, Any] = {SPLIT_NAMES.get(key, key): value for key, value in content.items()}
+    named: dict[str, Any] = {SPLIT_NAMES.get(key) or str(key): value for key, value in content.items()}
     lists = {key: value for key, value in named.items() if key in ("examples", "train", "valid", "test")}
     return named | {
         key: _renamed(items, columns, path) if isinstance(items, list) else items for key, items in lists.items()
