@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import time
 import warnings
 from collections.abc import Mapping
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.version import __version__
+from sitelens.writing import write_bytes
 
 FORMAT = 1
 STALE_TEMPORARY_SECONDS = 3600
@@ -50,8 +49,6 @@ class Artifact:
 
     def save(self, path: str | Path) -> Path:
         """Write to `path`, atomically; the folder is made where it is missing. Returns the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {  # copies, for safetensors refuses tensors that share memory
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.tensors.items()
@@ -60,16 +57,7 @@ class Artifact:
             {"format": FORMAT, "kind": self.kind, "spec": self.spec, "meta": self.meta, "sitelens": __version__}
         )
         data = safetensors.torch.save(tensors, {"sitelens": header, "sha256": _checksum(header, tensors)})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return path
+        return write_bytes(path, data)
 
     @staticmethod
     def load(path: str | Path, kind: str | None = None) -> Artifact:

@@ -1,0 +1,58 @@
+"""Text from tasks, tokens and names, made safe for where it is shown: terminals, figures, Markdown and CSV.
+
+What a reader sees is the text itself: a task "a<b" is shown as "a<b". Nothing in it acts as markup.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder what follows
+_HIDDEN = ("Cc", "Cs", "Cn", "Zl", "Zp")  # controls, lone surrogates, unassigned, line and paragraph separators
+_FIGURE = str.maketrans({"&": "&amp;", "<": "&lt;", "$": "&#36;"})
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_FORMULA = re.compile(r"'*\s*[=+\-@\t\r\n＝＋－＠]")
+# Markup that Markdown would see within a line; an underscore within a word is none.
+_MARKDOWN = re.compile(r"([\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[]))")
+
+
+def visible(text: str) -> str:
+    r"""The text on one line, with characters that are invisible or reorder others written as escapes ("\n", "\u202e").
+
+    It cannot move a terminal's cursor, change its colors or hide part of itself.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        ascii(letter)[1:-1] if letter in _BIDI or unicodedata.category(letter) in _HIDDEN else letter
+        for letter in text
+    )  # fmt: skip
+
+
+def figure_text(text: object) -> str:
+    """The text for any part of a Plotly figure.
+
+    Plotly reads tags (<b>, <a href>), entities, `%{...}` in hovers and, where MathJax is loaded, `$...$`; it shows what
+    this returns as the text is.
+    """
+    return visible(str(text)).translate(_FIGURE).replace("%{", "%&#123;")
+
+
+def markdown_text(text: object) -> str:
+    """The text for a cell of a Markdown table: no pipe ends it, and no HTML, emphasis, code, link or math shows."""
+    escaped = _MARKDOWN.sub(r"\\\1", visible(str(text)))
+    return re.sub(r"&(?=#?\w+;)", "&amp;", escaped).replace("<", "&lt;")
+
+
+def csv_text(text: str) -> str:
+    """The text for a cell of a CSV file: one that a spreadsheet would run as a formula gets an apostrophe before it.
+
+    A number stays as it is. `text_of_csv` is the inverse.
+    """
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def text_of_csv(cell: str) -> str:
+    """The text that `csv_text` made the cell of."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
