@@ -21,7 +21,7 @@ import torch
 
 import sitelens as sl
 from benchmarks.plain import Plain
-from sitelens.defaults import overridden
+from sitelens.defaults import settings
 from sitelens.embedding import embedding_prompts
 from sitelens.forward import end_tokens
 from sitelens.models import Model, context_length, own_tokenizer
@@ -82,7 +82,7 @@ class Ground:
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     """How long one call takes, with an empty cache, and what it gives."""
-    with tempfile.TemporaryDirectory() as folder, overridden(cache_dir=Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, settings.using(cache_dir=Path(folder)):
         started = time.perf_counter()
         result = work()
         return time.perf_counter() - started, result
@@ -263,7 +263,7 @@ def cached(ground: Ground) -> Iterator[Figure]:
     task = sl.load_task("antonym")
     tasks = [task, sl.load_task("capitalize")]
     config = sl.TrainConfig(steps=2, n_valid=2)
-    with tempfile.TemporaryDirectory() as folder, overridden(cache_dir=Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, settings.using(cache_dir=Path(folder)):
         calls: dict[str, Callable[[], Any]] = {
             "embed_task": lambda: sl.embed_task(task, ground.model, n_prompts=2),
             "train_selection": lambda: sl.train_selection(

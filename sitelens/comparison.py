@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from sitelens.conditions import Condition, FewShot, ZeroShot
-from sitelens.defaults import SitelensError, overridden, tracked
+from sitelens.defaults import SitelensError, settings, tracked
 from sitelens.evaluation import evaluate
 from sitelens.fingerprints import fingerprint
 from sitelens.methods import METHODS
@@ -62,7 +62,7 @@ def fit_method(
     kept = store.get("method", spec)
     if kept is None:
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, overridden(cache_dir=Path(folder)), counted_tokens() as spent:
+        with tempfile.TemporaryDirectory() as folder, settings.using(cache_dir=Path(folder)), counted_tokens() as spent:
             condition = METHODS[name].fit(task, model, seed=seed, **(options or {}))
         cost = {
             "trained": METHODS[name].trained(condition), "forward_tokens": spent.forward,

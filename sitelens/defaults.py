@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
 
 import platformdirs
 
 Item = TypeVar("Item")
+Value = TypeVar("Value")
 _watcher: ContextVar[Callable[[float], None] | None] = ContextVar("watcher", default=None)
+_using: ContextVar[Mapping[str, Any]] = ContextVar("using", default=MappingProxyType({}))
 
 
 class SitelensError(ValueError):
@@ -25,9 +29,72 @@ class SitelensWarning(UserWarning):
     """Something a careful reader of the results would want to know."""
 
 
-@dataclass
+@contextmanager
+def bound(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    """`variable` at `value` in this context until the block ends, even if a Ctrl-C falls into the clean-up itself.
+
+    The variable must have a value, or a default.
+    """
+    before = variable.get()
+    try:
+        try:
+            variable.set(value)
+            yield
+        finally:
+            variable.set(before)
+    finally:
+        variable.set(before)
+
+
+def _checked_size(name: str, value: Any) -> int | str:
+    if isinstance(value, str):
+        size = parse_bytes(value)
+    else:
+        try:
+            size = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            size = -1
+        value = size if size > 0 else value
+    if size <= 0:
+        raise SitelensError(f"{name} must be a positive number of bytes, got {value!r} (for example '2GiB')")
+    return value
+
+
+def _checked_switch(name: str, value: Any) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise SitelensError(f"{name} must be True, False or None, got {value!r}")
+    return value
+
+
+def _checked_folder(name: str, value: Any) -> str | Path | None:
+    if value is not None and (not isinstance(value, (str, Path)) or not str(value)):
+        raise SitelensError(f"{name} must be a folder (a text or a Path) or None, got {value!r}")
+    return value
+
+
+class _Setting(Generic[Value]):
+    """One setting: its value in the innermost `using` block of this context, or else the process's."""
+
+    def __init__(self, default: Value, check: Callable[[str, Any], Value]) -> None:
+        self.default, self.check, self.name = default, check, ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Value:
+        overridden = _using.get()
+        return overridden[self.name] if self.name in overridden else vars(instance).get(self.name, self.default)
+
+    def __set__(self, instance: Any, value: Value) -> None:
+        vars(instance)[self.name] = self.check(self.name, value)
+
+
 class Settings:
     """Defaults for every call; `sl.settings` is the one instance.
+
+    `sl.settings.progress = False` holds for the whole process; `with sl.settings.using(progress=False):` holds for the
+    block, in its own thread or async task only (threads started inside it see the process's values), and wins over
+    assignments meanwhile. An unknown name or a bad value is a SitelensError at once.
 
     memory_budget: extra bytes that training and evaluation may take beside the weights, an int or "2GiB".
     progress: True, False, or None for bars only where a person is looking (a terminal or a notebook).
@@ -35,10 +102,38 @@ class Settings:
     data_dir: a folder with data sets in their upstream layout; None means SITELENS_DATA, or download.
     """
 
-    memory_budget: int | str = "2GiB"
-    progress: bool | None = None
-    cache_dir: str | Path | None = None
-    data_dir: str | Path | None = None
+    memory_budget = _Setting[int | str]("2GiB", _checked_size)
+    progress = _Setting[bool | None](None, _checked_switch)
+    cache_dir = _Setting[str | Path | None](None, _checked_folder)
+    data_dir = _Setting[str | Path | None](None, _checked_folder)
+
+    def using(self, **values: Any) -> AbstractContextManager[None]:
+        """The named settings at these values for a `with` block, in its own thread or async task only.
+
+        Raises:
+            SitelensError: for an unknown name or a bad value.
+        """
+        checked = {name: self._setting(name).check(name, value) for name, value in values.items()}
+        return bound(_using, {**_using.get(), **checked})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._setting(name).__set__(self, value)
+
+    def __repr__(self) -> str:
+        return f"Settings({', '.join(f'{name}={getattr(self, name)!r}' for name in self._settings())})"
+
+    @classmethod
+    def _settings(cls) -> dict[str, _Setting[Any]]:
+        return {name: value for name, value in vars(cls).items() if isinstance(value, _Setting)}
+
+    @classmethod
+    def _setting(cls, name: str) -> _Setting[Any]:
+        known = cls._settings()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(known)}"
+            raise SitelensError(f"there is no setting {name!r}: {hint}")
+        return known[name]
 
     def budget(self, override: int | str | None = None) -> int:
         """The memory budget in bytes, `override` first.
@@ -46,11 +141,8 @@ class Settings:
         Raises:
             SitelensError: if it is not a positive size.
         """
-        value = self.memory_budget if override is None else override
-        size = parse_bytes(value) if isinstance(value, str) else int(value)
-        if size <= 0:
-            raise SitelensError(f"memory_budget must be positive, got {value!r} (for example '2GiB')")
-        return size
+        value = self.memory_budget if override is None else _checked_size("memory_budget", override)
+        return parse_bytes(value) if isinstance(value, str) else int(value)
 
     def cache(self) -> Path:
         """The cache folder (it need not exist yet)."""
@@ -109,24 +201,6 @@ def tracked(items: Sequence[Item], label: str, progress: bool | None = None) -> 
     yield from tqdm(items, desc=label, disable=None if wanted is None else not wanted, leave=False)
 
 
-@contextmanager
-def watched(watcher: Callable[[float], None]) -> Iterator[None]:
+def watched(watcher: Callable[[float], None]) -> AbstractContextManager[None]:
     """Here within, whatever is `tracked` tells `watcher` the share that is done, for a bar over more than it."""
-    token = _watcher.set(watcher)
-    try:
-        yield
-    finally:
-        _watcher.reset(token)
-
-
-@contextmanager
-def overridden(**values: object) -> Iterator[None]:
-    """The named settings at these values, put back afterwards."""
-    before = {name: getattr(settings, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(settings, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(settings, name, value)
+    return bound(_watcher, watcher)

@@ -12,7 +12,7 @@ import jaxtyping
 import pytest
 import torch
 
-from sitelens.defaults import SitelensError, overridden, settings
+from sitelens.defaults import SitelensError, settings
 from sitelens.models import Model, default_model
 from tests import micro
 
@@ -22,8 +22,10 @@ torch.set_num_threads(1)  # for models this small more threads only wait for eac
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path) -> Iterator[Path]:
     """Each test has an empty cache and no progress bars."""
-    with overridden(cache_dir=tmp_path / "cache", progress=False):
-        yield tmp_path / "cache"
+    before = settings.cache_dir, settings.progress
+    settings.cache_dir, settings.progress = tmp_path / "cache", False  # for threads, too
+    yield tmp_path / "cache"
+    settings.cache_dir, settings.progress = before
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ def packaged_model(own_cache: Path, shared_cache: Path) -> Iterator[Model]:
     """The default model on all cores, with the shared cache in use; skips where it cannot be had (never in CI)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
-    with overridden(cache_dir=shared_cache):
+    with settings.using(cache_dir=shared_cache):
         try:
             yield default_model()
         except SitelensError as error:

@@ -15,7 +15,7 @@ import datasets
 import pooch
 import pytest
 
-from sitelens.defaults import SitelensError, overridden
+from sitelens.defaults import SitelensError, settings
 from sitelens.tasks import (
     QA_TEMPLATE,
     SPLITS,
@@ -114,7 +114,7 @@ def test_a_round_of_anli_is_its_development_set(data_folder: Path, name: str):
         Example("\n".join([row["premise"].strip(), "Hypothesis: " + row["hypothesis"].strip()]), LABELS[row["label"]])
         for row in lines(data_folder / "anli" / f"dev_{name}.jsonl")
     ]
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         task = load_task(f"anli/{name}")
     assert len(expected) == sum(sizes(task)) == ROUNDS[name]
     assert [task.train, task.valid, task.test] == as_split(expected)
@@ -124,7 +124,7 @@ def test_a_round_of_anli_is_its_development_set(data_folder: Path, name: str):
 
 def test_mmlu_pro_is_its_test_split_by_category(data_folder: Path):
     raw = lines(data_folder / "mmlu_pro" / "test.jsonl")
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         tasks = {name: load_task(f"mmlu-pro/{name}") for name in CATEGORIES}
     assert {name: sum(sizes(task)) for name, task in tasks.items()} == CATEGORIES
     assert sum(CATEGORIES.values()) == len(raw) == 12032
@@ -146,14 +146,14 @@ def sorted_as_upstream(task: Task) -> list[Example]:
 
 
 def test_a_question_reads_as_it_should(data_folder: Path):
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         [item] = [one for one in items(load_task("mmlu-pro/chemistry")) if "negative end of the bond" in one.input]
     question = "In which of the following is the negative end of the bond written last?"
     assert item == Example(f"{question}\nA. H—O\nB. P—Cl", "B")
 
 
 def test_inputs_that_stand_in_train_and_test_are_noted(data_folder: Path):
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         task = load_task("mmlu-pro/health")
     shared = {item.input for item in task.train} & {item.input for item in task.test}
     assert shared and task.note == f"70/9/21 of test (seed 32); {len(shared)} inputs of train also stand in test"
@@ -166,7 +166,7 @@ def test_every_local_task_of_bbh_is_upstreams_without_parentheses(data_folder: P
     for name in names:
         raw = json.loads((data_folder / "bbh" / f"{name}.json").read_text("utf-8"))
         assert "canary" in raw
-        with overridden(data_dir=data_folder):
+        with settings.using(data_dir=data_folder):
             task = load_task(f"bbh/{name}")
         found = sorted_as_upstream(task)
         assert [item.input for item in found] == [row["input"].strip() for row in raw["examples"]]
@@ -188,7 +188,7 @@ def test_all_27_tasks_of_bbh_are_known_with_checksum_and_size():
 
 @pytest.mark.parametrize("name", DIGESTS)
 def test_a_benchmark_is_the_same_everywhere(data_folder: Path, name: str):
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         assert load_task(name).digest[:12] == DIGESTS[name]
 
 
@@ -197,7 +197,7 @@ def test_the_file_of_mmlu_pro_is_parsed_once_and_anew_when_it_changed(tmp_path: 
     parse = rows._json
     monkeypatch.setattr(rows, "_json", lambda line, where: read.append(where) or parse(line, where))
     path = written(tmp_path / "mmlu_pro" / "test.jsonl", questions(20, "law") + questions(30, "math"))
-    with overridden(data_dir=tmp_path):
+    with settings.using(data_dir=tmp_path):
         assert sum(sizes(load_task("mmlu-pro/law"))) == 20 and sum(sizes(load_task("mmlu-pro/math"))) == 30
         assert len(read) == 50
         written(path, questions(21, "law"))
@@ -214,7 +214,7 @@ def anli_folder(folder: Path, train: int, dev: int, test: int) -> Path:
 
 
 def test_official_splits_are_taken_where_all_three_are_there(tmp_path: Path):
-    with overridden(data_dir=anli_folder(tmp_path, 11, 1, 1)):
+    with settings.using(data_dir=anli_folder(tmp_path, 11, 1, 1)):
         task = load_task("anli/r1")
     assert sizes(task) == (11, 1, 1)
     assert task.train[1] == Example("Premise 1 of train.\nHypothesis: Guess 1.", "neutral")
@@ -225,7 +225,7 @@ def test_official_splits_are_taken_where_all_three_are_there(tmp_path: Path):
 
 @pytest.mark.parametrize(("train", "test"), [(10, 1), (0, 5), (20, 0)])
 def test_official_splits_that_are_too_small_give_way_to_the_development_set(tmp_path: Path, train: int, test: int):
-    with overridden(data_dir=anli_folder(tmp_path, train, 20, test)):
+    with settings.using(data_dir=anli_folder(tmp_path, train, 20, test)):
         task = load_task("anli/r1")
     assert sizes(task) == (14, 2, 4) and task.note == "70/9/21 of dev_r1 (seed 32)"
     assert all("of dev" in item.input for item in items(task))
@@ -233,20 +233,20 @@ def test_official_splits_that_are_too_small_give_way_to_the_development_set(tmp_
 
 def test_a_development_set_without_a_test_set_is_split(tmp_path: Path):
     (anli_folder(tmp_path, 20, 20, 20) / "anli" / "test_r1.jsonl").unlink()
-    with overridden(data_dir=tmp_path):
+    with settings.using(data_dir=tmp_path):
         assert load_task("anli/r1").note == "70/9/21 of dev_r1 (seed 32)"
 
 
 def test_shared_inputs_of_official_splits_are_noted(tmp_path: Path):
     folder = anli_folder(tmp_path, 20, 2, 5)
     written(folder / "anli" / "test_r1.jsonl", inferences(3, "train") + inferences(3, "test"))
-    with overridden(data_dir=folder):
+    with settings.using(data_dir=folder):
         assert load_task("anli/r1").note.endswith("test_r1; 3 inputs of train also stand in test")
 
 
 def test_too_few_items_are_refused(tmp_path: Path):
     written(tmp_path / "anli" / "dev_r1.jsonl", inferences(3))
-    with overridden(data_dir=tmp_path), pytest.raises(SitelensError, match="'anli/r1' has 3 items: at least 4"):
+    with settings.using(data_dir=tmp_path), pytest.raises(SitelensError, match="'anli/r1' has 3 items: at least 4"):
         load_task("anli/r1")
 
 
@@ -273,7 +273,7 @@ def test_anli_of_the_hub_has_its_official_splits_and_equals_the_local_one(hub: H
         hub["facebook/anli", f"{split}_r1"] = inferences(n, split)
     task = load_task("anli/r1")
     assert sizes(task) == (30, 4, 5) and task.note == "the official splits train_r1, dev_r1, test_r1"
-    with overridden(data_dir=anli_folder(tmp_path, 30, 4, 5)):
+    with settings.using(data_dir=anli_folder(tmp_path, 30, 4, 5)):
         assert load_task("anli/r1") == task
 
 
@@ -283,13 +283,13 @@ def test_mmlu_pro_of_the_hub_is_loaded_once_and_equals_the_local_one(hub: Hub, t
     tasks = [load_task("mmlu-pro/law"), load_task("mmlu-pro/computer-science")]
     assert [sum(sizes(task)) for task in tasks] == [20, 30]
     written(tmp_path / "mmlu_pro" / "test.jsonl", content)
-    with overridden(data_dir=tmp_path):
+    with settings.using(data_dir=tmp_path):
         assert [load_task("mmlu-pro/law"), load_task("mmlu-pro/computer-science")] == tasks
 
 
 def test_a_data_folder_without_the_file_leaves_it_to_the_hub(hub: Hub, tmp_path: Path):
     hub["TIGER-Lab/MMLU-Pro", "test"] = questions(20)
-    with overridden(data_dir=tmp_path):
+    with settings.using(data_dir=tmp_path):
         assert sum(sizes(load_task("mmlu-pro/law"))) == 20
 
 
@@ -334,12 +334,12 @@ def test_bbh_is_downloaded_from_its_commit_with_its_checksum(
         return str(shutil.copy(data_folder / "bbh" / "navigate.json", path / fname))
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
-    with overridden(data_dir=own_cache.parent):  # a folder without BBH
+    with settings.using(data_dir=own_cache.parent):  # a folder without BBH
         downloaded = load_task("bbh/navigate")
     folder = "https://raw.githubusercontent.com/suzgunmirac/BIG-Bench-Hard/9ee07bd481feebf959a6b59d61ea57bdcf30964d/bbh"
     assert asked == [(f"{folder}/navigate.json", benchmarks.BBH_FILES.registry["navigate"]["sha256"])]
     assert list(own_cache.rglob("navigate.json"))
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         assert load_task("bbh/navigate") == downloaded
 
 
@@ -360,7 +360,7 @@ def test_a_changed_file_of_bbh_is_refused_by_its_checksum(data_folder: Path, tmp
     content = (data_folder / "bbh" / "snarks.json").read_bytes()
     written(tmp_path / "bbh" / "snarks.json", content.replace(b"(A)", b"(B)", 1))
     expected = r"snarks\.json is not the upstream file of bbh/snarks: SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}"
-    with overridden(data_dir=tmp_path), pytest.raises(SitelensError, match=expected):
+    with settings.using(data_dir=tmp_path), pytest.raises(SitelensError, match=expected):
         load_task("bbh/snarks")
 
 
@@ -386,7 +386,7 @@ def damaged(rows_: list[dict[str, Any]], change: Callable[[dict[str, Any]], Any]
 )
 def test_a_row_of_anli_that_cannot_be_used_is_named(tmp_path: Path, change: Callable[[dict[str, Any]], Any], why: str):
     written(tmp_path / "anli" / "dev_r1.jsonl", damaged(inferences(5), change))
-    with overridden(data_dir=tmp_path), pytest.raises(SitelensError, match=rf"dev_r1\.jsonl, line 3: {why}"):
+    with settings.using(data_dir=tmp_path), pytest.raises(SitelensError, match=rf"dev_r1\.jsonl, line 3: {why}"):
         load_task("anli/r1")
 
 
@@ -410,7 +410,7 @@ def test_a_row_of_mmlu_pro_that_cannot_be_used_is_named(
     tmp_path: Path, change: Callable[[dict[str, Any]], Any], why: str
 ):
     written(tmp_path / "mmlu_pro" / "test.jsonl", damaged(questions(5), change))
-    with overridden(data_dir=tmp_path), pytest.raises(SitelensError, match=rf"test\.jsonl, line 3: .*{why}"):
+    with settings.using(data_dir=tmp_path), pytest.raises(SitelensError, match=rf"test\.jsonl, line 3: .*{why}"):
         load_task("mmlu-pro/law")
 
 
@@ -426,7 +426,7 @@ def test_a_row_of_mmlu_pro_that_cannot_be_used_is_named(
 )
 def test_a_damaged_file_is_named(tmp_path: Path, content: str | bytes, why: str):
     written(tmp_path / "anli" / "dev_r1.jsonl", content)
-    with overridden(data_dir=tmp_path), pytest.raises(SitelensError, match=why):
+    with settings.using(data_dir=tmp_path), pytest.raises(SitelensError, match=why):
         load_task("anli/r1")
 
 
@@ -434,7 +434,7 @@ def test_line_ends_within_a_text_and_blank_lines_are_no_rows(tmp_path: Path):
     content = [{**row, "premise": "one\u2028two\x85three"} for row in inferences(5)]
     text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in content)
     written(tmp_path / "anli" / "dev_r1.jsonl", text)
-    with overridden(data_dir=tmp_path):
+    with settings.using(data_dir=tmp_path):
         assert len(items(load_task("anli/r1"))) == 5
 
 
@@ -444,7 +444,7 @@ def test_line_ends_within_a_text_and_blank_lines_are_no_rows(tmp_path: Path):
 def test_a_category_that_the_file_lacks_is_named(tmp_path: Path, content: list[Any], known: str):
     written(tmp_path / "mmlu_pro" / "test.jsonl", content)
     expected = rf"mmlu-pro/computer-science: .*test\.jsonl has no category 'computer science'; there are: {known}$"
-    with overridden(data_dir=tmp_path), pytest.raises(SitelensError, match=expected):
+    with settings.using(data_dir=tmp_path), pytest.raises(SitelensError, match=expected):
         load_task("mmlu-pro/computer-science")
 
 

@@ -13,7 +13,7 @@ import transformers
 from sitelens import catalogue, list_models
 from sitelens.catalogue import NF4_BYTES, PAPER, how_to_get, weight_bytes
 from sitelens.conversion import PACKAGED
-from sitelens.defaults import overridden
+from sitelens.defaults import settings
 from sitelens.models import Model
 from tests.paper import CONFIGS
 
@@ -58,7 +58,7 @@ def test_what_is_listed_is_what_the_configuration_says(name: str) -> None:
 
 
 def test_rows_say_how_much_memory_and_which_command() -> None:
-    with overridden(memory_budget="1GiB"):
+    with settings.using(memory_budget="1GiB"):
         frame = list_models().set_index("name")
     assert list(frame.index) == [*PACKAGED, *PAPER]
     large = frame.loc["meta-llama/Llama-3.1-70B"]

@@ -19,7 +19,7 @@ import sitelens
 from sitelens import cli, models, report
 from sitelens.cli import experiments, main
 from sitelens.conversion import PACKAGED
-from sitelens.defaults import overridden
+from sitelens.defaults import settings
 from sitelens.report import RunConfig
 from sitelens.store import Artifact, default_store
 from sitelens.tasks import builtin, task_names
@@ -485,7 +485,7 @@ def test_a_suite_stands_for_its_tasks_that_can_be_had(tmp_path: Path, capsys: py
     (tmp_path / "anli").mkdir()
     rows = [{"premise": f"p{i}", "hypothesis": "h", "label": i % 3} for i in range(30)]
     (tmp_path / "anli" / "dev_r2.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with overridden(data_dir=tmp_path):
+    with settings.using(data_dir=tmp_path):
         tasks, left_out = experiments.tasks_of(["anli", "antonym"])
     assert [task.name for task in tasks] == ["anli/r2", "antonym"]
     assert list(left_out) == ["anli/r1", "anli/r3"] and "could not be loaded" in left_out["anli/r1"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sitelens.conditions import PatchHeads
-from sitelens.defaults import SitelensError, overridden
+from sitelens.defaults import SitelensError, settings
 from sitelens.embedding import TaskEmbedding, embed_task, embedding_prompts
 from sitelens.forward import HeadEdit, LastToken, capture_z, decode, full_logits
 from sitelens.memory import chunks, prefix_bytes
@@ -459,7 +459,7 @@ def test_padded_rows_are_the_oracles_in_float64(llama_double: Model) -> None:
 def test_embedding_does_not_depend_on_the_memory_budget(gpt2_double: Model, tmp_path: Any) -> None:
     found = []
     for budget in (1, 200_000, AMPLE):
-        with overridden(cache_dir=tmp_path / str(budget)):
+        with settings.using(cache_dir=tmp_path / str(budget)):
             found.append(embed_task(micro.task(), gpt2_double, n_prompts=6, n_shots=3, memory_budget=budget).mean_z)
     assert_close(found[0], found[2], 1e-7)  # stored as float32
     assert_close(found[1], found[2], 1e-7)

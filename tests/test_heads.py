@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import sitelens as sl
-from sitelens.defaults import overridden
+from sitelens.defaults import settings
 from sitelens.embedding import TaskEmbedding, embedding_prompts
 from sitelens.heads import (
     ROLES,
@@ -270,7 +270,7 @@ TEXTS = ["Q: aa\nA:", "Q: ba bb bc\nA: ca\n\nQ: cb cc\nA:", "Q: da\nA: db\n\nQ: 
 def test_attention_is_that_of_the_raw_model_whatever_the_rows_lengths(family: str, model: Model) -> None:
     heads = [(1, 2), (0, 0), (1, 0), (1, 2)]  # in any order, and one twice
     batch = tokenize([Prompt(text, ()) for text in TEXTS], micro.tokenizer())
-    with overridden(memory_budget=1):  # one row at a time
+    with settings.using(memory_budget=1):  # one row at a time
         found = attention(batch, heads, model)
     torch.testing.assert_close(found, attention(batch, heads, model), rtol=1e-5, atol=1e-6)
     assert batch.lengths == [6, 17, 17, 2] and found.shape == (4, 4, 17)

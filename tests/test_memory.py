@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import overridden
+from sitelens.defaults import settings
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.evaluation import evaluate
 from sitelens.forward import HeadEdit, LastToken, capture_z, full_logits
@@ -285,7 +285,7 @@ class TestBudget:
 
         def fit(budget: int) -> None:
             sizes: dict[str, Any] = {"n_prompts": 4, "n_shots": 1, "n_pool": 24, "pool_shots": 4, "batch_size": 24}
-            with overridden(memory_budget=budget):
+            with settings.using(memory_budget=budget):
                 METHODS["LTV"].fit(task, model, **sizes, steps=1, rates=(0.1, 0.01), seed=next(seeds))
 
         self.check(fit, 10 * MIB)

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 import sitelens as sl
 from sitelens.conditions import Condition, PatchHeads
-from sitelens.defaults import SitelensError, overridden
+from sitelens.defaults import SitelensError, settings
 from sitelens.fingerprints import fingerprint
 from sitelens.methods import METHODS, common, i2cl, icv, lofit, ltv, mtv
 from sitelens.methods.i2cl import LinearCombination, cosine
@@ -458,7 +458,7 @@ def test_learned_task_vectors_are_the_same_under_any_memory_budget(llama: Model)
     sl.embed_task(TASK, llama, n_prompts=3, n_shots=2)  # in the cache for both
     with counted_tokens() as spent:
         whole = METHODS["LTV"].fit(TASK, llama, **options)
-    with counted_tokens() as in_parts, overridden(memory_budget=1):
+    with counted_tokens() as in_parts, settings.using(memory_budget=1):
         parts = METHODS["LTV"].fit(TASK, llama, **options)
     assert in_parts.forward > spent.forward and in_parts.backward == spent.backward
     assert_close(parts.vectors, whole.vectors)
@@ -467,7 +467,7 @@ def test_learned_task_vectors_are_the_same_under_any_memory_budget(llama: Model)
 def test_function_vectors_run_their_prompts_once(llama: Model) -> None:
     tokens = []
     for correct_only in (True, False):
-        with overridden(cache_dir=None), counted_tokens() as spent:
+        with settings.using(cache_dir=None), counted_tokens() as spent:
             METHODS["FV"].fit(TASK, llama, **SMALL["FV"], correct_only=correct_only)
         tokens.append(spent.forward)
     assert tokens[0] == tokens[1]

@@ -26,7 +26,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sitelens import conversion, fingerprints, list_models, models
 from sitelens.conversion import PACKAGED, PackagedModel, packaged_folder
-from sitelens.defaults import SitelensError, SitelensWarning, overridden, settings
+from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.embedding import embed_task
 from sitelens.fingerprints import fingerprint
 from sitelens.models import _tokenizers, check_fit, load_model, own_tokenizer, resolve_model, tokenization
@@ -71,7 +71,7 @@ def test_what_is_kept_hangs_on_the_tokenizer_too():
     plain, prepending = (micro.bridge("Llama", bos=bos) for bos in (False, True))
     assert fingerprint(plain) == fingerprint(prepending)
     kept = [embed_task(task, model, n_prompts=2, n_shots=2).mean_z for model in (plain, prepending)]
-    with overridden(cache_dir=settings.cache() / "another"):
+    with settings.using(cache_dir=settings.cache() / "another"):
         afresh = embed_task(task, prepending, n_prompts=2, n_shots=2).mean_z
     assert torch.equal(kept[1], afresh) and not torch.equal(*kept)
 

@@ -11,7 +11,7 @@ import torch
 
 import sitelens as sl
 from sitelens import quantization
-from sitelens.defaults import overridden, settings
+from sitelens.defaults import settings
 from sitelens.forward import HeadEdit, LastToken, full_logits
 from sitelens.models import Model, fingerprint, load_model, resolve_model
 from sitelens.prefix import PrefixCache
@@ -178,7 +178,7 @@ def test_what_dispatches_a_model_to_devices_changes_no_number(family: str) -> No
     task, config = micro.task(), sl.TrainConfig(steps=4, eval_every=2, n_valid=2)
     found = []
     for model in (plain, spread):
-        with overridden(cache_dir=settings.cache() / str(len(found))):
+        with settings.using(cache_dir=settings.cache() / str(len(found))):
             embedding = sl.embed_task(task, model, n_prompts=2, n_shots=2)
             alpha = sl.train_selection(task, model, embedding=embedding, config=config).selection
             conditions = {"SITE": sl.PatchHeads(alpha, embedding), "2-shot": sl.FewShot(2)}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sitelens as sl
 from sitelens import cli
-from sitelens.defaults import overridden
+from sitelens.defaults import settings
 from sitelens.forward import HeadEdit, LastToken
 from sitelens.models import Model, own_tokenizer
 from sitelens.prefix import PrefixCache
@@ -35,7 +35,7 @@ def model(packaged_model: Model) -> Model:
 @pytest.fixture
 def fv_runs(model: Model, data_folder: Path) -> dict[tuple[str, int], sl.TrainResult]:
     """The four tasks of PROTOCOL's table with the paper's settings, country-capital under five seeds."""
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         runs = sl.train_selections(["fv/country-capital"], model, seeds=range(5))
         return runs | sl.train_selections([task for task in FV_TASKS if task != "fv/country-capital"], model)
 
@@ -71,7 +71,7 @@ def test_fast_path_equals_raw_hooks_on_full_prompts(model: Model, shared_cache: 
 def test_fv_tasks_show_what_the_protocol_says(
     model: Model, fv_runs: dict[tuple[str, int], sl.TrainResult], data_folder: Path
 ) -> None:
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         accuracy = {}
         for (name, seed), run in fv_runs.items():
             mean_z, alpha = sl.embed_task(name, model), run.selection
@@ -96,7 +96,7 @@ def test_one_task_alone_gives_the_same_alpha_as_in_a_batch(model: Model) -> None
     config = sl.TrainConfig(steps=12, eval_every=6, n_valid=8)
     vectors = {name: sl.embed_task(name, model, n_prompts=3, n_shots=3) for name in ("antonym", "capitalize")}
     together = sl.train_selections(list(vectors), model, embeddings=vectors, config=config)
-    with overridden(cache_dir=sl.settings.cache() / "alone"):
+    with settings.using(cache_dir=sl.settings.cache() / "alone"):
         alone = sl.train_selection("capitalize", model, embedding=vectors["capitalize"], config=config)
     difference = (together["capitalize", 0].selection.alpha - alone.selection.alpha).abs().max()
     assert difference < 1e-3
@@ -131,7 +131,7 @@ def test_the_command_writes_all_of_a_run_and_makes_it_again(
     assert all((out / name).exists() for name in [*record["files"], "antonym.html", "plotly.min.js"])
     alpha = sl.HeadSelection.load(out / "antonym.selection.safetensors")
     alpha.check_fits(model)
-    with overridden(cache_dir=sl.settings.cache() / "again"):  # nothing is taken from the first run but run.json
+    with settings.using(cache_dir=sl.settings.cache() / "again"):  # nothing is taken from the first run but run.json
         (sl.settings.cache()).mkdir()
         (sl.settings.cache() / "models").symlink_to(sl.settings.cache().parent / "models")
         again = tmp_path / "again"

@@ -22,7 +22,7 @@ import pooch
 import pytest
 import requests
 
-from sitelens.defaults import SitelensError, SitelensWarning, overridden
+from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.tasks import (
     QA_TEMPLATE,
     SPLITS,
@@ -117,7 +117,7 @@ def test_all_57_tasks_are_known_with_checksum_and_size_but_one():
 
 
 def test_every_local_task_has_its_known_checksum_and_sizes(data_folder: Path):
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         found = [name for name in PUBLISHED if function_vectors.FILES.local_path(name)]
         assert len(found) >= 40
         for name in found:
@@ -128,7 +128,7 @@ def test_every_local_task_has_its_known_checksum_and_sizes(data_folder: Path):
 
 
 def test_inputs_that_stand_in_train_and_test_are_noted(data_folder: Path):
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         task = load_task("fv/conll2003_location")
     shared = {item.input for item in task.train} & {item.input for item in task.test}
     assert shared and task.note.startswith(f"{len(shared)} inputs of train")
@@ -138,7 +138,7 @@ def test_a_changed_file_is_refused_by_its_checksum(data_folder: Path, tmp_path: 
     name = "function_vectors/abstractive/country-capital.json"
     content = (data_folder / name).read_bytes()
     path = written(tmp_path / name, content)
-    with overridden(data_dir=tmp_path):
+    with settings.using(data_dir=tmp_path):
         assert load_task("fv/country-capital")
         path.write_bytes(content.replace(b"Paris", b"Berlin"))
         with pytest.raises(SitelensError, match=r"country-capital\.json is not the upstream file .* SHA-256"):
@@ -147,7 +147,7 @@ def test_a_changed_file_is_refused_by_its_checksum(data_folder: Path, tmp_path: 
 
 def test_a_data_folder_that_is_not_there_is_named(tmp_path: Path):
     with (
-        overridden(data_dir=tmp_path / "nowhere"),
+        settings.using(data_dir=tmp_path / "nowhere"),
         pytest.raises(SitelensError, match=r"nowhere does not exist \(SITELENS_DATA"),
     ):
         load_task("fv/antonym")
@@ -171,7 +171,7 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     monkeypatch.delenv("SITELENS_DATA", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server, overridden(data_dir=None):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server, settings.using(data_dir=None):
         files = replace(function_vectors.FILES, address=f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.setattr(function_vectors, "FILES", files)
         thread = threading.Thread(target=server.serve_forever)
@@ -187,7 +187,7 @@ def test_a_downloaded_task_equals_the_local_one_and_is_kept(upstream: Path, data
     downloaded = load_task("fv/country-capital")
     shutil.rmtree(upstream)
     assert load_task("fv/country-capital") == downloaded
-    with overridden(data_dir=data_folder):
+    with settings.using(data_dir=data_folder):
         assert load_task("fv/country-capital") == downloaded
 
 
@@ -204,7 +204,7 @@ def test_a_server_that_cannot_be_reached_is_said_in_two_words(monkeypatch: pytes
     monkeypatch.delenv("SITELENS_DATA", raising=False)
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     with (
-        overridden(data_dir=None),
+        settings.using(data_dir=None),
         pytest.raises(SitelensError, match=r"downloaded from http\S+antonym\.json: no connection\. Without a network"),
     ):
         load_task("fv/antonym")

@@ -28,13 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words)
     options.words = words
-    settings.progress = options.progress
-    if options.cache is not None:
-        settings.cache_dir = options.cache
-    if options.data is not None:
-        settings.data_dir = options.data
+    given = {"progress": options.progress, "cache_dir": options.cache, "data_dir": options.data}
     command: Callable[[argparse.Namespace], None] = options.command
-    with warnings.catch_warnings():
+    chosen = settings.using(**{name: value for name, value in given.items() if value is not None})
+    with chosen, warnings.catch_warnings():
         warnings.simplefilter("always", SitelensWarning)
         warnings.showwarning = _show_warning
         try:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sitelens.cli.options import run_options
-from sitelens.defaults import SitelensError, SitelensWarning, overridden, settings
+from sitelens.defaults import SitelensError, SitelensWarning, settings
 
 if TYPE_CHECKING:
     from sitelens.config import TrainConfig
@@ -134,7 +134,7 @@ def compare(options: argparse.Namespace) -> None:
     chosen = _settings(options)
     model = _load_model(options)
     n_items = options.n_items or None
-    with overridden(memory_budget=options.memory_budget or settings.memory_budget):
+    with settings.using(memory_budget=options.memory_budget or settings.memory_budget):
         frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
     table = comparison_table(frame)
     print(f"first-token accuracy in per cent with 95% intervals, at most {n_items or 'all'} test items a task, model "

@@ -14,7 +14,7 @@ import pandas as pd
 
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, overridden
+from sitelens.defaults import SitelensError, settings
 from sitelens.embedding import embed_task
 from sitelens.evaluation import evaluate
 from sitelens.models import Model, resolve_model
@@ -49,7 +49,7 @@ def costs(
     items = task.split(sample.split)
     if not items:
         raise SitelensError(f"task {task.name!r} has no {sample.split} items")
-    with tempfile.TemporaryDirectory() as folder, overridden(cache_dir=Path(folder)):
+    with tempfile.TemporaryDirectory() as folder, settings.using(cache_dir=Path(folder)):
         with _metered() as prepared:
             vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed, **sample.limits)
             result = train_selection(task, model, embedding=vector, config=config, **sample.limits)

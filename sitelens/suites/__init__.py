@@ -14,7 +14,7 @@ import pandas as pd
 from sitelens.comparison import PROMPTING, checked_methods, fit_method
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, overridden, settings, tracked, watched
+from sitelens.defaults import SitelensError, settings, tracked, watched
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.fingerprints import unchanged
 from sitelens.methods.common import fitting
@@ -90,7 +90,7 @@ def run_suite(
     work = [_work(task, model, n_prompts, n_shots, n_items, config, fitted) for task in loaded]
     bar = _Bar(name, work, progress)
     run = _Run(model, fitted, config, measured, scored, chosen_options, bar, left_out)
-    with unchanged(model), overridden(memory_budget=memory_budget or settings.memory_budget, progress=False):
+    with unchanged(model), settings.using(memory_budget=memory_budget or settings.memory_budget, progress=False):
         for start in range(0, len(loaded), TOGETHER):
             run.batch(dict(enumerate(loaded[start : start + TOGETHER], start)))
     bar.close()

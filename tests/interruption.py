@@ -1,0 +1,58 @@
+"""An interrupt (Ctrl-C) at every line that some functions run, one after the other."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+
+def at_every_line(work: Callable[[], Any], where: Sequence[Any]) -> Iterator[int]:
+    """Run `work` again and again, interrupted at the first, second, ... line inside of `where`; yields after each.
+
+    `where`: functions, classes or modules; a module stands for all code of its file. Ends after the first run that is
+    over before its line comes; fails if there was no line at all.
+    """
+    codes, files = set[CodeType](), set[str]()
+    for thing in where:
+        if isinstance(thing, ModuleType):
+            files.add(str(thing.__file__))
+        elif isinstance(thing, type):
+            members = (inspect.unwrap(getattr(m, "__func__", m)) for m in vars(thing).values() if callable(m))
+            codes |= {member.__code__ for member in members if inspect.isfunction(member)}
+        else:
+            function: Any = inspect.unwrap(getattr(thing, "__func__", thing))
+            codes.add(function.__code__)
+    line = 0
+    while _interrupted(work, codes, files, line):
+        yield line
+        line += 1
+    assert line, "no line of these functions was run"
+
+
+def _interrupted(work: Callable[[], Any], codes: set[CodeType], files: set[str], line: int) -> bool:
+    """Whether the interrupt came: whether so many lines were run."""
+    left = line
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        if frame.f_code not in codes and frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    assert left >= 0, "the interrupt was swallowed"
+    return False
