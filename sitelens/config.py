@@ -16,7 +16,8 @@ class TrainConfig:
     steps, lr, batch_size: Adam steps, its learning rate, training items a step.
     eval_every, n_valid: validation loss after every so many steps, on the first so many validation items.
     checkpoint: keep the alpha of the "best" validation loss (the paper's text), or the "last" (its released code).
-    init: alpha at the start, a number between 0 and 1, or "random" (uniform, drawn by seed).
+    init: alpha at the start, a number between 0 and 1, or "random" (each head uniform in [0.01, 0.99],
+        different for every task and seed).
     mixing: "convex", as published, or "additive".
     seed: decides which items are drawn, and a random init.
     """

@@ -19,7 +19,7 @@ from sitelens.selection import HeadSelection
 from sitelens.store import Artifact, default_store, digest, tensor_bytes
 from sitelens.tasks import Task, load_tasks
 from sitelens.training_loop import Run, train_runs
-from sitelens.training_state import ALGORITHM, HISTORY
+from sitelens.training_state import ALGORITHM, ALGORITHM_RANDOM_INIT, HISTORY
 
 FEW_BINARY = 0.5  # a share of near-binary alphas below this is worth a warning
 
@@ -174,7 +174,8 @@ def _runs(jobs: Sequence[TrainJob], keys: Sequence[str]) -> tuple[list[Run], lis
 def _spec(job: TrainJob, model: Model) -> dict[str, Any]:
     vectors = [embedding.mean_z.contiguous().cpu() for _, embedding in job.members]
     return {
-        "algorithm": ALGORITHM, "task": "+".join(task.name for task, _ in job.members),
+        "algorithm": ALGORITHM_RANDOM_INIT if job.config.init == "random" else ALGORITHM,
+        "task": "+".join(task.name for task, _ in job.members),
         "items": [task.digest for task, _ in job.members],
         "model": fingerprint(model), "tokenizer": tokenization(model), "config": asdict(job.config),
         "embeddings": [hashlib.sha256(tensor_bytes(vector)).hexdigest() for vector in vectors],

@@ -98,7 +98,7 @@ def _train_group(
     vectors = torch.stack([embedding.mean_z.to(device, dtype) for embedding in embeddings])
     share = budget // 4  # for the prefixes in training, and for what a step computes; validation has the other half
     train, rows = _training_rows(runs, tasks, model, config)
-    logits = _initial_logits(runs, head_shape(model)[:2], dtype).to(device).requires_grad_(True)
+    logits = _initial_logits(runs, tasks, head_shape(model)[:2], dtype).to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([logits], lr=config.lr)
     record = Record(len(runs), config, torch.zeros_like(logits, requires_grad=False))
     state = State([run.key for run in runs], logits, optimizer, record)
@@ -279,13 +279,16 @@ def _windows(
     return [*windows, (start, len(prompt))]
 
 
-def _initial_logits(runs: Sequence[Run], shape: tuple[int, ...], dtype: torch.dtype) -> Float[Tensor, "run layer head"]:
+def _initial_logits(
+    runs: Sequence[Run], tasks: Sequence[Task], shape: tuple[int, ...], dtype: torch.dtype
+) -> Float[Tensor, "run layer head"]:
     alphas = torch.empty(len(runs), *shape, dtype=dtype)
     for alpha, run in zip(alphas, runs, strict=True):
         if run.init == "random":
-            rng = random.Random(f"sitelens/init//{run.seed}")
-            drawn = [[rng.uniform(0.01, 0.99) for _ in range(shape[1])] for _ in range(shape[0])]
-            alpha.copy_(torch.tensor(drawn, dtype=dtype))
+            names = "+".join(sorted(tasks[task].name for task in run.tasks))
+            rng = random.Random(f"sitelens/init/{names}/{run.seed}")
+            start = [[rng.uniform(0.01, 0.99) for _ in range(shape[1])] for _ in range(shape[0])]
+            alpha.copy_(torch.tensor(start, dtype=dtype))
         else:
             alpha.fill_(float(run.init))
     return torch.logit(alphas)

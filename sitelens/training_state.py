@@ -14,6 +14,7 @@ from sitelens.config import TrainConfig
 from sitelens.store import Artifact, default_store
 
 ALGORITHM = 1  # of training, to be raised when the numbers change
+ALGORITHM_RANDOM_INIT = 2  # of training from a random start; likewise, and raised with the other
 KEEP_SECONDS = 10  # between two writings of a training's state
 HISTORY = ("step", "loss", "valid_loss", "mean_alpha", "share_binary")
 

@@ -119,7 +119,10 @@ def test_a_round_of_anli_is_its_development_set(data_folder: Path, name: str):
     assert len(expected) == sum(sizes(task)) == ROUNDS[name]
     assert [task.train, task.valid, task.test] == as_split(expected)
     assert (task.source, task.metric, task.template) == ("facebook/anli", "exact_match", QA_TEMPLATE)
-    assert task.note == f"70/9/21 of dev_{name} (seed 32)"
+    premises = {item.input.split("\nHypothesis: ")[0] for item in task.train}
+    count = sum(item.input.split("\nHypothesis: ")[0] in premises for item in task.test)
+    shared = f"{count} of {len(task.test)} test items have a premise that also stands in train"
+    assert count and task.note == f"70/9/21 of dev_{name} (seed 32); {shared}"
 
 
 def test_mmlu_pro_is_its_test_split_by_category(data_folder: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -355,6 +356,21 @@ def test_the_policy_gradient_is_that_of_the_expected_loss() -> None:
     torch.testing.assert_close(mtv.policy_gradient(logits, masks, losses[codes]), exact / spread, rtol=0, atol=4e-3)
 
 
+def test_chances_are_clamped_and_equal_losses_weigh_nothing() -> None:
+    logits = torch.tensor([[-12.0, 12.0, 0.3]])
+    masks = mtv.draw(logits, 100_000, torch.Generator().manual_seed(0), mtv.FLOOR)
+    assert masks[:, 0, 0].mean() == pytest.approx(0.001, abs=3e-4)
+    assert masks[:, 0, 1].mean() == pytest.approx(0.999, abs=3e-4)
+    assert mtv.draw(logits, 1000, torch.Generator().manual_seed(0))[:, 0, :2].std(0).eq(0).all()
+    few = masks[:32]
+    gradient = mtv.policy_gradient(logits, few, torch.linspace(0, 1, 32))
+    assert gradient[0, :2].tolist() == [0, 0] and gradient[0, 2] != 0
+    losses = torch.tensor([1.0, 1.0 + 1e-3]).repeat(16)  # as small as the floor: weighed half, not blown up
+    weights = (losses - losses.mean()) / (losses.std() + 1e-3)
+    expected = (weights * (few[:, 0, 2] - torch.sigmoid(logits[0, 2]))).mean()
+    torch.testing.assert_close(mtv.policy_gradient(logits, few, losses)[0, 2], expected)
+
+
 def test_the_policy_learns_which_head_matters() -> None:
     logits = torch.full((1, 4), -1.0)
     optimizer = torch.optim.Adam([logits], lr=0.1)
@@ -493,9 +509,11 @@ def test_demonstrations_are_five_of_each_label_or_ten_in_all() -> None:
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    rates = [cosine(step, 2, 12) for step in range(12)]
-    assert rates[:3] == [0.5, 1.0, 1.0] and rates[7] == pytest.approx(0.5)
+    rates = [cosine(step, 2, 12) for step in range(13)]
+    assert rates[:3] == [0, 0.5, 1] and rates[6] == pytest.approx(0.5) and rates[12] == pytest.approx(0)
+    assert rates[3] == pytest.approx((1 + math.cos(math.pi * 3 / 12)) / 2)  # of all steps, not of those that are left
     assert all(b < a for a, b in itertools.pairwise(rates[2:]))
+    assert cosine(0, 0, 12) == 1
 
 
 def test_many_shot_prompts_fit_the_context(llama: Model) -> None:

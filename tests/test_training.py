@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -371,12 +372,25 @@ def random_start(model: Model, task: Task, seed: int) -> Tensor:
     return anew([task], model, seeds=(seed,), config=config)[task.name, seed].selection.alpha
 
 
-def test_a_random_start_depends_on_the_seed_only() -> None:
+def test_a_random_start_depends_on_task_and_seed() -> None:
     model, tasks = double("GPT2"), (worded("one"), worded("two"))
-    first, again, other = (random_start(model, tasks[i], seed) for i, seed in ((0, 0), (1, 0), (0, 1)))
+    starts = [random_start(model, task, seed) for task in tasks for seed in (0, 1)]
+    for start in starts:
+        assert ((start > 0) & (start < 1)).all()
+    for a, b in itertools.combinations(starts, 2):
+        assert (a - b).abs().min() > 1e-4
+    torch.testing.assert_close(starts[0], random_start(model, tasks[0], 0), rtol=0, atol=0)
+
+
+def test_a_shared_random_start_does_not_depend_on_the_order_of_its_tasks() -> None:
+    model, tasks = double("GPT2"), [worded("one"), worded("two")]
+    config = TrainConfig(steps=1, lr=1e-14, n_valid=1, init="random")
+    first, again = (
+        anew(order, model, seeds=(0,), config=config, shared=True)["one", 0].selection.alpha
+        for order in (tasks, tasks[::-1])
+    )
     torch.testing.assert_close(first, again, rtol=0, atol=1e-12)
-    assert (first - other).abs().min() > 1e-4
-    assert ((first > 0) & (first < 1)).all()
+    assert (first - random_start(model, tasks[0], 0)).abs().min() > 1e-4
 
 
 class TestPlantedHeads:

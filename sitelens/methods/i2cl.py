@@ -77,13 +77,14 @@ def fit(
     noise: float = 0.001,
     seed: int = 0,
 ) -> LinearCombination:
-    """Four numbers a layer, trained on the same few demonstrations that the context vectors are the mean of.
+    """Four numbers per layer, trained on the same few demonstrations that the context vectors are the mean of.
 
     Each demonstration is run alone up to its newline; then a and b (0.1 and 1 at first) are trained on them as
-    zero-shot prompts: AdamW, cosine schedule after a warm-up, cross-entropy of the answer's first token over the whole
-    vocabulary (the public code evaluates among the labels only). Unless `n_demonstrations` says how many, 5 of each
-    answer where there are at most 10 different ones, as published, and 10 in all where answers are open. Nothing is
-    chosen on valid.
+    zero-shot prompts: AdamW, the learning rate of `cosine` with `warm_up` as a share of all steps, cross-entropy of
+    the answer's first token over the whole vocabulary (the public code evaluates among the labels only). Unless
+    `n_demonstrations` says how many, 5 of each answer where there are at most 10 different ones, as published, and 10
+    in all where answers are open. Every demonstration comes once before any comes again (the public code shuffles all
+    of them anew for every batch). Nothing is chosen on valid.
 
     Raises:
         SitelensError: for a task without training or validation items, or if the loss is not finite.
@@ -106,7 +107,7 @@ def fit(
     a, b = (torch.full((layers, len(MODULES)), start, device=device, requires_grad=True) for start in START)
     optimizer = torch.optim.AdamW([a, b], lr=lr, weight_decay=weight_decay)
     steps = epochs * max(1, len(items) // batch_size)
-    rate = functools.partial(cosine, warm_up=max(1, round(warm_up * steps)), steps=steps)
+    rate = functools.partial(cosine, warm_up=int(warm_up * steps), steps=steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     generator = torch.Generator().manual_seed(seed)
     with model.hooks(fwd_hooks=combining(context, a, b, noise, generator)):
@@ -129,10 +130,12 @@ def demonstrations(task: Task, n: int | None, seed: int) -> list[Example]:
 
 
 def cosine(step: int, warm_up: int, steps: int) -> float:
-    """The share of the learning rate: a linear rise, then half a cosine down to nothing."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    """The share of the learning rate, as in the public code.
+
+    It rises in a line from 0 at step 0 to 1 at step `warm_up`; after it, it lies on half a cosine that began at step
+    0 and ends with 0 at `steps`.
+    """
+    return step / warm_up if step < warm_up or step == warm_up > 0 else 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _points(layers: int) -> list[tuple[int, int, str]]:

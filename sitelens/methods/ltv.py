@@ -1,4 +1,8 @@
-"""LTV, learnable task vectors (Saglam et al. 2025): weighted sums of what heads write, added after every layer."""
+"""LTV, the learnable task vectors of Saglam et al. 2025 (arXiv 2502.05390), not those of Yang et al. 2025.
+
+Weighted sums of what heads write, added after every layer. Learned Task Vectors (Yang et al., arXiv 2509.24169) share
+the abbreviation and train the vector itself; they are not in sitelens.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +52,7 @@ def fit(
     Layer l gets the sum over its heads of weight * mean z @ W_O, added at the last token at every step. Training
     prompts are a fixed pool with shuffled answers, whose prefixes are computed once where all of them fit half of the
     memory budget, at each step where not. This is the paper's form, a weight a head: the public code for language
-    weighs slices of the residual stream instead, and its rate of 5e-5 leaves the weights near where they began. Not to
-    be confused with Learned Task Vectors (Yang et al., arXiv 2509.24169).
+    weighs slices of the residual stream instead, and its rate of 5e-5 leaves the weights near where they began.
 
     Raises:
         SitelensError: as `embed_task`.

@@ -8,7 +8,7 @@ import torch
 from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy
 
 from sitelens.conditions import PatchHeads
 from sitelens.defaults import settings
@@ -20,6 +20,8 @@ from sitelens.models import Model, computing_dtype, head_shape, resolve_model
 from sitelens.prefix import PrefixCache
 from sitelens.selection import HeadSelection
 from sitelens.tasks import Task, load_task
+
+FLOOR = 1e-3  # of a head's chance in training, and added to the standard deviation of the losses
 
 
 def fit(
@@ -37,9 +39,11 @@ def fit(
 ) -> PatchHeads:
     """Heads whose z is replaced by its mean over few-shot prompts, at the prompt's last token and every decoding step.
 
-    One Bernoulli logit a head, -1 at first; each step takes one of `n_items` training items and `n_masks` masks, whose
-    cross-entropies, standardised, weigh the gradient of their log-probability (Adam). Of `n_draws` masks the best by
-    cross-entropy on valid is kept (the public code takes 50 training items for this).
+    One Bernoulli logit per head, -1 at first. Each step takes one of `n_items` training items and `n_masks` masks,
+    whose standardized cross-entropies weigh the gradient of their log-probability (Adam). As in the public code, 1e-3
+    is added to the standard deviation, and chances are clamped to [0.001, 0.999] in training: the gradient of a head
+    beyond is 0. Of `n_draws` masks, from chances that are not clamped, the one with the lowest cross-entropy on valid
+    is kept (the public code takes 50 training items for this).
 
     Raises:
         SitelensError: as `embed_task`.
@@ -65,7 +69,7 @@ def fit(
 
     with torch.no_grad(), LastToken(model) as last_token:
         for _ in range(n_steps):
-            masks = draw(logits, n_masks, generator)
+            masks = draw(logits, n_masks, generator, FLOOR)
             item = rng.randrange(len(batch))
             found = losses(masks, prefix, item, int(batch.answer[item]))
             logits.grad = policy_gradient(logits, masks, found)
@@ -80,20 +84,27 @@ def fit(
     return PatchHeads(chosen, embedding, steps="every")
 
 
-def draw(logits: Float[Tensor, "layer head"], n: int, generator: torch.Generator) -> Float[Tensor, "mask layer head"]:
-    """Masks of zeros and ones, each head on with the probability of its logit."""
-    return torch.bernoulli(repeat(torch.sigmoid(logits), "layer head -> mask layer head", mask=n), generator=generator)
+def draw(
+    logits: Float[Tensor, "layer head"], n: int, generator: torch.Generator, floor: float = 0.0
+) -> Float[Tensor, "mask layer head"]:
+    """Masks of zeros and ones, each head on with the probability of its logit, but at least `floor` and 1 - `floor`."""
+    chances = torch.sigmoid(logits).clamp(floor, 1 - floor)
+    return torch.bernoulli(repeat(chances, "layer head -> mask layer head", mask=n), generator=generator)
 
 
 def policy_gradient(
     logits: Float[Tensor, "layer head"], masks: Float[Tensor, "mask layer head"], losses: Float[Tensor, " mask"]
 ) -> Float[Tensor, "layer head"]:
-    """REINFORCE: the gradient of the mean over masks of their standardised loss times their log-probability."""
-    weights = (losses - losses.mean()) / (losses.std() + 1e-6)
+    """REINFORCE: the gradient of the mean over masks of their standardized loss times their log-probability.
+
+    Chances are clamped to [FLOOR, 1 - FLOOR]: the gradient is 0 for a head whose chance lies beyond.
+    """
+    weights = (losses - losses.mean()) / (losses.std() + FLOOR)
     with torch.enable_grad():
         free = logits.detach().requires_grad_()
-        chances = (masks * logsigmoid(free) + (1 - masks) * logsigmoid(-free)).sum((1, 2))
-        return torch.autograd.grad((weights * chances).mean(), free)[0]
+        p = torch.sigmoid(free).clamp(FLOOR, 1 - FLOOR)
+        log_chances = (masks * p.log() + (1 - masks) * (1 - p).log()).sum((1, 2))
+        return torch.autograd.grad((weights * log_chances).mean(), free)[0]
 
 
 def _seed(task: Task, seed: int) -> int:

@@ -27,6 +27,7 @@ Parts = dict[str, tuple[Example, ...]]
 
 LABELS = ("entailment", "neutral", "contradiction")
 LEAST_TRAIN = 11  # ten demonstrations and an item to ask
+HYPOTHESIS = "\nHypothesis: "  # between the premise and the hypothesis of an ANLI input
 ANLI, MMLU_PRO = "facebook/anli", "TIGER-Lab/MMLU-Pro"  # on the hub
 
 _COMMIT = "9ee07bd481feebf959a6b59d61ea57bdcf30964d"
@@ -72,6 +73,11 @@ def anli(round_: str) -> Parts:
     parts = {split: tuple(_inference(row, where) for where, row in found) for split, found in rows.items()}
     enough = len(parts) == 3 and len(parts[train]) >= LEAST_TRAIN and parts[dev] and parts[test]
     return parts if enough else {dev: parts[dev]}
+
+
+def premise(text: str) -> str:
+    """The premise in the input of an ANLI item."""
+    return text.rpartition(HYPOTHESIS)[0]
 
 
 def mmlu_pro(slug: str) -> Parts:
@@ -124,10 +130,11 @@ class Benchmark:
     description: str
     tasks: Callable[[], Mapping[str, int | None]]
     read: Callable[[str], Parts]
+    context: tuple[str, Callable[[str], str]] | None = None  # what several items share: its name, and how to find it
 
 
 BENCHMARKS = {
-    "anli": Benchmark("ANLI", ANLI, "Nie et al. 2020", lambda: ROUNDS, anli),
+    "anli": Benchmark("ANLI", ANLI, "Nie et al. 2020", lambda: ROUNDS, anli, context=("premise", premise)),
     "mmlu-pro": Benchmark(
         "MMLU-Pro",
         MMLU_PRO,
@@ -161,10 +168,10 @@ def find(name: str) -> tuple[Benchmark, str] | None:
 
 def _inference(row: Any, where: str) -> Example:
     label = row.get("label") if isinstance(row, Mapping) else None
-    premise, hypothesis = _text(row, "premise", where), _text(row, "hypothesis", where)
+    text, hypothesis = _text(row, "premise", where), _text(row, "hypothesis", where)
     if not isinstance(label, int) or label not in range(len(LABELS)):
         raise SitelensError(f"{where}: 'label' must be 0 ({LABELS[0]}), 1 or 2 ({LABELS[2]}), not {label!r}")
-    return Example(f"{premise}\nHypothesis: {hypothesis}", LABELS[label])
+    return Example(f"{text}{HYPOTHESIS}{hypothesis}", LABELS[label])
 
 
 def _choice(row: Any, where: str) -> Example:
