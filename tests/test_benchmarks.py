@@ -244,7 +244,10 @@ def test_shared_inputs_of_official_splits_are_noted(tmp_path: Path):
     folder = anli_folder(tmp_path, 20, 2, 5)
     written(folder / "anli" / "test_r1.jsonl", inferences(3, "train") + inferences(3, "test"))
     with settings.using(data_dir=folder):
-        assert load_task("anli/r1").note.endswith("test_r1; 3 inputs of train also stand in test")
+        note = load_task("anli/r1").note
+    assert note.endswith(
+        "test_r1; 3 of 6 test items have a premise that also stands in train; 3 inputs of train also stand in test"
+    )
 
 
 def test_too_few_items_are_refused(tmp_path: Path):
