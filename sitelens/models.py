@@ -105,11 +105,26 @@ def resolve_model(model: str | Path | Model | None) -> Model:
         return load_model(model)
     if z_hook(0) not in model.hook_dict:
         raise SitelensError(f"{model_name(model)} has no hook point {z_hook(0)}: its heads cannot be patched")
+    _check_heads(model)
     if getattr(model.original_model, "is_loaded_in_8bit", False):
         raise SitelensError(f"{model_name(model)}: {NO_8BIT}")
     if model.original_model.training:
         raise SitelensError(f"{model_name(model)} is in training mode, where dropout is random: call model.eval()")
     return model
+
+
+def _check_heads(model: Model) -> None:
+    """Raise SitelensError if the output projections read anything but n_heads vectors of d_head numbers."""
+    _, heads, d_head = head_shape(model)
+    blocks: Any = model.blocks
+    for layer, block in enumerate(blocks):
+        projection = getattr(getattr(block, "attn", None), "o", None)
+        width = getattr(getattr(projection, "original_component", None), "in_features", heads * d_head)
+        if width != heads * d_head:
+            raise SitelensError(
+                f"{model_name(model)}: the output projection of layer {layer} reads {width} numbers, which "
+                f"TransformerLens does not show as {heads} heads of {d_head}: its heads cannot be patched"
+            )
 
 
 def z_hook(layer: int) -> str:
