@@ -18,9 +18,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module, detect_tokenizer_bos_eos
 
 from sitelens.catalogue import PAPER, how_to_get
-from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder, quiet_transformers
+from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.fingerprints import fingerprint, text_config
+from sitelens.loading import load_network, quiet_transformers
 from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
 from sitelens.store import digest
 
@@ -245,15 +246,12 @@ def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Mo
 
 
 def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -> Model:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options, output_loading_info=True)
-            network, found = loaded
-            if found["missing_keys"]:
-                raise ValueError(f"it has no weights {', '.join(sorted(found['missing_keys'])[:3])}, ...")
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            network = load_network(folder, **options)
             if options["device_map"] is None:
                 network = network.to(device)
             network.eval()
