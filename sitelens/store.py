@@ -140,8 +140,8 @@ class Store:
         except OSError as error:
             warn_once(
                 self.root,
-                f"results cannot be kept in the cache {self.root}: {reason(error)}. The work goes on; SITELENS_CACHE or "
-                "sl.settings.cache_dir names another cache folder",
+                f"results cannot be kept in the cache {self.root}: {reason(error)}. The work goes on; SITELENS_CACHE "
+                "or sl.settings.cache_dir names another cache folder",
             )
             return None
         remove(path.with_suffix(DAMAGED))

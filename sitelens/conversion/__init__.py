@@ -129,7 +129,9 @@ def _converted(sha256: str, name: str, source: Callable[[Path], tuple[Path, ...]
         if (state := _state(folder)) == "whole":
             return folder
         if state == "damaged":
-            warnings.warn(f"{folder} is damaged; the model is fetched and converted anew", SitelensWarning, stacklevel=3)
+            warnings.warn(
+                f"{folder} is damaged; the model is fetched and converted anew", SitelensWarning, stacklevel=3
+            )
         if ours:
             sweep(folder.parent, lock)
         try:

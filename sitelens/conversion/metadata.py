@@ -1,7 +1,7 @@
 """What the metadata of a GGUF file mean: a transformers configuration that computes the same, or a refusal by name.
 
-The meaning of each key is llama.cpp's. Every key of the architecture must be read, or hold a value that changes nothing:
-one that is neither is an error, since a configuration without it would be another model.
+The meaning of each key is llama.cpp's. Every key of the architecture must be read, or hold a value that changes
+nothing: one that is neither is an error, since a configuration without it would be another model.
 """
 
 from __future__ import annotations
@@ -144,13 +144,16 @@ def config_of(name: str, values: Mapping[str, Any], tensors: Mapping[str, tuple[
     kind = _architecture(meta)
     length, width, heads = meta.need("context_length"), meta.need("embedding_length"), meta.need("attention.head_count")
     head_dim = _head_dim(meta, width, heads)
-    found: dict[str, Any] = {
+    shape: dict[str, Any] = {
         "max_position_embeddings": length, "hidden_size": width, "num_hidden_layers": meta.need("block_count"),
         "intermediate_size": meta.get("feed_forward_length"), "num_attention_heads": heads,
         "num_key_value_heads": meta.get("attention.head_count_kv", heads), "head_dim": head_dim,
     }  # fmt: skip
-    found = {kind.names.get(key, key): value for key, value in found.items() if value is not None}
-    found.pop(None, None)
+    found: dict[str, Any] = {
+        own: value
+        for key, value in shape.items()
+        if value is not None and (own := kind.names.get(key, key)) is not None
+    }
     found[kind.eps] = meta.need("attention.layer_norm_rms_epsilon" if kind.rms else "attention.layer_norm_epsilon")
     found["vocab_size"] = _vocabulary(meta, tensors)
     found["tie_word_embeddings"] = "output.weight" not in tensors
@@ -182,7 +185,9 @@ def _check_kind(meta: Metadata) -> None:
 
 def _architecture(meta: Metadata) -> Architecture:
     if not meta.arch:
-        raise SitelensError(f"{meta.name} does not say its architecture (general.architecture)")
+        raise SitelensError(
+            f"{meta.name} could not be read as a GGUF language model: it does not say its general.architecture"
+        )
     if meta.arch not in ARCHITECTURES:
         raise SitelensError(
             f"{meta.name} is of llama.cpp's architecture {meta.arch!r}, which is not converted. {GO_ON}; "
@@ -207,9 +212,7 @@ def _vocabulary(meta: Metadata, tensors: Mapping[str, tuple[int, ...]]) -> int:
     stated = meta.get("vocab_size", len(tokens))
     rows = tensors.get("token_embd.weight", (stated,))[0]
     if not stated <= rows or len(tokens) > rows:
-        raise SitelensError(
-            f"{meta.name}: its token embeddings have {rows} rows for {max(stated, len(tokens))} tokens"
-        )
+        raise SitelensError(f"{meta.name}: its token embeddings have {rows} rows for {max(stated, len(tokens))} tokens")
     return rows
 
 

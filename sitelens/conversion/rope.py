@@ -64,7 +64,7 @@ def _scaling(
         raise SitelensError(f"{meta.name} has only one of the tensors {LONG} and {SHORT}")
     if kind not in (None, "none", "linear", "yarn", "longrope"):
         raise meta.refused("rope.scaling.type", kind, "is not known")
-    if FREQUENCIES in tensors and (both or kind in ("linear", "yarn") and (factor or 1) != 1):
+    if FREQUENCIES in tensors and (both or (kind in ("linear", "yarn") and (factor or 1) != 1)):
         raise SitelensError(f"{meta.name} has the tensor {FREQUENCIES} and another scaling of its rotary embeddings")
     if both:
         return _longrope(meta, base, turned, original, length, attention, factors)

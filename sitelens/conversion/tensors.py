@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, or of all parts of a split one, under transformers' names: none missing, none left over."""
+"""The tensors of a GGUF file, or of all parts of a split one, by transformers' names: none missing, none left over."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def parts_of(file: Path) -> tuple[Path, ...]:
     named = PART.fullmatch(file.name)
     if named is None or int(named[3]) != count:
         example = f"NAME-{number:05}-of-{count:05}.gguf"
-        raise SitelensError(f"{file} is part {number} of {count} of a model: call it {example}, with the others beside it")
+        raise SitelensError(
+            f"{file} is part {number} of {count} of a model: call it {example}, with the others beside it"
+        )
     parts = tuple(file.with_name(f"{named[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1))
     if missing := [part.name for part in parts if not part.is_file()]:
         raise SitelensError(
@@ -94,7 +96,9 @@ def read_gguf(files: tuple[Path, ...]) -> GGUF:
         reader = _reader(file)
         own = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
         if len(files) > 1 and (own.get("split.no"), own.get("split.count")) != (number, len(files)):
-            raise SitelensError(f"{file} says that it is part {own.get('split.no', -1) + 1} of {own.get('split.count')}")
+            raise SitelensError(
+                f"{file} says that it is part {own.get('split.no', -1) + 1} of {own.get('split.count')}"
+            )
         values = own | values
         for tensor in reader.tensors:
             if tensor.name in tensors:
@@ -124,8 +128,8 @@ def state_dict(gguf: GGUF, network: Any) -> dict[str, Tensor]:
     used = {source for key in keys for source in sources[key]}
     if surplus := sorted(set(gguf.tensors) - used - ROTARY_TENSORS):
         raise SitelensError(
-            f"{name} holds tensors that transformers' {type(network).__name__} has no place for, so that it would compute "
-            f"something else: {several(surplus)}. Load the original Hugging Face checkpoint instead"
+            f"{name} holds tensors that transformers' {type(network).__name__} has no place for, so that it would "
+            f"compute something else: {several(surplus)}. Load the original Hugging Face checkpoint instead"
         )
     state = {}
     for key, parameter in network.state_dict().items():

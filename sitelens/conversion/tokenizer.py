@@ -33,7 +33,7 @@ def gguf_tokenizer(gguf: GGUF, work: Path) -> Any:
         with quiet_transformers():
             try:
                 tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
-            except ValueError:  # which it says of architectures that it does not convert
+            except Exception:  # it reads the configuration too, and not that of every architecture
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="model.gguf")
     except Exception as error:  # transformers' readers raise what they meet
         raise SitelensError(f"{gguf.files[0]}: its tokenizer could not be rebuilt: {error}") from error
@@ -42,8 +42,8 @@ def gguf_tokenizer(gguf: GGUF, work: Path) -> Any:
     prefix = gguf.values.get("tokenizer.ggml.add_space_prefix")
     if prefix is not None and tokenizer.tokenize("a")[0].startswith(("▁", "Ġ")) != prefix:
         raise SitelensError(
-            f"{gguf.files[0]}: its metadata tokenizer.ggml.add_space_prefix = {prefix} is not what transformers makes of "
-            "its tokenizer. Load the original Hugging Face checkpoint instead"
+            f"{gguf.files[0]}: its metadata tokenizer.ggml.add_space_prefix = {prefix} is not what transformers makes "
+            "of its tokenizer. Load the original Hugging Face checkpoint instead"
         )
     return tokenizer
 
@@ -64,9 +64,9 @@ def _warn_of_cutting(gguf: GGUF) -> None:
     rule = gguf.values.get("tokenizer.ggml.pre", "default")
     if gguf.values.get("tokenizer.ggml.model") == "gpt2" and rule not in GPT2_LIKE | set(GGUF_PRE_TOKENIZER_SPLITS):
         warnings.warn(
-            f"{gguf.files[0]}: its texts are cut by the rule {rule!r} (tokenizer.ggml.pre), which transformers does not "
-            "know: it cuts them as GPT-2 does, and some texts may have other tokens. Set model.tokenizer to the original "
-            "model's tokenizer", SitelensWarning, stacklevel=2,
+            f"{gguf.files[0]}: its texts are cut by the rule {rule!r} (tokenizer.ggml.pre), which transformers does "
+            "not know: it cuts them as GPT-2 does, and some texts may have other tokens. Set model.tokenizer to the "
+            "original model's tokenizer", SitelensWarning, stacklevel=2,
         )  # fmt: skip
 
 
