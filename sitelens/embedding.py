@@ -140,5 +140,5 @@ def embedding_prompts(task: Task, tokenizer: Any, n_prompts: int, n_shots: int, 
     prompts = []
     for i in range(n_prompts):
         *demonstrations, query = draw_demonstrations(task, n_shots + 1, None, seed, "embedding", i)
-        prompts.append(few_shot_prompt(task.template, demonstrations, query, tokenizer))
+        prompts.append(few_shot_prompt(task, demonstrations, query, tokenizer))
     return prompts

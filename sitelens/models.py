@@ -5,7 +5,6 @@ All that differs from model to model (where weights come from, whose tokenizer i
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import warnings
@@ -17,17 +16,16 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module, detect_tokenizer_bos_eos
 
-from sitelens.catalogue import PAPER, how_to_get
-from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder
+from sitelens.catalogue import how_to_get
+from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder, quiet_transformers
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.fingerprints import fingerprint, text_config
-from sitelens.loading import load_network, quiet_transformers
 from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
+from sitelens.sources import DEFAULT_MODEL, check_device, hub_id
 from sitelens.store import digest
+from sitelens.tokenizers import HABITS, added, condition, differences, without_added_bos
 
 Model = TransformerBridge
-
-DEFAULT_MODEL = "smollm2-135m"
 
 
 def load_model(
@@ -37,18 +35,21 @@ def load_model(
     device: Any = None,
     device_map: Any = None,
     quantize: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Model:
     """A model with frozen weights and TransformerLens hook points.
 
-    `name` is a packaged model (default: "smollm2-135m"), a hub id, a local folder, a .gguf file, or a
-    TransformerBridge, which is returned as it is. `dtype` defaults to float32 for GGUF weights and to the
-    checkpoint's own otherwise; `device` to a GPU where there is one. `device_map` ("auto", or as transformers takes it)
-    spreads the layers over several devices. `quantize="nf4"` loads 4-bit weights as the paper does for its large models
-    (bitsandbytes, NF4, double quantisation, computing in bfloat16 or in `dtype`).
+    `name` is a packaged model (default: "smollm2-135m"), a hub id, a name that TransformerLens knows ("gpt2",
+    "pythia-70m"), a local folder, a .gguf file, or a TransformerBridge, which is returned as it is. `dtype` defaults to
+    float32 for GGUF weights and to the checkpoint's own otherwise; `device` to a GPU where there is one. `device_map`
+    ("auto", or as transformers takes it) spreads the layers over several devices. `quantize="nf4"` loads 4-bit weights
+    as the paper does for its large models (bitsandbytes, NF4, double quantisation, computing in bfloat16 or in
+    `dtype`). Python code that a model brings along is run with `trust_remote_code` only, and a warning says so.
 
     Raises:
         SitelensError: for an unknown model (with the nearest names), weights that cannot be had (with the command that
-            gets them), a quantisation that is not to be trusted, or both `device` and `device_map`.
+            gets them), a model that brings code, a device that is not there, a quantisation that is not to be trusted,
+            or both `device` and `device_map`.
     """
     if isinstance(name, TransformerBridge):
         return name
@@ -60,6 +61,7 @@ def load_model(
         if not isinstance(found, torch.dtype):
             raise SitelensError(f"unknown dtype {dtype!r}; write for example 'float32' or 'bfloat16'")
         dtype = found
+    check_device(device, device_map)
     packed = None
     if quantize is not None:
         check_quantization(quantize)
@@ -71,21 +73,19 @@ def load_model(
         folder, dtype = gguf_folder(Path(name).expanduser()), dtype or torch.float32
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder = name  # a hub id
     else:
-        known = [*PACKAGED, *PAPER]
-        near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.4) or list(PACKAGED)
-        raise SitelensError(
-            f"unknown model {name!r}: did you mean {' or '.join(near)}? "
-            "Otherwise give a hub id (owner/name), a folder, or a .gguf file that exists"
-        )
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        folder = name = hub_id(name)
+    place = device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if packed is not None and device_map is None:
         device_map = {"": place}  # packed while it is loaded, where it is to lie
-    return _boot(
-        folder, name, {"dtype": dtype or "auto", "device_map": device_map, "quantization_config": packed}, place
-    )
+    if trust_remote_code:
+        warnings.warn(f"Python code that comes with the model {name} is run, if it brings any (trust_remote_code)",
+                      SitelensWarning, stacklevel=2)  # fmt: skip
+    options = {
+        "dtype": dtype or "auto", "device_map": device_map, "quantization_config": packed,
+        "trust_remote_code": bool(trust_remote_code),
+    }  # fmt: skip
+    return _boot(folder, name, options, place)
 
 
 @functools.cache
@@ -106,26 +106,11 @@ def resolve_model(model: str | Path | Model | None) -> Model:
         return load_model(model)
     if z_hook(0) not in model.hook_dict:
         raise SitelensError(f"{model_name(model)} has no hook point {z_hook(0)}: its heads cannot be patched")
-    _check_heads(model)
     if getattr(model.original_model, "is_loaded_in_8bit", False):
         raise SitelensError(f"{model_name(model)}: {NO_8BIT}")
     if model.original_model.training:
         raise SitelensError(f"{model_name(model)} is in training mode, where dropout is random: call model.eval()")
     return model
-
-
-def _check_heads(model: Model) -> None:
-    """Raise SitelensError if the output projections read anything but n_heads vectors of d_head numbers."""
-    _, heads, d_head = head_shape(model)
-    blocks: Any = model.blocks
-    for layer, block in enumerate(blocks):
-        projection = getattr(getattr(block, "attn", None), "o", None)
-        width = getattr(getattr(projection, "original_component", None), "in_features", heads * d_head)
-        if width != heads * d_head:
-            raise SitelensError(
-                f"{model_name(model)}: the output projection of layer {layer} reads {width} numbers, which "
-                f"TransformerLens does not show as {heads} heads of {d_head}: its heads cannot be patched"
-            )
 
 
 def z_hook(layer: int) -> str:
@@ -158,15 +143,18 @@ def model_dtype(model: Model) -> torch.dtype:
     return next(p.dtype for p in model.original_model.parameters() if p.is_floating_point())
 
 
-# model -> the tokenizer it was given, and the one to be used
+# model -> the tokenizer it was given, and the one to be used; where they differ, what the former was like then
 _tokenizers: weakref.WeakKeyDictionary[Model, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+_states: weakref.WeakKeyDictionary[Model, str] = weakref.WeakKeyDictionary()
 
 
 def own_tokenizer(model: Model) -> Any:
-    """The model's tokenizer with its own habit of special tokens.
+    """The bridge's tokenizer, with the habit of a BOS token that its files give it.
 
-    TransformerLens reloads a tokenizer so that it adds a BOS token whether or not the model was trained with one;
-    for a bridge that was not made by `load_model` the tokenizer is therefore loaded once more as it is.
+    TransformerLens reloads a tokenizer so that it adds a BOS token whether or not the model was trained with one. So
+    where a bridge's tokenizer adds one, its files are loaded once more, and if they add none, a copy of the tokenizer
+    that adds none is used. All else is the bridge's own: vocabulary, special tokens, chat template. What differs from
+    the files is said once. A tokenizer without files is used as it is.
 
     Raises:
         SitelensError: if the bridge has no tokenizer.
@@ -174,18 +162,46 @@ def own_tokenizer(model: Model) -> Any:
     given = model.tokenizer
     if given is None:
         raise SitelensError(f"{model_name(model)} has no tokenizer: set model.tokenizer")
-    if model not in _tokenizers or _tokenizers[model][0] is not given:
-        own = given
-        if Path(str(given.name_or_path)).is_dir() or str(given.name_or_path).count("/") == 1:
-            from transformers import AutoTokenizer
-
-            try:
-                own = AutoTokenizer.from_pretrained(given.name_or_path, local_files_only=True)
-            except (OSError, ValueError):
-                warnings.warn(f"the tokenizer of {model_name(model)} could not be loaded anew: it is used as it is, "
-                              "which may add a BOS token", SitelensWarning, stacklevel=2)  # fmt: skip
+    known = _tokenizers.get(model)
+    if known is not None and known[0] is given and (known[1] is given or model not in _states):
+        return known[1]
+    state = condition(given)
+    if known is None or known[0] is not given or _states[model] != state:
+        own = _as_in_files(given, model_name(model))
         _tokenizers[model] = given, own
+        if own is not given:
+            _states[model] = state
     return _tokenizers[model][1]
+
+
+def _as_in_files(given: Any, name: str) -> Any:
+    """A bridge's tokenizer with the BOS habit of its files; warns of what else differs, and of files not found."""
+    place = str(getattr(given, "name_or_path", "") or "")
+    if not place:
+        return given
+    from transformers import AutoTokenizer
+
+    before, _ = added(given)
+    try:
+        files = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the tokenizer's class raises
+        if before:
+            warnings.warn(
+                f"the tokenizer of {name} could not be loaded anew from {place} ({_first_line(error)}): it is used as "
+                "it is, which may add a BOS token that the model does not know", SitelensWarning, stacklevel=3,
+            )  # fmt: skip
+        return given
+    notes = []
+    own = given
+    if before and before != added(files)[0]:
+        own = without_added_bos(given, files)
+        notes.append(f"it begins each text with {given.decode(before)!r}, which they do not: sitelens leaves that out")
+    if more := differences(given, files):
+        notes.append(f"its {', '.join(more)} {'is' if len(more) == 1 else 'are'} not theirs: the bridge's own counts")
+    if notes:
+        warnings.warn(f"the tokenizer of the bridge {name} differs from its files ({place}): {'; '.join(notes)}",
+                      SitelensWarning, stacklevel=3)  # fmt: skip
+    return own
 
 
 # model -> a tokenizer of it, its size, and a digest of its rules
@@ -207,7 +223,7 @@ def tokenization(model: Model) -> str:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     steps = [getattr(backend, step, None) for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
     quick = [None if step is None else hashlib.sha256(step.__getstate__()).hexdigest() for step in steps]
-    habits = [str(getattr(tokenizer, name, None)) for name in ("add_bos_token", "add_eos_token", "chat_template")]
+    habits = [str(getattr(tokenizer, name, None)) for name in HABITS]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return digest([type(tokenizer).__name__, known[2], quick, special, habits])[:32]
 
@@ -246,12 +262,15 @@ def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Mo
 
 
 def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -> Model:
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            network = load_network(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options, output_loading_info=True)
+            network, found = loaded
+            if found["missing_keys"]:
+                raise ValueError(f"it has no weights {', '.join(sorted(found['missing_keys'])[:3])}, ...")
             if options["device_map"] is None:
                 network = network.to(device)
             network.eval()
@@ -265,7 +284,12 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
             device=str(network.get_input_embeddings().weight.device),
         )  # fmt: skip
     except Exception as error:  # each library below us raises its own kinds for what is no model
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
+        if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
+            raise SitelensError(
+                f"the model {name!r} brings Python code of its own, which sitelens does not run: {reason} (read that "
+                "code and, if you trust it, give load_model(..., trust_remote_code=True) or --trust-remote-code)"
+            ) from error
         command = (
             f"get it with `{how_to_get(name)}`" if folder == name else "is it a folder of a causal language model?"
         )
@@ -282,3 +306,7 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
     cfg.default_prepend_bos = cfg.tokenizer_prepends_bos
     _tokenizers[model] = model.tokenizer, tokenizer
     return resolve_model(model)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,7 +1,8 @@
 """Prompts: the template, few-shot prompts, the answer's tokens, and batches of them.
 
 The default template is the paper's: `Q: {input}\\nA: {output}\\n\\n` for each demonstration, then `Q: {input}\\nA:`.
-The space before the answer belongs to the answer, and an all-digit answer gets none.
+The space before the answer belongs to the answer, and an all-digit answer gets none. The template "chat" is the
+tokenizer's chat template (`sitelens.chat`).
 """
 
 from __future__ import annotations
@@ -17,19 +18,27 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from sitelens.chat import chat_prompt
 from sitelens.defaults import SitelensError, SitelensWarning
-from sitelens.tasks import Example, Task, check_template
+from sitelens.tasks import Arguments, Example, Task, check_template
+from sitelens.tasks.templates import running_together
+from sitelens.tokenizers import continuation, encode
 
 Role = Literal["template", "demonstration input", "demonstration answer", "query"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text up to where the answer begins, and every accepted answer as it would continue that text."""
+    """The text up to where the answer begins, and every accepted answer as it would continue that text.
+
+    special_tokens: whether the tokenizer is to add its own (a chat template writes them itself).
+    note: what is unusual about how it was written; `tokenize` warns of it.
+    """
 
     text: str
     answers: tuple[str, ...]
-    special_tokens: bool = True  # whether the tokenizer is to add its own (a chat template writes them itself)
+    special_tokens: bool = True
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,39 +77,40 @@ class PromptBatch:
         )  # fmt: skip
 
 
-def few_shot_prompt(template: str, demonstrations: Sequence[Example], query: Example, tokenizer: Any) -> Prompt:
+def few_shot_prompt(template: str | Task, demonstrations: Sequence[Example], query: Example, tokenizer: Any) -> Prompt:
     """The prompt that shows `demonstrations` and asks `query`; none of the former is a zero-shot prompt.
 
+    Of a task the template, the instruction and the template arguments are used.
+
     Raises:
-        SitelensError: if the template is "chat" and the tokenizer has no chat template.
+        SitelensError: if the template is "chat" and the tokenizer has no chat template, or one that fails.
     """
-    if template == "chat":
-        turns = []
-        for example in demonstrations:
-            turns += [{"role": "user", "content": example.input}, {"role": "assistant", "content": example.output}]
-        turns.append({"role": "user", "content": query.input})
-        if not getattr(tokenizer, "chat_template", None):
-            raise SitelensError("the template 'chat' needs a tokenizer with a chat template; this model's has none")
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return Prompt(text, query.answers, special_tokens=False)
+    form, instruction, arguments = _form(template)
+    if form == "chat":
+        chat = chat_prompt(demonstrations, query, tokenizer, instruction, arguments)
+        return Prompt(chat.text, chat.answers, special_tokens=False, note=chat.note)
     parts = prompt_parts(template, demonstrations, query)
-    head = template.split("{output}")[0]
+    head = form.split("{output}")[0]
     answers = tuple(_answer(text, spaced=head.endswith(" ")) for text in query.answers)
-    return Prompt("".join(text for _, text in parts), answers)
+    note = running_together(form) if demonstrations else ""
+    return Prompt("".join(text for _, text in parts), answers, note=note)
 
 
-def prompt_parts(template: str, demonstrations: Sequence[Example], query: Example) -> list[tuple[Role, str]]:
+def prompt_parts(template: str | Task, demonstrations: Sequence[Example], query: Example) -> list[tuple[Role, str]]:
     """The pieces of a few-shot prompt in their order, and what each is; joined they are the prompt's text.
 
     Raises:
         SitelensError: for a template that cannot be used ("chat" has no pieces: its tokenizer writes it).
     """
-    if template == "chat":
+    form, instruction, _ = _form(template)
+    if form == "chat":
         raise SitelensError("a chat template's prompts are written by the tokenizer and cannot be taken apart")
-    check_template(template)
-    head, tail = template.split("{output}")
+    check_template(form)
+    head, tail = form.split("{output}")
     before, behind = head.removesuffix(" ").split("{input}")
     parts: list[tuple[Role, str]] = []
+    if instruction:
+        parts.append(("template", instruction if instruction[-1].isspace() else instruction + "\n\n"))
     for shown in demonstrations:
         answer = _answer(shown.output, spaced=head.endswith(" "))
         parts.append(("template", before))
@@ -110,6 +120,13 @@ def prompt_parts(template: str, demonstrations: Sequence[Example], query: Exampl
         parts.append(("template", tail))
     asked: list[tuple[Role, str]] = [("template", before), ("query", query.input), ("template", behind)]
     return parts + asked
+
+
+def _form(template: str | Task) -> tuple[str, str, Arguments]:
+    """Template, instruction and template arguments."""
+    if isinstance(template, Task):
+        return template.template, template.instruction, tuple(dict(template.template_arguments).items())
+    return template, "", ()
 
 
 def _answer(text: str, spaced: bool) -> str:
@@ -149,7 +166,7 @@ def few_shot_prompts(
 ) -> list[Prompt]:
     """One prompt a query, its demonstrations drawn anew, keyed by seed, task, split and the item's place there."""
     return [
-        few_shot_prompt(task.template, draw_demonstrations(task, n_shots, query, seed, split, place), query, tokenizer)
+        few_shot_prompt(task, draw_demonstrations(task, n_shots, query, seed, split, place), query, tokenizer)
         for query, place in zip(queries, places or range(len(queries)), strict=True)
     ]
 
@@ -160,14 +177,16 @@ def tokenize(
     """Tokenise prompts with the model's own tokenizer, its own habit of a beginning-of-sequence token included.
 
     The answer's first token is the one that follows the prompt when both are tokenised together. Where they
-    merge across the boundary, it is the first token of the answer on its own, and a warning says how often.
+    merge across the boundary, it is the first token of the answer behind another text, and a warning says how often.
 
     Raises:
         SitelensError: if a prompt is empty, does not fit into `context` tokens with the `new_tokens` that are to
             follow it (the last of which is never read), or an answer has no token.
     """
     where = f"{where}: " if where else ""
-    ids = _encode([prompt.text for prompt in prompts], prompts, tokenizer)
+    ids = prompt_tokens(prompts, tokenizer)
+    for note in dict.fromkeys(prompt.note for prompt in prompts if prompt.note):
+        warnings.warn(where + note, SitelensWarning, stacklevel=2)
     for prompt, row in zip(prompts, ids, strict=True):
         if not row:
             raise SitelensError(f"{where}the prompt {prompt.text!r} has no tokens")
@@ -189,7 +208,8 @@ def tokenize(
     if merged:
         warnings.warn(
             f"{where}{len(merged)} of {len(pairs)} answers merge with the end of the prompt when tokenised together, "
-            f"for example {merged[0]!r}; their first token is that of the answer alone",
+            f"for example {merged[0]!r}; their first token is that of the answer behind a text that it does not merge "
+            "with",
             SitelensWarning, stacklevel=2,
         )  # fmt: skip
     width = max(map(len, ids), default=0)
@@ -204,13 +224,14 @@ def tokenize(
     )  # fmt: skip
 
 
-def item_sizes(items: Sequence[Example], template: str, tokenizer: Any) -> list[int]:
+def item_sizes(items: Sequence[Example], template: str | Task, tokenizer: Any) -> list[int]:
     """Tokens that each item takes in a prompt as a demonstration, and one to spare."""
     if not items:
         return []
     alone = few_shot_prompt(template, [], items[0], tokenizer)
     behind = [few_shot_prompt(template, [item], items[0], tokenizer) for item in items]
-    first, *both = map(len, _encode([alone.text, *(prompt.text for prompt in behind)], [alone], tokenizer))
+    prompts = [alone, *behind]
+    first, *both = map(len, _encode([prompt.text for prompt in prompts], prompts, tokenizer))
     return [size - first + 1 for size in both]
 
 
@@ -224,8 +245,8 @@ def within_context(task: Task, tokenizer: Any, room: int, n_shots: int) -> Task:
     everything = [item for items in splits.values() for item in items]
     if not everything:
         return task
-    sizes = item_sizes(everything, task.template, tokenizer)
-    alone = few_shot_prompt(task.template, [], everything[0], tokenizer)
+    sizes = item_sizes(everything, task, tokenizer)
+    alone = few_shot_prompt(task, [], everything[0], tokenizer)
     around = max(0, len(_encode([alone.text], [alone], tokenizer)[0]) - sizes[0])  # what a chat template adds once
     limit = (room - around) // (n_shots + 1)
     kept = iter(size <= limit for size in sizes)
@@ -240,8 +261,8 @@ def within_context(task: Task, tokenizer: Any, room: int, n_shots: int) -> Task:
 def shared_first_tokens(task: Task, tokenizer: Any) -> set[str]:
     """The answers of a task whose first token is also that of another of its answers."""
     items = {item.output: item for split in (task.train, task.valid, task.test) for item in split}
-    prompts = [few_shot_prompt(task.template, [], item, tokenizer) for item in items.values()]
-    ids = _encode([prompt.text for prompt in prompts], prompts, tokenizer)
+    prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items.values()]
+    ids = prompt_tokens(prompts, tokenizer)
     pairs = [(i, prompt.answers[0]) for i, prompt in enumerate(prompts)]
     by_token: dict[int, list[str]] = {}
     for output, (tokens, _) in zip(items, answer_tokens(prompts, ids, pairs, tokenizer), strict=True):
@@ -249,33 +270,42 @@ def shared_first_tokens(task: Task, tokenizer: Any) -> set[str]:
     return {output for outputs in by_token.values() if len(outputs) > 1 for output in outputs}
 
 
+def prompt_tokens(prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
+    """The tokens of each prompt, as they are before an answer.
+
+    Many tokenizers write white space at the end of a text otherwise than before a word: "\\n\\n" as one token, but
+    "\\n", "\\n" and "a". Prompts that an answer follows have the latter.
+    """
+    ids = _encode([prompt.text for prompt in prompts], prompts, tokenizer)
+    open_ended = [i for i, prompt in enumerate(prompts) if prompt.answers and prompt.text[-1:].isspace()]
+    if open_ended:
+        letter = continuation("a", tokenizer)
+        some = [prompts[i] for i in open_ended]
+        for i, row in zip(open_ended, _encode([prompt.text + "a" for prompt in some], some, tokenizer), strict=True):
+            if row[-len(letter) :] == letter and len(row) > len(letter):
+                ids[i] = row[: -len(letter)]
+    return ids
+
+
 def answer_tokens(
     prompts: Sequence[Prompt], ids: Sequence[list[int]], pairs: Sequence[tuple[int, str]], tokenizer: Any
 ) -> Iterator[tuple[list[int], bool]]:
     """The tokens of each answer behind its prompt, for pairs of a prompt's place and an answer.
 
-    Tokenised together with the prompt, whose own tokens are `ids`; on its own, and the second is true, where the two
-    merge.
+    Tokenised together with the prompt, whose own tokens are `ids`; behind another text, and the second is true, where
+    the two merge.
     """
     together = _encode([prompts[i].text + answer for i, answer in pairs], [prompts[i] for i, _ in pairs], tokenizer)
     for (i, answer), row in zip(pairs, together, strict=True):
         apart = row[: len(ids[i])] != ids[i]
-        yield (tokenizer(answer, add_special_tokens=False)["input_ids"] if apart else row[len(ids[i]) :]), apart
+        yield (continuation(answer, tokenizer) if apart else row[len(ids[i]) :]), apart
 
 
-def _encode(texts: list[str], prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
-    if not texts:
-        return []
-    special = prompts[0].special_tokens
-    ids = tokenizer(texts, add_special_tokens=special)["input_ids"]
-    # A prompt goes on: an end-of-sequence token that the tokenizer appends to every text is no part of it.
-    if special and (appended := _appended(tokenizer)):
-        ids = [row[: len(row) - appended] for row in ids]
-    return ids
-
-
-def _appended(tokenizer: Any) -> int:
-    """How many special tokens the tokenizer puts behind a text."""
-    ids, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    start = next(i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
-    return len(ids) - start - len(plain)
+def _encode(texts: Sequence[str], prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
+    """The tokens of texts that begin as these prompts do, whose special tokens they have."""
+    found: list[list[int]] = [[] for _ in texts]
+    for special in (True, False):
+        places = [i for i, prompt in enumerate(prompts) if prompt.special_tokens is special]
+        for place, row in zip(places, encode([texts[i] for i in places], tokenizer, special), strict=True):
+            found[place] = row
+    return found

@@ -7,7 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sitelens.fingerprints import fingerprint
 from sitelens.models import DEFAULT_MODEL, Model, head_shape, load_model, resolve_model
 from sitelens.provenance import provenance
 from sitelens.summary import ECHO, markdown_table, summarize
-from sitelens.tasks import Task, load_tasks
+from sitelens.tasks import Task, load_tasks, rewritten
 from sitelens.training import TrainResult, train_selections
 
 RANDOM = "random"
@@ -35,7 +35,7 @@ class RunConfig:
     """All that decides a run's numbers but the weights.
 
     tasks, model: names (a task may be a file).
-    template: instead of the tasks' own, a text with {input} and {output}, or "chat".
+    template, instruction, template_arguments: instead of the tasks' own, as fields of `Task`.
     n_prompts, n_shots: of the embedding; n_shots is also that of the few-shot condition.
     k: heads in the high-alpha, low-alpha and random conditions (None: a quarter of the model's heads).
     draws: random selections of k heads. n_items: test items a task (None: all). seed: of everything but training.
@@ -44,6 +44,8 @@ class RunConfig:
     tasks: tuple[str, ...]
     model: str = DEFAULT_MODEL
     template: str | None = None
+    instruction: str | None = None
+    template_arguments: Any = None
     n_prompts: int = 50
     n_shots: int = 10
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -197,8 +199,7 @@ def run(config: RunConfig, model: Model | str | None = None, **options: Any) -> 
     """
     clock = _Clock()
     tasks = load_tasks(config.tasks)
-    if config.template is not None:
-        tasks = [replace(task, template=config.template) for task in tasks]
+    tasks = [rewritten(task, config.template, config.instruction, config.template_arguments) for task in tasks]
     model = resolve_model(model) if model is not None else load_model(config.model)
     layers, heads, _ = head_shape(model)
     if config.k is not None and config.k > layers * heads:

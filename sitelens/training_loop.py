@@ -238,7 +238,7 @@ def _owners(runs: Sequence[Run], counts: Sequence[int]) -> tuple[Tensor, Tensor,
 def _zero_shot(items: Sequence[tuple[int, int]], split: str, tasks: Sequence[Task], model: Model) -> PromptBatch:
     tokenizer = own_tokenizer(model)
     chosen = [(tasks[task], tasks[task].split(split)[item]) for task, item in items]
-    prompts = [few_shot_prompt(task.template, [], example, tokenizer) for task, example in chosen]
+    prompts = [few_shot_prompt(task, [], example, tokenizer) for task, example in chosen]
     names = ", ".join(dict.fromkeys(task.name for task, _ in chosen))
     return tokenize(prompts, tokenizer, context_length(model), f"{split} items of {names}")
 

@@ -17,7 +17,7 @@ import sitelens
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sitelens"
-BRIDGED = {"fingerprints", "models", "network", "forward", "heads", "methods"}  # may import transformer_lens
+BRIDGED = {"fingerprints", "sources", "models", "network", "forward", "heads", "methods"}  # may import transformer_lens
 LONGEST = 320  # lines
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FOLDERS = re.compile(r"(?<![\w.~-])/(?:home|tmp|root|Users|work|mnt|scratch)/")  # of somebody's machine

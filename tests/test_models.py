@@ -1,12 +1,20 @@
-"""Models: fingerprints, tokenizers, what can be loaded, and what is refused."""
+"""Models: fingerprints, tokenizers, what can be loaded, what is refused, and the conversion of GGUF files."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
+import hashlib
+import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
+import threading
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +25,8 @@ import transformers
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from sitelens import fingerprints, models
+from sitelens import conversion, fingerprints, list_models, models
+from sitelens.conversion import PACKAGED, PackagedModel, packaged_folder
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.embedding import embed_task
 from sitelens.fingerprints import fingerprint
@@ -40,6 +49,33 @@ def bare_bridge(tokenizer: Any = None) -> models.Model:
     bridge = build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name="bare")
     bridge.tokenizer = tokenizer
     return bridge
+
+
+def hub_with(home: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> Path:
+    """A hub cache in which a tiny GPT-2 lies under each of these names."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    for name in names:
+        snapshot = home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / "abc"
+        saved(snapshot, "GPT2")
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    return home / "hub"
+
+
+def with_code(folder: Path, mark: Path) -> None:
+    """Let a model folder bring Python code for its configuration, model and tokenizer that leaves a mark when run."""
+    code = f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig as Own, LlamaForCausalLM as Net\n"
+    (folder / "own.py").write_text(code)
+    for name, auto in (
+        ("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Net"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Tok", "own.Tok"]}),
+    ):
+        content = json.loads((folder / name).read_text())
+        content["auto_map"] = auto
+        content |= {"model_type": "unheard-of"} if name == "config.json" else {"tokenizer_class": "Unheard"}
+        (folder / name).write_text(json.dumps(content))
 
 
 def files(folder: Path) -> list[str]:
@@ -184,20 +220,77 @@ def test_weights_made_in_inference_mode_have_their_fingerprint():
 def test_the_tokenizer_of_a_loaded_model_keeps_its_habit_of_bos(tmp_path: Path, bos: bool):
     folder = saved(tmp_path / "model", bos=bos)
     theirs = TransformerBridge.boot_transformers(str(folder))
-    for bridge in (load_model(folder), theirs):
+    assert theirs.tokenizer("ab")["input_ids"][0] == 1  # TransformerLens adds one in any case
+    with contextlib.nullcontext() if bos else pytest.warns(SitelensWarning, match="begins each text with '<bos>'"):
+        own_tokenizer(theirs)
+    for bridge in (load_model(folder), theirs):  # said once
         assert own_tokenizer(bridge)("ab")["input_ids"] == [1] * bos + micro.tokenizer()("ab")["input_ids"]
     assert load_model(folder).cfg.default_prepend_bos is bos
+    assert theirs.tokenizer("ab")["input_ids"][0] == 1  # and the user's own is left as it was
 
 
-def test_the_tokenizer_is_loaded_once(tmp_path: Path):
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_a_bridge_booted_by_a_hub_id_of_any_form_keeps_the_model_s_habit_of_bos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    hub = hub_with(tmp_path, monkeypatch, name)
+    bridge = TransformerBridge.boot_transformers(name, device="cpu")
+    assert bridge.tokenizer.name_or_path == name and bridge.tokenizer("ab")["input_ids"][0] == 1
+    with pytest.warns(SitelensWarning, match=f"tokenizer of the bridge {name} differs from its files"):
+        assert own_tokenizer(bridge)("ab")["input_ids"] == micro.tokenizer()("ab")["input_ids"]
+    assert hub.is_dir()
+
+
+def test_what_a_user_edits_in_her_bridge_s_tokenizer_counts_and_is_said(tmp_path: Path):
     bridge = TransformerBridge.boot_transformers(str(saved(tmp_path / "model")))
-    assert own_tokenizer(bridge) is own_tokenizer(bridge)
+    bridge.tokenizer.add_tokens(["[ANS]"])
+    bridge.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    bridge.tokenizer.eos_token = "<unk>"
+    said = r"its 1 more tokens \('\[ANS\]'\), eos token, chat template are not theirs: the bridge's own counts"
+    with pytest.warns(SitelensWarning, match=said):
+        own = own_tokenizer(bridge)
+    assert own("ab[ANS]")["input_ids"] == [*micro.tokenizer()("ab")["input_ids"], len(own) - 1]
+    assert own.chat_template == bridge.tokenizer.chat_template and own.eos_token == "<unk>"
 
 
-def test_a_tokenizer_that_lies_nowhere_is_used_with_a_warning():
+def test_what_a_user_edits_later_counts_too(tmp_path: Path):
+    bridge = TransformerBridge.boot_transformers(str(saved(tmp_path / "model")))
+    with pytest.warns(SitelensWarning, match="leaves that out"):
+        first = own_tokenizer(bridge)
+    assert own_tokenizer(bridge) is first
+    bridge.tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.warns(SitelensWarning, match="chat template is not theirs"):
+        assert own_tokenizer(bridge).chat_template == "{{ messages[0].content }}"
+
+
+def test_a_bos_that_the_user_takes_away_stays_away(tmp_path: Path):
+    bridge = TransformerBridge.boot_transformers(str(saved(tmp_path / "model", bos=True)))
+    bridge.tokenizer.add_bos_token = False
+    assert own_tokenizer(bridge) is bridge.tokenizer
+    assert own_tokenizer(bridge)("ab")["input_ids"] == micro.tokenizer()("ab")["input_ids"]
+
+
+def test_a_tokenizer_without_files_is_used_as_it_is():
     tokenizer = micro.tokenizer()
-    with pytest.warns(SitelensWarning, match="tokenizer of bare could not be loaded anew"):
-        assert own_tokenizer(bare_bridge(tokenizer)) is tokenizer
+    assert own_tokenizer(bare_bridge(tokenizer)) is tokenizer
+
+
+def test_a_tokenizer_whose_files_are_gone_is_used_as_it_is_with_a_warning(tmp_path: Path):
+    folder = saved(tmp_path / "model")
+    bridge = TransformerBridge.boot_transformers(str(folder))
+    shutil.rmtree(folder)
+    with pytest.warns(SitelensWarning, match="could not be loaded anew from .*may add a BOS token"):
+        assert own_tokenizer(bridge) is bridge.tokenizer
+
+
+def test_code_beside_a_tokenizer_is_not_run_when_it_is_loaded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = saved(tmp_path / "model")
+    bridge = TransformerBridge.boot_transformers(str(folder))
+    with_code(folder, tmp_path / "mark")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.warns(SitelensWarning):
+        own_tokenizer(bridge)
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_model_without_tokenizer_is_refused_until_it_has_one(tmp_path: Path):
@@ -215,7 +308,8 @@ def test_a_tokenizer_set_later_is_the_one_used(tmp_path: Path):
     larger.add_tokens(["zzz"])
     larger.save_pretrained(tmp_path / "larger")
     bridge.tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "larger")
-    assert len(own_tokenizer(bridge)) == before + 1
+    with pytest.warns(SitelensWarning, match="begins each text with"):
+        assert len(own_tokenizer(bridge)) == before + 1
 
 
 # Loading
@@ -393,3 +487,307 @@ def test_another_model_of_the_same_shape_is_refused():
     made, here = fingerprint(other)[:12], fingerprint(bridge)[:12]
     with pytest.raises(SitelensError, match=rf"embedding was made with another model .*{made}.*{here}.*model=None"):
         check_fit("the embedding", fingerprint(other), (2, 4), bridge)
+
+
+# GGUF files
+
+
+@pytest.mark.parametrize("name", ["nowhere.gguf", "~/nowhere.gguf"])
+def test_a_gguf_file_that_is_not_there_is_named(name: str):
+    with pytest.raises(SitelensError, match=r"there is no file .*nowhere\.gguf"):
+        load_model(name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no GGUF at all" * 9,
+        b"GGUF" + bytes(200),
+        b"GGUF\3\0\0\0" + bytes(16),
+        b"GGUF\3\0\0\0" + b"\xff" * 16,
+        b"GGUF\3\0\0\0" + bytes(8) + b"\1" + bytes(7) + b"\5" + bytes(7) + b"cut",
+    ],
+    ids=["empty", "text", "version 0", "nothing in it", "absurd sizes", "cut"],
+)
+def test_a_gguf_file_that_cannot_be_read_is_named_and_leaves_nothing(tmp_path: Path, own_cache: Path, content: bytes):
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(SitelensError, match=r"bad\.gguf could not be read as a GGUF language model"):
+        load_model(tmp_path / "bad.gguf")
+    assert [name for name in files(own_cache / "models") if not name.endswith(".lock")] == []
+
+
+class Reader:
+    """Stands in for transformers' reading of GGUF files: all of them hold the micro model. Counts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        self.read: list[str] = []
+        self.cache = cache / "models"
+        self.seconds = 0.0
+        self._divert(monkeypatch, transformers.AutoModelForCausalLM, lambda: micro.raw("Llama"))
+        self._divert(monkeypatch, transformers.AutoTokenizer, micro.tokenizer)
+
+    def _divert(self, monkeypatch: pytest.MonkeyPatch, auto: Any, make: Callable[[], Any]) -> None:
+        real = auto.from_pretrained
+
+        def from_pretrained(*arguments: Any, **options: Any) -> Any:
+            if "gguf_file" not in options:
+                return real(*arguments, **options)
+            if auto is transformers.AutoModelForCausalLM:
+                self.read.append(options["gguf_file"])
+                time.sleep(self.seconds)
+            return make()
+
+        monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
+
+    def folders(self) -> list[Path]:
+        return [path for path in self.cache.iterdir() if not path.name.endswith(".lock")]
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> Reader:
+    return Reader(monkeypatch, own_cache)
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(b"a model")
+    return path
+
+
+def test_a_gguf_file_is_converted_once_and_loads_as_it_was(reader: Reader, gguf: Path, tmp_path: Path):
+    same = tmp_path / "copy.gguf"
+    shutil.copy(gguf, same)
+    for path in (gguf, gguf, same):
+        bridge = load_model(path)
+        assert fingerprint(bridge) == fingerprint(micro.bridge("Llama"))
+        assert own_tokenizer(bridge)("ab") == micro.tokenizer()("ab")
+    assert reader.read == ["tiny.gguf"]
+    assert [folder.name for folder in reader.folders()] == [f"gguf-{hashlib.sha256(b'a model').hexdigest()[:16]}"]
+
+
+def test_another_gguf_file_is_converted_for_itself(reader: Reader, gguf: Path):
+    load_model(gguf)
+    gguf.write_bytes(b"another model")
+    load_model(gguf)
+    assert len(reader.read) == len(reader.folders()) == 2
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def manifest(text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "sitelens.json").write_text(text)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "changed weights": lambda folder: flip(folder / "model.safetensors"),
+    "changed config": lambda folder: flip(folder / "config.json"),
+    "cut weights": cut_weights,
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "no manifest": lambda folder: (folder / "sitelens.json").unlink(),
+    "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
+    **{
+        f"manifest {text!r}": manifest(text)
+        for text in ("", "{", "{}", "[]", "null", '{"files": {}}', '{"files": []}', '{"files": {"config.json": 1}}')
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_conversion_is_noticed_and_made_anew(reader: Reader, gguf: Path, damage: Callable[[Path], Any]):
+    folder = conversion.gguf_folder(gguf)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damage(folder)
+    with pytest.warns(SitelensWarning, match=f"{folder.name} is damaged; the model is .*converted anew"):
+        assert conversion.gguf_folder(gguf) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert conversion.gguf_folder(gguf) == folder  # no warning
+    assert len(reader.read) == 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_conversion_leaves_nothing(
+    reader: Reader, gguf: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+):
+    def interrupted(_: Any, folder: Path, **__: Any) -> None:
+        (Path(folder) / "vocab.json").write_text("half")
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(transformers.PreTrainedTokenizerFast, "save_pretrained", interrupted)
+        with pytest.raises(error):
+            load_model(gguf)
+    assert reader.folders() == []
+    load_model(gguf)  # no warning
+    assert len(reader.read) == 2
+
+
+def test_threads_that_load_at_once_convert_once(reader: Reader, gguf: Path):
+    reader.seconds = 0.2
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(conversion.gguf_folder(gguf))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reader.read) == 1 and found == reader.folders() * 4
+
+
+# Packaged models
+
+PARTS = (b"first half of a model, ", b"second half")
+TINY = PackagedModel(
+    parts=(("sitelens-tiny-a==1.0", "sitelens_tiny_a", "d/a"), ("sitelens-tiny-b==1.0", "sitelens_tiny_b", "d/b")),
+    sha256=hashlib.sha256(b"".join(PARTS)).hexdigest(),
+    layers=2, heads=4, kv_heads=1, d_head=8, parameters=1, licence="MIT",
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, reader: Reader) -> Reader:
+    """A packaged model of two parts, neither installed."""
+    monkeypatch.setitem(PACKAGED, "tiny", TINY)
+    return reader
+
+
+def install(folder: Path, parts: tuple[bytes, ...] = PARTS) -> None:
+    for (_, module, file), content in zip(TINY.parts, parts, strict=True):
+        path = folder / module / file
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        (folder / module / "__init__.py").touch()
+
+
+def write_wheels(folder: Path, parts: tuple[bytes, ...] = PARTS) -> None:
+    folder.mkdir(exist_ok=True)
+    for (requirement, module, file), content in zip(TINY.parts, parts, strict=True):
+        name = requirement.partition("=")[0].replace("-", "_")
+        info = f"{name}-1.0.dist-info"
+        with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{module}/__init__.py", "")
+            wheel.writestr(f"{module}/{file}", content)
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+
+
+class Pip:
+    """Stands in for pip: hands out wheels from a folder, or fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, wheels: Path | None = None, error: str = "") -> None:
+        self.asked: list[str] = []
+        self._wheels, self._error = wheels, error
+        monkeypatch.setattr(subprocess, "run", self._run)
+        if importlib.util.find_spec("pip") is None:
+            real = importlib.util.find_spec
+            found = importlib.util.find_spec("json")
+            monkeypatch.setattr(importlib.util, "find_spec", lambda name: found if name == "pip" else real(name))
+
+    def _run(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[1:4] == ["-m", "pip", "download"] and "--no-deps" in command
+        requirement, target = command[-1], Path(command[command.index("--dest") + 1])
+        self.asked.append(requirement)
+        if self._wheels is not None and not self._error:
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(next(self._wheels.glob(f"{requirement.partition('=')[0].replace('-', '_')}-*.whl")), target)
+        return subprocess.CompletedProcess(command, 1 if self._error else 0, "", self._error)
+
+
+def test_installed_packages_are_joined_in_order(tiny: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pip = Pip(monkeypatch)
+    install(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    assert fingerprint(load_model("tiny")) == fingerprint(micro.bridge("Llama"))
+    assert packaged_folder("tiny") in tiny.folders()
+    assert tiny.read == ["tiny.gguf"] and pip.asked == []
+
+
+def test_packages_that_are_not_installed_are_downloaded_once(
+    tiny: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_wheels(tmp_path / "wheels")
+    pip = Pip(monkeypatch, tmp_path / "wheels")
+    for _ in range(2):
+        assert packaged_folder("tiny") in tiny.folders()
+    assert pip.asked == ["sitelens-tiny-a==1.0", "sitelens-tiny-b==1.0"]
+    assert len(tiny.folders()) == 1  # wheels and parts are gone
+
+
+def test_pip_itself_finds_the_wheels(tiny: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("there is no pip here")
+    write_wheels(tmp_path / "wheels")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    assert packaged_folder("tiny") in tiny.folders()
+
+
+def test_an_installed_package_of_another_version_is_not_used(
+    tiny: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    install(tmp_path / "site", (PARTS[0], b"another second half"))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    write_wheels(tmp_path / "wheels")
+    pip = Pip(monkeypatch, tmp_path / "wheels")
+    with pytest.warns(SitelensWarning, match="installed file of tiny is not the expected one"):
+        packaged_folder("tiny")
+    assert len(pip.asked) == 2 and tiny.read == ["tiny.gguf"]
+
+
+def test_a_download_of_another_content_is_refused_and_leaves_nothing(
+    tiny: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_wheels(tmp_path / "wheels", (PARTS[1], PARTS[0]))
+    Pip(monkeypatch, tmp_path / "wheels")
+    found = hashlib.sha256(PARTS[1] + PARTS[0]).hexdigest()
+    with pytest.raises(SitelensError, match=f"file of tiny is not the expected one: SHA-256 {found}, .*{TINY.sha256}"):
+        load_model("tiny")
+    assert tiny.folders() == [] and tiny.read == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [("ERROR: x\nERROR: No matching", "ERROR: No matching"), ("", "no wheel")]
+)
+def test_a_failing_download_gives_pip_s_reason_and_a_command(
+    tiny: Reader, monkeypatch: pytest.MonkeyPatch, error: str, reason: str
+):
+    Pip(monkeypatch, error=error)
+    with pytest.raises(
+        SitelensError, match=f"pip could not download sitelens-tiny-a==1.0: {reason}.*uv pip install .*sitelens-tiny-b"
+    ):
+        load_model("tiny")
+    assert tiny.folders() == []
+
+
+def test_without_pip_the_message_has_the_command(tiny: Reader, monkeypatch: pytest.MonkeyPatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else real(name))
+    with pytest.raises(
+        SitelensError,
+        match=r"tiny comes in .*no pip here: .*`uv pip install --no-deps sitelens-tiny-a==1\.0 sitelens-tiny-b==1\.0`",
+    ):
+        load_model("tiny")
+    assert tiny.folders() == []
+
+
+def test_list_models_says_what_is_ready(tiny: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert list_models().set_index("name")["ready"][list(PACKAGED)].to_dict() == dict.fromkeys(PACKAGED, False)
+    install(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    packaged_folder("tiny")
+    row = list_models().set_index("name").loc["tiny"]
+    assert row["ready"] and row["get"] == "pip install --no-deps sitelens-tiny-a==1.0 sitelens-tiny-b==1.0"
+    assert row[["layers", "heads", "d_head", "licence"]].tolist() == [2, 4, 8, "MIT"]
+    assert len(tiny.read) == 1
+
+
+def test_packaged_models_are_pinned():
+    for spec in PACKAGED.values():
+        assert len(spec.sha256) == 64
+        assert all("==" in requirement for requirement, _, _ in spec.parts)
+        assert dataclasses.is_dataclass(spec) and spec.licence

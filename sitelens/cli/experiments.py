@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import warnings
@@ -29,6 +30,7 @@ _NOT_RECORDED = (
     "device",
     "device_map",
     "quantize",
+    "trust_remote_code",
     "memory_budget",
     "cache",
     "data",
@@ -39,11 +41,12 @@ _NOT_RECORDED = (
 
 def run(options: argparse.Namespace) -> None:
     config = run_config(options)
-    from sitelens.tasks import load_tasks
+    from sitelens.tasks import load_tasks, rewritten
 
     with warnings.catch_warnings():  # the run itself says them
         warnings.simplefilter("ignore", SitelensWarning)
-        load_tasks(config.tasks)  # a wrong name shows before a model is loaded
+        for task in load_tasks(config.tasks):  # a wrong name or template shows before a model is loaded
+            rewritten(task, config.template, config.instruction, config.template_arguments)
     from sitelens.report import run, warn_of_another_model
 
     model = _load_model(options, config.model)
@@ -65,7 +68,7 @@ def _load_model(options: argparse.Namespace, name: str | None = None) -> Model:
 
     return load_model(
         name or options.model, dtype=options.dtype, device=options.device, device_map=options.device_map,
-        quantize=options.quantize,
+        quantize=options.quantize, trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
 
 
@@ -83,7 +86,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
     if not options.tasks:
         raise SitelensError("name at least one task; `sitelens tasks` lists them")
     return RunConfig(
-        tasks=tuple(options.tasks), template=options.template, model=options.model, n_prompts=options.n_prompts,
+        tasks=tuple(options.tasks), **_template(options), model=options.model, n_prompts=options.n_prompts,
         n_shots=options.n_shots, train=_train_config(options), k=options.k, draws=options.draws,
         n_items=options.n_items or None, metrics=tuple(dict.fromkeys(options.metrics)), seed=options.seed,
     )  # fmt: skip
@@ -103,6 +106,9 @@ def transfer(options: argparse.Namespace) -> None:
     train = _train_config(options)
     tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
     from sitelens.gallery import save_figure
+    from sitelens.tasks import rewritten
+
+    tasks = [rewritten(task, **_template(options)) for task in tasks]
     from sitelens.transfer import transfer_matrix
 
     model = _load_model(options)
@@ -129,7 +135,9 @@ def compare(options: argparse.Namespace) -> None:
     from sitelens import figures
     from sitelens.comparison import checked_methods, compare, comparison_table
     from sitelens.gallery import save_figure
+    from sitelens.tasks import rewritten
 
+    tasks = [rewritten(task, **_template(options)) for task in tasks]
     methods: Any = "all" if options.methods == ["all"] else checked_methods(options.methods)
     chosen = _settings(options)
     model = _load_model(options)
@@ -202,6 +210,21 @@ def figures(options: argparse.Namespace) -> None:
     print("\n".join(map(str, written)))
 
 
+def _template(options: argparse.Namespace) -> dict[str, Any]:
+    """Template, instruction and template arguments, None where the tasks' own stay."""
+    arguments: dict[str, Any] | None = None
+    for argument in options.template_arguments or ():
+        name, sign, value = argument.partition("=")
+        if not sign:
+            raise SitelensError(f"--template-arg takes NAME=VALUE, got {argument!r}")
+        try:
+            plain = json.loads(value)
+        except json.JSONDecodeError:
+            plain = value  # text without quotation marks
+        arguments = {**(arguments or {}), name: plain}
+    return {"template": options.template, "instruction": options.instruction, "template_arguments": arguments}
+
+
 def tasks_of(words: Sequence[str]) -> tuple[list[Task], dict[str, str]]:
     """Tasks by name, file or suite, and which of the suites' tasks cannot be had, and why."""
     from sitelens.tasks import SUITES, load_task, load_tasks, suite_names
@@ -221,8 +244,6 @@ def tasks_of(words: Sequence[str]) -> tuple[list[Task], dict[str, str]]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    import json
-
     chosen: dict[str, dict[str, Any]] = {}
     for setting in options.settings:
         key, _, value = setting.partition("=")

@@ -22,8 +22,8 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     _formats(parser, ["html"])
     add("--again", metavar="RUN.JSON", type=Path, help="make the run again that a run.json records")
     _model_options(parser)
-    _prompt_options(parser).add_argument("--template",
-        help="text with {input} and {output}, or 'chat' (default: the task's own)")  # fmt: skip
+    _prompt_options(parser)
+    template_options(parser)
     _training_options(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
@@ -45,6 +45,7 @@ def transfer_options(parser: argparse.ArgumentParser) -> None:
     add("--swap", choices=["heads", "embedding", "both"], default="heads", help="what comes from the source")
     _model_options(parser)
     _prompt_options(parser)
+    template_options(parser)
     _training_options(parser)
     _evaluation_options(parser, metric=True)
 
@@ -58,6 +59,7 @@ def compare_options(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, help="write the figure, its numbers and their origin there")
     _formats(parser, ["html"])
     _model_options(parser)
+    template_options(parser)
     _evaluation_options(parser)
 
 
@@ -108,6 +110,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device-map", help="'auto' spreads the layers over all GPUs")
     group.add_argument("--quantize", metavar="nf4", help="4-bit weights, as the paper loads its large models")
     group.add_argument("--memory-budget", metavar="SIZE", help="extra memory beside the weights (default: 2GiB)")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
 def _prompt_options(parser: argparse.ArgumentParser) -> Any:
@@ -115,6 +118,17 @@ def _prompt_options(parser: argparse.ArgumentParser) -> Any:
     group.add_argument("--n-prompts", metavar="M", type=int, default=50, help="prompts averaged over")
     group.add_argument("--n-shots", metavar="N", type=int, default=10, help="demonstrations a prompt")
     return group
+
+
+def template_options(parser: argparse.ArgumentParser) -> None:
+    """How prompts are written, where it is not as each task says."""
+    group = parser.add_argument_group("template")
+    group.add_argument("--template", help="text with {input} and {output}, or 'chat' (default: the task's own)")
+    group.add_argument(
+        "--instruction", metavar="TEXT", help="said once before the demonstrations (default: the task's)"
+    )
+    group.add_argument("--template-arg", nargs="+", metavar="NAME=VALUE", dest="template_arguments",
+                       help="variables for the chat template, for example enable_thinking=false")  # fmt: skip
 
 
 def _training_options(parser: argparse.ArgumentParser) -> None:

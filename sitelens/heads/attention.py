@@ -20,6 +20,7 @@ from sitelens.memory import MAX_TOKENS
 from sitelens.models import Model, context_length, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, prompt_parts, tokenize
 from sitelens.tasks import Example, Task, load_task
+from sitelens.tokenizers import added, spans
 
 FIRST = "first token"  # where a head looks that looks at nothing: a role of its own
 ROLES = (FIRST, "demonstration input", "demonstration answer", "query", "template")
@@ -129,7 +130,7 @@ def induction_scores(
     special = set(tokenizer.all_special_ids)
     words = [i for i in range(min(len(tokenizer), model.cfg.d_vocab)) if i not in special]
     once = torch.tensor([rng.choices(words, k=length) for _ in range(n_rows)])
-    start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+    start, _ = added(tokenizer)
     tokens = torch.cat([torch.tensor(start).long().expand(n_rows, -1), once, once], dim=1)
     at = torch.arange(tokens.shape[1] - length, tokens.shape[1])
     found = torch.zeros(2, *head_shape(model)[:2])
@@ -152,13 +153,15 @@ def _with_roles(
     tokenizer = own_tokenizer(model)
     if not tokenizer.is_fast:
         raise SitelensError("roles need a tokenizer that tells where in the text a token stands (a fast one)")
-    prompts = [few_shot_prompt(task.template, shown, query, tokenizer) for shown, query in drawn]
+    prompts = [few_shot_prompt(task, shown, query, tokenizer) for shown, query in drawn]
     batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
     roles = []
     for prompt, length, (shown, query) in zip(prompts, batch.lengths, drawn, strict=True):
-        of_character = [role for role, text in prompt_parts(task.template, shown, query) for _ in text]
-        spans = tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"][:length]
-        roles.append([FIRST, *(of_character[end - 1] if end else FIRST for _, end in spans[1:])])
+        of_character = [role for role, text in prompt_parts(task, shown, query) for _ in text]
+        places = spans(prompt.text, tokenizer, prompt.special_tokens)
+        if len(places) != length:  # white space at the end is written as before a word
+            places = spans(prompt.text + "a", tokenizer, prompt.special_tokens)[:length]
+        roles.append([FIRST, *(of_character[end - 1] if end else FIRST for _, end in places[1:])])
     return batch, roles
 
 

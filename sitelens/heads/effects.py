@@ -50,7 +50,7 @@ def indirect_effects(
         shown = shuffled_labels(
             draw_demonstrations(task, n_shots, query, seed, "effects", i), f"{task.name}/{seed}/{i}"
         )
-        prompts.append(few_shot_prompt(task.template, shown, query, tokenizer))
+        prompts.append(few_shot_prompt(task, shown, query, tokenizer))
     batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
     layers, heads, _ = head_shape(model)
     dtype, device = computing_dtype(model), model.cfg.device

@@ -102,7 +102,7 @@ def drawn(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[lis
 def answered(task: Task, items: Sequence[Example], model: Model) -> list[tuple[list[int], int]]:
     """Token ids of each zero-shot prompt with its whole answer behind it, and how many of them are the answer's."""
     tokenizer = own_tokenizer(model)
-    prompts = [few_shot_prompt(task.template, [], item, tokenizer) for item in items]
+    prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items]
     batch = prompts_of(prompts, task, model)
     ids = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
     first = [(i, prompt.answers[0]) for i, prompt in enumerate(prompts)]

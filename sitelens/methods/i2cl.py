@@ -94,7 +94,7 @@ def fit(
     tokenizer = own_tokenizer(model)
     shown = []
     for item in items:
-        prompt = few_shot_prompt(task.template, [], item, tokenizer)
+        prompt = few_shot_prompt(task, [], item, tokenizer)
         shown.append(Prompt(prompt.text + prompt.answers[0] + "\n", (), prompt.special_tokens))
     layers = head_shape(model)[0]
     points = [point for _, _, point in _points(layers)]

@@ -30,8 +30,8 @@ def fit(task: Task | str, model: Model | str | None = None, *, limit: int | None
     model, task = resolve_model(model), load_task(task)
     fitting(task)  # is it a task to fit anything to?
     tokenizer = own_tokenizer(model)
-    queries = [few_shot_prompt(task.template, [], item, tokenizer).text for item in (*task.valid, *task.test)]
-    sizes = sorted(item_sizes(task.train, task.template, tokenizer), reverse=True)
+    queries = [few_shot_prompt(task, [], item, tokenizer).text for item in (*task.valid, *task.test)]
+    sizes = sorted(item_sizes(task.train, task, tokenizer), reverse=True)
     left = (context_length(model) or 2**31) - max(map(len, tokenizer(queries)["input_ids"])) - ROOM
     alike = Counter(item.input for item in task.train)
     own = max(alike[item.input] for item in (*task.valid, *task.test))

@@ -40,7 +40,7 @@ def fit(
     for i in range(n_sets):
         rng = random.Random(f"sitelens/task-vector/{task.name}/{seed}/{i}")
         *shown, dummy = rng.sample(task.train, n_shots + 1)
-        prompts.append(few_shot_prompt(task.template, shown, dummy, own_tokenizer(model)))
+        prompts.append(few_shot_prompt(task, shown, dummy, own_tokenizer(model)))
     layers = range(head_shape(model)[0])
     means = mean_states(prompts_of(prompts, task, model), [stream_hook(layer) for layer in layers], model)
     made_for = fingerprint(model)

@@ -245,7 +245,7 @@ def _work(
     methods: Sequence[str],
 ) -> dict[str, int]:  # fmt: skip
     """The parts of a task's work and their cost in prompt tokens, roughly."""
-    sizes = item_sizes(task.train[:50], task.template, own_tokenizer(model))
+    sizes = item_sizes(task.train[:50], task, own_tokenizer(model))
     one = sum(sizes) // len(sizes)
     test = min(len(task.test), n_items or len(task.test))
     parts = {"prompt": test * one * (n_shots + 2)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -19,21 +18,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from sitelens.defaults import SitelensError
 from sitelens.tasks import benchmarks, builtin, function_vectors
 from sitelens.tasks.examples import Example, check_text, parse_examples, warn_about_repeats
 from sitelens.tasks.files import ENDINGS, SPLIT_SEED, Columns, by_split, frame_rows, read_file
+from sitelens.tasks.files import function_vectors_split as function_vectors_split
 from sitelens.tasks.listing import SUITES as SUITES
 from sitelens.tasks.listing import group_of as group_of
 from sitelens.tasks.listing import kinds_of as kinds_of
 from sitelens.tasks.listing import list_tasks as list_tasks
 from sitelens.tasks.listing import suite_names as suite_names
 from sitelens.tasks.listing import task_names as task_names
+from sitelens.tasks.templates import CLOCK as CLOCK
+from sitelens.tasks.templates import QA_TEMPLATE as QA_TEMPLATE
+from sitelens.tasks.templates import Arguments as Arguments
+from sitelens.tasks.templates import check_template as check_template
+from sitelens.tasks.templates import checked_arguments as checked_arguments
+from sitelens.tasks.templates import rewritten as rewritten
 
-QA_TEMPLATE = "Q: {input}\nA: {output}\n\n"
 METRICS = ("first_token", "exact_match", "prefix_match")
 SPLITS = ("train", "valid", "test")
 
@@ -46,6 +50,9 @@ class Task:
     train, valid, test: demonstrations and training items come from train, choices are made on valid.
     metric: the metric its makers report, one of `METRICS`.
     template: a text with {input} and {output}, or "chat" (see `sitelens.prompts`).
+    instruction: said once before the demonstrations; a blank line follows it unless it ends in white space. For "chat"
+        it is the system message, or the head of the first question where the chat template takes no system message.
+    template_arguments: variables for the chat template, such as {"enable_thinking": False}; kept as sorted pairs.
     note: anything a result should carry along (how it was split, what was dropped).
     """
 
@@ -57,6 +64,8 @@ class Task:
     metric: str = "first_token"
     template: str = QA_TEMPLATE
     note: str = ""
+    instruction: str = ""
+    template_arguments: Arguments | Mapping[str, Any] = ()
 
     def __post_init__(self) -> None:
         check_text(self.name, "a task's name")
@@ -72,12 +81,19 @@ class Task:
         if self.metric not in METRICS:
             raise SitelensError(f"task {self.name!r}: unknown metric {self.metric!r}; one of {', '.join(METRICS)}")
         check_template(self.template)
+        if not isinstance(self.instruction, str):
+            raise SitelensError(f"task {self.name!r}: instruction must be text, not {self.instruction!r}")
+        arguments = checked_arguments(self.template_arguments, self.template, f"task {self.name!r}")
+        object.__setattr__(self, "template_arguments", arguments)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides a result: name, items, metric and template."""
+        """SHA-256 of everything that decides a result: name, items, metric, template, instruction and arguments."""
         content = asdict(self)
         del content["source"], content["note"]
+        for name in ("instruction", "template_arguments"):  # tasks without them keep the digest they always had
+            if not content[name]:
+                del content[name]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def split(self, name: str) -> tuple[Example, ...]:
@@ -198,37 +214,6 @@ def load_tasks(names: Iterable[str | Path | Task] | str | Path | Task) -> list[T
     return tasks
 
 
-def check_template(template: str) -> None:
-    """Raise SitelensError unless `template` is "chat" or has {input} before {output}, once each."""
-    if template == "chat":
-        return
-    at_input, at_output = template.find("{input}"), template.find("{output}")
-    if template.count("{input}") != 1 or template.count("{output}") != 1 or at_output < at_input:
-        raise SitelensError(
-            f"the template {template!r} must contain {{input}} and after it {{output}}, each once, or be 'chat'; "
-            f"the default is {QA_TEMPLATE!r}"
-        )
-    if template[:at_output].endswith("}"):
-        raise SitelensError(f"the template {template!r} must have some text between {{input}} and {{output}}")
-
-
-def function_vectors_split(n: int, seed: int = SPLIT_SEED) -> tuple[list[int], list[int], list[int]]:
-    """Indices of train, valid and test as Todd et al. split: scikit-learn's train_test_split twice, by default seed 32.
-
-    70% train, 9% valid, 21% test. (For a test size t, scikit-learn takes the first ceil(t n) indices of
-    `RandomState(seed).permutation(n)` as the test part and the following ones as the train part.)
-    """
-
-    def halves(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        order = np.random.RandomState(seed).permutation(len(indices))
-        cut = math.ceil(0.3 * len(indices))
-        return indices[order[cut:]], indices[order[:cut]]
-
-    train, rest = halves(np.arange(n))
-    test, valid = halves(rest)
-    return train.tolist(), valid.tolist(), test.tolist()
-
-
 def _hint(value: object) -> str:
     if isinstance(value, pd.DataFrame):
         return ": use Task.from_frame(name, frame)"
@@ -274,11 +259,15 @@ def _benchmark(name: str, benchmark: benchmarks.Benchmark, own: str) -> Task:
 
 
 def _from_file(path: Path, content: dict[str, Any], seed: int) -> Task:
-    options = {key: content[key] for key in ("metric", "template", "note") if key in content}
+    options = {key: content[key] for key in ("metric", "template", "instruction", "note") if key in content}
     name = content.get("name", path.stem)
     for key, value in {**options, "name": name}.items():
         if not isinstance(value, str):
             raise SitelensError(f"{path}: {key} must be text, not {value!r}")
+    if "template_arguments" in content:
+        options["template_arguments"] = checked_arguments(
+            content["template_arguments"], content.get("template", QA_TEMPLATE), str(path)
+        )
     return _from_items(name, content, str(path), seed, {"source": str(path), **options})
 
 

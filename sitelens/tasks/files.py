@@ -7,11 +7,13 @@ import csv
 import difflib
 import io
 import json
+import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sitelens.defaults import SitelensError
@@ -229,3 +231,20 @@ def _find(name: Hashable, header: Iterable[Hashable], where: str) -> int | None:
     if len(matches) > 1:
         raise SitelensError(f"{where}: {len(matches)} columns are named {name!r}; names must differ")
     return matches[0] if matches else None
+
+
+def function_vectors_split(n: int, seed: int = SPLIT_SEED) -> tuple[list[int], list[int], list[int]]:
+    """Indices of train, valid and test as Todd et al. split: scikit-learn's train_test_split twice, by default seed 32.
+
+    70% train, 9% valid, 21% test. (For a test size t, scikit-learn takes the first ceil(t n) indices of
+    `RandomState(seed).permutation(n)` as the test part and the following ones as the train part.)
+    """
+
+    def halves(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        order = np.random.RandomState(seed).permutation(len(indices))
+        cut = math.ceil(0.3 * len(indices))
+        return indices[order[cut:]], indices[order[:cut]]
+
+    train, rest = halves(np.arange(n))
+    test, valid = halves(rest)
+    return train.tolist(), valid.tolist(), test.tolist()

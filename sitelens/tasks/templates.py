@@ -1,0 +1,94 @@
+"""Templates: what one must contain, and the arguments that a chat template may be given."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import replace
+from typing import Any
+
+from sitelens.defaults import SitelensError
+
+QA_TEMPLATE = "Q: {input}\nA: {output}\n\n"
+CLOCK = "strftime_now"  # what chat templates call for today's date
+# Names that apply_chat_template takes for itself.
+_NO_ARGUMENTS = frozenset({
+    "self", "messages", "conversation", "conversations", "tools", "documents", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+})  # fmt: skip
+Arguments = tuple[tuple[str, Any], ...]  # names and values: text, numbers, True, False or None
+
+
+def check_template(template: str) -> None:
+    """Raise SitelensError unless `template` is "chat" or has {input} before {output}, once each."""
+    if not isinstance(template, str):
+        raise SitelensError(f"a template must be text, not {template!r}; the default is {QA_TEMPLATE!r}")
+    if template == "chat":
+        return
+    at_input, at_output = template.find("{input}"), template.find("{output}")
+    if template.count("{input}") != 1 or template.count("{output}") != 1 or at_output < at_input:
+        raise SitelensError(
+            f"the template {template!r} must contain {{input}} and after it {{output}}, each once, or be 'chat'; "
+            f"the default is {QA_TEMPLATE!r}"
+        )
+    if template[:at_output].endswith("{input}"):
+        raise SitelensError(f"the template {template!r} must have some text between {{input}} and {{output}}")
+
+
+def running_together(template: str) -> str:
+    """A warning if a template puts no sign between an answer and the next demonstration."""
+    between = template.partition("{output}")[2] + template.partition("{input}")[0]
+    if between and not between[0].isalnum():
+        return ""
+    sample = "".join(template.replace("{input}", "hot").replace("{output}", "cold") for _ in range(2))
+    return (
+        f"the template {template!r} puts nothing between an answer and the next demonstration, which run together "
+        f"({sample!r}): end it with a separator, for example {template + chr(10)!r}"
+    )
+
+
+def rewritten(
+    task: Any, template: str | None = None, instruction: str | None = None, template_arguments: Any = None
+) -> Any:
+    """A task with another template, instruction or template arguments; None leaves what the task says.
+
+    Raises:
+        SitelensError: for a template or arguments that cannot be used.
+    """
+    changes: dict[str, Any] = {"template": template, "instruction": instruction}
+    if template_arguments is not None or template not in (None, "chat"):  # other templates take no arguments
+        chosen = template if template is not None else task.template
+        changes["template_arguments"] = checked_arguments(template_arguments or (), chosen, f"task {task.name!r}")
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return replace(task, **changes) if changes else task
+
+
+def checked_arguments(arguments: Any, template: str, where: str) -> Arguments:
+    """Arguments for the template "chat", from a mapping or pairs, as sorted pairs.
+
+    Raises:
+        SitelensError: for another template, a name that is no variable's or that sitelens gives itself, a value that is
+            neither text, a number, true, false nor none, or a `strftime_now` that is no date.
+    """
+    try:
+        pairs = dict(arguments).items()
+    except (TypeError, ValueError):
+        raise SitelensError(
+            f"{where}: template_arguments must be like {{'enable_thinking': False}}, not {arguments!r}"
+        ) from None
+    for name, value in pairs:
+        if not isinstance(name, str) or not name.isidentifier() or name in _NO_ARGUMENTS:
+            raise SitelensError(f"{where}: {name!r} cannot be a template argument")
+        if value is not None and not isinstance(value, str | int | float):
+            raise SitelensError(f"{where}: the template argument {name} must be text, a number, True or False, not "
+                                f"{value!r}")  # fmt: skip
+    found = dict(pairs)
+    try:
+        datetime.date.fromisoformat(str(found.get(CLOCK, "2024-07-26")))
+    except ValueError:
+        raise SitelensError(
+            f"{where}: the template argument {CLOCK} must be a date such as '2024-07-26', not {found[CLOCK]!r}"
+        ) from None
+    if found and template != "chat":
+        raise SitelensError(f"{where}: template arguments are for the template 'chat'; the template is {template!r}")
+    return tuple(sorted(found.items()))

@@ -1,0 +1,122 @@
+"""Texts in, tokens out: as the model's own tokenizer writes them, never cut short, never with a second BOS."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from sitelens.store import digest
+
+# Behind one of these a text goes on as it does behind a prompt, without the space that many tokenizers put in front of
+# a text's first word.
+BEGINNINGS = ("\n", "a", ":", ".", "A", "1")
+HABITS = ("add_bos_token", "add_eos_token", "chat_template")  # what a fast tokenizer has beside its rules
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def encode(texts: Sequence[str], tokenizer: Any, special: bool = True) -> list[list[int]]:
+    """The tokens of each text.
+
+    With `special`, a beginning-of-sequence token stands where the tokenizer has the habit of adding one, and stands
+    once where the text begins with one already. Nothing is appended: prompts go on.
+    """
+    if not texts:
+        return []
+    rows = _ids(list(texts), tokenizer, special)
+    if not special:
+        return rows
+    before, behind = added(tokenizer)
+    rows = [row[: len(row) - len(behind)] for row in rows]
+    return [row[doubled(row, before) :] for row in rows]
+
+
+def doubled(row: Sequence[int], before: Sequence[int]) -> int:
+    """How many tokens at the beginning of a row say once more what the tokenizer put `before` it."""
+    size, start = len(before), 0
+    while size and list(row[start + size : start + 2 * size]) == list(before):
+        start += size
+    return start
+
+
+def spans(text: str, tokenizer: Any, special: bool = True) -> list[tuple[int, int]]:
+    """Where in a text each token of `encode` stands; (0, 0) for one that the tokenizer adds. For fast tokenizers."""
+    found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, **_WHOLE)
+    row, places = found["input_ids"], found["offset_mapping"]
+    if not special:
+        return places
+    before, behind = added(tokenizer)
+    return places[doubled(row, before) : len(row) - len(behind)]
+
+
+def added(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and behind every text."""
+    for text in ("a", "1", ".", "the", "\n"):
+        plain, whole = (_ids([text], tokenizer, special)[0] for special in (False, True))
+        for start in range(len(whole) - len(plain) + 1):
+            if plain and whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def continuation(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that continues another one, whatever that ends in."""
+    for beginning in BEGINNINGS:
+        first, both = _ids([beginning, beginning + text], tokenizer, special=False)
+        if first and both[: len(first)] == first and len(both) > len(first):
+            return both[len(first) :]
+    return _ids([text], tokenizer, special=False)[0]
+
+
+def without_added_bos(tokenizer: Any, files: Any) -> Any:
+    """A copy of a tokenizer that begins texts as another one does, which was loaded from its files."""
+    own = copy.deepcopy(tokenizer)
+    if getattr(own, "backend_tokenizer", None) is not None and getattr(files, "backend_tokenizer", None) is not None:
+        own.backend_tokenizer.post_processor = files.backend_tokenizer.post_processor
+        for name in ("_add_bos_token", "_add_eos_token"):
+            object.__setattr__(own, name, getattr(files, name, False))
+    else:
+        own.add_bos_token = getattr(files, "add_bos_token", False)
+    return own
+
+
+def differences(tokenizer: Any, files: Any) -> list[str]:
+    """In what a tokenizer differs from the one in its files, in words, but for its BOS and what TransformerLens sets.
+
+    TransformerLens gives a tokenizer that lacks an end-of-sequence, padding or beginning-of-sequence token another one.
+    """
+    found = []
+    ours, theirs = tokenizer.get_vocab(), files.get_vocab()
+    special = {name: _special(tokenizer, name) for name in SPECIAL}
+    changed = [name for name, text in special.items() if _special(files, name) not in (None, text)]
+    lent = {text for name, text in special.items() if _special(files, name) is None}
+    more = [token for token in ours if token not in theirs and token not in lent]
+    if more:
+        found.append(f"{len(more)} more tokens ({', '.join(map(repr, sorted(more)[:3]))})")
+    if any(ours.get(token) != place for token, place in theirs.items()):
+        found.append("vocabulary")
+    found += [name.replace("_", " ") for name in changed]
+    if tokenizer.chat_template != files.chat_template:
+        found.append("chat template")
+    return found
+
+
+def condition(tokenizer: Any) -> str:
+    """A digest of what a user may edit in a tokenizer; quick."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    steps = [getattr(backend, step, None) for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    habits = [str(getattr(tokenizer, name, None)) for name in HABITS]
+    return digest([len(tokenizer), [step and step.__getstate__().hex() for step in steps], special, habits])
+
+
+def _special(tokenizer: Any, name: str) -> str | None:
+    token = getattr(tokenizer, name, None)
+    return None if token is None else str(token)
+
+
+_WHOLE: dict[str, Any] = {"truncation": False, "padding": False, "verbose": False}
+
+
+def _ids(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=special, **_WHOLE)["input_ids"]
