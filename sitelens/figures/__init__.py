@@ -1,4 +1,4 @@
-"""Figures: arrays and DataFrames in, Plotly figures out, fit for a paper. Imports nothing of ours but the error."""
+"""Figures: arrays and DataFrames in, Plotly figures out, fit for a paper. Texts are shown as they are."""
 
 from sitelens.figures.charts import dots as dots
 from sitelens.figures.charts import histogram as histogram
@@ -6,6 +6,11 @@ from sitelens.figures.charts import lines as lines
 from sitelens.figures.maps import alpha_heatmap as alpha_heatmap
 from sitelens.figures.maps import head_heatmap as head_heatmap
 from sitelens.figures.maps import transfer_heatmap as transfer_heatmap
+from sitelens.figures.saving import FORMATS as FORMATS
+from sitelens.figures.saving import check_formats as check_formats
+from sitelens.figures.saving import missing_tool as missing_tool
+from sitelens.figures.saving import save as save
+from sitelens.figures.saving import show_static_too as show_static_too
 from sitelens.figures.studies import alpha_distribution as alpha_distribution
 from sitelens.figures.studies import attention_example as attention_example
 from sitelens.figures.studies import attention_roles as attention_roles
@@ -29,5 +34,4 @@ from sitelens.figures.studies import task_agnostic as task_agnostic
 from sitelens.figures.studies import training_curves as training_curves
 from sitelens.figures.style import DOUBLE as DOUBLE
 from sitelens.figures.style import SINGLE as SINGLE
-from sitelens.figures.style import save as save
-from sitelens.figures.style import show_static_too as show_static_too
+from sitelens.figures.style import Figure as Figure

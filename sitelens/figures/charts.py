@@ -10,7 +10,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sitelens.figures.style import COLOURS, DASHES, DOUBLE, SINGLE, legend_height, styled, text_width, wrapped
+from sitelens.escaping import figure_text
+from sitelens.figures.style import COLOURS, DASHES, DOUBLE, SINGLE, Figure, legend_height, styled, text_width, wrapped
 
 SHARE: dict[str, Any] = {"range": [-0.03, 1.03], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
 GAP = 26  # pixels between rows of panels
@@ -34,7 +35,7 @@ def lines(
     log_y: bool = False,
     markers: bool = True,
     interval: str = INTERVAL,
-) -> go.Figure:
+) -> Figure:
     """y against x, a line for each value of `colour` and `dash`, a panel for each of `facet`.
 
     Columns `low` and `high`, where the frame has them, are drawn as a band, which the hover calls `interval`.
@@ -43,28 +44,30 @@ def lines(
     named = {x: x, y: y, **(labels or {})}
     panels = _panels(frame, facet)
     figure, columns = _grid(panels, facet, named[x], named[y])
+    told = {column: figure_text(name) for column, name in named.items()}
     colours, dashes = _values(frame, colour), _values(frame, dash)
     shown: set[str] = {""}
     for place, panel in enumerate(panels.values()):
         row, column = divmod(place, columns)
         for c, d, part in _series(panel, colour, dash):
             part = part.sort_values(x)
-            i, name = colours.index(c), _name(c, d)
+            i, name = colours.index(c), figure_text(_name(c, d))
+            across = _texts(part[x])
             ink = COLOURS[i % len(COLOURS)]
             has_band = {"low", "high"} <= set(part.columns) and bool(part["low"].notna().any())
             if has_band:
                 band = go.Scatter(
-                    x=[*part[x], *part[x][::-1]], y=[*part["high"], *part["low"][::-1]], fill="toself", mode="lines",
+                    x=[*across, *across[::-1]], y=[*part["high"], *part["low"][::-1]], fill="toself", mode="lines",
                     line={"width": 0}, fillcolor=_faint(ink), hoverinfo="skip", showlegend=False, legendgroup=name,
                 )  # fmt: skip
                 figure.add_trace(band, row + 1, column + 1)
             line = go.Scatter(
-                x=part[x], y=part[y], mode="lines+markers" if markers else "lines", name=name, legendgroup=name,
+                x=across, y=part[y], mode="lines+markers" if markers else "lines", name=name, legendgroup=name,
                 showlegend=name not in shown,
                 line={"color": ink, "width": 1.5, "dash": DASHES[dashes.index(d) % len(DASHES)]},
                 marker={"size": 5, "symbol": marker(i)},
                 customdata=part[["low", "high"]] if has_band else None,
-                hovertemplate=f"{name}<br>{named[x]} %{{x}}<br>{named[y]} %{{y:.3f}}"
+                hovertemplate=f"{name}<br>{told[x]} %{{x}}<br>{told[y]} %{{y:.3f}}"
                 + (_between(interval, 0) if has_band else "") + "<extra></extra>",
             )  # fmt: skip
             figure.add_trace(line, row + 1, column + 1)
@@ -88,7 +91,7 @@ def dots(
     title: str = "",
     share: bool = True,
     reference: float | None = None,
-) -> go.Figure:
+) -> Figure:
     """x for each y (one a line, from the top), a dot for each value of `colour`, with its interval.
 
     Columns `low` and `high`, where the frame has them, are the interval; `reference` is a dashed line across.
@@ -98,24 +101,25 @@ def dots(
     dots_a_line = len(colours) + 0.6
     room = max(2.0, min(11.0, 120 / len(colours), TALL / len(names) / dots_a_line))  # pixels between a line's dots
     pitch = max(14.0, room * dots_a_line)
-    figure = go.Figure()
+    figure = Figure()
     for i, value in enumerate(colours):
         part = frame[frame[colour] == value]
         offset = (i - (len(colours) - 1) / 2) * room / pitch
         known = {"low", "high"} <= set(part.columns)
         figure.add_trace(go.Scatter(
-            x=part[x], y=[names.index(name) + offset for name in part[y]], mode="markers", name=str(value),
+            x=part[x], y=[names.index(name) + offset for name in part[y]], mode="markers", name=figure_text(value),
             marker={"color": COLOURS[i % len(COLOURS)], "size": min(6.0, room + 2), "symbol": marker(i)},
             error_x={"type": "data", "symmetric": False, "array": part["high"] - part[x], "thickness": 1, "width": 0,
                      "arrayminus": part[x] - part["low"]} if known else None,
-            customdata=part[[y, *(["low", "high"] if known else [])]],
-            hovertemplate=f"%{{customdata[0]}}, {value}<br>{named[x]} %{{x:.3f}}"
+            customdata=part[[y, *(["low", "high"] if known else [])]].assign(**{y: list(map(figure_text, part[y]))}),
+            hovertemplate=f"%{{customdata[0]}}, {figure_text(value)}<br>{figure_text(named[x])} %{{x:.3f}}"
             + (_between(INTERVAL, 1) if known else "") + "<extra></extra>",
         ))  # fmt: skip
     if reference is not None:
         figure.add_vline(reference, line={"color": "#888", "width": 1, "dash": "dash"})
-    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5],
-                        gridcolor="#f2f2f2", tickfont={"size": 11 if pitch >= 16 else 9})  # fmt: skip
+    figure.update_yaxes(tickvals=list(range(len(names))), ticktext=list(map(figure_text, names)),
+                        range=[len(names) - 0.5, -0.5], gridcolor="#f2f2f2",
+                        tickfont={"size": 11 if pitch >= 16 else 9})  # fmt: skip
     left = text_width(names, 11.5) + 14
     width = max(SINGLE + 60, left + 250)
     label = wrapped(named[x], width - left - 24)
@@ -129,15 +133,16 @@ def dots(
 def histogram(
     frame: pd.DataFrame, x: str, y: str, *, facet: str | None = None, labels: Mapping[str, str] | None = None,
     title: str = "",
-) -> go.Figure:  # fmt: skip
+) -> Figure:  # fmt: skip
     """Bars of y at the bin centres x, a panel for each value of `facet`."""
     named = {x: x, y: y, **(labels or {})}
     panels = _panels(frame, facet)
     figure, columns = _grid(panels, facet, named[x], named[y])
     for place, panel in enumerate(panels.values()):
         row, column = divmod(place, columns)
-        bar = go.Bar(x=panel[x], y=panel[y], marker_color=COLOURS[0], showlegend=False,
-                     hovertemplate=f"{named[x]} %{{x:.2f}}<br>{named[y]} %{{y:.3f}}<extra></extra>")  # fmt: skip
+        bar = go.Bar(x=_texts(panel[x]), y=panel[y], marker_color=COLOURS[0], showlegend=False,
+                     hovertemplate=f"{figure_text(named[x])} %{{x:.2f}}<br>{figure_text(named[y])} %{{y:.3f}}"
+                     "<extra></extra>")  # fmt: skip
         figure.add_trace(bar, row + 1, column + 1)
     figure.update_layout(bargap=0.05)
     return _finished(figure, title, len(panels), columns)
@@ -145,6 +150,11 @@ def histogram(
 
 def _values(frame: pd.DataFrame, column: str | None) -> list[Any]:
     return [None] if column is None else list(dict.fromkeys(frame[column]))
+
+
+def _texts(column: pd.Series) -> list[Any]:
+    """The values of an axis, texts among them escaped."""
+    return [figure_text(value) if isinstance(value, str) else value for value in column]
 
 
 def _panels(frame: pd.DataFrame, facet: str | None) -> dict[str, pd.DataFrame]:
@@ -176,16 +186,18 @@ def marker(i: int) -> str:
 
 def _between(interval: str, place: int) -> str:
     """The hover's line of an interval whose ends stand in customdata from `place` on."""
-    return f"<br>{interval} %{{customdata[{place}]:.3f}} to %{{customdata[{place + 1}]:.3f}}"
+    return f"<br>{figure_text(interval)} %{{customdata[{place}]:.3f}} to %{{customdata[{place + 1}]:.3f}}"
 
 
-def _grid(panels: Mapping[str, Any], facet: str | None, x: str, y: str) -> tuple[go.Figure, int]:
+def _grid(panels: Mapping[str, Any], facet: str | None, x: str, y: str) -> tuple[Figure, int]:
     """Empty panels that share their axes and the axes' titles, and how many stand in a row."""
     columns = min(len(panels), 4 if len(panels) <= 24 else 6)
     rows = math.ceil(len(panels) / columns)
-    figure = make_subplots(
-        rows=rows, cols=columns, shared_yaxes=True, shared_xaxes=True, subplot_titles=list(panels) if facet else None,
-        horizontal_spacing=0.025, vertical_spacing=GAP / _plot(rows, columns), x_title=x, y_title=y,
+    figure = Figure()
+    make_subplots(
+        rows=rows, cols=columns, shared_yaxes=True, shared_xaxes=True, figure=figure,
+        subplot_titles=list(map(figure_text, panels)) if facet else None, horizontal_spacing=0.025,
+        vertical_spacing=GAP / _plot(rows, columns), x_title=figure_text(x), y_title=figure_text(y),
     )  # fmt: skip
     for place in range(len(panels)):  # the last row may leave columns empty
         row, column = divmod(place, columns)
@@ -205,7 +217,7 @@ def _plot(rows: int, columns: int) -> int:
     return rows * panel + (rows - 1) * GAP
 
 
-def _finished(figure: go.Figure, title: str, panels: int, columns: int) -> go.Figure:
+def _finished(figure: Figure, title: str, panels: int, columns: int) -> Figure:
     width = SINGLE if columns == 1 else DOUBLE
     names = [trace["name"] for trace in figure.data if trace["showlegend"]]
     titles: Any = figure.layout["annotations"]

@@ -11,11 +11,13 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.cluster.hierarchy import dendrogram
 
+from sitelens.escaping import figure_text
 from sitelens.figures.style import (
     COLOURS,
     DIVERGING,
     DOUBLE,
     SEQUENTIAL,
+    Figure,
     Number,
     colourbar,
     legend_height,
@@ -27,7 +29,7 @@ CELL = 12  # pixels of a cell in a map of heads
 TREE = 60  # pixels of a dendrogram
 
 
-def alpha_heatmap(alpha: np.ndarray, title: str = "") -> go.Figure:
+def alpha_heatmap(alpha: np.ndarray, title: str = "") -> Figure:
     """Head selection as layer (up) by head (across), the colour scale fixed to [0, 1].
 
     alpha: `[layer head]`. The hover shows layer, head and alpha.
@@ -37,7 +39,7 @@ def alpha_heatmap(alpha: np.ndarray, title: str = "") -> go.Figure:
 
 def head_heatmap(
     values: np.ndarray, title: str = "", label: str = "", low: Number | None = None, high: Number | None = None
-) -> go.Figure:
+) -> Figure:
     """Any number of every head as layer (up) by head (across).
 
     values: `[layer head]`. Without limits the colours span the values, symmetric about 0 where some are negative.
@@ -50,9 +52,9 @@ def head_heatmap(
     heatmap = go.Heatmap(
         z=values, zmin=low, zmax=high, colorscale=DIVERGING if diverging else SEQUENTIAL, xgap=0.5, ygap=0.5,
         colorbar=colourbar(label, **({"tickvals": [0, 0.25, 0.5, 0.75, 1]} if (low, high) == (0, 1) else {})),
-        hovertemplate=f"layer %{{y}}<br>head %{{x}}<br>{label or 'value'} %{{z:.3f}}<extra></extra>",
+        hovertemplate=f"layer %{{y}}<br>head %{{x}}<br>{figure_text(label or 'value')} %{{z:.3f}}<extra></extra>",
     )  # fmt: skip
-    figure = go.Figure(heatmap)
+    figure = Figure(heatmap)
     figure.update_xaxes(title="Head", **_ticks(heads))
     figure.update_yaxes(title="Layer", **_ticks(layers))
     cell = min(CELL, (DOUBLE - 130) / max(layers, heads))
@@ -70,7 +72,7 @@ def transfer_heatmap(
     limits: tuple[Number, Number] = (0, 1),
     axes: tuple[str, str] = ("Source of the heads", "Target task"),
     between: str = "on",
-) -> go.Figure:
+) -> Figure:
     """Sources (down) by targets (across), the colour scale fixed; the numbers stand in the hover.
 
     values: index the source tasks, columns the target tasks. groups: a kind for each task, shown by the colour of a
@@ -79,26 +81,28 @@ def transfer_heatmap(
     titles, down and across. between: what stands between the two tasks in the hover.
     """
     sources, targets = [str(name) for name in values.index], [str(name) for name in values.columns]
+    shown = [figure_text(name) for name in sources], [figure_text(name) for name in targets]
     n = len(targets)
     font = 11 if n <= 24 else 9 if n <= 40 else 7.5
     labels = text_width([*sources, *targets], font)
     cell = min(24, max(8, (DOUBLE - labels - 120) / n))
     strip = 10 if groups else 0
     details = {name: frame.to_numpy() for name, frame in (hover or {}).items()}
-    extra = "".join(f"<br>{name} %{{customdata[{i}]:.3f}}" for i, name in enumerate(details))
+    extra = "".join(f"<br>{figure_text(name)} %{{customdata[{i}]:.3f}}" for i, name in enumerate(details))
     width, height = n * cell, len(sources) * cell
-    figure = make_subplots(
-        rows=2, cols=2, shared_xaxes=True, shared_yaxes=True, horizontal_spacing=3 / (width + strip + 3),
-        vertical_spacing=4 / (height + TREE + 4), column_widths=[max(strip, 1), width],
-        row_heights=[TREE if tree is not None else 1, height],
+    figure = Figure()
+    make_subplots(
+        figure=figure, rows=2, cols=2, shared_xaxes=True, shared_yaxes=True,
+        horizontal_spacing=3 / (width + strip + 3), vertical_spacing=4 / (height + TREE + 4),
+        column_widths=[max(strip, 1), width], row_heights=[TREE if tree is not None else 1, height],
     )  # fmt: skip
     heatmap = go.Heatmap(
         z=values.to_numpy(float), zmin=limits[0], zmax=limits[1], xgap=0.5, ygap=0.5,
         colorscale=DIVERGING if limits[0] < 0 else SEQUENTIAL, colorbar=colourbar(label, len=0.8, y=0.4),
         x=list(range(n)), y=list(range(len(sources))),
         customdata=np.stack(list(details.values()), -1) if details else None,
-        text=[[f"{source}<br>{between} {target}" for target in targets] for source in sources],
-        hovertemplate=f"%{{text}}<br>{label} %{{z:.3f}}{extra}<extra></extra>",
+        text=[[f"{source}<br>{figure_text(between)} {target}" for target in shown[1]] for source in shown[0]],
+        hovertemplate=f"%{{text}}<br>{figure_text(label)} %{{z:.3f}}{extra}<extra></extra>",
     )  # fmt: skip
     figure.add_trace(heatmap, 2, 2)
     if tree is not None:
@@ -110,17 +114,18 @@ def transfer_heatmap(
     for i, kind in enumerate(kinds):
         places = [place for place, name in enumerate(sources) if (groups or {}).get(name, "other") == kind]
         figure.add_trace(go.Bar(
-            y=places, x=[1] * len(places), width=1, orientation="h", name=kind, marker_color=COLOURS[i % len(COLOURS)],
-            hovertemplate="%{customdata}<extra>" + kind + "</extra>", customdata=[sources[p] for p in places],
+            y=places, x=[1] * len(places), width=1, orientation="h", name=figure_text(kind),
+            marker_color=COLOURS[i % len(COLOURS)], customdata=[shown[0][place] for place in places],
+            hovertemplate=f"%{{customdata}}<extra>{figure_text(kind)}</extra>",
         ), 2, 1)  # fmt: skip
     for row, column in ((1, 1), (1, 2), (2, 1)):
         figure.update_xaxes(visible=False, row=row, col=column)
     figure.update_yaxes(visible=False)
     names: dict[str, Any] = {"showgrid": False, "ticks": "", "showline": False, "tickfont": {"size": font}}
-    figure.update_xaxes(title=axes[1], tickvals=list(range(n)), ticktext=targets, tickangle=-90 if n > 24 else -45,
-                        range=[-0.5, n - 0.5], **names, row=2, col=2)  # fmt: skip
+    figure.update_xaxes(title=figure_text(axes[1]), tickvals=list(range(n)), ticktext=shown[1],
+                        tickangle=-90 if n > 24 else -45, range=[-0.5, n - 0.5], **names, row=2, col=2)  # fmt: skip
     side: dict[str, Any] = {
-        "title": axes[0], "tickvals": list(range(len(sources))), "ticktext": sources, "visible": True,
+        "title": figure_text(axes[0]), "tickvals": list(range(len(sources))), "ticktext": shown[0], "visible": True,
         "showticklabels": True, "range": [len(sources) - 0.5, -0.5], **names,
     }  # fmt: skip
     figure.update_yaxes(range=side["range"], row=2, col=2)

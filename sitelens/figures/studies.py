@@ -10,14 +10,25 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sitelens.escaping import figure_text
 from sitelens.figures.charts import SHARE, dots, histogram, lines, marker
-from sitelens.figures.style import COLOURS, DOUBLE, SEQUENTIAL, SINGLE, colourbar, legend_height, styled, text_width
+from sitelens.figures.style import (
+    COLOURS,
+    DOUBLE,
+    SEQUENTIAL,
+    SINGLE,
+    Figure,
+    colourbar,
+    legend_height,
+    styled,
+    text_width,
+)
 
 ACCURACY = "First-token accuracy"
 LOSS = "Cross-entropy (nats)"
 
 
-def soft_hard(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def soft_hard(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy of hard selections over the threshold, and of the soft one (dashed)."""
     hard = frame[["task", "threshold", "mean", "low", "high"]].assign(selection="hard")
     soft = frame[["task", "threshold", "soft"]].rename(columns={"soft": "mean"}).assign(selection="soft")
@@ -26,7 +37,7 @@ def soft_hard(frame: pd.DataFrame, title: str = "") -> go.Figure:
                  labels=labels, title=title)  # fmt: skip
 
 
-def random_heads(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def random_heads(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy over the number of heads: the mean of the random draws with their whole range, and high-alpha heads."""
     ranged = frame.groupby(["task", "heads", "k"], sort=False)["mean"].agg(["mean", "min", "max"]).reset_index()
     ranged = ranged.rename(columns={"min": "low", "max": "high"})
@@ -37,62 +48,62 @@ def random_heads(frame: pd.DataFrame, title: str = "") -> go.Figure:
                  title=title, interval="range")  # fmt: skip
 
 
-def head_counts(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def head_counts(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy over the number of heads added or removed, from the highest alpha down and from the lowest up."""
     named = frame.assign(order=frame["order"] + " first")
     labels = {"k": "Heads added, or removed", "mean": ACCURACY}
     return lines(named, "k", colour="order", dash="change", facet="task", labels=labels, title=title, markers=False)
 
 
-def task_agnostic(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def task_agnostic(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy of each task under its own, the shared and the mean alpha, beside prompting."""
     return dots(frame, labels={"mean": ACCURACY}, title=title)
 
 
-def mixing(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def mixing(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy under convex and additive mixing, soft and hard."""
     kind = frame["mixing"] + frame["hard"].map({True: ", hard", False: ", soft"})
     return dots(frame.assign(kind=kind), colour="kind", labels={"mean": ACCURACY}, title=title)
 
 
-def prompt_counts(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def prompt_counts(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy of SITE over the number of prompts, a line for each number of shots."""
     named = frame.assign(shots=[f"{n} {'shot' if n == 1 else 'shots'}" for n in frame["n_shots"]])
     labels = {"n_prompts": "Prompts averaged over (M)", "mean": ACCURACY}
     return lines(named, "n_prompts", colour="shots", facet="task", labels=labels, title=title, log_x=True)
 
 
-def seed_variance(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def seed_variance(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy under every prompt and training seed, a dot a run."""
     plain = frame.drop(columns=["low", "high"]).assign(seed="prompt seed " + frame["prompt_seed"].astype(str))
     return dots(plain, colour="seed", labels={"mean": f"{ACCURACY} (a dot for each training seed)"}, title=title)
 
 
-def initialisations(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def initialisations(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy after training from each initialisation, a dot a seed."""
     return dots(frame.assign(init="alpha starts at " + frame["init"]), colour="init",
                 labels={"mean": f"{ACCURACY} (a dot for each seed)"}, title=title)  # fmt: skip
 
 
-def initialisation_distances(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def initialisation_distances(frame: pd.DataFrame, title: str = "") -> Figure:
     """Mean absolute distance of the alphas found, for pairs of runs that share the init, the seed, or neither."""
     return dots(frame, "distance", colour="pair", share=False, labels={"distance": "Mean |difference| of alpha"},
                 title=title)  # fmt: skip
 
 
-def loss_path(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def loss_path(frame: pd.DataFrame, title: str = "") -> Figure:
     """Cross-entropy along the straight line between two alphas."""
     labels = {"position": "Position between the two alphas", "loss": LOSS}
     return lines(frame.drop(columns=["low", "high"]), "position", "loss",
                  colour="path" if "path" in frame else None, labels=labels, title=title, share=False)  # fmt: skip
 
 
-def checkpoints(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def checkpoints(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy of the best and of the last checkpoint."""
     return dots(frame, colour="checkpoint", labels={"mean": ACCURACY}, title=title)
 
 
-def alpha_distribution(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def alpha_distribution(frame: pd.DataFrame, title: str = "") -> Figure:
     """Histograms of alpha by task, lines over training, or the share of heads that are on in each layer."""
     if "layer" in frame:
         labels = {"layer": "Layer", "on": "Share of heads with alpha > 0.5"}
@@ -102,11 +113,12 @@ def alpha_distribution(frame: pd.DataFrame, title: str = "") -> go.Figure:
         labels = {"alpha": "alpha", "share": "Share of heads"}
         figure = lines(named, "alpha", "share", colour="step", facet="task", labels=labels, title=title, share=False,
                        markers=False)  # fmt: skip
-        return figure.update_xaxes(range=[0, 1], tickvals=[0, 0.5, 1])
+        figure.update_xaxes(range=[0, 1], tickvals=[0, 0.5, 1])
+        return figure
     return histogram(frame, "alpha", "share", facet="task", labels={"share": "Share of heads"}, title=title)
 
 
-def training_curves(histories: pd.DataFrame, title: str = "") -> go.Figure:
+def training_curves(histories: pd.DataFrame, title: str = "") -> Figure:
     """Validation loss over training: frames of `TrainResult.history` with a column `task`."""
     measured = histories.dropna(subset="valid_loss")
     labels = {"step": "Step", "valid_loss": f"Validation {LOSS.lower()}"}
@@ -115,7 +127,7 @@ def training_curves(histories: pd.DataFrame, title: str = "") -> go.Figure:
                  labels=labels, title=title, share=False)  # fmt: skip
 
 
-def costs(frame: pd.DataFrame, title: str = "", quantity: Literal["seconds", "tokens"] = "seconds") -> go.Figure:
+def costs(frame: pd.DataFrame, title: str = "", quantity: Literal["seconds", "tokens"] = "seconds") -> Figure:
     """Seconds, or tokens, over the number of prompts answered; both axes logarithmic."""
     names = {"seconds": "Seconds", "tokens": "Tokens through the model"}
     labels = {"prompts": "Prompts answered", quantity: names[quantity]}
@@ -123,12 +135,12 @@ def costs(frame: pd.DataFrame, title: str = "", quantity: Literal["seconds", "to
                  log_y=True)  # fmt: skip
 
 
-def head_overlap(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def head_overlap(frame: pd.DataFrame, title: str = "") -> Figure:
     """AUC of each known kind of head for the selected ones; 0.5 is chance."""
     return dots(frame, "auc", colour="kind", labels={"auc": "AUC for alpha > 0.5"}, title=title, reference=0.5)
 
 
-def shared_attention(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def shared_attention(frame: pd.DataFrame, title: str = "") -> Figure:
     """How differently heads attend on the two tasks' prompts, by whether one or both tasks select them."""
     heads = frame.drop_duplicates(["task_a", "task_b", "layer", "head"])
     pairs = heads["task_a"] + ", " + heads["task_b"]
@@ -142,16 +154,16 @@ def shared_attention(frame: pd.DataFrame, title: str = "") -> go.Figure:
                 labels={"mean": "Total variation between attention on the two tasks' prompts"})  # fmt: skip
 
 
-def attention_roles(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def attention_roles(frame: pd.DataFrame, title: str = "") -> Figure:
     """On what heads attend, as stacked shares; the frame of `sl.heads.attention_roles`."""
     heads = frame["layer"].astype(str) + "." + frame["head"].astype(str)
-    figure = go.Figure()
+    figure = Figure()
     names = list(dict.fromkeys(heads))
     for colour, role in zip(COLOURS, dict.fromkeys(frame["role"]), strict=False):
         part = frame["role"] == role
         figure.add_trace(go.Bar(
-            x=frame.loc[part, "share"], y=heads[part], name=role, orientation="h", marker_color=colour,
-            hovertemplate=f"head %{{y}}<br>{role} %{{x:.3f}}<extra></extra>",
+            x=frame.loc[part, "share"], y=heads[part], name=figure_text(role), orientation="h", marker_color=colour,
+            hovertemplate=f"head %{{y}}<br>{figure_text(role)} %{{x:.3f}}<extra></extra>",
         ))  # fmt: skip
     pitch = min(18.0, max(9.0, 1000 / len(names)))
     figure.update_xaxes(title="Share of the last token's attention", range=[0, 1])
@@ -162,20 +174,30 @@ def attention_roles(frame: pd.DataFrame, title: str = "") -> go.Figure:
                   legend_traceorder="normal")  # fmt: skip
 
 
-def attention_example(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def attention_example(frame: pd.DataFrame, title: str = "") -> Figure:
     """One prompt's tokens, and how much each head attends to them; the frame of `sl.heads.attention_example`."""
     heads = [name for name in frame.columns if name not in ("position", "token", "role")]
     texts = [repr(token)[1:-1] for token in frame["token"]]
     down = 11 * len(frame) + 130 > DOUBLE  # a prompt too long for a page's width is read downwards
     weights = frame[heads].to_numpy()
-    told = np.array([[f"head {h}<br>{t} ({r})" for h in heads] for t, r in zip(texts, frame["role"], strict=True)])
-    figure = go.Figure(go.Heatmap(
+    roles = zip(texts, frame["role"], strict=True)
+    told = np.array([[f"head {figure_text(h)}<br>{figure_text(f'{t} ({r})')}" for h in heads] for t, r in roles])
+    figure = Figure(go.Heatmap(
         z=weights if down else weights.T, zmin=0, zmax=1, colorscale=SEQUENTIAL, text=told if down else told.T,
         hovertemplate="%{text}<br>attention %{z:.3f}<extra></extra>", xgap=0.5, ygap=0.5,
         colorbar=colourbar("attention", tickvals=[0, 0.5, 1]),
     ))  # fmt: skip
-    tokens = {"tickvals": list(range(len(texts))), "ticktext": texts, "tickfont": {"size": 9}, "title": "Token"}
-    rows = {"tickvals": list(range(len(heads))), "ticktext": heads, "title": "Head (layer.head)"}
+    tokens = {
+        "tickvals": list(range(len(texts))),
+        "ticktext": list(map(figure_text, texts)),
+        "tickfont": {"size": 9},
+        "title": "Token",
+    }
+    rows = {
+        "tickvals": list(range(len(heads))),
+        "ticktext": list(map(figure_text, heads)),
+        "title": "Head (layer.head)",
+    }
     figure.update_xaxes(**rows if down else tokens, tickangle=-90, showgrid=False)
     figure.update_yaxes(**tokens if down else rows, autorange="reversed", showgrid=False)
     names = text_width(texts, 9) + 36
@@ -186,13 +208,14 @@ def attention_example(frame: pd.DataFrame, title: str = "") -> go.Figure:
     return styled(figure, title, max(SINGLE, 11 * len(frame) + 130), max(80, 16 * len(heads)), margin=margin)
 
 
-def similarity_against_transfer(similarity: pd.DataFrame, transfer: pd.DataFrame, title: str = "") -> go.Figure:
+def similarity_against_transfer(similarity: pd.DataFrame, transfer: pd.DataFrame, title: str = "") -> Figure:
     """Every pair of tasks off the diagonal: similarity of heads across, normalised transfer up."""
     names = list(transfer.index)
     cells = [(a, b) for a in names for b in names if a != b]
-    figure = go.Figure(go.Scatter(
+    figure = Figure(go.Scatter(
         x=[similarity.loc[cell] for cell in cells], y=[transfer.loc[cell] for cell in cells], mode="markers",
-        marker={"color": COLOURS[0], "size": 5, "opacity": 0.6}, text=[f"{a}<br>on {b}" for a, b in cells],
+        marker={"color": COLOURS[0], "size": 5, "opacity": 0.6},
+        text=[f"{figure_text(a)}<br>on {figure_text(b)}" for a, b in cells],
         hovertemplate="%{text}<br>similarity %{x:.3f}<br>share of the own gain %{y:.3f}<extra></extra>",
     ))  # fmt: skip
     figure.update_xaxes(title="Similarity of alpha (Pearson r)")
@@ -200,7 +223,7 @@ def similarity_against_transfer(similarity: pd.DataFrame, transfer: pd.DataFrame
     return styled(figure, title, SINGLE, 210)
 
 
-def comparison(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def comparison(frame: pd.DataFrame, title: str = "") -> Figure:
     """Mean accuracy of each method over the numbers it trains, and over the tokens that fitting it takes.
 
     Tokens are forward ones and backward ones, which cost twice as much. Bars are the range over tasks of the middle
@@ -209,7 +232,8 @@ def comparison(frame: pd.DataFrame, title: str = "") -> go.Figure:
     grouped = frame.assign(work=frame["forward_tokens"] + 2 * frame["backward_tokens"]).groupby("method", sort=False)
     means = grouped[["accuracy", "trained", "work"]].mean()
     means = means.assign(low=grouped["accuracy"].quantile(0.25), high=grouped["accuracy"].quantile(0.75))
-    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.04)
+    figure = Figure()
+    make_subplots(figure=figure, cols=2, shared_yaxes=True, horizontal_spacing=0.04)
     for place, column in enumerate(("trained", "work"), start=1):
         known = means[column][means[column] > 0]
         least, most = (known.min(), known.max()) if len(known) else (1.0, 1.0)
@@ -222,12 +246,13 @@ def comparison(frame: pd.DataFrame, title: str = "") -> go.Figure:
         for i, (name, row) in enumerate(means.iterrows()):
             below, above = row["accuracy"] - row["low"], row["high"] - row["accuracy"]
             figure.add_trace(go.Scatter(
-                x=[at[name]], y=[row["accuracy"]], mode="markers", name=str(name),
-                legendgroup=str(name), showlegend=place == 1,
+                x=[at[name]], y=[row["accuracy"]], mode="markers", name=figure_text(name),
+                legendgroup=figure_text(name), showlegend=place == 1,
                 marker={"color": COLOURS[i % len(COLOURS)], "size": 8, "symbol": marker(i)},
                 error_y={"type": "data", "symmetric": False, "array": [max(above, 0)], "arrayminus": [max(below, 0)],
                          "thickness": 1, "width": 0},
-                hovertemplate=f"{name}<br>accuracy %{{y:.3f}}<br>{column} {row[column]:,.0f}<extra></extra>",
+                hovertemplate=f"{figure_text(name)}<br>accuracy %{{y:.3f}}<br>{column} {row[column]:,.0f}"
+                "<extra></extra>",
             ), 1, place)  # fmt: skip
         powers = range(first, math.ceil(math.log10(most)) + 1)
         figure.update_xaxes(type="log", tickvals=[10.0**p for p in powers], col=place,
@@ -240,7 +265,7 @@ def comparison(frame: pd.DataFrame, title: str = "") -> go.Figure:
     return styled(figure, title, DOUBLE, 230, margin={"l": 60, "b": 62 + legend_height(names, DOUBLE - 74)})
 
 
-def suite(frame: pd.DataFrame, title: str = "") -> go.Figure:
+def suite(frame: pd.DataFrame, title: str = "") -> Figure:
     """A suite's tasks, by group and best under the last condition first: a dot for each condition's mean.
 
     Columns: task, group, condition, metric, mean, low, high.
@@ -259,6 +284,6 @@ def suite(frame: pd.DataFrame, title: str = "") -> go.Figure:
             figure.add_hline(start - 0.5, line={"color": "#888", "width": 1})
             figure.add_annotation(
                 x=1, xref="paper", xanchor="left", xshift=4, y=start - 0.4, yanchor="top", textangle=90,
-                text=order["group"].iloc[start], showarrow=False, font={"size": 10, "color": "#555"},
+                text=figure_text(order["group"].iloc[start]), showarrow=False, font={"size": 10, "color": "#555"},
             )  # fmt: skip
     return figure

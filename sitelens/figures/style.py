@@ -1,17 +1,19 @@
-"""The look of every figure: one Plotly template fit for a paper, two widths, and how figures are written."""
+"""The look of every figure: one Plotly template fit for a paper, two widths, texts shown as they are."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import textwrap
+import webbrowser
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io as pio
 
 from sitelens.defaults import SitelensError
+from sitelens.escaping import figure_text, visible
 
 Number = float | int
 SINGLE, DOUBLE = 336, 692  # pixels: 89 and 183 mm, a journal's one and two columns at 96 pixels an inch
@@ -19,9 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 DASHES = ("solid", "dash", "dot", "dashdot")
 SEQUENTIAL = "Viridis"  # perceptually uniform, and safe for the colour-blind
 DIVERGING = "RdBu_r"  # likewise safe
-STATIC = (".png", ".svg", ".pdf")
 LETTER = 0.51  # of the font size: the mean width of a letter
-PNG_SCALE = 3  # 288 pixels an inch
 TEMPLATE = "sitelens"
 
 
@@ -39,16 +39,49 @@ def _template() -> go.layout.Template:
                    "yref": "container", "tracegroupgap": 0, "font": {"size": 10}, "title": {"font": {"size": 10}}},
         "margin": {"l": 48, "r": 14, "t": 34, "b": 44},
         "annotationdefaults": {"font": {"size": 11}},
-        "hoverlabel": {"font": {"size": 11}},
+        "hoverlabel": {"font": {"size": 11}, "namelength": -1},
     })  # fmt: skip
 
 
 pio.templates[TEMPLATE] = _template()
 
 
-def styled(figure: go.Figure, title: str, width: Number, plot: Number, above: Number = 0, **layout: Any) -> go.Figure:
-    """The common look; pixels of the whole width, of the plot's height, and above the plot beside the title's own."""
-    title = wrapped(title, width - 10, 12)
+class Figure(go.Figure):
+    """A Plotly figure whose `show` says what to do where there is nothing to show it in."""
+
+    def show(self, *args: Any, **kwargs: Any) -> None:
+        """Show the figure, in a notebook beside its cell, else in a browser.
+
+        Raises:
+            SitelensError: if there is no browser, or if a kernel lacks the nbformat package.
+        """
+        renderer = (args[0] if args else kwargs.get("renderer")) or pio.renderers.default
+        try:
+            if "browser" in str(renderer).split("+"):
+                browser = webbrowser.get()
+                if isinstance(browser, webbrowser.GenericBrowser) and shutil.which(browser.name) is None:
+                    raise webbrowser.Error(browser.name)  # Plotly would wait for it for ever
+            super().show(*args, **kwargs)
+        except webbrowser.Error as error:
+            raise SitelensError(
+                "there is no browser to show the figure in: write it with sl.figures.save(figure, 'figure.html') and "
+                "open that file, or use a notebook, which shows figures itself"
+            ) from error
+        except ValueError as error:
+            if "Mime type rendering" not in str(error):
+                raise
+            raise SitelensError(
+                "a notebook shows figures by way of the nbformat package: pip install nbformat"
+            ) from error
+
+
+def styled(figure: Figure, title: str, width: Number, plot: Number, above: Number = 0, **layout: Any) -> Figure:
+    """The common look; pixels of the whole width, of the plot's height, and above the plot beside the title's own.
+
+    title: plain text; what follows a line break stands below it, smaller.
+    """
+    first, *further = [wrapped(line, width - 10, 12) for line in title.split("\n")]
+    title = "<br>".join([first, *(f"<sub>{line}</sub>" for line in further)])
     more = title.count("<br>")  # Plotly lifts a title by some pixels for each line after its first
     top = above + (33 + 17 * more if title else 14)
     margin = {"l": 48, "r": 14, "b": 44} | layout.pop("margin", {}) | {"t": top}
@@ -65,9 +98,10 @@ def text_width(texts: Collection[Any], size: Number = 11) -> float:
 
 
 def wrapped(text: str, room: Number, size: Number = 11) -> str:
-    """A text broken into lines that are at most `room` pixels wide."""
+    """A plain text for a figure, broken into lines that are at most `room` pixels wide."""
     letters = max(12, int(room / (LETTER * size)))
-    return "<br>".join(line for part in text.split("<br>") for line in textwrap.wrap(part, letters))
+    lines = (line for part in text.split("\n") for line in textwrap.wrap(visible(part), letters))
+    return "<br>".join(map(figure_text, lines))
 
 
 def legend_height(names: Collection[Any], width: Number) -> int:
@@ -77,45 +111,9 @@ def legend_height(names: Collection[Any], width: Number) -> int:
 
 
 def colourbar(label: str, **more: Any) -> dict[str, Any]:
-    """A slim colour bar, its title along its side."""
-    return {"title": {"text": label, "side": "right", "font": {"size": 11}}, "thickness": 10, "outlinewidth": 0} | more
-
-
-def show_static_too() -> bool:
-    """In a notebook, show a PNG with every figure from here on, so that it is seen where no script runs.
-
-    Returns whether Chrome is there to draw them; without it figures stay interactive only.
-    """
-    pio.renderers["png"].scale = 2  # type: ignore[index]
-    try:
-        go.Figure().to_image("png", width=10, height=10)
-    except Exception:  # whatever kaleido and choreographer raise: there is nothing to draw with
-        pio.renderers.default = "plotly_mimetype"
-        return False
-    pio.renderers.default = "plotly_mimetype+png"
-    return True
-
-
-def save(figure: go.Figure, path: str | Path) -> Path:
-    """Write a figure as .html (plotly.js once per directory), .png (288 dpi), .svg or .pdf. Returns the path.
-
-    Raises:
-        SitelensError: for another ending, or when Chrome, which draws the static formats, is not there.
-    """
-    path = Path(path)
-    if path.suffix not in (".html", *STATIC):
-        raise SitelensError(f"cannot write {path.name}: end it in .html, {', '.join(STATIC)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".html":
-        figure.write_html(path, include_plotlyjs="directory", div_id=path.stem)
-        return path
-    try:
-        figure.write_image(path, scale=PNG_SCALE if path.suffix == ".png" else 1)
-    except Exception as error:  # kaleido and choreographer each raise their own kinds
-        if "chrome" not in f"{type(error).__name__} {error}".lower():
-            raise
-        raise SitelensError(
-            f"{path.name} needs Chrome or Chromium, which was not found: install it (for example `apt-get install "
-            "chromium`, or `plotly_get_chrome`), or write .html instead"
-        ) from error
-    return path
+    """A slim colour bar, its title (plain text) along its side."""
+    return {
+        "title": {"text": figure_text(label), "side": "right", "font": {"size": 11}},
+        "thickness": 10,
+        "outlinewidth": 0,
+    } | more
