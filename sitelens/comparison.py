@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -17,6 +15,7 @@ from sitelens.conditions import Condition, FewShot, ZeroShot
 from sitelens.defaults import SitelensError, settings, tracked
 from sitelens.evaluation import evaluate
 from sitelens.fingerprints import fingerprint
+from sitelens.folders import scratch_folder
 from sitelens.methods import METHODS
 from sitelens.methods.common import fitting
 from sitelens.models import Model, resolve_model, tokenization
@@ -62,7 +61,7 @@ def fit_method(
     kept = store.get("method", spec)
     if kept is None:
         started = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, settings.using(cache_dir=Path(folder)), counted_tokens() as spent:
+        with scratch_folder(settings.cache()) as folder, settings.using(cache_dir=folder), counted_tokens() as spent:
             condition = METHODS[name].fit(task, model, seed=seed, **(options or {}))
         cost = {
             "trained": METHODS[name].trained(condition), "forward_tokens": spent.forward,

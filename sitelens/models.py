@@ -17,9 +17,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module, detect_tokenizer_bos_eos
 
 from sitelens.catalogue import how_to_get
-from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder, quiet_transformers
+from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.fingerprints import fingerprint, text_config
+from sitelens.loading import load_network, quiet_transformers
 from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
 from sitelens.sources import DEFAULT_MODEL, check_device, hub_id
 from sitelens.store import digest
@@ -106,11 +107,26 @@ def resolve_model(model: str | Path | Model | None) -> Model:
         return load_model(model)
     if z_hook(0) not in model.hook_dict:
         raise SitelensError(f"{model_name(model)} has no hook point {z_hook(0)}: its heads cannot be patched")
+    _check_heads(model)
     if getattr(model.original_model, "is_loaded_in_8bit", False):
         raise SitelensError(f"{model_name(model)}: {NO_8BIT}")
     if model.original_model.training:
         raise SitelensError(f"{model_name(model)} is in training mode, where dropout is random: call model.eval()")
     return model
+
+
+def _check_heads(model: Model) -> None:
+    """Raise SitelensError if the output projections read anything but n_heads vectors of d_head numbers."""
+    _, heads, d_head = head_shape(model)
+    blocks: Any = model.blocks
+    for layer, block in enumerate(blocks):
+        projection = getattr(getattr(block, "attn", None), "o", None)
+        width = getattr(getattr(projection, "original_component", None), "in_features", heads * d_head)
+        if width != heads * d_head:
+            raise SitelensError(
+                f"{model_name(model)}: the output projection of layer {layer} reads {width} numbers, which "
+                f"TransformerLens does not show as {heads} heads of {d_head}: its heads cannot be patched"
+            )
 
 
 def z_hook(layer: int) -> str:
@@ -262,15 +278,12 @@ def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Mo
 
 
 def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -> Model:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options, output_loading_info=True)
-            network, found = loaded
-            if found["missing_keys"]:
-                raise ValueError(f"it has no weights {', '.join(sorted(found['missing_keys'])[:3])}, ...")
+            network = load_network(folder, **options)
             if options["device_map"] is None:
                 network = network.to(device)
             network.eval()

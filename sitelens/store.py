@@ -4,12 +4,17 @@ An artifact is a kind (say "embedding"), a `spec` (everything its content depend
 `meta` (what a reader wants to know but the content does not depend on). Files are written to a temporary name,
 flushed and renamed, so a reader sees a whole artifact or none, whoever else writes and whenever a process dies.
 A SHA-256 over metadata and tensors is checked at every read. No pickle is read or written.
+
+A file counts as damaged only if its content is not what was written. One that cannot be read (no permission, a network
+folder that is away) is left as it is, and a store that cannot be written to costs a warning, never a result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -24,11 +29,13 @@ import torch
 from torch import Tensor
 
 from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.folders import make_folder, read_bytes, reason, remove, size_of, warn_once
 from sitelens.version import __version__
 from sitelens.writing import write_bytes
 
 FORMAT = 1
 STALE_TEMPORARY_SECONDS = 3600
+DAMAGED = ".damaged"  # what the name of a file that was set aside ends with
 
 
 class DamagedArtifactError(SitelensError):
@@ -48,7 +55,11 @@ class Artifact:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write to `path`, atomically; the folder is made where it is missing. Returns the path."""
+        """Write to `path`, atomically; the folder is made where it is missing. Returns the path.
+
+        Raises:
+            OSError: if it cannot be written; what was there stays.
+        """
         tensors = {  # copies, for safetensors refuses tensors that share memory
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.tensors.items()
@@ -64,17 +75,18 @@ class Artifact:
         """Read and verify a file.
 
         Raises:
-            SitelensError: if there is no such file, or it holds another kind of artifact.
+            SitelensError: if there is no such file, it cannot be read, or it holds another kind of artifact.
             DamagedArtifactError: if its content is not what was written.
         """
         path = Path(path)
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+            data = read_bytes(path)  # once: another process may replace the file meanwhile
         except FileNotFoundError as error:
             raise SitelensError(f"there is no file {path}") from error
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
+        try:
+            tensors = safetensors.torch.load(data)
+            metadata = _metadata(data)
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise DamagedArtifactError(f"{path} is damaged or no safetensors file: {error}") from error
         header = metadata.get("sitelens")
         if header is None:
@@ -100,57 +112,116 @@ class Store:
         return self.root / kind / f"{digest({'kind': kind, 'format': FORMAT, 'spec': spec})[:40]}.safetensors"
 
     def get(self, kind: str, spec: Mapping[str, Any]) -> Artifact | None:
-        """The stored artifact, or None. A damaged one is named in a warning and set aside, to be made anew."""
+        """The stored artifact, or None.
+
+        A damaged one is named in a warning and set aside until one made anew is whole. One that cannot be read stays
+        as it is; that is said once, and the work goes on without it.
+        """
         path = self.path(kind, spec)
-        if not path.exists():
-            return None
         try:
-            artifact = Artifact.load(path, kind)
-            if canonical_json(artifact.spec) != canonical_json(spec):
-                raise DamagedArtifactError(f"{path} does not hold what its name says")
+            return self._checked(path, kind, spec)
         except DamagedArtifactError as error:
             warnings.warn(f"{error}; it is made anew", SitelensWarning, stacklevel=2)
-            path.unlink(missing_ok=True)
+            self._set_aside(path, kind, spec)
+        except SitelensError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                warn_once(path, f"{error}; the work goes on without it")
+        return None
+
+    def put(self, artifact: Artifact) -> Path | None:
+        """Keep an artifact; concurrent writers of the same one leave one whole file.
+
+        Returns its path, or None where it could not be written: that is said once, and nothing half-written stays.
+        """
+        path = self.path(artifact.kind, artifact.spec)
+        try:
+            make_folder(path.parent)
+            artifact.save(path)
+        except OSError as error:
+            warn_once(
+                self.root,
+                f"results cannot be kept in the cache {self.root}: {reason(error)}. The work goes on; SITELENS_CACHE "
+                "or sl.settings.cache_dir names another cache folder",
+            )
             return None
-        except SitelensError:  # removed by another process between the look and the read
-            return None
+        remove(path.with_suffix(DAMAGED))
+        return path
+
+    def _checked(self, path: Path, kind: str, spec: Mapping[str, Any]) -> Artifact:
+        artifact = Artifact.load(path, kind)
+        if canonical_json(artifact.spec) != canonical_json(spec):
+            raise DamagedArtifactError(f"{path} does not hold what its name says")
         return artifact
 
-    def put(self, artifact: Artifact) -> Path:
-        """Keep an artifact; concurrent writers of the same one leave one whole file."""
-        return artifact.save(self.path(artifact.kind, artifact.spec))
+    def _set_aside(self, path: Path, kind: str, spec: Mapping[str, Any]) -> None:
+        """Rename a damaged file, and back if another process has just put a good one in its place."""
+        aside = path.with_suffix(DAMAGED)
+        with contextlib.suppress(OSError):
+            os.replace(path, aside)
+            with contextlib.suppress(SitelensError):
+                self._checked(aside, kind, spec)
+                os.replace(aside, path)
+
+    def remove(self, kind: str, spec: Mapping[str, Any]) -> None:
+        """Remove the artifact of this kind and spec, if it is there and may be removed."""
+        with contextlib.suppress(OSError):
+            self.path(kind, spec).unlink(missing_ok=True)
 
     def entries(self) -> pd.DataFrame:
-        """One row a file: kind, task, model, bytes, modified, path. Damaged files have kind "damaged"."""
+        """One row per file: kind, task, model, bytes, modified, path. Kinds also: "damaged", "unreadable"."""
         rows = []
-        for path in sorted(self.root.glob("*/*.safetensors")):
+        for path in sorted([*self.root.glob("*/*.safetensors"), *self.root.glob(f"*/*{DAMAGED}")]):
             try:
-                with safetensors.safe_open(path, framework="pt") as file:
-                    content = json.loads((file.metadata() or {})["sitelens"])
+                content = json.loads(_metadata_of(path)["sitelens"])
                 about = {name: content["spec"].get(name) or content["meta"].get(name) for name in ("task", "model")}
-                kind = content["kind"]
-            except (safetensors.SafetensorError, OSError, KeyError, ValueError):
+                kind = "damaged" if path.suffix == DAMAGED else content["kind"]
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            except OSError:
+                kind, about = "unreadable", {}
+            except (KeyError, ValueError, TypeError, AttributeError):
                 kind, about = "damaged", {}
-            stat = path.stat()
-            modified = pd.Timestamp(stat.st_mtime, unit="s").round("s")
+            modified = pd.NaT
+            with contextlib.suppress(OSError):
+                modified = pd.Timestamp(path.stat().st_mtime, unit="s").round("s")
             rows.append({"kind": kind, "task": about.get("task"), "model": about.get("model"),
-                         "bytes": stat.st_size, "modified": modified, "path": str(path)})  # fmt: skip
+                         "bytes": size_of(path.resolve()), "modified": modified, "path": str(path)})  # fmt: skip
         return pd.DataFrame(rows, columns=["kind", "task", "model", "bytes", "modified", "path"])
 
     def clear(self, kind: str | None = None) -> int:
         """Remove the artifacts of one kind, all, or those that are "damaged"; and stale temporary files.
 
-        Returns how many artifacts went.
+        Returns how many artifacts went. Those that may not be removed are counted in a warning.
         """
-        removed = 0
-        for path in self.root.glob(f"{kind if kind not in (None, 'damaged') else '*'}/*.safetensors"):
-            if kind != "damaged" or _is_damaged(path):
-                path.unlink(missing_ok=True)
-                removed += 1
+        removed, failures = 0, []
+        folder = kind if kind not in (None, "damaged") else "*"
+        for path in [*self.root.glob(f"{folder}/*.safetensors"), *self.root.glob(f"{folder}/*{DAMAGED}")]:
+            if kind != "damaged" or path.suffix == DAMAGED or _is_damaged(path):
+                try:
+                    path.unlink(missing_ok=True)
+                    removed += 1
+                except OSError as error:
+                    failures.append(f"{path}: {reason(error)}")
         for path in self.root.glob("*/.*.tmp"):
-            if time.time() - path.stat().st_mtime > STALE_TEMPORARY_SECONDS:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if time.time() - path.lstat().st_mtime > STALE_TEMPORARY_SECONDS:
+                    path.unlink()
+        if failures:
+            warnings.warn(f"{len(failures)} files could not be removed ({failures[0]})", SitelensWarning, stacklevel=2)
         return removed
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata in the JSON header of a safetensors file's bytes."""
+    length = int.from_bytes(data[:8], "little")
+    return dict(json.loads(data[8 : 8 + length]).get("__metadata__") or {})
+
+
+def _metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without reading its tensors."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        return _metadata(start + file.read(min(int.from_bytes(start, "little"), size_of(path.resolve()))))
 
 
 def _is_damaged(path: Path) -> bool:
@@ -158,7 +229,7 @@ def _is_damaged(path: Path) -> bool:
         Artifact.load(path)
     except DamagedArtifactError:
         return True
-    except SitelensError:  # gone, or of a newer version
+    except SitelensError:  # gone, not to be read, or of a newer version
         return False
     return False
 

@@ -77,4 +77,4 @@ class State:
 
     def forget(self) -> None:
         """Remove it: the training has ended and its results are kept."""
-        default_store().path("training", self._spec).unlink(missing_ok=True)
+        default_store().remove("training", self._spec)

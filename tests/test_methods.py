@@ -383,16 +383,19 @@ def test_the_policy_learns_which_head_matters() -> None:
 
 
 def test_weighted_writes_add_up_to_what_the_heads_write(model: Model) -> None:
-    """All weights one, and z a prompt's own: the attention layer's output less its bias."""
+    """All weights one, and z a prompt's own: the attention layer's output, behind its norm if any, less its bias."""
     from sitelens.forward import capture_z
-    from sitelens.methods.function_vector import written
+    from sitelens.heads.writing import written
 
     batch = common.zero_shot(TASK, TASK.train[:1], model)
     seen: list[Tensor] = []
-    hooks: list[Any] = [(f"blocks.{layer}.attn.hook_out", lambda x, hook: seen.append(x[0, -1])) for layer in range(2)]
+    point = "ln1_post" if "blocks.0.ln1_post.hook_out" in model.hook_dict else "attn"
+    hooks: list[Any] = [
+        (f"blocks.{layer}.{point}.hook_out", lambda x, hook: seen.append(x[0, -1])) for layer in range(2)
+    ]
     with torch.no_grad():
         model.run_with_hooks(batch.tokens, fwd_hooks=hooks)
-    writes = written(capture_z(batch, model)[0], model)
+    writes = written(capture_z(batch, model)[0], model, batch)
     found = ltv.summed(torch.ones(writes.shape[:2]), writes)
     bias = [getattr(block.attn, "b_O", None) for block in model.blocks]
     expected = torch.stack([x - (0 if b is None else b) for x, b in zip(seen, bias, strict=True)])

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from typing import Any
-
 import pandas as pd
 import torch
-from einops import einsum, rearrange, repeat
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding, embedding_prompts
-from sitelens.forward import capture_z
-from sitelens.heads.common import checked_heads, like_prompts, per_head, valid_items, watch
-from sitelens.models import Model, computing_dtype, context_length, own_tokenizer, resolve_model
+from sitelens.heads.common import checked_heads, like_prompts, per_head, valid_items
+from sitelens.heads.direct import DirectPath
+from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import PromptBatch, few_shot_prompts, tokenize
 from sitelens.tasks import Task, load_task
 
@@ -29,29 +26,31 @@ def head_attribution(
     n_shots: int = 10,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Direct logit attribution of every head to the answer: one row a head, columns layer, head, attribution.
+    """Direct logit attribution of every head to the answer: one row per head, columns layer, head, attribution.
 
     The mean over the first `n_items` validation items of the logit that the head's output at the last prompt token
     writes for the answer's first token, past the mean of the vocabulary, with every norm's scale as it is in that
-    prompt. With `embedding` the head's output is the task embedding's instead of the prompt's own.
+    prompt. With `embedding` the head's output is the task embedding's instead of the prompt's own. In a model that caps
+    its logits (Gemma 2) it is the logit before the cap.
 
     Raises:
-        SitelensError: for an unknown task, no validation items, or an embedding of another model.
+        SitelensError: for an unknown task, no validation items, an embedding of another model, or an architecture in
+            which the heads' contributions do not add up to the logit (see `DirectPath.check`).
     """
     task, model = load_task(task), resolve_model(model)
     items = valid_items(task)[:n_items]
     prompts = few_shot_prompts(task, items, n_shots, own_tokenizer(model), seed, "valid", range(len(items)))
     batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
-    totals = []
+    if embedding is not None:
+        embedding.check_fits(model)
+    total = torch.zeros(head_shape(model)[:2], dtype=computing_dtype(model))
     for index in like_prompts(batch, model):
         part = batch.rows(index)
-        if embedding is not None:
-            embedding.check_fits(model)
-            z = repeat(embedding.mean_z, "layer head d -> row layer head d", row=len(part))
-        else:
-            z = capture_z(part, model)
-        totals.append(_direct_logits(z, part, model).sum(0).cpu())
-    return per_head(sum(totals[1:], totals[0]) / len(items), "attribution")
+        path = DirectPath.of(part, model)
+        path.check()
+        z = None if embedding is None else repeat(embedding.mean_z, "layer head d -> row layer head d", row=len(part))
+        total += path.attribution(part.answer, z).sum(0).cpu()
+    return per_head(total / len(items), "attribution")
 
 
 def written_tokens(
@@ -68,7 +67,8 @@ def written_tokens(
     the prompts that the embedding was measured on, whose norms' scales are used. The n highest, then the n lowest.
 
     Raises:
-        SitelensError: if there is no such head, or the embedding comes from another model.
+        SitelensError: if there is no such head, the embedding comes from another model, or as `head_attribution` for
+            an architecture.
     """
     task, model = load_task(task), resolve_model(model)
     embedding.check_fits(model)
@@ -76,87 +76,44 @@ def written_tokens(
     tokenizer = own_tokenizer(model)
     prompts = embedding_prompts(task, tokenizer, min(8, embedding.n_prompts), embedding.n_shots, embedding.seed)
     batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
-    factors = [factor for index in like_prompts(batch, model) for factor in _Norms.at_the_end(batch.rows(index), model)]
-    unembed = model.W_U.to(model.cfg.device, computing_dtype(model))
-    direction = unembed - unembed.mean(-1, keepdim=True)
-    z = embedding.mean_z[layer, place].to(model.cfg.device, unembed.dtype)
-    write = z @ output_weights(layer, model)[place].to(z.device)
-    logits = torch.stack([norms.through(write, layer) @ direction for norms in factors]).mean(0)
+    rows = []
+    for index in like_prompts(batch, model):
+        path = DirectPath.of(batch.rows(index), model)
+        path.check()
+        rows.append(path.written(layer, place, embedding.mean_z[layer, place]))
+    logits = torch.cat(rows).mean(0)
     order = logits.argsort(descending=True).tolist()
     chosen = [*order[:n], *order[len(order) - n :]]
     return pd.DataFrame({"token": [tokenizer.decode([i]) for i in chosen], "logit": logits[chosen].tolist()})
 
 
-@dataclass(frozen=True, eq=False)
-class _Norms:
-    """What the norms between a head and the logits do at the last token of one prompt, their scales held fixed.
+def written(
+    z: Float[Tensor, "layer head d_head"], model: Model, prompts: PromptBatch | None = None
+) -> Float[Tensor, "layer head d_model"]:
+    """What each head's z adds to the residual stream, without the output bias, on the CPU.
 
-    final: weight / scale of the final norm; after: likewise of the norm behind a layer's attention, where the model
-    has one (Gemma). centred: whether the final norm takes the mean away (LayerNorm).
+    In most models that is z @ W_O, times the residual multiplier where there is one (Granite). Where it passes a norm
+    first (Gemma 2 and 3, OLMo 2, GLM-4), it is the mean over `prompts` (at most 8) with the norm's scale held.
+
+    Raises:
+        SitelensError: if such a norm is there and no prompts are given, or as `head_attribution` for an architecture.
     """
-
-    final: Float[Tensor, " d_model"]
-    after: dict[int, Float[Tensor, " d_model"]]
-    centred: bool
-
-    @staticmethod
-    def at_the_end(batch: PromptBatch, model: Model) -> list[_Norms]:
-        """Of every prompt of a batch of one length."""
-        scales: dict[str, Tensor] = {}
-        behind = {i: f"blocks.{i}.ln1_post" for i in range(model.cfg.n_layers)}
-        behind = {i: name for i, name in behind.items() if f"{name}.hook_scale" in model.hook_dict}
-        names = ["ln_final", *behind.values()]
-
-        def keep(scale: Tensor, name: str) -> None:
-            scales[name] = scale[:, -1, 0].to(model.cfg.device, computing_dtype(model))
-
-        watch(batch.tokens, model, {f"{name}.hook_scale": functools.partial(keep, name=name) for name in names})
-        weights = {name: _norm_weight(name, model) for name in names}
-        centred = not model.cfg.uses_rms_norm
-        return [
-            _Norms(weights["ln_final"] / scales["ln_final"][row],
-                   {layer: weights[name] / scales[name][row] for layer, name in behind.items()}, centred)
-            for row in range(len(batch))
-        ]  # fmt: skip
-
-    def through(self, write: Float[Tensor, "*n d_model"], layer: int) -> Float[Tensor, "*n d_model"]:
-        """A layer's write to the residual stream as it reaches the unembedding."""
-        write = write * self.after[layer] if layer in self.after else write
-        return (write - write.mean(-1, keepdim=True) if self.centred else write) * self.final
+    passes_norm = any(f"blocks.{layer}.ln1_post.hook_in" in model.hook_dict for layer in range(len(z)))
+    if passes_norm and prompts is None:
+        raise SitelensError(
+            "what a head of this model writes passes a norm whose scale depends on the prompt: give prompts"
+        )
+    chosen = prompts.rows(range(min(8, len(prompts)))) if passes_norm and prompts is not None else _any_prompt(model)
+    total = torch.zeros(*z.shape[:2], model.cfg.d_model, dtype=computing_dtype(model))
+    for index in like_prompts(chosen, model):
+        path = DirectPath.of(chosen.rows(index), model)
+        path.check()
+        for row in range(len(index)):
+            total += path.writes(z, row).cpu()
+    return total / len(chosen)
 
 
-def _direct_logits(
-    z: Float[Tensor, "row layer head d_head"], batch: PromptBatch, model: Model
-) -> Float[Tensor, "row layer head"]:
-    """Each head's direct contribution to the logit of the row's answer, past the vocabulary's mean."""
-    dtype, device = computing_dtype(model), model.cfg.device
-    unembed = model.W_U.to(device, dtype)
-    directions = unembed[:, batch.answer.to(device)].T - unembed.mean(-1)
-    norms = _Norms.at_the_end(batch, model)
-    layers = []
-    for layer in range(model.cfg.n_layers):
-        write = einsum(z[:, layer].to(device, dtype), output_weights(layer, model).to(device),
-                       "row head d, head d d_model -> row head d_model")  # fmt: skip
-        through = torch.stack([own.through(rows, layer) for own, rows in zip(norms, write, strict=True)])
-        layers.append(einsum(through, directions, "row head d_model, row d_model -> row head"))
-    return torch.stack(layers, dim=1)
-
-
-def output_weights(layer: int, model: Model) -> Float[Tensor, "head d_head d_model"]:
-    """W_O of a layer, in the dtype of computing, unpacked where it is kept in 4 bits."""
-    attention: Any = model.blocks[layer].attn
-    projection = attention.o.original_component
-    packed = getattr(projection.weight, "quant_state", None)
-    if packed is None:
-        return attention.W_O.to(computing_dtype(model))
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight = dequantize_4bit(projection.weight.data, packed).to(computing_dtype(model))
-    return rearrange(weight, "d_model (head d_head) -> head d_head d_model", head=model.cfg.n_heads)
-
-
-def _norm_weight(name: str, model: Model) -> Float[Tensor, " d_model"]:
-    """What a norm multiplies the scaled stream with (Gemma keeps it less one)."""
-    norm: Any = model.get_submodule(name)
-    weight = norm.original_component.weight.to(model.cfg.device, computing_dtype(model))
-    return 1 + weight if getattr(model.cfg, "rmsnorm_uses_offset", False) else weight
+def _any_prompt(model: Model) -> PromptBatch:
+    """Two tokens: a prompt for where it makes no difference which one it is."""
+    tokens = torch.tensor([[0, min(1, model.cfg.d_vocab - 1)]])
+    return PromptBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([-1]), ((),), ("",), ((),))

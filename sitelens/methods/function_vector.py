@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,11 +16,11 @@ from sitelens.fingerprints import fingerprint
 from sitelens.forward import full_logits
 from sitelens.heads.common import like_prompts
 from sitelens.heads.effects import indirect_effects
-from sitelens.heads.writing import output_weights
+from sitelens.heads.writing import written
 from sitelens.methods.common import best_on_valid, fitting, prompts_of
 from sitelens.methods.streams import AddToStream
-from sitelens.models import Model, computing_dtype, head_shape, own_tokenizer, resolve_model, z_hook
-from sitelens.prompts import few_shot_prompts
+from sitelens.models import Model, head_shape, own_tokenizer, resolve_model, z_hook
+from sitelens.prompts import PromptBatch, few_shot_prompts
 from sitelens.tasks import Task, load_task
 
 
@@ -43,18 +42,22 @@ def fit(
     those count that the model answers correctly (`correct_only`); heads are ranked by their indirect effect on
     `n_effects` prompts with shuffled answers. Published: 10 heads on GPT-J, 20 to 100 on larger models. The public
     code chooses the layer on test and adds the output bias once a head where there is one: here it is chosen on
-    valid, without bias. On post-norm models (Gemma 3) what a head writes passes a norm first, which is left out.
+    valid, without bias. Where what a head writes passes a norm first (Gemma 3), or is multiplied (Granite), so is the
+    vector: the norm's scale is the mean over some of the prompts.
 
     Raises:
         SitelensError: as `embed_task`.
     """
     model, task = resolve_model(model), fitting(load_task(task))
-    mean_z = _mean_z(task, model, n_prompts, n_shots, correct_only, seed)
+    queries = [task.valid[i % len(task.valid)] for i in range(n_prompts)]
+    shown = few_shot_prompts(task, queries, n_shots, own_tokenizer(model), seed, "function-vector", range(n_prompts))
+    batch = prompts_of(shown, task, model)
+    mean_z = _mean_z(batch, model, correct_only)
     embedding = TaskEmbedding(mean_z, task.name, fingerprint(model), n_prompts, n_shots, seed)
     effects = indirect_effects(task, model, embedding=embedding, n_prompts=n_effects, n_shots=n_shots, seed=seed)
     ranked = effects.sort_values(["effect", "layer", "head"], ascending=[False, True, True])
     order = list(zip(ranked["layer"], ranked["head"], strict=True))
-    writes = written(mean_z, model)
+    writes = written(mean_z, model, batch)
     layers = range(head_shape(model)[0])
     candidates = {
         (layer, count): AddToStream(
@@ -69,24 +72,10 @@ def fit(
     return candidates[best_on_valid(task, candidates, model)]
 
 
-def written(z: Float[Tensor, "layer head d_head"], model: Model) -> Float[Tensor, "layer head d_model"]:
-    """What each head's z adds to the residual stream: z @ W_O, without the output bias."""
-    dtype = computing_dtype(model)
-    rows = []
-    for layer in range(len(z)):
-        weights = output_weights(layer, model)
-        rows.append(einsum(z[layer].to(weights.device, dtype), weights, "head d, head d d_model -> head d_model").cpu())
-    return torch.stack(rows)
-
-
-def _mean_z(
-    task: Task, model: Model, n_prompts: int, n_shots: int, correct_only: bool, seed: int
-) -> Float[Tensor, "layer head d_head"]:
-    queries = [task.valid[i % len(task.valid)] for i in range(n_prompts)]
-    drawn = few_shot_prompts(task, queries, n_shots, own_tokenizer(model), seed, "function-vector", range(n_prompts))
-    batch = prompts_of(drawn, task, model)
-    z = torch.zeros(n_prompts, *head_shape(model), dtype=torch.float64)
-    right = torch.ones(n_prompts, dtype=torch.bool)
+def _mean_z(batch: PromptBatch, model: Model, correct_only: bool) -> Float[Tensor, "layer head d_head"]:
+    """Every head's mean z at the last token: over all prompts, or those that the model answers correctly."""
+    z = torch.zeros(len(batch), *head_shape(model), dtype=torch.float64)
+    right = torch.ones(len(batch), dtype=torch.bool)
     for index in like_prompts(batch, model):
         part = batch.rows(index)
 

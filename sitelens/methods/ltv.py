@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sitelens.defaults import settings
-from sitelens.embedding import embed_task
+from sitelens.embedding import embed_task, embedding_prompts
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.heads.effects import shuffled_labels
+from sitelens.heads.writing import written
 from sitelens.memory import chunks, prefix_bytes, step_cost
 from sitelens.methods.common import best_on_valid, drawn, fitting, prompts_of
-from sitelens.methods.function_vector import written
 from sitelens.methods.streams import AddToStream, stream_hook
 from sitelens.models import Model, own_tokenizer, resolve_model
 from sitelens.network import run_tokens
@@ -49,10 +49,11 @@ def fit(
 ) -> AddToStream:
     """One weight a head (normal at first), trained with Adam; the learning rate is chosen on valid.
 
-    Layer l gets the sum over its heads of weight * mean z @ W_O, added at the last token at every step. Training
-    prompts are a fixed pool with shuffled answers, whose prefixes are computed once where all of them fit half of the
-    memory budget, at each step where not. This is the paper's form, a weight a head: the public code for language
-    weighs slices of the residual stream instead, and its rate of 5e-5 leaves the weights near where they began.
+    Layer l gets the sum over its heads of weight * what the mean z writes, added at the last token at every step.
+    Training prompts are a fixed pool with shuffled answers, whose prefixes are computed once where all of them fit
+    half of the memory budget, at each step where not. This is the paper's form, a weight a head: the public code for
+    language weighs slices of the residual stream instead, and its rate of 5e-5 leaves the weights near where they
+    began.
 
     Raises:
         SitelensError: as `embed_task`.
@@ -60,7 +61,8 @@ def fit(
     model, task = resolve_model(model), fitting(load_task(task))
     embedding = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
     device = model.cfg.device
-    writes = written(embedding.mean_z, model).to(device)
+    measured = embedding_prompts(task, own_tokenizer(model), n_prompts, n_shots, seed)
+    writes = written(embedding.mean_z, model, prompts_of(measured, task, model)).to(device)
     prompts = []
     for i in range(n_pool):
         query = task.train[i % len(task.train)]

