@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
