@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from sitelens.conditions import Condition, FewShot, ZeroShot
-from sitelens.defaults import SitelensError, settings, tracked
+from sitelens.defaults import SitelensError, settings
 from sitelens.evaluation import evaluate
 from sitelens.fingerprints import fingerprint
 from sitelens.folders import scratch_folder
@@ -20,6 +20,7 @@ from sitelens.methods import METHODS
 from sitelens.methods.common import fitting
 from sitelens.models import Model, resolve_model, tokenization
 from sitelens.network import counted_tokens
+from sitelens.progress import Job
 from sitelens.store import Artifact, default_store
 from sitelens.summary import markdown_table, summarize
 from sitelens.tasks import Task, load_tasks
@@ -189,10 +190,15 @@ def _cells(
     if strange:
         raise SitelensError(f"options are given for {', '.join(sorted(strange))}; methods are {', '.join(METHODS)}")
     loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
-    for task, name in tracked([(t, n) for t in loaded for n in names], "compare", progress=progress):
-        chosen = (options or {}).get(name)
-        fitted = fit_method(name, task, model, seed=seed, options=chosen)
-        yield fitted, *_scored(name, fitted, task, model, n_items, seed, chosen)
+    cells = {f"{task.name}, {name}": (task, name) for task in loaded for name in names}
+    with Job("compare", list(cells), progress) as job:
+        job.plan(dict.fromkeys(cells, 1.0))
+        for stage, (task, name) in cells.items():
+            chosen = (options or {}).get(name)
+            with job.stage(stage):
+                fitted = fit_method(name, task, model, seed=seed, options=chosen)
+                scores, seconds = _scored(name, fitted, task, model, n_items, seed, chosen)
+            yield fitted, scores, seconds
 
 
 def _scored(

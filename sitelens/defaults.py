@@ -6,7 +6,7 @@ import difflib
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -15,9 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import platformdirs
 
-Item = TypeVar("Item")
 Value = TypeVar("Value")
-_watcher: ContextVar[Callable[[float], None] | None] = ContextVar("watcher", default=None)
 _using: ContextVar[Mapping[str, Any]] = ContextVar("using", default=MappingProxyType({}))
 
 
@@ -182,25 +180,3 @@ def parse_bytes(text: str) -> int:
         raise SitelensError(f"cannot read {text!r} as a size; write it like '2GiB' or '512MB'")
     base = 1024 if match.group(3) else 1000
     return int(number * base ** " kmgt".index(match.group(2) or " "))
-
-
-def tracked(items: Sequence[Item], label: str, progress: bool | None = None) -> Iterator[Item]:
-    """`items`, with a progress bar on standard error where `progress` (default: `settings.progress`) wants one.
-
-    Under `watched` there is no bar; the watcher is told instead.
-    """
-    watcher = _watcher.get()
-    if watcher is not None:
-        for done, item in enumerate(items, 1):
-            yield item
-            watcher(done / len(items))
-        return
-    from tqdm.auto import tqdm
-
-    wanted = settings.progress if progress is None else progress
-    yield from tqdm(items, desc=label, disable=None if wanted is None else not wanted, leave=False)
-
-
-def watched(watcher: Callable[[float], None]) -> AbstractContextManager[None]:
-    """Here within, whatever is `tracked` tells `watcher` the share that is done, for a bar over more than it."""
-    return bound(_watcher, watcher)

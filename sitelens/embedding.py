@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sitelens.defaults import SitelensError, settings, tracked
+from sitelens.defaults import SitelensError, settings
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import capture_z
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
@@ -25,6 +25,7 @@ from sitelens.models import (
     resolve_model,
     tokenization,
 )
+from sitelens.progress import portions, tracked
 from sitelens.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
 from sitelens.store import Artifact, default_store
 from sitelens.tasks import Task, load_task
@@ -128,11 +129,15 @@ def embedded(
     Raises:
         SitelensError: as `embed_task`, and if a given one comes from another model.
     """
-    known = given or {}
-    found = {task.name: known.get(task.name) or embed_task(task, model, **options) for task in tasks}
-    for embedding in found.values():
+    tasks = list(tasks)
+    made = dict(given or {})
+    for task, part in portions([task for task in tasks if task.name not in made]):
+        with part:
+            made[task.name] = embed_task(task, model, **options)
+    embeddings = {task.name: made[task.name] for task in tasks}
+    for embedding in embeddings.values():
         embedding.check_fits(model)
-    return found
+    return embeddings
 
 
 def embedding_prompts(task: Task, tokenizer: Any, n_prompts: int, n_shots: int, seed: int) -> list[Prompt]:

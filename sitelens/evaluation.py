@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from sitelens.conditions import Condition, Patch, ZeroShot
-from sitelens.defaults import SitelensError, settings, tracked
+from sitelens.defaults import SitelensError, settings
 from sitelens.forward import HeadEdit, LastToken, decode, full_logits, last_logits
 from sitelens.memory import (
     MAX_ROWS,
@@ -33,6 +33,7 @@ from sitelens.memory import (
 from sitelens.metrics import SCORERS, Output, check_answers, checked_metrics
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
 from sitelens.prefix import PrefixCache
+from sitelens.progress import tracked
 from sitelens.prompts import Prompt, PromptBatch, few_shot_prompts, tokenize
 from sitelens.summary import ECHO
 from sitelens.tasks import Example, Task, load_task

@@ -14,6 +14,7 @@ from sitelens import figures, studies
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError
 from sitelens.models import DEFAULT_MODEL, Model, load_model
+from sitelens.progress import Job
 from sitelens.provenance import provenance
 from sitelens.similarity import head_similarity, similarity_predicts_transfer
 from sitelens.studies import Options
@@ -70,18 +71,22 @@ def make_figures(
     if unknown:
         raise SitelensError(f"unknown figure {unknown[0]!r}; there are: {', '.join(PICTURES)}")
     given, config = load_tasks(tasks or ()), config or TrainConfig()  # a wrong name shows before a model is loaded
-    loaded = load_model(model)
-    options: Options = {"n_items": n_items, "seed": seed, "memory_budget": memory_budget, "progress": progress}
     written: list[Path] = []
-    for name in chosen:
-        picture = PICTURES[name]
-        on = given or load_tasks(picture.tasks)
-        frame, figure = picture.make(on, loaded, config, options)
-        command = f"sitelens figures {name} --n-items {n_items} --seed {seed} --model {model}"
-        command += f" --tasks {' '.join(map(str, tasks))}" if tasks else ""
-        facts = {"caption": picture.caption, "tasks": [task.name for task in on], "n_items": n_items, "seed": seed}
-        facts["train"] = asdict(config)
-        written += save_figure(figure, frame, name, folder, formats, command, loaded, facts)
+    with Job("figures", ["load the model", *chosen], progress) as job:
+        with job.stage("load the model"):
+            loaded = load_model(model)
+        job.plan(dict.fromkeys(chosen, 1.0))
+        options: Options = {"n_items": n_items, "seed": seed, "memory_budget": memory_budget, "progress": progress}
+        for name in chosen:
+            with job.stage(name):
+                picture = PICTURES[name]
+                on = given or load_tasks(picture.tasks)
+                frame, figure = picture.make(on, loaded, config, options)
+                command = f"sitelens figures {name} --n-items {n_items} --seed {seed} --model {model}"
+                command += f" --tasks {' '.join(map(str, tasks))}" if tasks else ""
+                facts = {"caption": picture.caption, "tasks": [task.name for task in on], "n_items": n_items,
+                         "seed": seed, "train": asdict(config)}  # fmt: skip
+                written += save_figure(figure, frame, name, folder, formats, command, loaded, facts)
     return written
 
 

@@ -21,10 +21,12 @@ from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.evaluation import echo, evaluate
 from sitelens.fingerprints import fingerprint
 from sitelens.models import DEFAULT_MODEL, Model, head_shape, load_model, resolve_model
+from sitelens.progress import Job, portions
 from sitelens.provenance import provenance
 from sitelens.summary import ECHO, markdown_table, summarize
 from sitelens.tasks import Task, load_tasks, rewritten
 from sitelens.training import TrainResult, train_selections
+from sitelens.workload import total, workload
 
 RANDOM = "random"
 SOFT_HARD_GAP = 0.05  # a soft minus hard accuracy above this is worth a warning
@@ -200,32 +202,50 @@ def run(config: RunConfig, model: Model | str | None = None, **options: Any) -> 
     clock = _Clock()
     tasks = load_tasks(config.tasks)
     tasks = [rewritten(task, config.template, config.instruction, config.template_arguments) for task in tasks]
-    model = resolve_model(model) if model is not None else load_model(config.model)
-    layers, heads, _ = head_shape(model)
-    if config.k is not None and config.k > layers * heads:
-        raise SitelensError(f"k must be at most {layers * heads}, the heads of {config.model}, got {config.k}")
-    clock.stop("model")
-    measured = {"n_prompts": config.n_prompts, "n_shots": config.n_shots, "seed": config.seed}
-    embeddings = embedded(tasks, model, **measured, **options)
-    clock.stop("embeddings")
-    seed = config.train.seed
-    trained = train_selections(tasks, model, embeddings=embeddings, seeds=(seed,), config=config.train, **options)
-    results = {task.name: trained[task.name, seed] for task in tasks}
-    clock.stop("training")
-    frames = []
-    shown = {"split": "test", "n_items": config.n_items, "metrics": config.metrics, "seed": config.seed}
-    for task in tasks:
-        conditions = run_conditions(results[task.name], embeddings[task.name], config)
-        scores = evaluate(task, conditions, model, **shown, **options)
-        scores = pd.concat([scores[scores["condition"] != ECHO], echo(task, model, **shown)], ignore_index=True)
-        drawn = scores["condition"].str.startswith(f"{RANDOM} ")
-        scores["draw"] = scores["condition"].str.removeprefix(f"{RANDOM} ").where(drawn).astype("Int64")
-        frames.append(scores.assign(condition=scores["condition"].where(~drawn, RANDOM)))
-    clock.stop("evaluation")
+    progress = options.get("progress")
+    with Job("run", ["load the model", "embed", "train", "evaluate"], progress) as job:
+        with job.stage("load the model"):
+            model = resolve_model(model) if model is not None else load_model(config.model)
+        layers, heads, _ = head_shape(model)
+        if config.k is not None and config.k > layers * heads:
+            raise SitelensError(f"k must be at most {layers * heads}, the heads of {config.model}, got {config.k}")
+        sizes = {name: getattr(config, name) for name in ("n_prompts", "n_shots", "n_items")}
+        work = workload(tasks, model, config=config.train, **sizes)
+        job.plan({"embed": total(work, "embed"), "train": total(work, "train"),
+                  "evaluate": total(work, "prompt", "patch")})  # fmt: skip
+        clock.stop("model")
+        with job.stage("embed"):
+            measured = {"n_prompts": config.n_prompts, "n_shots": config.n_shots, "seed": config.seed}
+            embeddings = embedded(tasks, model, **measured, **options)
+        clock.stop("embeddings")
+        with job.stage("train"):
+            seeds = (config.train.seed,)
+            runs = train_selections(tasks, model, embeddings=embeddings, seeds=seeds, config=config.train, **options)
+            results = {task.name: runs[task.name, config.train.seed] for task in tasks}
+        clock.stop("training")
+        with job.stage("evaluate"):
+            frames = []
+            for task, part in portions(tasks):
+                with part:
+                    conditions = run_conditions(results[task.name], embeddings[task.name], config)
+                    frames.append(_scores(task, conditions, model, config, options))
+        clock.stop("evaluation")
     scores = pd.concat(frames, ignore_index=True)
     report = RunReport(config, model, tasks, embeddings, results, scores, _summary(scores), clock.seconds)
     _warn_about_gaps(report.summary)
     return report
+
+
+def _scores(
+    task: Task, conditions: Mapping[str, Condition], model: Model, config: RunConfig, options: Mapping[str, Any]
+) -> pd.DataFrame:
+    """A task's scores with the echo baseline; the draws of the random condition are told apart by `draw`."""
+    sample = {"split": "test", "n_items": config.n_items, "metrics": config.metrics, "seed": config.seed}
+    scores = evaluate(task, conditions, model, **sample, **options)
+    scores = pd.concat([scores[scores["condition"] != ECHO], echo(task, model, **sample)], ignore_index=True)
+    is_draw = scores["condition"].str.startswith(f"{RANDOM} ")
+    scores["draw"] = scores["condition"].str.removeprefix(f"{RANDOM} ").where(is_draw).astype("Int64")
+    return scores.assign(condition=scores["condition"].where(~is_draw, RANDOM))
 
 
 def run_conditions(result: TrainResult, embedding: TaskEmbedding, config: RunConfig) -> dict[str, Condition]:

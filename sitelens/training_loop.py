@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, tracked
+from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
 from sitelens.forward import HeadEdit, LastToken, Mixing
 from sitelens.memory import MAX_ROWS, chunks, prefix_bytes, step_cost
 from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer
 from sitelens.prefix import PrefixCache
+from sitelens.progress import tracked
 from sitelens.prompts import PromptBatch, few_shot_prompt, tokenize
 from sitelens.tasks import Task
 from sitelens.training_state import Record, State

@@ -16,15 +16,17 @@ from scipy.spatial.distance import squareform
 from sitelens import figures
 from sitelens.conditions import Condition, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, tracked
+from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.fingerprints import unchanged
 from sitelens.models import Model, model_name, resolve_model
+from sitelens.progress import Job, portions
 from sitelens.scoring import score_conditions
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact
 from sitelens.tasks import Task, kinds_of, load_tasks
 from sitelens.training import train_selections
+from sitelens.workload import total, workload
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -189,13 +191,19 @@ def transfer_matrix(
     if len(loaded) < 2:
         raise SitelensError(f"a transfer matrix needs at least two tasks, got {len(loaded)}")
     shared: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
-    with unchanged(model):
-        settled = embedded(loaded, model, embeddings, n_prompts=n_prompts, n_shots=n_shots, seed=seed, **shared)
+    work = workload(loaded, model, n_prompts=n_prompts, n_shots=n_shots, n_items=n_items, config=config)
+    with unchanged(model), Job(f"transfer of {swap}", ["embed", "train", "evaluate"], progress) as job:
+        job.plan({"embed": total(work, "embed"), "train": total(work, "train"),
+                  "evaluate": total(work, "patch") * (1 + len(loaded) / 4)})  # fmt: skip
+        with job.stage("embed"):
+            settled = embedded(loaded, model, embeddings, n_prompts=n_prompts, n_shots=n_shots, seed=seed, **shared)
         alphas = dict(selections or {})
         missing = [task for task in loaded if task.name not in alphas]
-        if missing:
-            runs = train_selections(missing, model, embeddings=settled, seeds=(config.seed,), config=config, **shared)
-            alphas |= {task.name: runs[task.name, config.seed].selection for task in missing}
+        with job.stage("train"):
+            if missing:
+                seeds = (config.seed,)
+                runs = train_selections(missing, model, embeddings=settled, seeds=seeds, config=config, **shared)
+                alphas |= {task.name: runs[task.name, config.seed].selection for task in missing}
         names = [task.name for task in loaded]
         for name in names:
             alphas[name].check_fits(model)
@@ -203,18 +211,22 @@ def transfer_matrix(
         columns: dict[str, pd.Series] = {}
         zero_shot: dict[str, float] = {}
         n: dict[str, int] = {}
-        for target in tracked(loaded, f"transfer of {swap}", progress=progress):
-            conditions: dict[str, Condition] = {
-                f"from {source}": PatchHeads(
-                    alphas[source if swap != "embedding" else target.name],
-                    settled[source if swap != "heads" else target.name],
-                    config.mixing,
-                )
-                for source in names
-            }
-            scores = score_conditions(target, conditions | {"zero-shot": ZeroShot()}, model, **options, **shared)
-            means = scores.groupby("condition")["score"].mean()
-            columns[target.name] = means[[f"from {source}" for source in names]].set_axis(names)
-            zero_shot[target.name], n[target.name] = float(means["zero-shot"]), int(scores["item"].nunique())
+        with job.stage("evaluate"):
+            for target, part in portions(loaded):
+                with part:
+                    conditions: dict[str, Condition] = {
+                        f"from {source}": PatchHeads(
+                            alphas[source if swap != "embedding" else target.name],
+                            settled[source if swap != "heads" else target.name],
+                            config.mixing,
+                        )
+                        for source in names
+                    }
+                    scores = score_conditions(
+                        target, conditions | {"zero-shot": ZeroShot()}, model, **options, **shared
+                    )
+                    means = scores.groupby("condition")["score"].mean()
+                    columns[target.name] = means[[f"from {source}" for source in names]].set_axis(names)
+                    zero_shot[target.name], n[target.name] = float(means["zero-shot"]), int(scores["item"].nunique())
     frame = pd.DataFrame(columns)
     return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, model_name(model), kinds_of(names))

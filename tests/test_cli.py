@@ -353,7 +353,7 @@ def task_file(tmp_path: Path) -> str:
         (["--draws", "-1"], "draws"),
         (["--n-items", "-3"], "n_items"),
         (["--memory-budget", "lots"], "cannot read 'lots' as a size"),
-        (["--memory-budget", "0"], "memory_budget must be positive"),
+        (["--memory-budget", "0"], "memory_budget must be a positive number"),
     ],
     ids=words,
 )

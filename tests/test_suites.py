@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,8 @@ import pandas as pd
 import pytest
 
 import sitelens as sl
-from sitelens import suites, training_state
-from sitelens.defaults import SitelensError, tracked, watched
+from sitelens import progress, suites, training_state
+from sitelens.defaults import SitelensError
 from sitelens.models import Model
 from sitelens.prompts import few_shot_prompts, item_sizes, shared_first_tokens, within_context
 from sitelens.suites import run_suite
@@ -162,48 +163,25 @@ def test_a_second_call_runs_nothing(model: Model, monkeypatch: pytest.MonkeyPatc
     assert first.tasks.equals(second.tasks) and first.left_out == second.left_out
 
 
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
-    """The suites' bars from here on: their lengths, and what each has shown."""
-    bars: list[tuple[int, list[int]]] = []
-
-    def recorded(items: Any, label: str, progress: bool | None = None) -> Iterator[int]:
-        seen: list[int] = []
-        bars.append((len(items), seen))
-        for item in items:
-            seen.append(item)
-            yield item
-
-    monkeypatch.setattr(suites, "tracked", recorded)
-    return bars
+def test_a_suite_names_its_stages(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    with sl.settings.using(progress=None):
+        run_suite("bbh", model, methods=["SITE", "TV"], **SMALL, options={"TV": {"n_sets": 2}})
+    lines = capsys.readouterr().err.splitlines()
+    stages = [re.sub(r", about .* left$", "", line.removeprefix("sitelens: suite bbh: ")) for line in lines]
+    assert stages[:3] == ["1/3 embed", "2/3 train", "3/3 score"] and stages[-1].startswith("done in ")
 
 
-def test_the_bar_ends_where_it_should(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    bars = shown(monkeypatch)
-    monkeypatch.setattr(suites._Bar, "close", lambda self: None)
-    run_suite("bbh", model, methods=["SITE", "TV"], **SMALL | {"n_prompts": 400}, options={"TV": {"n_sets": 2}})
-    ((total, seen),) = bars
-    assert total > 100 and len(seen) in (total, total - 1, total - 2)
-
-
-def test_the_bar_moves_within_a_batch_of_trainings(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    bars, counts = shown(monkeypatch), []
-    step = training_state.Record.step
+def test_a_suites_bar_moves_within_a_batch_of_trainings(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[progress.Job] = []
+    enter, step = progress.Job.__enter__, training_state.Record.step
+    shares: list[float] = []
+    monkeypatch.setattr(progress.Job, "__enter__", lambda self: (jobs.append(self), enter(self))[1])
     monkeypatch.setattr(
-        training_state.Record, "step", lambda self, *values: (counts.append(len(bars[0][1])), step(self, *values))[1]
+        training_state.Record, "step", lambda self, *values: (shares.append(jobs[0]._share), step(self, *values))[1]
     )
-    config = replace(SMALL["config"], steps=100)
-    run_suite("bbh", model, **SMALL | {"config": config})
-    assert len(counts) == 100 and counts == sorted(counts) and len(set(counts)) >= 9
-    ((total, seen),) = bars
-    assert seen == list(range(total))
-
-
-def test_who_watches_is_told_the_share_that_is_done() -> None:
-    told: list[float] = []
-    with watched(told.append):
-        assert list(tracked("abcd", "letters", progress=True)) == list("abcd")
-    assert told == [0.25, 0.5, 0.75, 1.0]
-    assert list(tracked("abcd", "letters", progress=False)) == list("abcd") and len(told) == 4
+    run_suite("bbh", model, **SMALL | {"config": replace(SMALL["config"], steps=100)})
+    assert len(shares) == 100 and shares == sorted(shares) and len(set(shares)) == 100
+    assert jobs[0]._share == pytest.approx(1)
 
 
 # Interruptions

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sitelens.cli.options import run_options
 from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.progress import Job
 
 if TYPE_CHECKING:
     from sitelens.config import TrainConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from sitelens.tasks import Task
 
 
+LOAD = "load the model"
 # Options of `run` that a run.json does not record, so that they may stand beside --again.
 _NOT_RECORDED = (
     "again",
@@ -40,19 +42,22 @@ _NOT_RECORDED = (
 
 
 def run(options: argparse.Namespace) -> None:
-    config = run_config(options)
-    from sitelens.tasks import load_tasks, rewritten
+    with _job("run") as job:
+        with job.stage(LOAD):
+            config = run_config(options)
+            from sitelens.tasks import load_tasks, rewritten
 
-    with warnings.catch_warnings():  # the run itself says them
-        warnings.simplefilter("ignore", SitelensWarning)
-        for task in load_tasks(config.tasks):  # a wrong name or template shows before a model is loaded
-            rewritten(task, config.template, config.instruction, config.template_arguments)
-    from sitelens.report import run, warn_of_another_model
+            with warnings.catch_warnings():  # the run itself says them
+                warnings.simplefilter("ignore", SitelensWarning)
+                for task in load_tasks(config.tasks):  # a wrong name or template shows before a model is loaded
+                    rewritten(task, config.template, config.instruction, config.template_arguments)
+            from sitelens.report import run, warn_of_another_model
 
-    model = _load_model(options, config.model)
-    if options.again is not None:
-        warn_of_another_model(options.again, model)
-    report = run(config, model, memory_budget=options.memory_budget)
+            model = _load_model(options, config.model)
+            if options.again is not None:
+                warn_of_another_model(options.again, model)
+        with job.rest():
+            report = run(config, model, memory_budget=options.memory_budget)
     for metric in config.metrics:
         print(f"{metric.replace('_', ' ')}, per cent, 95% intervals, {config.n_items or 'all'} test items at most "
               f"a task, model {config.model}\n")  # fmt: skip
@@ -61,6 +66,11 @@ def run(options: argparse.Namespace) -> None:
     if options.out is not None:
         report.save(options.out, options.formats)
         print(f"heatmaps, selections, embeddings, scores and run.json are in {options.out}")
+
+
+def _job(label: str) -> Job:
+    """The progress of a command from its first moment on; all that is heavy is imported inside its first stage."""
+    return Job(label, [LOAD])
 
 
 def _load_model(options: argparse.Namespace, name: str | None = None) -> Model:
@@ -103,20 +113,23 @@ def _train_config(options: argparse.Namespace) -> TrainConfig:
 
 
 def transfer(options: argparse.Namespace) -> None:
-    train = _train_config(options)
-    tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
-    from sitelens.gallery import save_figure
-    from sitelens.tasks import rewritten
+    with _job("transfer") as job:
+        with job.stage(LOAD):
+            train = _train_config(options)
+            tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
+            from sitelens.gallery import save_figure
+            from sitelens.tasks import rewritten
+            from sitelens.transfer import transfer_matrix
 
-    tasks = [rewritten(task, **_template(options)) for task in tasks]
-    from sitelens.transfer import transfer_matrix
+            tasks = [rewritten(task, **_template(options)) for task in tasks]
 
-    model = _load_model(options)
-    grid = transfer_matrix(
-        tasks, model, swap=options.swap, n_items=options.n_items or None, metric=options.metric,
-        n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, seed=options.seed,
-        memory_budget=options.memory_budget,
-    )  # fmt: skip
+            model = _load_model(options)
+        with job.rest():
+            grid = transfer_matrix(
+                tasks, model, swap=options.swap, n_items=options.n_items or None, metric=options.metric,
+                n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, seed=options.seed,
+                memory_budget=options.memory_budget,
+            )  # fmt: skip
     print(f"{options.metric.replace('_', ' ')} accuracy in per cent, model {options.model}: sources down, targets "
           f"across, {options.swap} of the source\n")  # fmt: skip
     print((100 * grid.frame).round().astype(int).to_string() + "\n")
@@ -131,19 +144,21 @@ def transfer(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
-    from sitelens import figures
-    from sitelens.comparison import checked_methods, compare, comparison_table
-    from sitelens.gallery import save_figure
-    from sitelens.tasks import rewritten
+    with _job("compare") as job:
+        with job.stage(LOAD):
+            tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
+            from sitelens import figures
+            from sitelens.comparison import checked_methods, compare, comparison_table
+            from sitelens.gallery import save_figure
+            from sitelens.tasks import rewritten
 
-    tasks = [rewritten(task, **_template(options)) for task in tasks]
-    methods: Any = "all" if options.methods == ["all"] else checked_methods(options.methods)
-    chosen = _settings(options)
-    model = _load_model(options)
-    n_items = options.n_items or None
-    with settings.using(memory_budget=options.memory_budget or settings.memory_budget):
-        frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
+            tasks = [rewritten(task, **_template(options)) for task in tasks]
+            methods: Any = "all" if options.methods == ["all"] else checked_methods(options.methods)
+            chosen = _settings(options)
+            model = _load_model(options)
+            n_items = options.n_items or None
+        with job.rest(), settings.using(memory_budget=options.memory_budget or settings.memory_budget):
+            frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
     table = comparison_table(frame)
     print(f"first-token accuracy in per cent with 95% intervals, at most {n_items or 'all'} test items a task, model "
           f"{options.model}; costs: means over tasks\n")  # fmt: skip
@@ -159,23 +174,26 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def suite(options: argparse.Namespace) -> None:
-    train, chosen, n_items = _train_config(options), _settings(options), options.n_items or None
-    from sitelens.suites import NOT_ASKED, check_suite, run_suite
+    with _job("suite") as job:
+        with job.stage(LOAD):
+            train, chosen, n_items = _train_config(options), _settings(options), options.n_items or None
+            from sitelens.suites import NOT_ASKED, check_suite, run_suite
 
-    check_suite(
-        options.suite,
-        tasks=options.tasks,
-        methods=options.methods,
-        metric=options.metric,
-        n_items=n_items,
-        options=chosen,
-    )  # before a model is loaded
-    model = _load_model(options)
-    found = run_suite(
-        options.suite, model, methods=options.methods, tasks=options.tasks, metric=options.metric, n_items=n_items,
-        n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, options=chosen, seed=options.seed,
-        memory_budget=options.memory_budget,
-    )  # fmt: skip
+            check_suite(
+                options.suite,
+                tasks=options.tasks,
+                methods=options.methods,
+                metric=options.metric,
+                n_items=n_items,
+                options=chosen,
+            )  # before a model is loaded
+            model = _load_model(options)
+        with job.rest():
+            found = run_suite(
+                options.suite, model, methods=options.methods, tasks=options.tasks, metric=options.metric,
+                n_items=n_items, n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, options=chosen,
+                seed=options.seed, memory_budget=options.memory_budget,
+            )  # fmt: skip
     print(f"{options.metric.replace('_', ' ')}, per cent, means over tasks with 95% intervals, "
           f"{n_items or 'all'} test items at most a task, model {options.model}\n")  # fmt: skip
     print(found.markdown())

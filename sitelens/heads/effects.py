@@ -10,13 +10,14 @@ import pandas as pd
 import torch
 from einops import rearrange
 
-from sitelens.defaults import settings, tracked
+from sitelens.defaults import settings
 from sitelens.embedding import TaskEmbedding
 from sitelens.forward import HeadEdit, LastToken
 from sitelens.heads.common import per_head, valid_items
 from sitelens.memory import chunks, crossed, prefix_bytes, step_cost
 from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
 from sitelens.prefix import PrefixCache
+from sitelens.progress import tracked
 from sitelens.prompts import draw_demonstrations, few_shot_prompt, tokenize
 from sitelens.tasks import Example, Task, load_task
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,27 +13,27 @@ import pandas as pd
 from sitelens.comparison import PROMPTING, checked_methods, fit_method
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, settings, tracked, watched
+from sitelens.defaults import SitelensError, settings
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.fingerprints import unchanged
 from sitelens.methods.common import fitting
 from sitelens.metrics import checked_metrics
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
-from sitelens.prompts import item_sizes, shared_first_tokens, within_context
+from sitelens.progress import Job, portions
+from sitelens.prompts import shared_first_tokens, within_context
 from sitelens.scoring import score_conditions
 from sitelens.selection import HeadSelection
 from sitelens.suites.result import SuiteResult as SuiteResult
 from sitelens.summary import ECHO
 from sitelens.tasks import Task, group_of, load_task, suite_names
 from sitelens.training import train_selections
+from sitelens.workload import FIT_TOKENS, total, workload
 
 TOGETHER = 16  # tasks that train in one batch: past this the time per task no longer falls
 SITE = "SITE"
 NEW_TOKENS = 20  # that may follow a prompt
 NOT_ASKED = "not asked for"
-# What the parts of the work cost, in prompt tokens of one forward pass: for the progress bar's estimate only.
-STEP, FIT = 25, 50_000
-PARTS = ("embed", "train", "prompt", SITE)  # that are one loop each
+EMBED, TRAIN, SCORE = "embed", "train", "score"  # the stages of a batch
 
 
 def run_suite(
@@ -87,13 +86,32 @@ def run_suite(
     scored: dict[str, Any] = {"n_items": n_items, "metrics": (metric,), "seed": seed}
     fitted = tuple(method for method in checked_methods(methods) if method not in PROMPTING)
     chosen_options = {method: dict(values) for method, values in (options or {}).items()}
-    work = [_work(task, model, n_prompts, n_shots, n_items, config, fitted) for task in loaded]
-    bar = _Bar(name, work, progress)
-    run = _Run(model, fitted, config, measured, scored, chosen_options, bar, left_out)
-    with unchanged(model), settings.using(memory_budget=memory_budget or settings.memory_budget, progress=False):
-        for start in range(0, len(loaded), TOGETHER):
-            run.batch(dict(enumerate(loaded[start : start + TOGETHER], start)))
-    bar.close()
+    batches = [loaded[start : start + TOGETHER] for start in range(0, len(loaded), TOGETHER)]
+    work = workload(loaded, model, n_prompts=n_prompts, n_shots=n_shots, n_items=n_items, config=config)
+    stages = {}
+    for number, batch in enumerate(batches, start=1):
+        costs = {task.name: work[task.name] for task in batch}
+        part = f" (part {number} of {len(batches)})" if len(batches) > 1 else ""
+        if SITE in fitted:
+            stages |= {EMBED + part: total(costs, "embed"), TRAIN + part: total(costs, "train")}
+        n_fits = len(batch) * (len(fitted) - (SITE in fitted))
+        stages[SCORE + part] = total(costs, "prompt", "patch") + FIT_TOKENS * n_fits
+    run = _Run(model, fitted, config, measured, scored, chosen_options, left_out)
+    with (
+        unchanged(model),
+        settings.using(memory_budget=memory_budget or settings.memory_budget),
+        Job(f"suite {name}", list(stages), progress) as job,
+    ):
+        job.plan(stages)
+        names = iter(stages)
+        for batch in batches:
+            if SITE in fitted:
+                with job.stage(next(names)):
+                    run.embed(batch)
+                with job.stage(next(names)):
+                    run.train(batch)
+            with job.stage(next(names)):
+                run.score(batch)
     if not run.frames:
         reasons = [f"{task}: {reason}" for task, reason in left_out.items() if reason != NOT_ASKED]
         raise SitelensError(f"no task of the suite {name!r} can be run: {'; '.join(reasons[:3])}")
@@ -149,38 +167,39 @@ class _Run:
     measured: dict[str, Any]
     scored: dict[str, Any]
     options: dict[str, dict[str, Any]]
-    bar: _Bar
     left_out: dict[str, str]
     frames: list[pd.DataFrame] = field(default_factory=list)
     embeddings: dict[str, TaskEmbedding] = field(default_factory=dict)
     selections: dict[str, HeadSelection] = field(default_factory=dict)
 
-    def batch(self, tasks: Mapping[int, Task]) -> None:
-        """All parts of the work on some tasks of one batch, by their places in the suite."""
-        if SITE in self.methods:
-            for place, task in tasks.items():
-                self._try(place, task, "embed", self._embed)
-            with self.bar.doing(tasks, "train"):
-                self._train([task for task in tasks.values() if task.name in self.embeddings])
-            for place in tasks:
-                self.bar.done(place, "train")
+    def embed(self, tasks: Sequence[Task]) -> None:
+        """SITE's embeddings."""
+        for task, part in portions(tasks):
+            with part:
+                self._try(task, "embed", self._embed)
+
+    def train(self, tasks: Sequence[Task]) -> None:
+        """SITE's selections of the tasks that have an embedding."""
+        self._train([task for task in tasks if task.name in self.embeddings])
+
+    def score(self, tasks: Sequence[Task]) -> None:
+        """Prompting, SITE, and the other methods, which are fitted one by one."""
         n_shots = self.measured["n_shots"]
         prompting: dict[str, Condition] = {"zero-shot": ZeroShot(), f"{n_shots}-shot": FewShot(n_shots)}
-        for place, task in tasks.items():
-            self._try(place, task, "prompt", lambda task: self._score(task, prompting))
-            for method in self.methods:
-                if method != SITE:
-                    self._try(place, task, method, functools.partial(self._fit, method=method))
-                elif task.name in self.selections:
-                    self._try(place, task, SITE, self._patch)
+        for task, part in portions(tasks):
+            with part:
+                self._try(task, "prompt", lambda task: self._score(task, prompting))
+                for method in self.methods:
+                    if method != SITE:
+                        self._try(task, method, functools.partial(self._fit, method=method))
+                    elif task.name in self.selections:
+                        self._try(task, SITE, self._patch)
 
-    def _try(self, place: int, task: Task, part: str, act: Callable[[Task], None]) -> None:
+    def _try(self, task: Task, part: str, act: Callable[[Task], None]) -> None:
         try:
-            with self.bar.doing([place], part):
-                act(task)
+            act(task)
         except SitelensError as error:
             self.left_out[f"{task.name}, {part}"] = str(error)
-        self.bar.done(place, part)
 
     def _embed(self, task: Task) -> None:
         self.embeddings[task.name] = embed_task(task, self.model, **self.measured)
@@ -238,47 +257,3 @@ def _loaded(names: Iterable[str], model: Model, n_shots: int) -> Iterator[tuple[
             "digest": task.digest,
         }  # fmt: skip
         yield task, row, None
-
-
-def _work(
-    task: Task, model: Model, n_prompts: int, n_shots: int, n_items: int | None, config: TrainConfig,
-    methods: Sequence[str],
-) -> dict[str, int]:  # fmt: skip
-    """The parts of a task's work and their cost in prompt tokens, roughly."""
-    sizes = item_sizes(task.train[:50], task, own_tokenizer(model))
-    one = sum(sizes) // len(sizes)
-    test = min(len(task.test), n_items or len(task.test))
-    parts = {"prompt": test * one * (n_shots + 2)}
-    if SITE in methods:
-        training = config.steps * config.batch_size * (one + STEP)
-        parts |= {"embed": n_prompts * one * (n_shots + 1), "train": training, SITE: test * one}
-    return parts | {method: FIT + test * one for method in methods if method != SITE}
-
-
-class _Bar:
-    """One progress bar over parts of unequal cost, in thousands of prompt tokens."""
-
-    def __init__(self, name: str, work: Sequence[Mapping[str, int]], progress: bool | None) -> None:
-        self._work = work
-        self._done = self._shown = 0
-        total = sum(cost for parts in work for cost in parts.values()) // 1000
-        self._bar = tracked(range(total + 1), f"suite {name}", progress=progress)
-        next(self._bar)  # it shows from the start
-
-    def doing(self, places: Iterable[int], part: str) -> AbstractContextManager[None]:
-        """Here within, the bar follows the part as it goes; a method's fit, of many loops, shows at its end only."""
-        cost = sum(self._work[place][part] for place in places) * (part in PARTS)
-        return watched(lambda share: self._show(self._done + int(share * cost)))
-
-    def done(self, place: int, part: str) -> None:
-        self._done += self._work[place][part]
-        self._show(self._done)
-
-    def _show(self, done: int) -> None:
-        while self._shown < done // 1000:
-            next(self._bar, None)
-            self._shown += 1
-
-    def close(self) -> None:
-        for _ in self._bar:
-            pass

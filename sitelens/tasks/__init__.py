@@ -217,9 +217,7 @@ def load_tasks(names: Iterable[str | Path | Task] | str | Path | Task) -> list[T
 def _hint(value: object) -> str:
     if isinstance(value, pd.DataFrame):
         return ": use Task.from_frame(name, frame)"
-    if isinstance(value, Iterable):
-        return ": use load_tasks for several, Task.from_pairs(name, pairs) for items"
-    return ""
+    return ": use load_tasks for several, Task.from_pairs(name, pairs) for items" if isinstance(value, Iterable) else ""
 
 
 def _builtin(name: str) -> Task:

@@ -1,0 +1,185 @@
+"""Progress: one bar over a whole job where a person is looking, a line per stage where nobody is.
+
+A job has stages of known relative cost. What runs inside a stage, loops and smaller jobs alike, moves the same bar.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sitelens.defaults import bound, settings
+
+Item = TypeVar("Item")
+BEFORE_THE_PLAN = 0.05  # the share of the bar for stages whose costs are not known yet
+ESTIMATE_AFTER = 10.0  # seconds after which a job without a bar says once how long it will take
+_log = logging.getLogger("sitelens")
+
+
+@dataclass(frozen=True)
+class _Watcher:
+    """Where loops and jobs inside a stage report to: the share that is done, and what is being done."""
+
+    advance: Callable[[float], None]
+    describe: Callable[[str], None]
+
+
+_watcher: ContextVar[_Watcher | None] = ContextVar("watcher", default=None)
+
+
+def tracked(items: Sequence[Item], label: str, progress: bool | None = None) -> Iterator[Item]:
+    """`items`, with a progress bar on standard error if `progress` (default: `settings.progress`) says so.
+
+    Inside a job there is no bar of its own: the job's bar moves by the share of the items that are done. For innermost
+    loops; outer ones divide their stage by `portion`.
+    """
+    watcher = _watcher.get()
+    if watcher is not None:
+        for done, item in enumerate(items, 1):
+            yield item
+            watcher.advance(done / len(items))
+        return
+    from tqdm.auto import tqdm
+
+    shows = settings.progress if progress is None else progress
+    yield from tqdm(items, desc=label, disable=None if shows is None else not shows, leave=False)
+
+
+@contextmanager
+def portion(start: float, stop: float) -> Iterator[None]:
+    """Inside this block, progress counts as that from `start` to `stop`, shares of the surrounding stage."""
+    watcher = _watcher.get()
+    if watcher is None:
+        yield
+        return
+    inside = _Watcher(lambda share: watcher.advance(start + (stop - start) * share), watcher.describe)
+    with bound(_watcher, inside):
+        yield
+    watcher.advance(stop)
+
+
+def portions(items: Sequence[Item]) -> Iterator[tuple[Item, AbstractContextManager[None]]]:
+    """Each item with its equal `portion` of the surrounding stage."""
+    for i, item in enumerate(items):
+        yield item, portion(i / len(items), (i + 1) / len(items))
+
+
+class Job:
+    """A job's progress over all its stages, from its first line on.
+
+        with Job("run", ["load the model", "train", "evaluate"]) as job:
+            with job.stage("load the model"):
+                ...
+            job.plan({"train": 3000, "evaluate": 500})  # relative costs, as soon as they are known
+            with job.stage("train"):
+                ...
+
+    A bar in a terminal or a notebook; otherwise lines with the time left on standard error, or through the logger
+    "sitelens" if its level is INFO. `progress` is as `settings.progress`: True for a bar, False for nothing, None to
+    decide by who looks. A job inside another one's stage moves that one's bar.
+    """
+
+    def __init__(self, label: str, stages: Sequence[str], progress: bool | None = None) -> None:
+        self.label, self.stages = label, list(stages)
+        self._outer = _watcher.get()
+        self._progress = settings.progress if progress is None else progress
+        self._costs: dict[str, float] = {}
+        self._finished = 0.0  # cost of the stages that are done
+        self._base = self._share = 0.0  # shares of the bar: when the costs became known, and now
+        self._started = self._planned = time.monotonic()
+        self._estimated = False
+        self._bar: Any = None
+
+    def __enter__(self) -> Job:
+        if self._outer is None and (self._progress or (self._progress is None and is_watched())):
+            from tqdm.auto import tqdm
+
+            form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+            self._bar = tqdm(total=1000, desc=self.label, leave=False, smoothing=0, bar_format=form)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif kind is None and self._outer is None:
+            self._say(f"done in {duration(time.monotonic() - self._started)}")
+
+    def plan(self, costs: Mapping[str, float]) -> None:
+        """Set the relative costs of the stages to come; the bar keeps the share that it has reached."""
+        self._costs, self._finished, self._base = dict(costs), 0.0, self._share
+        self._planned = time.monotonic()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """One stage; what runs inside it moves the job's bar."""
+        if name:
+            number = f"{self.stages.index(name) + 1}/{len(self.stages)} " if len(self.stages) > 1 else ""
+            self._describe(f"{number}{name}")
+        with bound(_watcher, _Watcher(lambda share: self._advance(name, share), self._describe)):
+            yield
+        self.finish(name)
+
+    def rest(self) -> AbstractContextManager[None]:
+        """All that is left as one stage, described by the jobs and loops inside it."""
+        self.plan({"": 1.0})
+        return self.stage("")
+
+    def finish(self, name: str) -> None:
+        """Count a stage as done, also one that was skipped."""
+        self._advance(name, 1.0)
+        self._finished += self._costs.pop(name, 0.0)
+
+    def _advance(self, name: str, share: float) -> None:
+        done = self._finished + self._costs.get(name, 0.0) * min(share, 1.0)
+        total = self._finished + sum(self._costs.values())
+        reached = self._base + (1 - self._base) * done / total if total else BEFORE_THE_PLAN * min(share, 1.0)
+        self._share = max(self._share, reached)
+        if self._outer is not None:
+            self._outer.advance(self._share)
+        elif self._bar is not None:
+            self._bar.update(int(1000 * self._share) - self._bar.n)
+        elif not self._estimated and time.monotonic() - self._planned > ESTIMATE_AFTER and (left := self._time_left()):
+            self._estimated = True
+            self._say(f"{100 * self._share:.0f}% done{left}")
+
+    def _time_left(self) -> str:
+        """As text, by the pace since the costs became known; empty as long as that says little."""
+        done, elapsed = self._share - self._base, time.monotonic() - self._planned
+        if not self._finished + sum(self._costs.values()) or done < 0.02 or elapsed < 1:
+            return ""
+        return f", about {duration(elapsed * (1 - self._share) / done)} left"
+
+    def _describe(self, text: str) -> None:
+        if self._outer is not None:
+            self._outer.describe(text)
+        elif self._bar is not None:
+            self._bar.set_description(f"{self.label}: {text}")
+        else:
+            self._say(f"{text}{self._time_left()}")
+
+    def _say(self, text: str) -> None:
+        if self._progress is False:
+            return
+        if _log.isEnabledFor(logging.INFO):
+            _log.info("%s: %s", self.label, text)
+        else:
+            print(f"sitelens: {self.label}: {text}", file=sys.stderr, flush=True)
+
+
+def is_watched() -> bool:
+    """Whether a person sees standard error as it is written: in a terminal or a notebook."""
+    return "ipykernel" in sys.modules or bool(getattr(sys.stderr, "isatty", lambda: False)())
+
+
+def duration(seconds: float) -> str:
+    """A length of time in words: "40 s", "6 min", "2 h 10 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
