@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sitelens.defaults import SitelensError, SitelensWarning
 
-WORK = ".work-"  # what the names of work folders begin with
+WORK = ".sitelens-work-"  # what the names of work folders begin with
 CANNOT_WRITE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.EIO,
     errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG,
@@ -211,7 +211,7 @@ def work_folder(parent: Path | None = None) -> Iterator[Path]:
     A lock in it says that it is in use: `sweep` removes those of processes that were killed.
     """
     base = Path(tempfile.gettempdir()) if parent is None else make_folder(parent)
-    folder = base / f"{WORK}{'sitelens-' if parent is None else ''}{secrets.token_hex(6)}"
+    folder = base / f"{WORK}{secrets.token_hex(6)}"
     folder.mkdir(mode=0o700 if parent is None else 0o777)
     try:
         with locked(folder / ".lock", "at work"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -15,7 +18,8 @@ import datasets
 import pooch
 import pytest
 
-from sitelens.defaults import SitelensError, settings
+from sitelens import folders
+from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.tasks import (
     QA_TEMPLATE,
     SPLITS,
@@ -51,6 +55,12 @@ def nothing_remembered() -> None:
     """No rows of another test's files or hub."""
     rows._loaded.cache_clear()
     rows._parsed.cache_clear()
+
+
+@pytest.fixture
+def unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever files hold is taken for upstream's."""
+    monkeypatch.setattr(benchmarks, "_pins", dict)
 
 
 @pytest.fixture
@@ -195,6 +205,7 @@ def test_a_benchmark_is_the_same_everywhere(data_folder: Path, name: str):
         assert load_task(name).digest[:12] == DIGESTS[name]
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_the_file_of_mmlu_pro_is_parsed_once_and_anew_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     read: list[str] = []
     parse = rows._json
@@ -207,6 +218,97 @@ def test_the_file_of_mmlu_pro_is_parsed_once_and_anew_when_it_changed(tmp_path: 
         assert sum(sizes(load_task("mmlu-pro/law"))) == 21
 
 
+# Checksums
+
+
+@pytest.fixture
+def copies(data_folder: Path, tmp_path: Path) -> Path:
+    """Copies of the real ANLI and MMLU-Pro files, which may be changed."""
+    for place in ("anli/dev_r1.jsonl", "mmlu_pro/test.jsonl"):
+        (tmp_path / place).parent.mkdir()
+        shutil.copy(data_folder / place, tmp_path / place)
+        (tmp_path / place).chmod(0o644)
+    return tmp_path
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_flipped_bit_of_anli_never_gives_other_items_in_silence(copies: Path, seed: int):
+    with settings.using(data_dir=copies):
+        task = load_task("anli/r1")
+        path, rng = copies / "anli" / "dev_r1.jsonl", random.Random(seed)
+        content = bytearray(path.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(7)
+        path.write_bytes(content)
+        with contextlib.suppress(SitelensError):
+            assert load_task("anli/r1") == task  # the bit was in a field that no item uses, such as the reason
+
+
+@pytest.mark.parametrize(
+    ("task", "place", "before", "after"),
+    [
+        ("anli/r1", "anli/dev_r1.jsonl", '"label": 0', '"label": 1'),
+        ("anli/r1", "anli/dev_r1.jsonl", " the ", " The "),
+        ("mmlu-pro/law", "mmlu_pro/test.jsonl", '"category": "law"', '"category": "lew"'),
+    ],
+)
+def test_other_items_under_an_official_name_are_refused(copies: Path, task: str, place: str, before: str, after: str):
+    text = (copies / place).read_text("utf-8")
+    assert before in text
+    (copies / place).write_text(text.replace(before, after, 1), "utf-8")
+    expected = rf"{place} does not hold the items of {task[:4]}"
+    with settings.using(data_dir=copies), pytest.raises(SitelensError, match=expected):
+        load_task(task)
+
+
+def test_a_file_that_lacks_items_is_refused_and_another_category_stays_usable(copies: Path):
+    path = copies / "mmlu_pro" / "test.jsonl"
+    *kept, last = path.read_text("utf-8").splitlines(keepends=True)
+    path.write_text("".join(kept), "utf-8")
+    slug = json.loads(last)["category"].replace(" ", "-")
+    expected = rf"test\.jsonl does not hold the items of mmlu-pro/{slug}: .*expected \d+ items"
+    with settings.using(data_dir=copies):
+        with pytest.raises(SitelensError, match=expected):
+            load_task(f"mmlu-pro/{slug}")
+        assert load_task("mmlu-pro/law" if slug != "law" else "mmlu-pro/math").test
+
+
+def test_the_layout_of_a_line_and_unused_fields_do_not_matter(copies: Path):
+    with settings.using(data_dir=copies):
+        task, path = load_task("anli/r1"), copies / "anli" / "dev_r1.jsonl"
+        written(path, [{**row, "reason": "", "uid": "x"} for row in lines(path)])
+        assert load_task("anli/r1") == task
+
+
+def test_another_content_of_the_hub_is_said(hub: Hub):
+    hub["TIGER-Lab/MMLU-Pro", "test"] = questions(40, "law")
+    with pytest.warns(SitelensWarning, match="mmlu-pro/law is another on the hub now .*40 items .*expected 1101 items"):
+        assert sum(sizes(load_task("mmlu-pro/law"))) == 40
+
+
+def test_official_splits_without_a_known_checksum_are_held_to_their_first_content(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(benchmarks, "_pins", lambda: {"anli/train_r1": (20, None)})
+    with settings.using(data_dir=anli_folder(tmp_path, 20, 2, 5)):
+        load_task("anli/r1")
+        written(tmp_path / "anli" / "train_r1.jsonl", inferences(20, "another train"))
+        with pytest.raises(SitelensError, match=r"train_r1\.jsonl does not hold the items of anli/train_r1"):
+            load_task("anli/r1")
+
+
+def test_a_file_that_cannot_be_read_is_named(copies: Path, monkeypatch: pytest.MonkeyPatch):
+    (copies / "anli" / "dev_r1.jsonl").unlink()
+    (copies / "anli" / "dev_r1.jsonl").symlink_to(copies / "mmlu_pro" / "test.jsonl")
+    monkeypatch.setattr(rows, "read_bytes", unreadable_file)
+    expected = r"dev_r1\.jsonl cannot be read: Permission"
+    with settings.using(data_dir=copies), pytest.raises(SitelensError, match=expected):
+        load_task("anli/r1")
+
+
+def unreadable_file(path: Path) -> bytes:
+    raise folders.unreadable(path, PermissionError(errno.EACCES, "Permission denied"))
+
+
 # Splits
 
 
@@ -216,6 +318,7 @@ def anli_folder(folder: Path, train: int, dev: int, test: int) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_official_splits_are_taken_where_all_three_are_there(tmp_path: Path):
     with settings.using(data_dir=anli_folder(tmp_path, 11, 1, 1)):
         task = load_task("anli/r1")
@@ -226,6 +329,7 @@ def test_official_splits_are_taken_where_all_three_are_there(tmp_path: Path):
     assert task.note == "the official splits train_r1, dev_r1, test_r1"
 
 
+@pytest.mark.usefixtures("unpinned")
 @pytest.mark.parametrize(("train", "test"), [(10, 1), (0, 5), (20, 0)])
 def test_official_splits_that_are_too_small_give_way_to_the_development_set(tmp_path: Path, train: int, test: int):
     with settings.using(data_dir=anli_folder(tmp_path, train, 20, test)):
@@ -234,12 +338,14 @@ def test_official_splits_that_are_too_small_give_way_to_the_development_set(tmp_
     assert all("of dev" in item.input for item in items(task))
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_a_development_set_without_a_test_set_is_split(tmp_path: Path):
     (anli_folder(tmp_path, 20, 20, 20) / "anli" / "test_r1.jsonl").unlink()
     with settings.using(data_dir=tmp_path):
         assert load_task("anli/r1").note == "70/9/21 of dev_r1 (seed 32)"
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_shared_inputs_of_official_splits_are_noted(tmp_path: Path):
     folder = anli_folder(tmp_path, 20, 2, 5)
     written(folder / "anli" / "test_r1.jsonl", inferences(3, "train") + inferences(3, "test"))
@@ -250,6 +356,7 @@ def test_shared_inputs_of_official_splits_are_noted(tmp_path: Path):
     )
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_too_few_items_are_refused(tmp_path: Path):
     written(tmp_path / "anli" / "dev_r1.jsonl", inferences(3))
     with settings.using(data_dir=tmp_path), pytest.raises(SitelensError, match="'anli/r1' has 3 items: at least 4"):
@@ -274,6 +381,7 @@ def hub(no_data: None, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return there
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_anli_of_the_hub_has_its_official_splits_and_equals_the_local_one(hub: Hub, tmp_path: Path):
     for split, n in {"train": 30, "dev": 4, "test": 5}.items():
         hub["facebook/anli", f"{split}_r1"] = inferences(n, split)
@@ -283,6 +391,7 @@ def test_anli_of_the_hub_has_its_official_splits_and_equals_the_local_one(hub: H
         assert load_task("anli/r1") == task
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_mmlu_pro_of_the_hub_is_loaded_once_and_equals_the_local_one(hub: Hub, tmp_path: Path):
     content = questions(20, "law") + questions(30, "computer science")
     hub["TIGER-Lab/MMLU-Pro", "test"] = content
@@ -293,6 +402,7 @@ def test_mmlu_pro_of_the_hub_is_loaded_once_and_equals_the_local_one(hub: Hub, t
         assert [load_task("mmlu-pro/law"), load_task("mmlu-pro/computer-science")] == tasks
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_a_data_folder_without_the_file_leaves_it_to_the_hub(hub: Hub, tmp_path: Path):
     hub["TIGER-Lab/MMLU-Pro", "test"] = questions(20)
     with settings.using(data_dir=tmp_path):
@@ -323,6 +433,7 @@ def test_whatever_the_hub_says_is_passed_on(no_data: None, monkeypatch: pytest.M
         load_task("mmlu-pro/law")
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_a_changed_schema_of_the_hub_is_named(hub: Hub):
     hub["TIGER-Lab/MMLU-Pro", "test"] = [{"prompt": "?", "category": "law"}] * 5
     with pytest.raises(SitelensError, match=r"TIGER-Lab/MMLU-Pro, test item 1: 'question' must be text"):
@@ -375,6 +486,7 @@ def damaged(rows_: list[dict[str, Any]], change: Callable[[dict[str, Any]], Any]
     return [*rows_[:2], change(rows_[2]), *rows_[3:]]
 
 
+@pytest.mark.usefixtures("unpinned")
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -396,6 +508,7 @@ def test_a_row_of_anli_that_cannot_be_used_is_named(tmp_path: Path, change: Call
         load_task("anli/r1")
 
 
+@pytest.mark.usefixtures("unpinned")
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -430,12 +543,14 @@ def test_a_row_of_mmlu_pro_that_cannot_be_used_is_named(
     ],
     ids=["cut off", "another format", "another encoding", "empty"],
 )
+@pytest.mark.usefixtures("unpinned")
 def test_a_damaged_file_is_named(tmp_path: Path, content: str | bytes, why: str):
     written(tmp_path / "anli" / "dev_r1.jsonl", content)
     with settings.using(data_dir=tmp_path), pytest.raises(SitelensError, match=why):
         load_task("anli/r1")
 
 
+@pytest.mark.usefixtures("unpinned")
 def test_line_ends_within_a_text_and_blank_lines_are_no_rows(tmp_path: Path):
     content = [{**row, "premise": "one\u2028two\x85three"} for row in inferences(5)]
     text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in content)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sitelens
-from sitelens import cli, models, report
+from sitelens import cli, folders, models, report
 from sitelens.cli import experiments, main
 from sitelens.conversion import PACKAGED
 from sitelens.defaults import settings
@@ -205,8 +205,9 @@ def test_an_empty_cache_says_so(capsys: pytest.CaptureFixture[str], arguments: l
 @pytest.mark.parametrize(
     ("arguments", "message", "kinds", "model"),
     [
-        (["--clear"], "removed 3 artifacts", [], False),
-        (["--clear", "all"], "removed 3 artifacts", [], False),
+        (["--clear"], "removed 3 artifacts", [], True),
+        (["--clear", "all"], "the converted models stay: 1 (2.0 MB); `sitelens cache --clear --models`", [], True),
+        (["--clear", "--models"], "removed the converted models: 1 (2.0 MB)", [], False),
         (["--clear", "embedding"], "removed 1 artifacts", ["damaged", "selection"], True),
         (["--clear", "selection"], "removed 2 artifacts", ["embedding"], True),
         (["--clear", "damaged"], "removed 1 artifacts", ["embedding", "selection"], True),
@@ -225,6 +226,40 @@ def test_cache_clears_what_is_named(
     assert code == 0 and message in out
     assert sorted(default_store().entries()["kind"]) == kinds
     assert (full_cache / "models").exists() is model
+
+
+def test_clearing_says_how_much(capsys: pytest.CaptureFixture[str]):
+    default_store().put(Artifact("embedding", {}, {"z": torch.zeros(500_000)}))
+    assert "removed 1 artifacts (2.0 MB)" in outcome(capsys, "cache", "--clear")[1]
+
+
+def test_what_killed_runs_left_is_shown_apart_and_removed(capsys: pytest.CaptureFixture[str], full_cache: Path):
+    left = [full_cache / "models" / "gguf-0123456789abcdef.x1y2.tmp", full_cache / "models" / "tmpabcd1234",
+            full_cache / "models" / f"{folders.WORK}a", full_cache / f"{folders.WORK}b"]  # fmt: skip
+    for folder in left:
+        folder.mkdir()
+        (folder / ".lock").touch()
+        (folder / "model.gguf").write_bytes(bytes(1_000_000))
+    (full_cache / "models" / "tmp_notes12").mkdir()  # a user's own
+    out = outcome(capsys, "cache")[1]
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("model ")] == ["gguf-0123"]
+    assert "4 folders of runs that were killed  4.0 MB" in out
+    with folders.locked(left[3] / ".lock", "at work") as held:
+        assert held
+        assert "removed what runs that were killed had left (3.0 MB)" in outcome(capsys, "cache", "--clear")[1]
+    assert [folder.exists() for folder in left] == [False, False, False, True]
+    assert (full_cache / "models" / "tmp_notes12").exists()
+
+
+def test_a_model_that_another_process_converts_is_not_removed(capsys: pytest.CaptureFixture[str], full_cache: Path):
+    with folders.locked(full_cache / "models" / "gguf-0123.lock", "converting it"):
+        assert "gguf-0123 stays" in outcome(capsys, "cache", "--clear", "models")[1]
+    assert (full_cache / "models" / "gguf-0123").exists()
+
+
+def test_models_without_clear_is_a_question(capsys: pytest.CaptureFixture[str]):
+    code, _, err = outcome(capsys, "cache", "--models")
+    assert code == 1 and "--models goes with --clear" in err
 
 
 def test_the_cache_folder_may_be_chosen(capsys: pytest.CaptureFixture[str], full_cache: Path, tmp_path: Path):

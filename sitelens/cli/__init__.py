@@ -105,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--clear", metavar="KIND", nargs="?", const="all",
                        choices=["all", "embedding", "selection", "training", "scores", "method", "comparison", "models",
                                 "damaged"],
-                       help="remove all, or one kind")  # fmt: skip
+                       help="remove all results but no models, or one kind")  # fmt: skip
+    cache.add_argument("--models", action="store_true", help="with --clear: remove the converted models, too")
     cache.add_argument("--verbose", action="store_true", help="a line for each artifact")
     return parser
 

@@ -37,19 +37,18 @@ def models(options: argparse.Namespace) -> None:
 
 
 def cache(options: argparse.Namespace) -> None:
-    import shutil
-
     from sitelens.store import default_store
 
-    store, models = default_store(), settings.cache() / "models"
-    entries = store.entries()
+    if options.models and options.clear is None:
+        raise SitelensError("--models goes with --clear; without them, all that is cached is shown")
     if options.clear is not None:
-        kind = None if options.clear == "all" else options.clear
-        print(f"removed {store.clear(kind)} artifacts")
-        if options.clear in ("all", "models") and models.exists():
-            shutil.rmtree(models)
-            print("removed the converted models")
+        _clear(options.clear, options.models)
         return
+    from sitelens.conversion import converted_models
+    from sitelens.folders import leftovers, size_of
+
+    store, root = default_store(), settings.cache()
+    entries = store.entries()
     print(f"artifacts in {store.root}\n")
     if options.verbose and len(entries):
         print(
@@ -58,11 +57,40 @@ def cache(options: argparse.Namespace) -> None:
         )
     for kind, group in entries.groupby("kind"):
         print(f"{kind:<12} {len(group):>6} files  {_size(int(group['bytes'].sum()))}")
-    for folder in sorted(models.glob("gguf-*/")):
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        print(f"model        {folder.name}  {_size(size)}")
-    if entries.empty and not models.exists():
+    models = converted_models()
+    for folder in models:
+        print(f"model        {folder.name}  {_size(size_of(folder.resolve()))}")
+    data, unfinished = size_of(root / "data"), [*leftovers(root / "models"), *leftovers(root)]
+    if data:
+        print(f"data         downloaded files  {_size(data)}")
+    if unfinished:
+        size = sum(size_of(folder) for folder in unfinished)
+        print(f"unfinished   {len(unfinished)} folders of runs that were killed  {_size(size)}; --clear removes them")
+    if entries.empty and not models and not data and not unfinished:
         print("nothing yet")
+
+
+def _clear(kind: str, models: bool) -> None:
+    """Remove what was asked for and what killed runs left; say what went, how much, and what stayed."""
+    from sitelens.conversion import clear_models, converted_models
+    from sitelens.folders import size_of, sweep
+    from sitelens.store import default_store
+
+    store, root = default_store(), settings.cache()
+    if kind != "models":
+        before = size_of(store.root)
+        removed = store.clear(None if kind == "all" else kind)
+        print(f"removed {removed} artifacts ({_size(before - size_of(store.root))})")
+    if swept := sweep(root / "models") + sweep(root):
+        print(f"removed what runs that were killed had left ({_size(swept)})")
+    if models or kind == "models":
+        count, size, busy = clear_models()
+        print(f"removed the converted models: {count} ({_size(size)})")
+        for name in busy:
+            print(f"{name} stays: another process is converting it, or it may not be removed")
+    elif kind == "all" and (rest := converted_models()):
+        size = sum(size_of(folder.resolve()) for folder in rest)
+        print(f"the converted models stay: {len(rest)} ({_size(size)}); `sitelens cache --clear --models` removes them")
 
 
 def _size(size: int) -> str:

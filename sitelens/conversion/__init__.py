@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
+import secrets
 import stat
 import sys
 import tempfile
@@ -23,18 +25,24 @@ from sitelens.conversion.tokenizer import end_tokens, gguf_tokenizer
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.folders import (
     CANNOT_WRITE,
+    WORK,
+    is_free,
     locked,
     read_bytes,
     reason,
     remove,
     share,
+    size_of,
     sweep,
     unreadable,
     work_folder,
 )
 from sitelens.loading import load_network, quiet_transformers, several
 
-__all__ = ["PACKAGED", "PackagedModel", "folder_of", "gguf_folder", "is_whole", "packaged_folder"]
+__all__ = [
+    "PACKAGED", "PackagedModel", "clear_models", "converted_models", "folder_of", "gguf_folder", "is_whole",
+    "packaged_folder",
+]  # fmt: skip
 
 CONVERTER = 2  # of what a conversion writes; those of another number are made anew
 FIRST_EDITION = {spec.sha256 for spec in PACKAGED.values()}  # whose conversions by converter 1 are good
@@ -72,6 +80,45 @@ def gguf_folder(file: Path) -> Path:
         raise SitelensError(f"there is no file {file}")
     parts = parts_of(file)
     return _converted(digest_of(parts), file.name, lambda _: parts)
+
+
+def converted_models() -> list[Path]:
+    """The folders of converted models in the cache, those that are links included."""
+    try:
+        return sorted(path for path in (settings.cache() / "models").glob("gguf-*") if _is_model(path))
+    except OSError:
+        return []
+
+
+def clear_models() -> tuple[int, int, list[str]]:
+    """Remove the converted models. Returns how many went, their bytes, and the names of those that stay.
+
+    Those stay that another process is converting, or that may not be removed.
+    """
+    count, size, busy = 0, 0, []
+    for folder in converted_models():
+        lock, aside = folder.with_suffix(".lock"), folder.with_name(f"{WORK}{secrets.token_hex(6)}")
+        if lock.exists() and not is_free(lock):
+            busy.append(folder.name)
+            continue
+        try:
+            bytes_ = 0 if folder.is_symlink() else size_of(folder)
+            os.rename(folder, aside)  # so that nobody finds half a model
+        except OSError:
+            busy.append(folder.name)
+            continue
+        remove(aside)
+        remove(lock)
+        count, size = count + 1, size + bytes_
+    parent = settings.cache() / "models"
+    with contextlib.suppress(OSError):
+        if not parent.is_symlink():
+            parent.rmdir()  # if nothing is left
+    return count, size, busy
+
+
+def _is_model(path: Path) -> bool:
+    return path.is_dir() and not path.name.endswith(".tmp")
 
 
 def is_whole(folder: Path, full: bool = True) -> bool:

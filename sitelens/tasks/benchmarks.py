@@ -11,16 +11,24 @@ trained on.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.tasks.examples import Example
 from sitelens.tasks.pinned import PinnedFiles
 from sitelens.tasks.rows import file_rows, hub_rows, local_file
+from sitelens.writing import write_text
 
 Parts = dict[str, tuple[Example, ...]]
 """Items by the name that upstream gives a split: train, development and test, or the only one."""
@@ -71,6 +79,9 @@ def anli(round_: str) -> Parts:
         files = f"anli/{dev}.jsonl (and anli/{train}.jsonl and anli/{test}.jsonl for the official splits)"
         rows = {split: hub_rows(f"anli/{round_}", ANLI, split, files) for split in splits}
     parts = {split: tuple(_inference(row, where) for where, row in found) for split, found in rows.items()}
+    for split, found in rows.items():
+        content = [[row["premise"], row["hypothesis"], row["label"]] for _, row in found]
+        _check_content(f"anli/{split}", content, local[split] if dev in local else None, ANLI)
     enough = len(parts) == 3 and len(parts[train]) >= LEAST_TRAIN and parts[dev] and parts[test]
     return parts if enough else {dev: parts[dev]}
 
@@ -99,7 +110,11 @@ def mmlu_pro(slug: str) -> Parts:
     if category not in categories:
         known = ", ".join(sorted(set(categories))) or "none"
         raise SitelensError(f"mmlu-pro/{slug}: {path or MMLU_PRO} has no category {category!r}; there are: {known}")
-    return {"test": tuple(_choice(row, at) for (at, row), one in zip(rows, categories, strict=True) if one == category)}
+    chosen = [(at, row) for (at, row), one in zip(rows, categories, strict=True) if one == category]
+    items = tuple(_choice(row, at) for at, row in chosen)
+    content = [[row["question"], row["options"], row["answer"]] for _, row in chosen]
+    _check_content(f"mmlu-pro/{slug}", content, path, MMLU_PRO)
+    return {"test": items}
 
 
 def bbh(name: str) -> Parts:
@@ -161,6 +176,52 @@ def find(name: str) -> tuple[Benchmark, str] | None:
     """The benchmark that a task belongs to and the task's name within it; None if it belongs to none."""
     suite, _, own = name.partition("/")
     return (BENCHMARKS[suite], own) if suite in BENCHMARKS and own in BENCHMARKS[suite].tasks() else None
+
+
+# Checksums
+
+
+@functools.cache
+def _pins() -> dict[str, tuple[int, str | None]]:
+    """How many items each part has upstream, and the SHA-256 of those fields of them that are used, where known."""
+    text = resources.files("sitelens.tasks").joinpath("data/benchmarks.json").read_text("utf-8")
+    return {row["name"]: (row["items"], row["sha256"]) for row in json.loads(text)}
+
+
+def _check_content(name: str, content: list[Any], path: Path | None, address: str) -> None:
+    """Compare items with those that are known: another local file is an error, another content of the hub a warning.
+
+    Where no checksum is known (ANLI's official train and test sets), that of the first use is kept and expected.
+    """
+    if name not in _pins():
+        return
+    n, expected = _pins()[name]
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    found = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    if expected is None and len(content) == n:
+        expected = _first_seen(name, found)
+    if (len(content), found) == (n, expected):
+        return
+    here, there = f"{len(content)} items with SHA-256 {found}", f"{n} items" + (f" with {expected}" if expected else "")
+    if path is None:
+        warnings.warn(
+            f"{name} is another on the hub now ({address}) than the one known here: {here}, expected {there}. Its "
+            "results do not compare with others'", SitelensWarning, stacklevel=3,
+        )  # fmt: skip
+        return
+    raise SitelensError(
+        f"{path} does not hold the items of {name}: {here}, expected {there}. Get it anew, or remove it, so that the "
+        "hub's is loaded; other items make a task under another name (Task.from_pairs, or a file of inputs and outputs)"
+    )
+
+
+def _first_seen(name: str, found: str) -> str:
+    recorded = settings.cache() / "data" / f"{name}.sha256"
+    with contextlib.suppress(OSError):
+        if recorded.exists():
+            return recorded.read_text("utf-8").strip()
+        write_text(recorded, found)
+    return found
 
 
 # Items

@@ -5,6 +5,7 @@ They are downloaded once, or read from a folder of the same layout in `SITELENS_
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.folders import CANNOT_WRITE, read_bytes, share, warn_once, work_folder
+from sitelens.folders import reason as why
+from sitelens.writing import write_text
 
 
 @dataclass(frozen=True)
@@ -54,40 +58,61 @@ class PinnedFiles:
         Raises:
             SitelensError: if the file can neither be found nor downloaded, or is not the expected one.
         """
-        return self._parsed(name, self.local_path(name) or self._download(name))
+        path, data = self._local(name) or self._download(name)
+        return self._parsed(name, path, data)
 
     def local_path(self, name: str) -> Path | None:
         """The task's file in the local data folder, checked; None where there is no such file.
 
         Raises:
-            SitelensError: if the file is another one than upstream's.
+            SitelensError: if the file is another one than upstream's, or cannot be read.
         """
+        found = self._local(name)
+        return found[0] if found else None
+
+    def _local(self, name: str) -> tuple[Path, bytes] | None:
         folder = settings.data()
         if folder is None:
             return None
         path = folder / self.folder / self._place(name)
-        if not path.exists():
+        try:
+            data = read_bytes(path)
+        except FileNotFoundError:
             return None
-        expected, found = self.registry[name]["sha256"], hashlib.sha256(path.read_bytes()).hexdigest()
+        expected, found = self.registry[name]["sha256"], hashlib.sha256(data).hexdigest()
         if expected not in (None, found):
             raise SitelensError(
                 f"{path} is not the upstream file of {self.suite}/{name}: SHA-256 {found}, expected {expected}"
             )
-        return path
+        return path, data
 
     def _place(self, name: str) -> str:
         category = self.registry[name].get("category")
         return f"{category}/{name}.json" if category else f"{name}.json"
 
-    def _download(self, name: str) -> Path:
+    def _download(self, name: str) -> tuple[Path, bytes]:
+        """The task's file in the cache, downloaded if it is not there, and its content."""
         import pooch
         import requests
 
         url = f"{self.address}{self._place(name)}"
         folder = settings.cache() / "data" / self.folder / self.commit[:12]
         pooch.utils.get_logger().setLevel("WARNING")
+
+        def retrieved(place: Path) -> tuple[Path, bytes]:
+            path = Path(pooch.retrieve(url, self._known_hash(name, folder), fname=f"{name}.json", path=place))
+            share(path)  # pooch makes it private
+            return path, read_bytes(path)
+
         try:
-            path = Path(pooch.retrieve(url, self._known_hash(name, folder), fname=f"{name}.json", path=folder))
+            try:
+                path, data = retrieved(folder)
+            except OSError as error:
+                if error.errno not in CANNOT_WRITE:
+                    raise
+                with work_folder() as elsewhere:
+                    path, data = retrieved(elsewhere)
+                warn_once(folder, f"data cannot be kept in {folder}: {why(error)}; it is downloaded each time")
         except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
             layout = sorted({f"{self.folder}/{self._place(one)}".replace(f"/{one}.", "/*.") for one in self.registry})
             reason = "no connection" if isinstance(error, requests.ConnectionError) else error
@@ -97,16 +122,16 @@ class PinnedFiles:
             ) from error
         if self.registry[name]["sha256"] is None:
             try:
-                self._parsed(name, path)
+                self._parsed(name, path, data)
             except SitelensError:
-                path.unlink()  # whatever came instead is not worth keeping
+                path.unlink(missing_ok=True)  # whatever came instead is not worth keeping
                 raise
-            self._record_hash(name, path, folder)
-        return path
+            self._record_hash(name, data, folder)
+        return path, data
 
-    def _parsed(self, name: str, path: Path) -> list[dict[str, Any]]:
+    def _parsed(self, name: str, path: Path, data: bytes) -> list[dict[str, Any]]:
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = json.loads(data.decode("utf-8"))
             found = content if self.key is None else content[self.key]
             if found and all(isinstance(item[field], str) for item in found for field in self.fields):
                 return found
@@ -119,11 +144,12 @@ class PinnedFiles:
         recorded = folder / f"{name}.sha256"
         return self.registry[name]["sha256"] or (recorded.read_text().strip() if recorded.exists() else None)
 
-    def _record_hash(self, name: str, path: Path, folder: Path) -> None:
+    def _record_hash(self, name: str, data: bytes, folder: Path) -> None:
         recorded = folder / f"{name}.sha256"
         if not recorded.exists():
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-            recorded.write_text(found)
+            found = hashlib.sha256(data).hexdigest()
+            with contextlib.suppress(OSError):
+                write_text(recorded, found)
             warnings.warn(
                 f"{self.suite}/{name} has no known checksum; from now on SHA-256 {found} is expected of it",
                 SitelensWarning,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sitelens.defaults import SitelensError, settings
+from sitelens.folders import read_bytes, unreadable
 
 Row = tuple[str, Any]
 """Where a row stands, to begin an error's text with, and what stands there."""
@@ -26,9 +27,12 @@ def file_rows(path: Path) -> Sequence[Row]:
     The last file is kept in memory and parsed again only if it was changed.
 
     Raises:
-        SitelensError: naming the line that is not JSON, or if the file is not UTF-8.
+        SitelensError: naming the line that is not JSON, or if the file is not UTF-8 or cannot be read.
     """
-    state = path.stat()
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
     return _parsed(path, state.st_mtime_ns, state.st_size)
 
 
@@ -52,7 +56,9 @@ def hub_rows(task: str, address: str, split: str, files: str) -> Sequence[Row]:
 @lru_cache(maxsize=1)
 def _parsed(path: Path, _changed: int, _size: int) -> Sequence[Row]:
     try:
-        lines = path.read_text("utf-8").split("\n")  # not at the other line ends that a text may contain
+        lines = read_bytes(path).decode("utf-8").split("\n")  # not at the other line ends that a text may contain
+    except FileNotFoundError as error:
+        raise SitelensError(f"there is no file {path}") from error
     except UnicodeDecodeError as error:
         raise SitelensError(f"{path} is not UTF-8 text: {error}") from error
     places = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
