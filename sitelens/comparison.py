@@ -11,17 +11,19 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
+from sitelens import embedding, scoring, training_state
 from sitelens.conditions import Condition, FewShot, ZeroShot
 from sitelens.defaults import SitelensError, settings
 from sitelens.evaluation import evaluate
-from sitelens.fingerprints import fingerprint
+from sitelens.fingerprints import unchanged
 from sitelens.folders import scratch_folder
+from sitelens.keys import ResultStore
 from sitelens.methods import METHODS
 from sitelens.methods.common import fitting
-from sitelens.models import Model, resolve_model, tokenization
+from sitelens.models import Model, resolve_model
 from sitelens.network import counted_tokens
 from sitelens.progress import Job
-from sitelens.store import Artifact, default_store
+from sitelens.store import Artifact
 from sitelens.summary import markdown_table, summarize
 from sitelens.tasks import Task, load_tasks
 
@@ -57,8 +59,8 @@ def fit_method(
     (name,) = checked_methods([name])
     if name in PROMPTING:
         return Fitted(PROMPTING[name], 0, 0, 0, 0.0)
-    spec = _spec(name, task, model, seed, options)
-    store = default_store()
+    store = ResultStore(model, [task])
+    spec = _spec(name, task, store.key, seed, options)
     kept = store.get("method", spec)
     if kept is None:
         started = time.perf_counter()
@@ -195,7 +197,7 @@ def _cells(
         job.plan(dict.fromkeys(cells, 1.0))
         for stage, (task, name) in cells.items():
             chosen = (options or {}).get(name)
-            with job.stage(stage):
+            with job.stage(stage), unchanged(model):
                 fitted = fit_method(name, task, model, seed=seed, options=chosen)
                 scores, seconds = _scored(name, fitted, task, model, n_items, seed, chosen)
             yield fitted, scores, seconds
@@ -205,8 +207,8 @@ def _scored(
     name: str, fitted: Fitted, task: Task, model: Model, n_items: int | None, seed: int, options: Any
 ) -> tuple[pd.DataFrame, float]:
     """Scores on test, and the seconds that they took."""
-    spec = _spec(name, task, model, seed, options) | {"n_items": n_items}
-    store = default_store()
+    store = ResultStore(model, [task])
+    spec = _spec(name, task, store.key, seed, options) | {"n_items": n_items}
     kept = store.get("comparison", spec)
     if kept is None:
         started = time.perf_counter()
@@ -219,12 +221,14 @@ def _scored(
     return pd.DataFrame(columns).assign(task=task.name, condition=name, metric="first_token"), kept.meta["seconds"]
 
 
-def _spec(name: str, task: Task, model: Model, seed: int, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """All that decides what a method gives."""
-    algorithm = METHODS[name].algorithm if name in METHODS else ALGORITHM
+def _spec(
+    name: str, task: Task, key: Mapping[str, str], seed: int, options: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """All that decides what a method gives; it rests on embeddings, training and evaluation, whose numbers stand by."""
+    own = METHODS[name].algorithm if name in METHODS else ALGORITHM
+    algorithm = [own, embedding.ALGORITHM, training_state.ALGORITHM, scoring.ALGORITHM]
     plain = {key: list(v) if isinstance(v, tuple) else v for key, v in (options or {}).items()}
     return {
         "algorithm": algorithm, "method": name, "task": task.name, "items": task.digest,
-        "model": fingerprint(model), "tokenizer": tokenization(model),
-        "seed": seed, "options": plain,
+        **key, "seed": seed, "options": plain,
     }  # fmt: skip

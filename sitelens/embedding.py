@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sitelens.defaults import SitelensError, settings
-from sitelens.fingerprints import fingerprint
 from sitelens.forward import capture_z
+from sitelens.keys import ResultStore
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.models import (
     Model,
@@ -23,11 +23,10 @@ from sitelens.models import (
     head_shape,
     own_tokenizer,
     resolve_model,
-    tokenization,
 )
 from sitelens.progress import portions, tracked
 from sitelens.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
-from sitelens.store import Artifact, default_store
+from sitelens.store import Artifact
 from sitelens.tasks import Task, load_task
 
 ALGORITHM = 1  # to be raised when the numbers change
@@ -95,12 +94,11 @@ def embed_task(
     task, model = load_task(task), resolve_model(model)
     if n_prompts < 1 or n_shots < 0:
         raise SitelensError(f"n_prompts must be at least 1 and n_shots at least 0, got {n_prompts} and {n_shots}")
+    store = ResultStore(model, [task])
     spec = {
-        "algorithm": ALGORITHM, "task": task.name, "items": task.digest,
-        "model": fingerprint(model), "tokenizer": tokenization(model),
+        "algorithm": ALGORITHM, "task": task.name, "items": task.digest, **store.key,
         "n_prompts": n_prompts, "n_shots": n_shots, "seed": seed,
     }  # fmt: skip
-    store = default_store()
     if (kept := store.get("embedding", spec)) is not None:
         return TaskEmbedding._from(kept)
     if len(task.train) < n_shots + 1:

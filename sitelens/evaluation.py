@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from sitelens.conditions import Condition, Patch, ZeroShot
 from sitelens.defaults import SitelensError, settings
+from sitelens.fingerprints import unchanged
 from sitelens.forward import HeadEdit, LastToken, decode, full_logits, last_logits
 from sitelens.memory import (
     MAX_ROWS,
@@ -81,26 +82,27 @@ def evaluate(
         check_answers(task, items)
     answers = _Answers(model, own_tokenizer(model), max_new_tokens if generating else 0, budget)
     groups: dict[int, tuple[dict[str, Patch], dict[str, Condition]]] = {}  # by the number of demonstrations
-    for name, condition in conditions.items():
-        patched, hooked = groups.setdefault(condition.n_shots, ({}, {}))
-        patch = condition.patch(model)
-        if patch is None or (generating and condition.steps == "every"):
-            hooked[name] = condition
-        else:
-            patched[name] = patch
-    outputs: dict[str, list[Output]] = {}
     bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}", progress=progress)
-    for n_shots, (patched, hooked) in groups.items():
-        prompts = _prompts(task, split, chosen, n_shots, model, seed)
-        batch = tokenize(
-            prompts,
-            answers.tokenizer,
-            context_length(model),
-            f"task {task.name!r}, {n_shots} shots",
-            answers.max_new_tokens,
-        )
-        outputs |= answers.patched(batch, patched, lambda rows: _advance(bar, rows))
-        outputs |= answers.hooked(batch, hooked, lambda rows: _advance(bar, rows))
+    with unchanged(model):  # each condition asks whether it fits
+        for name, condition in conditions.items():
+            patched, hooked = groups.setdefault(condition.n_shots, ({}, {}))
+            patch = condition.patch(model)
+            if patch is None or (generating and condition.steps == "every"):
+                hooked[name] = condition
+            else:
+                patched[name] = patch
+        outputs: dict[str, list[Output]] = {}
+        for n_shots, (patched, hooked) in groups.items():
+            prompts = _prompts(task, split, chosen, n_shots, model, seed)
+            batch = tokenize(
+                prompts,
+                answers.tokenizer,
+                context_length(model),
+                f"task {task.name!r}, {n_shots} shots",
+                answers.max_new_tokens,
+            )
+            outputs |= answers.patched(batch, patched, lambda rows: _advance(bar, rows))
+            outputs |= answers.hooked(batch, hooked, lambda rows: _advance(bar, rows))
     next(bar, None)
     frames = []
     for metric in metrics:

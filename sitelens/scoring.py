@@ -5,7 +5,6 @@ Only conditions that sitelens itself defines are kept; what one of a user's own 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +13,10 @@ import torch
 
 from sitelens.conditions import Condition
 from sitelens.evaluation import COLUMNS, evaluate
-from sitelens.fingerprints import fingerprint
-from sitelens.models import Model, tokenization
-from sitelens.store import Artifact, default_store, digest, tensor_bytes
+from sitelens.forward import end_tokens
+from sitelens.keys import ResultStore
+from sitelens.models import Model, own_tokenizer
+from sitelens.store import Artifact, content_digest, digest
 from sitelens.tasks import Task
 
 ALGORITHM = 1  # to be raised when the numbers change
@@ -49,13 +49,15 @@ def score_conditions(
     }  # fmt: skip
     if any(type(condition).__module__.split(".")[0] != "sitelens" for condition in conditions.values()):
         return evaluate(task, conditions, model, **options)[KEPT]
+    store = ResultStore(model, [task])
     spec = {
-        "algorithm": ALGORITHM, "task": task.name, "items": task.digest,
-        "model": fingerprint(model), "tokenizer": tokenization(model), "split": split,
+        "algorithm": ALGORITHM, "task": task.name, "items": task.digest, **store.key, "split": split,
         "n_items": n_items, "metrics": list(metrics), "seed": seed,
         "conditions": [[name, _digest(condition)] for name, condition in conditions.items()],
     }  # fmt: skip
-    kept = default_store().get("scores", spec)
+    if any(metric != "first_token" for metric in metrics):
+        spec["ends"] = sorted(end_tokens(model, own_tokenizer(model)))
+    kept = store.get("scores", spec)
     if kept is None:
         scores = evaluate(task, conditions, model, **options)
         labels = {name: list(dict.fromkeys(scores[name])) for name in ("condition", "metric")}
@@ -63,7 +65,7 @@ def score_conditions(
         for name, values in labels.items():
             tensors[name] = torch.tensor([values.index(value) for value in scores[name]])
         kept = Artifact("scores", spec, tensors, labels)
-        default_store().put(kept)
+        store.put(kept)
     frame = pd.DataFrame({name: kept.tensors[name].numpy() for name in NUMBERS})
     for name in ("condition", "metric"):
         frame[name] = [kept.meta[name][i] for i in kept.tensors[name].tolist()]
@@ -72,7 +74,4 @@ def score_conditions(
 
 def _digest(condition: Condition) -> str:
     tensors, meta = condition.state()
-    sums = {
-        name: hashlib.sha256(tensor_bytes(tensor.contiguous().cpu())).hexdigest() for name, tensor in tensors.items()
-    }
-    return digest([sums, meta])[:32]
+    return digest([{name: content_digest(tensor) for name, tensor in tensors.items()}, meta])[:32]

@@ -249,6 +249,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def content_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and content, in hexadecimal."""
+    value = tensor.detach().contiguous().cpu()
+    total = hashlib.sha256(canonical_json([str(value.dtype), list(value.shape)]).encode())
+    total.update(tensor_bytes(value))
+    return total.hexdigest()
+
+
 def tensor_bytes(tensor: Tensor) -> Any:
     """The raw bytes of a contiguous CPU tensor, whatever its dtype, as a buffer without a copy."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,10 +12,11 @@ import pandas as pd
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.embedding import TaskEmbedding, embedded
-from sitelens.fingerprints import fingerprint, unchanged
-from sitelens.models import Model, resolve_model, tokenization
+from sitelens.fingerprints import unchanged
+from sitelens.keys import ResultStore
+from sitelens.models import Model, resolve_model
 from sitelens.selection import HeadSelection
-from sitelens.store import Artifact, default_store, digest, tensor_bytes
+from sitelens.store import Artifact, content_digest, digest
 from sitelens.tasks import Task, load_tasks
 from sitelens.training_loop import Run, train_runs
 from sitelens.training_state import ALGORITHM, ALGORITHM_RANDOM_INIT, HISTORY
@@ -130,15 +130,16 @@ def train_jobs(
         for job in jobs:
             for _, embedding in job.members:
                 embedding.check_fits(model)
-        store = default_store()
-        specs = [_spec(job, model) for job in jobs]
+        store = ResultStore(model, [task for job in jobs for task, _ in job.members])
+        specs = [_spec(job, store.key) for job in jobs]
         artifacts = [store.get("selection", spec) for spec in specs]
         batches: dict[TrainConfig, list[int]] = {}
         for i, job in enumerate(jobs):
             if artifacts[i] is None:
                 batches.setdefault(replace(job.config, seed=0, init=0.5), []).append(i)
         for config, batch in batches.items():
-            runs, tasks, vectors = _runs([jobs[i] for i in batch], [digest(specs[i]) for i in batch])
+            keys = [digest(specs[i]) if store.open else "" for i in batch]
+            runs, tasks, vectors = _runs([jobs[i] for i in batch], keys)
             trained = train_runs(runs, tasks, vectors, model, config, settings.budget(memory_budget), progress)
             for i, tensors in zip(batch, trained, strict=True):
                 job = jobs[i].config
@@ -171,14 +172,13 @@ def _runs(jobs: Sequence[TrainJob], keys: Sequence[str]) -> tuple[list[Run], lis
     return runs, [task for _, task in tasks.values()], [embedding for _, embedding in vectors.values()]
 
 
-def _spec(job: TrainJob, model: Model) -> dict[str, Any]:
-    vectors = [embedding.mean_z.contiguous().cpu() for _, embedding in job.members]
+def _spec(job: TrainJob, key: Mapping[str, str]) -> dict[str, Any]:
     return {
         "algorithm": ALGORITHM_RANDOM_INIT if job.config.init == "random" else ALGORITHM,
         "task": "+".join(task.name for task, _ in job.members),
         "items": [task.digest for task, _ in job.members],
-        "model": fingerprint(model), "tokenizer": tokenization(model), "config": asdict(job.config),
-        "embeddings": [hashlib.sha256(tensor_bytes(vector)).hexdigest() for vector in vectors],
+        **key, "config": asdict(job.config),
+        "embeddings": [content_digest(embedding.mean_z) for _, embedding in job.members],
     }  # fmt: skip
 
 

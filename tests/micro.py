@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sitelens.models import Model, _tokenizers
-from sitelens.network import unhooked
+from sitelens.network import run_tokens, unhooked
 from sitelens.tasks import Task
 from tests import paper
 from tests.paper import WINDOW
@@ -122,14 +123,18 @@ def hooks_left(model: Model) -> list[str]:
     return [name for name, point in model.hook_dict.items() if point.has_hooks() or point._forward_hooks]
 
 
-def silence(model: Model, patch: pytest.MonkeyPatch) -> None:
-    """Any forward pass from now on, with the bridge or without, is an AssertionError "the model was run"."""
+def silence(patch: pytest.MonkeyPatch) -> None:
+    """Any forward pass of sitelens from now on is an AssertionError "the model was run".
 
-    def forward(*_: Any, **__: Any) -> None:
+    The model is left alone: where its `forward` is replaced, nothing is taken from the cache.
+    """
+
+    def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was run")
 
-    for network in (model, model.original_model):
-        patch.setattr(network, "forward", forward)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("sitelens.") and vars(module).get("run_tokens") is run_tokens:
+            patch.setattr(module, "run_tokens", fail)
 
 
 def output_projections(network: Any) -> list[torch.nn.Module]:

@@ -17,7 +17,9 @@ import sitelens
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sitelens"
-BRIDGED = {"fingerprints", "sources", "models", "network", "forward", "heads", "methods"}  # may import transformer_lens
+BRIDGED = {  # may import transformer_lens
+    "facts", "fingerprints", "interference", "sources", "models", "network", "forward", "heads", "methods"
+}  # fmt: skip
 LONGEST = 320  # lines
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FOLDERS = re.compile(r"(?<![\w.~-])/(?:home|tmp|root|Users|work|mnt|scratch)/")  # of somebody's machine

@@ -50,7 +50,7 @@ def test_what_is_trained_and_spent_is_that_of_the_method(model: Model) -> None:
 
 def test_a_second_call_runs_nothing_and_gives_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compare([TASK], FEW, model, n_items=4, options=CHOSEN)
-    micro.silence(model, monkeypatch)
+    micro.silence(monkeypatch)
     pd.testing.assert_frame_equal(compare([TASK], FEW, model, n_items=4, options=CHOSEN), first)
     changed = CHOSEN | {"MTV": SMALL["MTV"] | {"n_steps": 5}}
     with pytest.raises(AssertionError, match="the model was run"):
@@ -72,7 +72,7 @@ def test_the_answers_behind_the_table_give_paired_differences(model: Model) -> N
 def test_what_was_finished_before_an_interruption_is_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     compare([TASK], ["I2CL"], model, n_items=4, options={"I2CL": SMALL["I2CL"]})
     with monkeypatch.context() as patch:
-        micro.silence(model, patch)
+        micro.silence(patch)
         with pytest.raises(AssertionError, match="the model was run"):
             compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]})
     frame = compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]})

@@ -187,10 +187,10 @@ def test_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch):
     bridge = micro.bridge("Llama")
     first = fingerprint(bridge)
 
-    def fail(_: torch.Tensor) -> list[Any]:
+    def fail(_: torch.Tensor) -> str:
         raise AssertionError("hashed again")
 
-    monkeypatch.setattr(fingerprints, "_tensor_digest", fail)
+    monkeypatch.setattr(fingerprints, "content_digest", fail)
     bridge(TOKENS)
     assert fingerprint(bridge) == first
     with torch.no_grad():

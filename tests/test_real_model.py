@@ -155,7 +155,7 @@ def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
     assert means["choose_first_of_3", "zero-shot"] < 0.2
     record = json.loads((tmp_path / "first" / "suite-builtin.json").read_text())
     assert len(record["left_out"]) == 45 and record["made_by"].startswith("sitelens suite builtin --tasks capitalize")
-    micro.silence(model, monkeypatch)
+    micro.silence(monkeypatch)
     assert cli.main([*words, "--out", str(tmp_path / "second")]) == 0
     assert capsys.readouterr().out.replace("second", "first") == first
 

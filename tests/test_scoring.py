@@ -53,7 +53,7 @@ def test_the_rows_are_those_of_evaluate_at_first_and_from_the_cache(
     expected = sl.evaluate(TASK, conditions(), model, **options)[KEPT]
     assert set(expected["metric"]) == set(metrics) and len(expected) >= 3 * 7 * len(metrics)
     found = score_conditions(TASK, conditions(), model, **options)
-    micro.silence(model, monkeypatch)
+    micro.silence(monkeypatch)
     for frame in (found, score_conditions(TASK, conditions(), model, **options)):
         pd.testing.assert_frame_equal(frame, expected, check_exact=True)
     with pytest.raises(AssertionError, match="the model was run"):

@@ -157,7 +157,7 @@ def test_other_methods_stand_beside_site(model: Model) -> None:
 
 def test_a_second_call_runs_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run_suite("bbh", model, **SMALL)
-    micro.silence(model, monkeypatch)
+    micro.silence(monkeypatch)
     second = run_suite("bbh", model, **SMALL)
     pd.testing.assert_frame_equal(first.scores, second.scores)
     assert first.tasks.equals(second.tasks) and first.left_out == second.left_out

@@ -323,7 +323,7 @@ def test_a_second_call_evaluates_and_trains_nothing(model: Model, monkeypatch: p
     first = fast(model)
     assert names == ["one", "two", "three"]
     with monkeypatch.context() as patch:
-        micro.silence(model, patch)
+        micro.silence(patch)
         second = fast(model)
     assert names == ["one", "two", "three"]
     pd.testing.assert_frame_equal(second.frame, first.frame)
