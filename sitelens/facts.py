@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Fields of a configuration on which no logit hangs: names, labels, output formats, generation, initialization.
 # Token ids are here because prompts arrive as ids; those that end a text are in the keys of generated answers.
 BOOKKEEPING = frozenset(
     """
-    name_or_path transformers_version architectures dtype torch_dtype auto_map tokenizer_class torchscript
+    name_or_path model_type transformers_version architectures dtype torch_dtype auto_map tokenizer_class torchscript
     use_cache output_attentions output_hidden_states output_router_logits return_dict use_return_dict
     id2label label2id num_labels problem_type finetuning_task task_specific_params classifier_dropout
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
@@ -41,11 +41,8 @@ BOOKKEEPING = frozenset(
 _BESIDE = frozenset(vars(nn.Module())) | frozenset(
     """
     name_or_path warnings_issued generation_config loss_type gradient_checkpointing hf_device_map hf_quantizer
-    is_loaded_in_4bit is_quantized quantization_method compute_type_is_set forward _forward _old_forward _hf_hook
-    _tp_plan _ep_plan _pp_plan _fsdp_plan _tp_size _device_mesh all_tied_weights_keys _tied_weights_keys
-    _keep_in_fp32_modules _keep_in_fp32_modules_strict _no_split_modules _skip_keys_device_placement
-    _keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing _keys_to_ignore_on_save _is_hf_initialized
-    _attn_implementation _compiled_call_impl _hf_peft_config_loaded kernel_config
+    is_loaded_in_4bit is_quantized quantization_method compute_type_is_set kernel_config all_tied_weights_keys
+    forward _forward _old_forward _hf_hook _is_hf_initialized persistent _is_buffer
     """.split()  # noqa: SIM905 (a table of names)
 )
 _DEPTH = 6  # levels of attributes within attributes that are read
@@ -96,7 +93,9 @@ class Facts:
             return
         described: dict[str, Any] = {}
         for key, value in vars(module).items():
-            if key not in _BESIDE and key not in changing and not _of_dropout(module, key):
+            if key in _BESIDE or key in changing or _of_dropout(module, key):
+                continue
+            if not (key.startswith("_") and isinstance(module, PreTrainedModel)):  # notes for loading and saving
                 described[key] = self.described(value, f"{name}.{key}")
         for key, value in changing.items():
             if value is not None:

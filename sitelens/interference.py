@@ -29,7 +29,7 @@ from sitelens.facts import modules_of
 
 # Whose code is identified by a version, which is in the keys.
 LIBRARIES = (
-    "torch", "transformers", "transformer_lens", "peft", "accelerate", "bitsandbytes", "torchao", "optimum",
+    "sitelens", "torch", "transformers", "transformer_lens", "peft", "accelerate", "bitsandbytes", "torchao", "optimum",
     "gptqmodel", "awq", "auto_gptq", "hqq", "compressed_tensors", "quanto", "kernels", "flash_attn", "xformers",
     "triton", "causal_conv1d", "mamba_ssm", "fla", "numpy", "einops", "jaxtyping", "beartype", "typing_extensions",
     "tokenizers", "safetensors", "huggingface_hub",
