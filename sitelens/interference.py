@@ -88,6 +88,12 @@ def heard_in_tokenizer(tokenizer: Any) -> str | None:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if getattr(getattr(backend, "model", None), "dropout", None):
         return "the dropout of the tokenizer"
+    for step in ("normalizer", "pre_tokenizer", "decoder"):
+        rule = getattr(backend, step, None)
+        try:
+            rule is not None and rule.__getstate__()
+        except Exception:  # what is written in Python cannot be saved
+            return f"a {step} of the tokenizer that is written in Python"
     return None
 
 

@@ -118,7 +118,7 @@ def _rendering(task: Task, model: Model) -> list[str]:
     items = [*task.train, *task.valid, *task.test][:2]
     if not items:
         return []
-    prompts = [few_shot_prompt(task.template, items[:n], items[-1], own_tokenizer(model)) for n in (0, 1)]
+    prompts = [few_shot_prompt(task, items[:n], items[-1], own_tokenizer(model)) for n in (0, 1)]
     return [prompt.text for prompt in prompts]
 
 

@@ -6,7 +6,6 @@ All that differs from model to model (where weights come from, whose tokenizer i
 from __future__ import annotations
 
 import functools
-import hashlib
 import warnings
 import weakref
 from pathlib import Path
@@ -24,7 +23,7 @@ from sitelens.loading import load_network, quiet_transformers
 from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
 from sitelens.sources import DEFAULT_MODEL, check_device, hub_id
 from sitelens.store import digest
-from sitelens.tokenizers import HABITS, added, condition, differences, without_added_bos
+from sitelens.tokenizers import added, condition, differences, rules, without_added_bos
 
 Model = TransformerBridge
 
@@ -220,8 +219,8 @@ def _as_in_files(given: Any, name: str) -> Any:
     return own
 
 
-# model -> a tokenizer of it, its size, and a digest of its rules
-_rules: weakref.WeakKeyDictionary[Model, tuple[Any, int, str]] = weakref.WeakKeyDictionary()
+# model -> a tokenizer of it, its condition, and a digest of its rules
+_rules: weakref.WeakKeyDictionary[Model, tuple[Any, str, str]] = weakref.WeakKeyDictionary()
 
 
 def tokenization(model: Model) -> str:
@@ -233,32 +232,10 @@ def tokenization(model: Model) -> str:
         SitelensError: if the bridge has no tokenizer.
     """
     tokenizer = own_tokenizer(model)
-    known = _rules.get(model)
-    if known is None or known[0] is not tokenizer or known[1] != len(tokenizer):
-        known = _rules[model] = tokenizer, len(tokenizer), _rules_of(tokenizer)
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    steps = [getattr(backend, step, None) for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
-    quick = [None if step is None else hashlib.sha256(step.__getstate__()).hexdigest() for step in steps]
-    habits = [str(getattr(tokenizer, name, None)) for name in HABITS]
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return digest([type(tokenizer).__name__, known[2], quick, special, habits])[:32]
-
-
-def _rules_of(tokenizer: Any) -> str:
-    """A digest of a tokenizer's vocabulary and rules, but for the padding and truncation of its last call."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return digest(tokenizer.get_vocab())
-    padding, truncation = backend.padding, backend.truncation
-    backend.no_padding()
-    backend.no_truncation()
-    try:
-        return hashlib.sha256(backend.to_str().encode()).hexdigest()
-    finally:
-        if padding is not None:
-            backend.enable_padding(**padding)
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
+    known, state = _rules.get(model), condition(tokenizer)
+    if known is None or known[0] is not tokenizer or known[1] != state:
+        known = _rules[model] = tokenizer, state, rules(tokenizer)
+    return digest([type(tokenizer).__name__, state, known[2]])[:32]
 
 
 def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,10 @@ from sitelens.store import digest
 # Behind one of these a text goes on as it does behind a prompt, without the space that many tokenizers put in front of
 # a text's first word.
 BEGINNINGS = ("\n", "a", ":", ".", "A", "1")
-HABITS = ("add_bos_token", "add_eos_token", "chat_template")  # what a fast tokenizer has beside its rules
+HABITS = (  # what a fast tokenizer has beside its rules
+    "add_bos_token", "add_eos_token", "chat_template", "split_special_tokens", "clean_up_tokenization_spaces",
+    "add_prefix_space",
+)  # fmt: skip
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -102,12 +106,62 @@ def differences(tokenizer: Any, files: Any) -> list[str]:
 
 
 def condition(tokenizer: Any) -> str:
-    """A digest of what a user may edit in a tokenizer; quick."""
+    """A digest of what a user may edit in a tokenizer; quick, so that of a vocabulary's rules it takes a sample."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     steps = [getattr(backend, step, None) for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    added = {str(place): repr(token) for place, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
     habits = [str(getattr(tokenizer, name, None)) for name in HABITS]
-    return digest([len(tokenizer), [step and step.__getstate__().hex() for step in steps], special, habits])
+    return digest([
+        len(tokenizer), [step and _rule(step) for step in steps], special, added, habits, _sample(backend)
+    ])  # fmt: skip
+
+
+def rules(tokenizer: Any) -> str:
+    """A digest of a tokenizer's vocabulary and rules, but for the padding and truncation of its last call."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # written in Python: its vocabulary, and what its class keeps beside it
+        merges = {str(pair): rank for pair, rank in getattr(tokenizer, "bpe_ranks", {}).items()}
+        model = getattr(tokenizer, "sp_model", None)
+        pieces = hashlib.sha256(model.serialized_model_proto()).hexdigest() if model is not None else ""
+        return digest([tokenizer.get_vocab(), merges, pieces])
+    padding, truncation = backend.padding, backend.truncation
+    backend.no_padding()
+    backend.no_truncation()
+    try:
+        return hashlib.sha256(backend.to_str().encode()).hexdigest()
+    except Exception:  # rules written in Python, which interference.py hears
+        return digest(tokenizer.get_vocab())
+    finally:
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+
+
+_PIECES = ("the", "\u0120the", "\u2581the", "hello", "Question", "internationalization", "1234", ":", "\u00e9t\u00e9")
+
+
+def _sample(backend: Any) -> list[Any]:
+    """How the model of a fast tokenizer divides some words, and its switches."""
+    model: Any = getattr(backend, "model", None)
+    if model is None:
+        return []
+    switches = [str(getattr(model, name, None)) for name in ("dropout", "unk_token", "byte_fallback", "ignore_merges")]
+    divided = []
+    for piece in _PIECES:
+        try:
+            divided.append([token.id for token in model.tokenize(piece)])
+        except Exception:  # no token for what is unknown
+            divided.append([])
+    return [type(model).__name__, switches, divided]
+
+
+def _rule(step: Any) -> str:
+    try:
+        return step.__getstate__().hex()
+    except Exception:  # a rule written in Python
+        return type(step).__name__
 
 
 def _special(tokenizer: Any, name: str) -> str | None:
