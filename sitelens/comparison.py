@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import torch
 
 from sitelens import embedding, scoring, training_state
 from sitelens.conditions import Condition, FewShot, ZeroShot
-from sitelens.defaults import SitelensError, settings
+from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.evaluation import evaluate
 from sitelens.fingerprints import unchanged
 from sitelens.folders import scratch_folder
@@ -167,19 +168,34 @@ def comparison_table(frame: pd.DataFrame) -> str:
     return f"{markdown_table(scores)}\n\n{markdown_table(texts)}"
 
 
-def checked_methods(names: Sequence[str]) -> list[str]:
-    """The names, each once.
+def checked_methods(names: Sequence[str] | Literal["all"]) -> list[str]:
+    """The names, each once; of "all", those that lack a library are left out with a warning.
 
     Raises:
-        SitelensError: for an unknown one, with the nearest names.
+        SitelensError: for an unknown one, with the nearest names; for one that lacks a library.
     """
+    if isinstance(names, str) and names == "all":
+        return [name for name in NAMES if name not in METHODS or _has_libraries(name)]
     if isinstance(names, str):
         raise SitelensError(f"methods must be 'all' or a list of names: write [{names!r}]")
     for name in names:
         if name not in NAMES:
             near = difflib.get_close_matches(name.upper(), NAMES, n=2, cutoff=0.3) or list(NAMES)
             raise SitelensError(f"unknown method {name!r}: did you mean {' or '.join(near)}?")
+    for name in names:
+        if name in METHODS:
+            METHODS[name].check()
     return list(dict.fromkeys(names))
+
+
+def _has_libraries(name: str) -> bool:
+    """Whether a method can be fitted here; a warning says what it lacks."""
+    try:
+        METHODS[name].check()
+    except SitelensError as error:
+        warnings.warn(f"{name} is left out: {error}", SitelensWarning, stacklevel=3)
+        return False
+    return True
 
 
 def _cells(
@@ -187,7 +203,7 @@ def _cells(
     n_items: int | None, seed: int, options: Mapping[str, Mapping[str, Any]] | None, progress: bool | None,
 ) -> Iterator[tuple[Fitted, pd.DataFrame, float]]:  # fmt: skip
     """Each task under each method: the fitted method, its scores, and the seconds that they took."""
-    names = checked_methods(NAMES if methods == "all" else methods)
+    names = checked_methods(methods)
     strange = set(options or {}) - set(METHODS)
     if strange:
         raise SitelensError(f"options are given for {', '.join(sorted(strange))}; methods are {', '.join(METHODS)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from sitelens.studies import Options
 from sitelens.tasks import Task, load_tasks
 from sitelens.training import train_selections
 from sitelens.transfer import TransferMatrix, transfer_matrix
+from sitelens.writing import Outputs, check_file_name, check_folder, write_csv, write_text
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -63,16 +65,21 @@ def make_figures(
     What was computed before is taken from the cache, so an interrupted call goes on where it stopped. `tasks` stand
     in for each figure's own, `config` for the paper's training.
 
+    A figure that cannot be made, or a file that cannot be written, does not keep the others from it: a
+    `MissingOutputWarning` names it at the end.
+
     Raises:
-        SitelensError: for an unknown name, bad tasks, or a static format without Chrome.
+        SitelensError: for an unknown name or format, bad tasks, a folder that cannot be written to, or if nothing could
+            be made.
     """
+    formats = figures.check_formats(formats)
+    check_folder(folder)
     chosen = list(PICTURES if names is None else names)
     unknown = [name for name in chosen if name not in PICTURES]
     if unknown:
         raise SitelensError(f"unknown figure {unknown[0]!r}; there are: {', '.join(PICTURES)}")
     given, config = load_tasks(tasks or ()), config or TrainConfig()  # a wrong name shows before a model is loaded
-    written: list[Path] = []
-    with Job("figures", ["load the model", *chosen], progress) as job:
+    with Outputs(folder) as outputs, Job("figures", ["load the model", *chosen], progress) as job:
         with job.stage("load the model"):
             loaded = load_model(model)
         job.plan(dict.fromkeys(chosen, 1.0))
@@ -81,37 +88,42 @@ def make_figures(
             with job.stage(name):
                 picture = PICTURES[name]
                 on = given or load_tasks(picture.tasks)
-                frame, figure = picture.make(on, loaded, config, options)
+                try:
+                    frame, figure = picture.make(on, loaded, config, options)
+                except SitelensError as error:
+                    if len(chosen) == 1:
+                        raise
+                    outputs.missing[name] = f"could not be made: {error}"
+                    continue
                 command = f"sitelens figures {name} --n-items {n_items} --seed {seed} --model {model}"
                 command += f" --tasks {' '.join(map(str, tasks))}" if tasks else ""
                 facts = {"caption": picture.caption, "tasks": [task.name for task in on], "n_items": n_items,
                          "seed": seed, "train": asdict(config)}  # fmt: skip
-                written += save_figure(figure, frame, name, folder, formats, command, loaded, facts)
-    return written
+                write_figure(outputs, figure, frame, name, formats, command, loaded, facts)
+    return outputs.paths
 
 
-def save_figure(
+def write_figure(
+    outputs: Outputs,
     figure: go.Figure,
     data: pd.DataFrame,
     name: str,
-    folder: str | Path,
     formats: Sequence[str],
     command: str,
     model: Model,
     facts: Mapping[str, Any],
-) -> list[Path]:
+) -> None:
     """Write a figure, its data as NAME.csv, and NAME.json: the facts, the command, the model and all versions.
 
     Raises:
-        SitelensError: for a static format without Chrome; data and origin are written before.
+        SitelensError: for a name that is no file name, or an unknown format.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
-    record = {"figure": name, **facts, **provenance(command, model)}
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    pictures = [figures.save(figure, folder / f"{name}.{ending}") for ending in formats]
-    return [folder / f"{name}.csv", folder / f"{name}.json", *pictures]
+    name, formats = check_file_name(name, "name"), figures.check_formats(formats)
+    record = json.dumps({"figure": name, **facts, **provenance(command, model)}, indent=1) + "\n"
+    outputs.write(f"{name}.csv", lambda path: write_csv(path, data, float_format="%.6g"))
+    outputs.write(f"{name}.json", lambda path: write_text(path, record))
+    for ending in formats:
+        outputs.write(f"{name}.{ending}", functools.partial(figures.save, figure))
 
 
 def study(

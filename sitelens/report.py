@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import time
 import warnings
@@ -18,6 +19,7 @@ from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.embedding import TaskEmbedding, embedded
+from sitelens.escaping import visible
 from sitelens.evaluation import echo, evaluate
 from sitelens.fingerprints import fingerprint
 from sitelens.models import DEFAULT_MODEL, Model, head_shape, load_model, resolve_model
@@ -27,6 +29,7 @@ from sitelens.summary import ECHO, markdown_table, summarize
 from sitelens.tasks import Task, load_tasks, rewritten
 from sitelens.training import TrainResult, train_selections
 from sitelens.workload import total, workload
+from sitelens.writing import Outputs, file_names, write_csv, write_text
 
 RANDOM = "random"
 SOFT_HARD_GAP = 0.05  # a soft minus hard accuracy above this is worth a warning
@@ -113,8 +116,9 @@ class RunReport:
         tasks = list(dict.fromkeys(chosen["task"]))
         for start in range(0, len(tasks), 4):
             block = tasks[start : start + 4]
-            widths = [max(len(name), 16) for name in block]
-            lines += ["", " " * 12 + "".join(f"  {name:>{width}}" for name, width in zip(block, widths, strict=True))]
+            names = list(map(visible, block))
+            widths = [max(len(name), 16) for name in names]
+            lines += ["", " " * 12 + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))]
             for condition in dict.fromkeys(chosen["condition"]):
                 line = f"{condition:<12}"
                 for name, width in zip(block, widths, strict=True):
@@ -127,30 +131,37 @@ class RunReport:
     def save(self, folder: str | Path, formats: Sequence[str] = ("html",)) -> list[Path]:
         """Write heatmaps, selections and embeddings, scores.csv, summary.csv, table.md and run.json.
 
-        Returns the paths.
+        A file that cannot be written (a full disk, a picture without Chrome) does not keep the others from it: a
+        `MissingOutputWarning` names it at the end. Returns the paths of what was written.
 
         Raises:
-            SitelensError: if a static format is asked for and there is no Chrome; all else is written before.
+            SitelensError: for an unknown format, before anything is written; or if nothing could be written.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        written: list[Path] = []
-        maps: list[tuple[Any, Path]] = []
-        for task in self.tasks:
-            stem = task.name.replace("/", "-")
-            selection = self.results[task.name].selection
-            title = f"Head selection: {task.name}<br><sub>{self.config.model}</sub>"
-            maps += [(selection.heatmap(title), folder / f"{stem}.{ending}") for ending in formats]
-            written.append(selection.save(folder / f"{stem}.selection.safetensors"))
-            written.append(self.embeddings[task.name].save(folder / f"{stem}.embedding.safetensors"))
-        for name, frame in (("scores", self.scores), ("summary", self.summary)):
-            frame.to_csv(folder / f"{name}.csv", index=False)
-            written.append(folder / f"{name}.csv")
-        record = json.dumps(self.record([*written, *(path for _, path in maps)]), indent=1, ensure_ascii=False)
-        for name, text in (("table.md", self.markdown()), ("run.json", record)):
-            (folder / name).write_text(text + "\n", "utf-8")
-            written.append(folder / name)
-        return [*written, *(figures.save(figure, path) for figure, path in maps)]
+        formats = figures.check_formats(formats)
+        files = file_names(task.name for task in self.tasks)
+        with Outputs(folder) as outputs:
+            maps: dict[str, Any] = {}
+            for task in self.tasks:
+                file, selection = files[task.name], self.results[task.name].selection
+                heatmap = selection.heatmap(f"Head selection: {task.name}\n{self.config.model}")
+                maps |= {f"{file}.{ending}": heatmap for ending in formats}
+                outputs.write(f"{file}.selection.safetensors", selection.save)
+                outputs.write(f"{file}.embedding.safetensors", self.embeddings[task.name].save)
+            for name, frame in (("scores", self.scores), ("summary", self.summary)):
+                outputs.write(f"{name}.csv", functools.partial(write_csv, frame=frame))
+            outputs.write("table.md", lambda path: write_text(path, self.markdown() + "\n"))
+            names = [path.name for path in outputs.paths if path.suffix != ".md"]
+            self._write_record(outputs, [*names, *maps])  # before Chrome is asked, which may take long or die
+            for name, figure in maps.items():
+                outputs.write(name, functools.partial(figures.save, figure))
+            if outputs.missing:
+                self._write_record(outputs, [*names, *(name for name in maps if name not in outputs.missing)])
+        return outputs.paths
+
+    def _write_record(self, outputs: Outputs, names: Sequence[str]) -> None:
+        record = self.record([outputs.folder / name for name in names])
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        outputs.write("run.json", lambda path: write_text(path, text))
 
     def markdown(self) -> str:
         """The summary as Markdown tables, one a metric: tasks down, conditions across, per cent."""

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from sitelens.defaults import SitelensError
+from sitelens.escaping import markdown_text
 
 ECHO = "echo"
 RESAMPLES = 2000  # of every bootstrap
@@ -54,10 +55,14 @@ def summarize(
 
 
 def markdown_table(cells: pd.DataFrame) -> str:
-    """Texts as a Markdown table, rows named by the index, whose name stands in the corner; missing ones are empty."""
-    lines = [[str(cells.index.name or ""), *cells.columns], ["---"] * (len(cells.columns) + 1)]
-    lines += [[str(name), *row.fillna("")] for name, row in cells.iterrows()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Texts as a Markdown table, rows named by the index, whose name stands in the corner; missing ones are empty.
+
+    Texts are shown as they are, whatever Markdown or HTML they hold.
+    """
+    lines: list[list[Any]] = [[cells.index.name or "", *cells.columns]]
+    lines += [[name, *row.fillna("")] for name, row in cells.iterrows()]
+    first, *rest = [f"| {' | '.join(map(markdown_text, line))} |" for line in lines]
+    return "\n".join([first, f"| {' | '.join(['---'] * len(lines[0]))} |", *rest])
 
 
 def _interval(group: pd.DataFrame) -> tuple[float, float, float, str]:

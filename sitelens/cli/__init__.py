@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import io
 import os
 import sys
 import warnings
@@ -20,11 +23,20 @@ from sitelens.cli.options import (
     transfer_options,
 )
 from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.escaping import visible
 from sitelens.version import __version__
+from sitelens.writing import MissingOutputWarning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, or 1 for input that cannot be used (2: a wrong command line)."""
+    """Run one command. Returns the exit code.
+
+    0: all went well. 1: input that cannot be used, or a file that was asked for and could not be written. 2: a wrong
+    command line. 130: interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(words)
     options.words = words
@@ -33,20 +45,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = settings.using(**{name: value for name, value in given.items() if value is not None})
     with chosen, warnings.catch_warnings():
         warnings.simplefilter("always", SitelensWarning)
-        warnings.showwarning = _show_warning
+        incomplete: list[str] = []
+        warnings.showwarning = functools.partial(_show_warning, incomplete)
         try:
             command(options)
             sys.stdout.flush()
         except SitelensError as error:
-            print(f"sitelens: {error}", file=sys.stderr)
+            print(f"sitelens: {visible(str(error))}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("sitelens: interrupted; what was finished is cached, run the same command to go on", file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader of our output has left, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too
+            _drop_output()
             return 0
-    return 0
+        except OSError as error:
+            _drop_output()
+            place = f"{error.filename}: " if error.filename else ""
+            print(f"sitelens: {place}{error.strerror or error}", file=sys.stderr)
+            return 1
+    return 1 if incomplete else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,6 +129,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+def _show_warning(incomplete: list[str], message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    """Print a warning of ours as a note of one line; `incomplete` gets those that say that an output is missing."""
+    if issubclass(category, MissingOutputWarning):
+        incomplete.append(str(message))
     if issubclass(category, SitelensWarning):
-        print(f"sitelens: note: {message}", file=sys.stderr)
+        print(f"sitelens: note: {visible(str(message))}", file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """Where the output cannot be written, send what is left of it nowhere: at exit it would fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):  # no stream of the system, as in a test
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,8 +12,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sitelens.cli.options import run_options
+from sitelens.cli.outputs import kept, look_first
 from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.escaping import visible
 from sitelens.progress import Job
+from sitelens.writing import Outputs, write_text
 
 if TYPE_CHECKING:
     from sitelens.config import TrainConfig
@@ -42,6 +45,7 @@ _NOT_RECORDED = (
 
 
 def run(options: argparse.Namespace) -> None:
+    look_first(options)
     with _job("run") as job:
         with job.stage(LOAD):
             config = run_config(options)
@@ -64,7 +68,8 @@ def run(options: argparse.Namespace) -> None:
         print(report.table(metric) + "\n")
     print(f"random: mean of {config.draws} draws, ± their standard deviation; echo: answering with the query itself")
     if options.out is not None:
-        report.save(options.out, options.formats)
+        with kept(options):
+            report.save(options.out, options.formats)
         print(f"heatmaps, selections, embeddings, scores and run.json are in {options.out}")
 
 
@@ -113,11 +118,12 @@ def _train_config(options: argparse.Namespace) -> TrainConfig:
 
 
 def transfer(options: argparse.Namespace) -> None:
+    look_first(options)
     with _job("transfer") as job:
         with job.stage(LOAD):
             train = _train_config(options)
             tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
-            from sitelens.gallery import save_figure
+            from sitelens.gallery import write_figure
             from sitelens.tasks import rewritten
             from sitelens.transfer import transfer_matrix
 
@@ -132,28 +138,30 @@ def transfer(options: argparse.Namespace) -> None:
             )  # fmt: skip
     print(f"{options.metric.replace('_', ' ')} accuracy in per cent, model {options.model}: sources down, targets "
           f"across, {options.swap} of the source\n")  # fmt: skip
-    print((100 * grid.frame).round().astype(int).to_string() + "\n")
-    print((100 * grid.zero_shot).round().astype(int).rename("zero-shot").to_frame().T.to_string())
+    print((100 * grid.frame).round().astype(int).rename(visible, axis=0).rename(visible, axis=1).to_string() + "\n")
+    print((100 * grid.zero_shot).round().astype(int).rename(visible).rename("zero-shot").to_frame().T.to_string())
     if options.out is not None:
         name, command = options.name, _command(options)
         facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "swap": options.swap,
                  "n_items": options.n_items, "seed": options.seed, "train": asdict(train)}  # fmt: skip
-        save_figure(grid.heatmap(), grid.long(), name, options.out, options.formats, command, model, facts)
-        grid.save(options.out / f"{name}.safetensors")
+        with kept(options), Outputs(options.out) as outputs:
+            outputs.write(f"{name}.safetensors", grid.save)
+            write_figure(outputs, grid.heatmap(), grid.long(), name, options.formats, command, model, facts)
         print(f"\nheatmap, {name}.csv, {name}.json and {name}.safetensors are in {options.out}")
 
 
 def compare(options: argparse.Namespace) -> None:
+    look_first(options)
     with _job("compare") as job:
         with job.stage(LOAD):
             tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
             from sitelens import figures
             from sitelens.comparison import checked_methods, compare, comparison_table
-            from sitelens.gallery import save_figure
+            from sitelens.gallery import write_figure
             from sitelens.tasks import rewritten
 
             tasks = [rewritten(task, **_template(options)) for task in tasks]
-            methods: Any = "all" if options.methods == ["all"] else checked_methods(options.methods)
+            methods = checked_methods("all" if options.methods == ["all"] else options.methods)
             chosen = _settings(options)
             model = _load_model(options)
             n_items = options.n_items or None
@@ -167,13 +175,14 @@ def compare(options: argparse.Namespace) -> None:
         facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "n_items": options.n_items,
                  "seed": options.seed, "options": chosen}  # fmt: skip
         figure, command = figures.comparison(frame), _command(options)
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "comparison.md").write_text(table + "\n", "utf-8")
-        save_figure(figure, frame, "comparison", options.out, options.formats, command, model, facts)
+        with kept(options), Outputs(options.out) as outputs:
+            outputs.write("comparison.md", lambda path: write_text(path, table + "\n"))
+            write_figure(outputs, figure, frame, "comparison", options.formats, command, model, facts)
         print(f"\ntable, figure, comparison.csv and comparison.json are in {options.out}")
 
 
 def suite(options: argparse.Namespace) -> None:
+    look_first(options)
     with _job("suite") as job:
         with job.stage(LOAD):
             train, chosen, n_items = _train_config(options), _settings(options), options.n_items or None
@@ -202,7 +211,7 @@ def suite(options: argparse.Namespace) -> None:
         print(f"{len(others)} more tasks of the suite were not asked for", file=sys.stderr)
     for task, reason in found.left_out.items():
         if reason != NOT_ASKED:
-            print(f"left out: {task} ({reason})", file=sys.stderr)
+            print(f"left out: {visible(task)} ({visible(reason)})", file=sys.stderr)
     long, clashing = found.tasks[found.tasks["dropped"] > 0], found.tasks[found.tasks["shared"] > 0]
     for row in long.itertuples():
         print(f"{row.task}: {row.dropped} items are too long for the context and were dropped", file=sys.stderr)
@@ -211,7 +220,8 @@ def suite(options: argparse.Namespace) -> None:
         print(f"{len(clashing)} tasks have answers that begin with the same token as another of their answers "
               f"(most: {worst} of test items), which first_token cannot tell apart", file=sys.stderr)  # fmt: skip
     if options.out is not None:
-        found.save(options.out, _command(options), options.formats, options.name)
+        with kept(options):
+            found.save(options.out, _command(options), options.formats, options.name)
         print(f"\ntable, figure, their numbers and their origin are in {options.out}")
 
 
@@ -221,6 +231,7 @@ def figures(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(f"{name:<26}{picture.caption}" for name, picture in PICTURES.items()))
         return
+    look_first(options)
     written = make_figures(
         options.names or None, options.out, options.model, tasks=options.tasks, n_items=options.n_items,
         seed=options.seed, formats=options.formats, memory_budget=options.memory_budget,
@@ -255,7 +266,7 @@ def tasks_of(words: Sequence[str]) -> tuple[list[Task], dict[str, str]]:
                 found.append(load_task(name))
             except SitelensError as error:
                 left_out[name] = str(error)
-                print(f"left out: {name} ({error})", file=sys.stderr)
+                print(f"left out: {name} ({visible(str(error))})", file=sys.stderr)
         if word not in SUITES:
             found.append(word)
     return load_tasks(found), left_out

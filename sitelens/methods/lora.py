@@ -67,10 +67,9 @@ def adapted(model: Model, rank: int, alpha: int) -> Iterator[dict[str, list[Tens
     The bridge calls the linear layers that its wrappers hold, on models with fused projections its own split ones:
     there the adapters stand, and there the layers are put back.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise SitelensError("LoRA needs the peft library: pip install 'sitelens[lora]'") from error
+    check_installed()
+    from peft import LoraConfig, inject_adapter_in_model
+
     wrappers: dict[str, Any] = {}
     for layer in range(head_shape(model)[0]):
         block: Any = model.blocks[layer]
@@ -92,6 +91,15 @@ def adapted(model: Model, rank: int, alpha: int) -> Iterator[dict[str, list[Tens
             wrapper._modules["_original_component"] = originals[key]
 
 
+def check_installed() -> None:
+    """Raise SitelensError unless the peft library can be imported."""
+    try:
+        import peft  # noqa: F401
+    except Exception as error:  # also one that does not fit the installed transformers
+        reason = "" if isinstance(error, ModuleNotFoundError) else f" ({type(error).__name__}: {error})"
+        raise SitelensError(f"LoRA needs the peft library{reason}: pip install 'sitelens[lora]'") from error
+
+
 def fit(
     task: Task | str,
     model: Model | str | None = None,
@@ -111,6 +119,7 @@ def fit(
         SitelensError: for a task without training or validation items, where peft is not installed, or if the loss is
             not finite at any of the rates.
     """
+    check_installed()
     model, task = resolve_model(model), fitting(load_task(task))
     made_for = fingerprint(model)
     rows = answered(task, task.train, model)

@@ -12,10 +12,11 @@ import pandas as pd
 
 from sitelens import figures
 from sitelens.embedding import TaskEmbedding
-from sitelens.gallery import save_figure
+from sitelens.gallery import write_figure
 from sitelens.models import Model
 from sitelens.selection import HeadSelection
 from sitelens.summary import markdown_table, summarize
+from sitelens.writing import Outputs, check_file_name, write_csv, write_text
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -78,19 +79,21 @@ class SuiteResult:
     ) -> list[Path]:
         """Write NAME.csv (a row per task and condition), NAME-tasks.csv, NAME.md, NAME.json and the figure.
 
-        `command` is recorded as what made them; `name` defaults to suite-NAME.
+        `command` is recorded as what made them; `name` defaults to suite-NAME. A file that cannot be written does not
+        keep the others from it: a `MissingOutputWarning` names it at the end. Returns the paths of what was written.
 
         Raises:
-            SitelensError: for a static format without Chrome; all else is written before.
+            SitelensError: for a name that is no file name or an unknown format, before anything is written; or if
+                nothing could be written.
         """
-        folder, name = Path(folder), name or f"suite-{self.name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tasks.to_csv(folder / f"{name}-tasks.csv", index=False, float_format="%.6g")
-        (folder / f"{name}.md").write_text(self.markdown() + "\n", "utf-8")
+        name, formats = check_file_name(name or f"suite-{self.name}", "name"), figures.check_formats(formats)
         table = json.loads(self.table().round(5).to_json(orient="records"))
         facts = {**self.facts, "table": table, "left_out": self.left_out}
-        written = save_figure(self.figure(), self.summary(), name, folder, formats, command, self.model, facts)
-        return [folder / f"{name}-tasks.csv", folder / f"{name}.md", *written]
+        with Outputs(folder) as outputs:
+            outputs.write(f"{name}-tasks.csv", lambda path: write_csv(path, self.tasks, float_format="%.6g"))
+            outputs.write(f"{name}.md", lambda path: write_text(path, self.markdown() + "\n"))
+            write_figure(outputs, self.figure(), self.summary(), name, formats, command, self.model, facts)
+        return outputs.paths
 
 
 def _rows(frame: pd.DataFrame) -> Iterator[Any]:
