@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from sitelens.evaluation import evaluate as evaluate
     from sitelens.evaluation import generate as generate
     from sitelens.fingerprints import fingerprint as fingerprint
+    from sitelens.metrics import METRICS as METRICS
+    from sitelens.metrics import Metric as Metric
     from sitelens.models import Model as Model
     from sitelens.models import load_model as load_model
     from sitelens.report import RunConfig as RunConfig
@@ -66,6 +68,7 @@ _HOMES = {
     "embedding": ("TaskEmbedding", "embed_task"),
     "evaluation": ("echo", "evaluate", "generate"),
     "fingerprints": ("fingerprint",),
+    "metrics": ("METRICS", "Metric"),
     "models": ("Model", "load_model"),
     "report": ("RunConfig", "RunReport", "run"),
     "selection": ("HeadSelection",),

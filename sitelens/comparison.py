@@ -14,11 +14,12 @@ import torch
 
 from sitelens import embedding, scoring, training_state
 from sitelens.conditions import Condition, FewShot, ZeroShot
-from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.defaults import SitelensError, SitelensWarning, settings, warned_once
 from sitelens.evaluation import evaluate
 from sitelens.fingerprints import unchanged
 from sitelens.folders import scratch_folder
 from sitelens.keys import ResultStore
+from sitelens.labels import warn_of_shared_first_tokens
 from sitelens.methods import METHODS
 from sitelens.methods.common import fitting
 from sitelens.models import Model, resolve_model
@@ -77,6 +78,7 @@ def fit_method(
     return Fitted(Condition.remade(kept.tensors, kept.meta["state"]), **kept.meta["cost"])
 
 
+@warned_once()
 def compare(
     tasks: Iterable[Task | str],
     methods: Sequence[str] | Literal["all"] = "all",
@@ -110,6 +112,7 @@ def compare(
     return pd.DataFrame(rows)
 
 
+@warned_once()
 def comparison_scores(
     tasks: Iterable[Task | str],
     methods: Sequence[str] | Literal["all"] = "all",
@@ -208,6 +211,7 @@ def _cells(
     if strange:
         raise SitelensError(f"options are given for {', '.join(sorted(strange))}; methods are {', '.join(METHODS)}")
     loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
+    warn_of_shared_first_tokens(loaded, model)
     cells = {f"{task.name}, {name}": (task, name) for task in loaded for name in names}
     with Job("compare", list(cells), progress) as job:
         job.plan(dict.fromkeys(cells, 1.0))

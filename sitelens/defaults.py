@@ -6,6 +6,7 @@ import difflib
 import operator
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import platformdirs
 
 Value = TypeVar("Value")
+_warned: ContextVar[set[str] | None] = ContextVar("warned", default=None)
 _using: ContextVar[Mapping[str, Any]] = ContextVar("using", default=MappingProxyType({}))
 
 
@@ -180,3 +182,24 @@ def parse_bytes(text: str) -> int:
         raise SitelensError(f"cannot read {text!r} as a size; write it like '2GiB' or '512MB'")
     base = 1024 if match.group(3) else 1000
     return int(number * base ** " kmgt".index(match.group(2) or " "))
+
+
+def warn_once(text: str, *keys: str) -> None:
+    """A SitelensWarning about the things called `keys`; within `warned_once`, only if one of them is new."""
+    if any(map(not_yet_warned, keys)):
+        warnings.warn(text, SitelensWarning, stacklevel=4)
+    if (known := _warned.get()) is not None:
+        known |= set(keys)
+
+
+def not_yet_warned(key: str) -> bool:
+    """Whether `warn_once` would still warn about `key`."""
+    return key not in (_warned.get() or ())
+
+
+@contextmanager
+def warned_once() -> Iterator[None]:
+    """Within it, `warn_once` warns once per key; also a decorator. Nested ones count as one."""
+    keys = _warned.get()
+    with bound(_warned, set() if keys is None else keys):
+        yield

@@ -1,47 +1,32 @@
-"""Evaluation: a task under conditions, scored item by item.
-
-Metrics: `first_token` (the model's most likely next token is the first token of an accepted answer; argmax over the
-whole vocabulary), `exact_match` (greedy generation, whole normalised string) and `prefix_match` (the rule of SITE's
-released code, lenient: read it beside the echo baseline).
-"""
+"""Evaluation: a task under conditions, scored item by item. What each metric compares stands in `sitelens.metrics`."""
 
 from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from sitelens.conditions import Condition, Patch, ZeroShot
-from sitelens.defaults import SitelensError, settings
+from sitelens.defaults import SitelensError, settings, warned_once
 from sitelens.fingerprints import unchanged
-from sitelens.forward import HeadEdit, LastToken, decode, full_logits, last_logits
-from sitelens.memory import (
-    MAX_ROWS,
-    MAX_TOKENS,
-    chunks,
-    crossed,
-    forward_bytes,
-    logits_bytes,
-    prefix_bytes,
-    step_cost,
-)  # fmt: skip
-from sitelens.metrics import SCORERS, Output, check_answers, checked_metrics
+from sitelens.forward import end_tokens
+from sitelens.labels import label_tokens, warn_of_shared_first_tokens
+from sitelens.metrics import Metric, Output, Target, answer_end, check_answers, checked_metrics
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
-from sitelens.prefix import PrefixCache
+from sitelens.predictions import Predictor
 from sitelens.progress import tracked
-from sitelens.prompts import Prompt, PromptBatch, few_shot_prompts, tokenize
+from sitelens.prompts import Prompt, PromptBatch, after_answer, few_shot_prompts, tokenize
 from sitelens.summary import ECHO
 from sitelens.tasks import Example, Task, load_task
 
 COLUMNS = ("task", "condition", "seed", "item", "input", "answer", "predicted", "metric", "score", "logprob", "rank")
 
 
+@warned_once()
 def evaluate(
     task: Task | str,
     conditions: Mapping[str, Condition],
@@ -49,9 +34,10 @@ def evaluate(
     *,
     split: str = "test",
     n_items: int | None = None,
-    metrics: Sequence[str] = ("first_token",),
+    metrics: Sequence[str | Metric] = ("first_token",),
     seed: int = 0,
     max_new_tokens: int = 20,
+    with_echo: bool | None = None,
     memory_budget: int | str | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -59,29 +45,31 @@ def evaluate(
 
     Columns: task, condition, seed, item (its index in the split), input, answer, predicted, metric, score (0 or 1),
     logprob (nats) and rank (1 is the most likely) of the preferred answer's first token. `n_items` takes a sample
-    that depends on seed and task only; `seed` also decides the demonstrations. The split is never filtered. With
-    prefix_match, rows of the condition "echo" (answering with the query itself) stand beside the others.
+    that depends on seed and task only; `seed` also decides the demonstrations. The split is never filtered.
+
+    `metrics` are names of `sitelens.metrics.METRICS` or `Metric`s of one's own. `with_echo` adds rows of the condition
+    "echo" (answering with the query itself) for every metric; by default they stand beside prefix_match only.
 
     Raises:
-        SitelensError: for unknown metrics or splits, no items, an answer that is empty after normalisation, or a
-            condition made for another model.
+        SitelensError: for unknown metrics or splits, no items, an answer that a metric cannot score, a condition made
+            for another model, or logits that are not finite.
     """
     task, model = load_task(task), resolve_model(model)
-    metrics = checked_metrics(metrics)
-    if ECHO in conditions and "prefix_match" in metrics:
-        raise SitelensError(f"no condition may be called {ECHO!r}: the echo baseline stands beside prefix_match")
+    chosen_metrics = checked_metrics(metrics)
+    echoed = [m for m in chosen_metrics if (m.name == "prefix_match" if with_echo is None else with_echo)]
+    if ECHO in conditions and echoed:
+        raise SitelensError(f"no condition may be called {ECHO!r}: rows of the echo baseline have that name")
     if not conditions:
         raise SitelensError("give at least one condition, for example {'zero-shot': sl.ZeroShot()}")
     chosen = sample_items(task, split, n_items, seed)
     items = [task.split(split)[i] for i in chosen]
-    budget = settings.budget(memory_budget)
-    generating = any(metric != "first_token" for metric in metrics)
-    if generating:
-        if max_new_tokens < 1:
-            raise SitelensError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        check_answers(task, items)
-    answers = _Answers(model, own_tokenizer(model), max_new_tokens if generating else 0, budget)
+    generating = any(metric.generates for metric in chosen_metrics)
+    if generating and max_new_tokens < 1:
+        raise SitelensError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    scoring = _Scoring(task, items, chosen, chosen_metrics, model, seed)
+    budget, new_tokens = settings.budget(memory_budget), max_new_tokens if generating else 0
     groups: dict[int, tuple[dict[str, Patch], dict[str, Condition]]] = {}  # by the number of demonstrations
+    rows: dict[tuple[str, str], list[tuple[Any, ...]]] = {}  # by metric and condition
     bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}", progress=progress)
     with unchanged(model):  # each condition asks whether it fits
         for name, condition in conditions.items():
@@ -91,33 +79,23 @@ def evaluate(
                 hooked[name] = condition
             else:
                 patched[name] = patch
-        outputs: dict[str, list[Output]] = {}
         for n_shots, (patched, hooked) in groups.items():
-            prompts = _prompts(task, split, chosen, n_shots, model, seed)
-            batch = tokenize(
-                prompts,
-                answers.tokenizer,
-                context_length(model),
-                f"task {task.name!r}, {n_shots} shots",
-                answers.max_new_tokens,
+            prompts = few_shot_prompts(task, items, n_shots, scoring.tokenizer, seed, split, chosen)
+            where = f"task {task.name!r}, {n_shots} shots"
+            batch = tokenize(prompts, scoring.tokenizer, context_length(model), where, new_tokens)
+            targets = scoring.targets(batch)
+            complete = functools.partial(scoring.complete, targets)
+            predictor = Predictor(
+                model, batch, budget, scoring.where, new_tokens, scoring.ends, complete, scoring.labels
             )
-            outputs |= answers.patched(batch, patched, lambda rows: _advance(bar, rows))
-            outputs |= answers.hooked(batch, hooked, lambda rows: _advance(bar, rows))
+            outputs = predictor.patched(patched, lambda n: _advance(bar, n))
+            outputs |= predictor.hooked(hooked, lambda n: _advance(bar, n))
+            for name, found in outputs.items():
+                rows |= {(metric.name, name): scoring.rows(name, metric, found, targets) for metric in chosen_metrics}
     next(bar, None)
-    frames = []
-    for metric in metrics:
-        scorer = SCORERS[metric]
-        for name in conditions:
-            for place, item, out in zip(chosen, items, outputs[name], strict=True):
-                predicted = out.token_text if metric == "first_token" else out.text
-                frames.append((task.name, name, seed, place, item.input, item.output, predicted, metric,
-                               int(scorer(task, item, out)), out.logprob, out.rank))  # fmt: skip
-    frame = pd.DataFrame(frames, columns=list(COLUMNS))
-    if "prefix_match" in metrics:
-        frame = pd.concat(
-            [frame, echo(task, model, split=split, n_items=n_items, metrics=("prefix_match",), seed=seed)]
-        )
-    return frame.reset_index(drop=True)
+    frames = [row for metric in chosen_metrics for name in conditions for row in rows[metric.name, name]]
+    frames += scoring.echo(echoed)
+    return pd.DataFrame(frames, columns=list(COLUMNS))
 
 
 def echo(
@@ -126,7 +104,7 @@ def echo(
     *,
     split: str = "test",
     n_items: int | None = None,
-    metrics: Sequence[str] = ("prefix_match",),
+    metrics: Sequence[str | Metric] = ("prefix_match",),
     seed: int = 0,
 ) -> pd.DataFrame:
     """The echo baseline: the scores of answering with the query itself, as `evaluate` gives them.
@@ -134,26 +112,11 @@ def echo(
     logprob and rank are missing: no model is run (first_token compares the first tokens of query and answer).
     """
     task, model = load_task(task), resolve_model(model)
-    metrics = checked_metrics(metrics)
+    chosen_metrics = checked_metrics(metrics)
     chosen = sample_items(task, split, n_items, seed)
     items = [task.split(split)[i] for i in chosen]
-    if any(metric != "first_token" for metric in metrics):
-        check_answers(task, items)
-    tokenizer = own_tokenizer(model)
-    echoes = [Example(item.input, item.input) for item in items]
-    where = f"task {task.name!r}"
-    prompts = few_shot_prompts(task, items, 0, tokenizer)
-    accepted = tokenize(prompts, tokenizer, None, where).accepted
-    said = tokenize(few_shot_prompts(task, echoes, 0, tokenizer), tokenizer, None, where).answer.tolist()
-    rows = []
-    for metric in metrics:
-        for place, item, first, right in zip(chosen, items, said, accepted, strict=True):
-            out = Output(first in right, tokenizer.decode([first]), item.input, float("nan"), float("nan"))
-            predicted = out.token_text if metric == "first_token" else out.text
-            score = int(SCORERS[metric](task, item, out))
-            rows.append((task.name, ECHO, seed, place, item.input, item.output, predicted, metric, score,
-                         out.logprob, out.rank))  # fmt: skip
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    scoring = _Scoring(task, items, chosen, chosen_metrics, model, seed, warn=False)
+    return pd.DataFrame(scoring.echo(chosen_metrics), columns=list(COLUMNS))
 
 
 def generate(
@@ -162,32 +125,47 @@ def generate(
     model: Model | str | None = None,
     *,
     max_new_tokens: int = 20,
+    stop: str | Sequence[str] | None = "\n",
     memory_budget: int | str | None = None,
 ) -> list[str]:
-    """Greedy continuations of prompts as they stand, up to a newline or the end of text, white space stripped.
+    """Greedy continuations of prompts as they stand, white space stripped, special tokens left out.
 
-    `condition` says what is patched (its `n_shots` plays no part here).
+    `condition` says what is patched (its `n_shots` plays no part here). A text ends at the end of text, after
+    `max_new_tokens`, or before any text of `stop`, for example what a template writes after an answer (newlines before
+    the first word do not count).
 
     Raises:
-        SitelensError: if a prompt is empty or too long, or the condition was made for another model.
+        SitelensError: if a prompt is empty or too long, the condition was made for another model, or logits are not
+            finite.
     """
     model = resolve_model(model)
     if isinstance(prompts, str):
         raise SitelensError(f"prompts must be a list of texts: write generate([{prompts!r}])")
     if max_new_tokens < 1:
         raise SitelensError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    if not all(isinstance(text, str) and text for text in stops):
+        raise SitelensError(f"stop must be a text, a list of texts that are not empty, or None, not {stop!r}")
     if not prompts:
         return []
-    tokenizer, condition = own_tokenizer(model), condition or ZeroShot()
+    condition, tokenizer = condition or ZeroShot(), own_tokenizer(model)
+    end = re.compile("|".join(map(re.escape, stops))) if stops else None
     texts = [Prompt(text, ()) for text in prompts]
-    batch = tokenize(texts, tokenizer, context_length(model), new_tokens=max_new_tokens)
-    answers = _Answers(model, tokenizer, max_new_tokens, settings.budget(memory_budget))
+    predictor = Predictor(
+        model,
+        tokenize(texts, tokenizer, context_length(model), new_tokens=max_new_tokens),
+        settings.budget(memory_budget),
+        lambda _, row: f"prompt {row + 1} ({prompts[row][:60]!r})",
+        max_new_tokens,
+        complete=lambda _, text: end is not None and end.search(text.lstrip()) is not None,
+    )
     patch = condition.patch(model)
     if patch is None or condition.steps == "every":
-        outputs = answers.hooked(batch, {"": condition}, lambda rows: None)
+        outputs = predictor.hooked({"": condition}, lambda _: None)
     else:
-        outputs = answers.patched(batch, {"": patch}, lambda rows: None)
-    return [out.text for out in outputs[""]]
+        outputs = predictor.patched({"": patch}, lambda _: None)
+    said = [out.text.lstrip() for out in outputs[""]]
+    return [(end.split(text, maxsplit=1)[0] if end else text).strip() for text in said]
 
 
 def sample_items(task: Task, split: str, n_items: int | None, seed: int) -> list[int]:
@@ -202,106 +180,85 @@ def sample_items(task: Task, split: str, n_items: int | None, seed: int) -> list
     return sorted(random.Random(f"sitelens/items/{task.name}/{split}/{seed}").sample(range(total), n_items))
 
 
-class _Answers:
-    """Runs prompts under conditions: last-token logits and, where wanted, greedy continuations."""
+class _Scoring:
+    """Some items of a task and the metrics that score them."""
 
-    def __init__(self, model: Model, tokenizer: Any, max_new_tokens: int, budget: int) -> None:
-        self.model, self.tokenizer, self.max_new_tokens, self.budget = model, tokenizer, max_new_tokens, budget
+    def __init__(
+        self, task: Task, items: Sequence[Example], places: Sequence[int], metrics: Sequence[Metric], model: Model,
+        seed: int, warn: bool = True,
+    ) -> None:  # fmt: skip
+        self.task, self.items, self.places, self.metrics, self.seed = task, items, places, metrics, seed
+        self.tokenizer = own_tokenizer(model)
+        for item in items:
+            check_answers(metrics, item.answers, task.case_sensitive, f"task {task.name!r}, input {item.input!r}")
+        if warn and not all(metric.generates for metric in metrics):
+            warn_of_shared_first_tokens([task], model)
+        uses_labels = any(metric.uses_labels for metric in metrics)
+        self.labels = label_tokens(task, self.tokenizer) if uses_labels else []
+        self.ends, self.end = end_tokens(model, self.tokenizer), None
+        if any(metric.generates for metric in metrics):
+            tail, opening = after_answer(task, self.tokenizer)
+            one_line = not any("\n" in answer.strip() for item in _all_items(task) for answer in item.answers)
+            special = self._special(tail) if task.template == "chat" else None
+            if special is None:
+                self.end = answer_end(tail, opening, one_line=one_line)
+            else:
+                self.ends.add(special)
 
-    def patched(
-        self, batch: PromptBatch, patches: Mapping[str, Patch], advance: Callable[[int], None]
-    ) -> dict[str, list[Output]]:
-        """Conditions that touch the last token only, as rows of one batch over a shared prefix."""
-        if not patches:
-            return {}
-        edits = HeadEdit.stack([patch.edit(self.model) for patch in patches.values()])
-        found: list[list[Output | None]] = [[None] * len(batch) for _ in patches]
-        share = self.budget // 3  # the prefixes, what is computed, and what decoding keeps
-        with torch.no_grad(), LastToken(self.model) as last_token:
-            for index in chunks(batch.lengths, functools.partial(prefix_bytes, self.model), share):
-                part = batch.rows(index)
-                prefix = PrefixCache.of(part, self.model, share)
-                for items, which in crossed(part.lengths, len(patches), self._step_cost(), share):
-                    some = prefix.rows(torch.tensor(items), repeats=len(which))
-                    edit = edits.rows(torch.tensor(which * len(items), device=edits.keep.device))
-                    cache = None
-                    if self.max_new_tokens:
-                        logits, cache = last_token.step(some, edit)
-                    else:
-                        logits = last_token(some, edit)
-                    pairs = [(i, c) for i in items for c in which]
-                    outputs = self._outputs(logits, part.rows([i for i, _ in pairs]), cache, some.mask)
-                    for (i, c), out in zip(pairs, outputs, strict=True):
-                        found[c][index[i]] = out
-                    advance(len(pairs))
-        return {name: [out for out in row if out] for name, row in zip(patches, found, strict=True)}
+    def _special(self, tail: str) -> int | None:
+        """The special token with which a chat template ends an answer."""
+        ids = self.tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
+        known = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
 
-    def hooked(
-        self, batch: PromptBatch, conditions: Mapping[str, Condition], advance: Callable[[int], None]
-    ) -> dict[str, list[Output]]:
-        """Any condition: whole prompts run, and decoded, while it is applied.
-
-        Those that leave all but the last token alone share its prefix and run that token only.
-        """
-        found: dict[str, list[Output | None]] = {name: [None] * len(batch) for name in conditions}
-        share = self.budget // 2  # the other half is for what decoding keeps
-        for index in chunks(
-            batch.lengths, self._full_cost, share, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, same_length=True
-        ):
-            part = batch.rows(index)
-            prefix: PrefixCache | None = None
-            for name, condition in conditions.items():
-                if condition.positions == "last" and prefix is None:
-                    prefix = PrefixCache.of(part, self.model, share)
-                with torch.no_grad(), condition.applied(self.model):
-                    if condition.positions == "last" and prefix is not None:
-                        logits, cache = last_logits(prefix, self.model)
-                    else:
-                        cache = DynamicCache()
-                        logits = full_logits(part, self.model, cache)
-                    outputs = self._outputs(logits, part, cache, part.mask.to(logits.device))
-                for i, out in zip(index, outputs, strict=True):
-                    found[name][i] = out
-                advance(len(index))
-        return {name: [out for out in row if out] for name, row in found.items()}
-
-    def _full_cost(self, length: int) -> int:
-        """Bytes of one row of whole prompts with its logits."""
-        return forward_bytes(self.model, length) + logits_bytes(self.model)
-
-    def _step_cost(self) -> Callable[[int], int]:
-        """Bytes of one row: its step, and a copy of its prefix that grows while it is decoded."""
-        step, new = step_cost(self.model, gradient=False), self.max_new_tokens
-        return lambda length: step(length) + (3 * prefix_bytes(self.model, length + new) if new else 0)
-
-    def _outputs(self, logits: Tensor, batch: PromptBatch, cache: DynamicCache | None, mask: Tensor) -> list[Output]:
-        if not torch.isfinite(logits).all():
-            raise SitelensError(
-                "the model's logits are not finite: is an embedding infinite, or the dtype too narrow (try 'float32')?"
-            )
-        likeliest = logits.argmax(-1).tolist()
-        if (batch.answer >= 0).all():
-            answer = batch.answer.to(logits.device)[:, None]
-            said = logits.gather(1, answer)
-            ranks = (1 + (logits > said).sum(-1)).tolist()
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            logprobs = (said[:, 0].to(wide) - logits.to(wide).logsumexp(-1)).tolist()
-        else:  # prompts without known answers
-            logprobs = ranks = [float("nan")] * len(batch)
-        texts = [""] * len(batch)
-        if cache is not None and self.max_new_tokens:
-            texts = decode(self.model, logits, cache, mask, self.tokenizer, self.max_new_tokens)
+    def targets(self, batch: PromptBatch) -> list[Target]:
+        """What counts as right for each item, with the first tokens of its answers after these prompts."""
+        texts = {token: self.tokenizer.decode([token]) for row in batch.accepted for token in row}
         return [
-            Output(token in accepted, self.tokenizer.decode([token]), text, logprob, rank)
-            for token, accepted, text, logprob, rank in zip(
-                likeliest, batch.accepted, texts, logprobs, ranks, strict=True
+            Target(
+                answers=item.answers, tokens=tokens, token_texts=tuple(texts[token] for token in tokens),
+                case_sensitive=self.task.case_sensitive, end=self.end,
             )
-        ]
+            for item, tokens in zip(self.items, batch.accepted, strict=True)
+        ]  # fmt: skip
+
+    def complete(self, targets: Sequence[Target], place: int, text: str) -> bool:
+        """Whether a text that is being generated already decides every score."""
+        return all(metric.complete(text, targets[place]) for metric in self.metrics if metric.generates)
+
+    def where(self, condition: str, row: int) -> str:
+        """An item under a condition, for messages."""
+        return (f"task {self.task.name!r}, condition {condition!r}, item {self.places[row]} "
+                f"({self.items[row].input[:60]!r})")  # fmt: skip
+
+    def rows(
+        self, condition: str, metric: Metric, outputs: Iterable[Output], targets: Iterable[Target]
+    ) -> list[tuple[Any, ...]]:
+        """Rows of `evaluate`."""
+        return [
+            (self.task.name, condition, self.seed, place, item.input, item.output, metric.predicted(out, target),
+             metric.name, int(bool(metric.score(out, target))), out.logprob, out.rank)
+            for place, item, out, target in zip(self.places, self.items, outputs, targets, strict=True)
+        ]  # fmt: skip
+
+    def echo(self, metrics: Sequence[Metric]) -> list[tuple[Any, ...]]:
+        """Rows of answering with the query itself."""
+        if not metrics:
+            return []
+        where = f"task {self.task.name!r}"
+        batch = tokenize(few_shot_prompts(self.task, self.items, 0, self.tokenizer), self.tokenizer, None, where)
+        queries = [Example(item.input, item.input) for item in self.items]
+        said = tokenize(few_shot_prompts(self.task, queries, 0, self.tokenizer), self.tokenizer, None, where)
+        outputs = []
+        for item, token in zip(self.items, said.answer.tolist(), strict=True):
+            text, label = self.tokenizer.decode([token]), token if token in self.labels else -1
+            outputs.append(Output(token=token, token_text=text, label=label, label_text=text, text=item.input))
+        targets = self.targets(batch)
+        return [row for metric in metrics for row in self.rows(ECHO, metric, outputs, targets)]
 
 
-def _prompts(task: Task, split: str, chosen: Sequence[int], n_shots: int, model: Model, seed: int) -> list[Prompt]:
-    items = [task.split(split)[i] for i in chosen]
-    return few_shot_prompts(task, items, n_shots, own_tokenizer(model), seed, split, chosen)
+def _all_items(task: Task) -> Iterable[Example]:
+    return (item for split in (task.train, task.valid, task.test) for item in split)
 
 
 def _advance(bar: Any, rows: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
+from sitelens.defaults import SitelensError
 from sitelens.models import Model, head_shape, z_hook
 from sitelens.network import all_positions, can_unhook, run_right_padded, run_tokens
 from sitelens.prefix import PrefixCache, ReadOnly
@@ -221,27 +222,30 @@ def decode(
     mask: Bool[Tensor, "row pos"],
     tokenizer: Any,
     max_new_tokens: int,
+    ends: Collection[int],
+    complete: Callable[[int, str], bool] = lambda row, text: False,
+    where: Callable[[int], str] = lambda row: f"prompt {row + 1}",
 ) -> list[str]:
-    """Greedy continuations after the prompt's last logits `first`, up to a newline or the end of text.
+    """Greedy continuations after the prompt's last logits `first`, without special tokens, exactly as decoded.
 
-    `cache` holds the whole prompt and grows. Whatever hooks are installed act at every step.
+    A row ends at a token of `ends`, or where `complete(row, text so far)` says that it has said enough. `cache` holds
+    the whole prompt and grows. Whatever hooks are installed act at every step.
+
+    Raises:
+        SitelensError: if logits are not finite, naming `where(row)`.
     """
-    ends = end_tokens(model, tokenizer)
-    stops: dict[int, bool] = {}
-
-    def is_stop(token: int) -> bool:
-        if token not in stops:
-            stops[token] = token in ends or "\n" in tokenizer.decode([token])
-        return stops[token]
-
     written: list[list[int]] = [[] for _ in range(len(first))]
+    texts = [""] * len(first)
     active = list(range(len(first)))
     tokens = first.argmax(-1)
     for step in range(max_new_tokens):
         going: list[int] = []  # positions in the batch of rows that go on
         for place, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+            if token in ends:
+                continue
             written[row].append(token)
-            if not is_stop(token):
+            texts[row] = tokenizer.decode(written[row], skip_special_tokens=True)
+            if not complete(row, texts[row]):
                 going.append(place)
         if not going or step == max_new_tokens - 1:
             break
@@ -250,9 +254,20 @@ def decode(
             active, mask, tokens = [active[place] for place in going], mask[index], tokens[index]
             cache.batch_select_indices(index)
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        tokens = run_tokens(model, tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)[:, -1].argmax(-1)
-    ids = [[token for token in row if token not in ends] for row in written]
-    return [tokenizer.decode(row).split("\n")[0].strip() for row in ids]
+        logits = run_tokens(model, tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)[:, -1]
+        check_finite(logits, lambda place, rows=active: f"{where(rows[place])}, generated token {step + 2}")  # noqa: B023
+        tokens = logits.argmax(-1)
+    return texts
+
+
+def check_finite(logits: Float[Tensor, "row vocab"], where: Callable[[int], str]) -> None:
+    """Raise SitelensError, naming `where(row)`, for logits that are infinite or NaN: their argmax says nothing."""
+    wrong = (~torch.isfinite(logits).all(-1)).nonzero().flatten().tolist()
+    if wrong:
+        dtype = str(logits.dtype).removeprefix("torch.")
+        half = logits.dtype in (torch.float16, torch.bfloat16)
+        hint = "half precision overflows: try dtype='float32'" if half else "is a weight or an edit infinite or NaN?"
+        raise SitelensError(f"{where(wrong[0])}: the model's logits are not finite (dtype {dtype}); {hint}")
 
 
 def end_tokens(model: Model, tokenizer: Any) -> set[int]:

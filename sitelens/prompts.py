@@ -8,6 +8,7 @@ tokenizer's chat template (`sitelens.chat`).
 from __future__ import annotations
 
 import random
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +47,8 @@ class PromptBatch:
     """Tokenised prompts, left-padded so that every prompt ends at position -1.
 
     tokens, mask: token ids, and which of them are real.
-    answer: the first token of the preferred answer (-1 where none is known); accepted: of every accepted answer.
+    answer: the first token of the preferred answer (-1 where none is known); accepted: those of every accepted answer,
+        as it is given and in Unicode form NFC.
     texts, answers: what was tokenised.
     """
 
@@ -129,6 +131,19 @@ def _form(template: str | Task) -> tuple[str, str, Arguments]:
     return template, "", ()
 
 
+def after_answer(task: Task, tokenizer: Any) -> tuple[str, str]:
+    """What stands behind an answer, and before the next input: of "Q: {input}\\nA: {output}\\n\\n", "\\n\\n" and "Q: ".
+
+    Of a chat template, the text from the end of an answer to the next user's input, and nothing.
+    """
+    if task.template != "chat":
+        head, tail = task.template.split("{output}")
+        return tail, head.split("{input}")[0]
+    shown, query = Example("first input", "first answer"), Example("second input", "second answer")
+    text = few_shot_prompt(task, [shown], query, tokenizer).text
+    return text.split(shown.output)[-1].split(query.input)[0] if shown.output in text else "", ""
+
+
 def _answer(text: str, spaced: bool) -> str:
     """An answer as it continues a prompt: after a space, but for one of digits only."""
     return " " + text if spaced and not (text.isascii() and text.isdigit()) else text
@@ -196,7 +211,7 @@ def tokenize(
                 f"{where}a prompt has {len(row)} tokens, the model's context holds {context}{more}: "
                 f"use fewer shots or shorter inputs ({prompt.text[:60]!r}...)"
             )
-    pairs = [(i, answer) for i, prompt in enumerate(prompts) for answer in prompt.answers]
+    pairs = [(i, form) for i, prompt in enumerate(prompts) for answer in prompt.answers for form in _forms(answer)]
     accepted: list[list[int]] = [[] for _ in prompts]
     merged: list[str] = []
     for (i, answer), (rest, apart) in zip(pairs, answer_tokens(prompts, ids, pairs, tokenizer), strict=True):
@@ -222,6 +237,11 @@ def tokenize(
         tokens.reshape(len(ids), width), mask, first,
         tuple(map(tuple, accepted)), tuple(p.text for p in prompts), tuple(p.answers for p in prompts),
     )  # fmt: skip
+
+
+def _forms(answer: str) -> Sequence[str]:
+    """The answer as it is given and, where that is another text, in Unicode form NFC, as most texts are written."""
+    return tuple(dict.fromkeys((answer, unicodedata.normalize("NFC", answer))))
 
 
 def item_sizes(items: Sequence[Example], template: str | Task, tokenizer: Any) -> list[int]:
@@ -256,18 +276,6 @@ def within_context(task: Task, tokenizer: Any, room: int, n_shots: int) -> Task:
         return task
     note = f"{dropped} of {len(everything)} items are dropped: longer than {limit} tokens"
     return replace(task, **chosen, note="; ".join(text for text in (task.note, note) if text))
-
-
-def shared_first_tokens(task: Task, tokenizer: Any) -> set[str]:
-    """The answers of a task whose first token is also that of another of its answers."""
-    items = {item.output: item for split in (task.train, task.valid, task.test) for item in split}
-    prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items.values()]
-    ids = prompt_tokens(prompts, tokenizer)
-    pairs = [(i, prompt.answers[0]) for i, prompt in enumerate(prompts)]
-    by_token: dict[int, list[str]] = {}
-    for output, (tokens, _) in zip(items, answer_tokens(prompts, ids, pairs, tokenizer), strict=True):
-        by_token.setdefault(tokens[0], []).append(output)
-    return {output for outputs in by_token.values() if len(outputs) > 1 for output in outputs}
 
 
 def prompt_tokens(prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:

@@ -17,15 +17,15 @@ import pandas as pd
 from sitelens import figures
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.defaults import SitelensError, SitelensWarning, warned_once
 from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.escaping import visible
-from sitelens.evaluation import echo, evaluate
+from sitelens.evaluation import evaluate
 from sitelens.fingerprints import fingerprint
 from sitelens.models import DEFAULT_MODEL, Model, head_shape, load_model, resolve_model
 from sitelens.progress import Job, portions
 from sitelens.provenance import provenance
-from sitelens.summary import ECHO, markdown_table, summarize
+from sitelens.summary import markdown_table, summarize
 from sitelens.tasks import Task, load_tasks, rewritten
 from sitelens.training import TrainResult, train_selections
 from sitelens.workload import total, workload
@@ -202,6 +202,7 @@ class RunReport:
         }
 
 
+@warned_once()
 def run(config: RunConfig, model: Model | str | None = None, **options: Any) -> RunReport:
     """Embed, train and evaluate every task of `config` under all conditions.
 
@@ -252,8 +253,7 @@ def _scores(
 ) -> pd.DataFrame:
     """A task's scores with the echo baseline; the draws of the random condition are told apart by `draw`."""
     sample = {"split": "test", "n_items": config.n_items, "metrics": config.metrics, "seed": config.seed}
-    scores = evaluate(task, conditions, model, **sample, **options)
-    scores = pd.concat([scores[scores["condition"] != ECHO], echo(task, model, **sample)], ignore_index=True)
+    scores = evaluate(task, conditions, model, with_echo=True, **sample, **options)
     is_draw = scores["condition"].str.startswith(f"{RANDOM} ")
     scores["draw"] = scores["condition"].str.removeprefix(f"{RANDOM} ").where(is_draw).astype("Int64")
     return scores.assign(condition=scores["condition"].where(~is_draw, RANDOM))

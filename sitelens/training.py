@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.defaults import SitelensError, SitelensWarning, settings, warned_once
 from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.fingerprints import unchanged
 from sitelens.keys import ResultStore
+from sitelens.labels import warn_of_shared_first_tokens
 from sitelens.models import Model, resolve_model
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact, content_digest, digest
@@ -110,6 +111,7 @@ class TrainJob:
     config: TrainConfig
 
 
+@warned_once()
 def train_jobs(
     jobs: Sequence[TrainJob],
     model: Model | str | None = None,
@@ -125,7 +127,9 @@ def train_jobs(
         SitelensError: as `train_selection`.
     """
     model = resolve_model(model)
-    _check_splits([task for job in jobs for task, _ in job.members])
+    tasks = [task for job in jobs for task, _ in job.members]
+    _check_splits(tasks)
+    warn_of_shared_first_tokens(tasks, model)
     with unchanged(model):
         for job in jobs:
             for _, embedding in job.members:
@@ -139,8 +143,8 @@ def train_jobs(
                 batches.setdefault(replace(job.config, seed=0, init=0.5), []).append(i)
         for config, batch in batches.items():
             keys = [digest(specs[i]) if store.open else "" for i in batch]
-            runs, tasks, vectors = _runs([jobs[i] for i in batch], keys)
-            trained = train_runs(runs, tasks, vectors, model, config, settings.budget(memory_budget), progress)
+            runs, used, vectors = _runs([jobs[i] for i in batch], keys)
+            trained = train_runs(runs, used, vectors, model, config, settings.budget(memory_budget), progress)
             for i, tensors in zip(batch, trained, strict=True):
                 job = jobs[i].config
                 meta = {"provenance": f"SITE, {job.checkpoint} of {job.steps} steps, seed {job.seed}"}

@@ -16,9 +16,11 @@ from scipy.spatial.distance import squareform
 from sitelens import figures
 from sitelens.conditions import Condition, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, warned_once
 from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.fingerprints import unchanged
+from sitelens.labels import warn_of_shared_first_tokens
+from sitelens.metrics import METRICS, checked_metrics
 from sitelens.models import Model, model_name, resolve_model
 from sitelens.progress import Job, portions
 from sitelens.scoring import score_conditions
@@ -157,6 +159,7 @@ class TransferMatrix:
         return TransferMatrix(frame, pd.Series(zero_shot, names), pd.Series(n, names), **artifact.meta)
 
 
+@warned_once()
 def transfer_matrix(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -188,9 +191,12 @@ def transfer_matrix(
     if swap not in get_args(Swap):
         raise SitelensError(f"unknown swap {swap!r}; one of {', '.join(get_args(Swap))}")
     loaded, model, config = load_tasks(tasks), resolve_model(model), config or TrainConfig()
+    checked_metrics(metric)
     if len(loaded) < 2:
         raise SitelensError(f"a transfer matrix needs at least two tasks, got {len(loaded)}")
     shared: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
+    if not METRICS[metric].generates:
+        warn_of_shared_first_tokens(loaded, model)
     work = workload(loaded, model, n_prompts=n_prompts, n_shots=n_shots, n_items=n_items, config=config)
     with unchanged(model), Job(f"transfer of {swap}", ["embed", "train", "evaluate"], progress) as job:
         job.plan({"embed": total(work, "embed"), "train": total(work, "train"),

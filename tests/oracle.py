@@ -99,9 +99,9 @@ def patched_greedy(
 
 
 def text_of(ids: Ids, ends: Collection[int] = (2,)) -> str:
-    """Generated tokens up to one that ends the text or a newline, stripped."""
+    """Generated tokens up to one that ends the text or a newline behind a word, stripped, without special tokens."""
     kept = itertools.takewhile(lambda token: token not in ends, ids)
-    return micro.tokenizer().decode(list(kept)).split("\n")[0].strip()
+    return micro.tokenizer().decode(list(kept), skip_special_tokens=True).strip().split("\n")[0].strip()
 
 
 @contextmanager

@@ -43,9 +43,9 @@ CATEGORIES = {
     "psychology": 798,
 }  # fmt: skip
 DIGESTS = {
-    "anli/r1": "3d5ca23cf8b4",
-    "mmlu-pro/law": "5713d3a61218",
-    "bbh/movie_recommendation": "a96d17ce0882",
+    "anli/r1": "e45a5c086930",
+    "mmlu-pro/law": "8325a5635208",
+    "bbh/movie_recommendation": "7b64c7ec85bc",
 }
 LABELS = ["entailment", "neutral", "contradiction"]
 
@@ -128,7 +128,7 @@ def test_a_round_of_anli_is_its_development_set(data_folder: Path, name: str):
         task = load_task(f"anli/{name}")
     assert len(expected) == sum(sizes(task)) == ROUNDS[name]
     assert [task.train, task.valid, task.test] == as_split(expected)
-    assert (task.source, task.metric, task.template) == ("facebook/anli", "exact_match", QA_TEMPLATE)
+    assert (task.source, task.published_metric, task.template) == ("facebook/anli", "exact_match", QA_TEMPLATE)
     premises = {item.input.split("\nHypothesis: ")[0] for item in task.train}
     count = sum(item.input.split("\nHypothesis: ")[0] in premises for item in task.test)
     shared = f"{count} of {len(task.test)} test items have a premise that also stands in train"
@@ -149,7 +149,7 @@ def test_mmlu_pro_is_its_test_split_by_category(data_folder: Path):
             assert item.input.endswith(f"\n{chr(64 + len(options))}. {options[-1]}")
             assert f"\n{item.output}. {options[row['answer_index']]}" in item.input
             assert item.output == row["answer"] and item.also == ()
-        assert task.source == "TIGER-Lab/MMLU-Pro" and task.metric == "exact_match"
+        assert task.source == "TIGER-Lab/MMLU-Pro" and task.published_metric == "exact_match"
 
 
 def sorted_as_upstream(task: Task) -> list[Example]:
@@ -188,7 +188,7 @@ def test_every_local_task_of_bbh_is_upstreams_without_parentheses(data_folder: P
             assert item.output and item.output == row["target"].strip("()" if lettered else None)
             if lettered and f"\n({item.output}) " not in item.input:
                 odd[name] = item.output
-        assert task.note.startswith("70/9/21 of examples (seed 32)") and task.metric == "exact_match"
+        assert task.note.startswith("70/9/21 of examples (seed 32)") and task.published_metric == "exact_match"
         assert task.source == "suzgunmirac/BIG-Bench-Hard@9ee07bd"
     assert odd == {"movie_recommendation": "Monsters, Inc"}
 

@@ -282,7 +282,7 @@ def test_prefix_is_never_written_to(model: Model) -> None:
         first = run(prefix, HeadEdit.mix(alpha.requires_grad_(), vectors))
         first.sum().backward()
         logits, cache = run.step(prefix, HeadEdit.mix(alpha.detach(), vectors))
-        decode(model, logits, cache, prefix.mask, micro.tokenizer(), 5)
+        decode(model, logits, cache, prefix.mask, micro.tokenizer(), 5, {2})
         again = run(prefix, HeadEdit.mix(alpha.detach(), vectors))
     assert cache.get_seq_length() > prefix.keys[0].shape[2]
     after = (*prefix.keys, *prefix.values, prefix.mask, prefix.last)
@@ -290,19 +290,20 @@ def test_prefix_is_never_written_to(model: Model) -> None:
     assert torch.equal(first, again)
 
 
-def test_decoded_text_ends_at_a_newline_inside_a_token(llama: Model) -> None:
+def test_decoding_goes_on_until_a_row_is_complete(llama: Model) -> None:
     class Fused:
         """A tokenizer whose every token is a text with a newline in its middle."""
 
-        eos_token_id = 2
-
-        def decode(self, ids: list[int]) -> str:
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            assert skip_special_tokens
             return "no\nyes" * len(ids)
 
     prefix = PrefixCache.of(batch_of(TEXTS), llama, AMPLE)
     with LastToken(llama) as run, torch.no_grad():
-        logits, cache = run.step(prefix, None)
-        assert decode(llama, logits, cache, prefix.mask, Fused(), 3) == ["no"] * len(TEXTS)
+        for enough in (1, 2, 9):
+            logits, cache = run.step(prefix, None)
+            texts = decode(llama, logits, cache, prefix.mask, Fused(), 3, (), lambda _, s: s.count("\n") >= enough)  # noqa: B023
+            assert texts == ["no\nyes" * min(enough, 3)] * len(TEXTS)
 
 
 # -- hooks go away --

@@ -20,9 +20,10 @@ import pytest
 
 import sitelens as sl
 from sitelens import progress, suites, training_state
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.labels import shared_first_tokens
 from sitelens.models import Model
-from sitelens.prompts import few_shot_prompts, item_sizes, shared_first_tokens, within_context
+from sitelens.prompts import few_shot_prompts, item_sizes, within_context
 from sitelens.suites import run_suite
 from sitelens.tasks import Task
 from tests import micro
@@ -267,7 +268,8 @@ def test_answers_that_begin_alike_are_counted(model: Model, monkeypatch: pytest.
     task = Task.from_pairs("one", pairs)
     assert shared_first_tokens(task, micro.tokenizer()) == {output for _, output in pairs[:10]}
     monkeypatch.setitem(TASKS, "one", task)
-    found = run_suite("bbh", model, tasks=["one"], **SMALL).tasks.iloc[0]
+    with pytest.warns(SitelensWarning, match="task 'one': 10 of 40 answers .* share their first token"):
+        found = run_suite("bbh", model, tasks=["one"], **SMALL).tasks.iloc[0]
     assert found["shared"] == sum(" " in item.output for item in task.test) / len(task.test) > 0
 
 

@@ -13,6 +13,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +63,10 @@ PUBLISHED = {
     name: tuple(map(int, sizes.split("/"))) for name, sizes in (entry.split() for entry in SIZES.strip().split(";"))
 }
 DIGESTS = {
-    "capitalize": "bb162c1ce995",
-    "choose_first_of_3": "d0ff3fd3399c",
-    "next_item": "51705440a82f",
-    "country-capital": "178be0cb4af3",
+    "capitalize": "b90a3d00b18d",
+    "choose_first_of_3": "dd68cd366520",
+    "next_item": "7f54ee8b0f34",
+    "country-capital": "2bf3d6fc9505",
 }
 PAIRS = [("hot", "cold"), ("big", "small"), ("up", "down"), ("in", "out")]
 LISTED = [{"input": source, "output": output} for source, output in PAIRS]
@@ -123,7 +125,9 @@ def test_every_local_task_has_its_known_checksum_and_sizes(data_folder: Path):
         for name in found:
             task = load_task(f"fv/{name}")
             assert sizes(task) == PUBLISHED[name], name
-            assert task.name == f"fv/{name}" and task.metric == "prefix_match" and task.template == QA_TEMPLATE
+            assert task.name == f"fv/{name}" and task.published_metric == "prefix_match"
+            assert task.template == QA_TEMPLATE
+            assert task.case_sensitive == ("capitalize" in name or "lowercase" in name)
             assert all(item.input and item.output for item in items(task)), name
 
 
@@ -392,8 +396,40 @@ def test_numbers_become_text():
 
 
 def test_options_are_fields_of_the_task():
-    task = Task.from_pairs("own", PAIRS, metric="exact_match", template="{input} -> {output}\n", source="s", note="n")
-    assert (task.metric, task.template, task.source, task.note) == ("exact_match", "{input} -> {output}\n", "s", "n")
+    options = {"published_metric": "exact_match", "template": "{input} -> {output}\n", "source": "s", "note": "n"}
+    task = Task.from_pairs("own", PAIRS, case_sensitive=True, **options)
+    assert {name: getattr(task, name) for name in options} == options and task.case_sensitive
+
+
+NUMBERS = [
+    (2.0, "2"), (0.1, "0.1"), (np.float32(0.1), "0.1"), (np.float16(0.1), "0.1"), (np.float64(2.5), "2.5"),
+    (-0.0, "0"), (1e-7, "0.0000001"), (1e16, "10000000000000000"), (2.0**70, "1180591620717411303424"),
+    (1 / 3, "0.3333333333333333"), (7, "7"), (np.int8(-7), "-7"), (np.uint64(2**64 - 1), "18446744073709551615"),
+    (Decimal("2.50"), "2.50"), (Decimal("1E+3"), "1000"), (Fraction(1, 3), "1/3"),
+    ("2.0", "2.0"), ("007", "007"), ("1e5", "1e5"), ("NaN", "NaN"), (np.str_("x"), "x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "text"), NUMBERS)
+def test_numbers_are_written_as_a_person_writes_them(value: Any, text: str):
+    task = Task.from_pairs("n", [(value, "a", [value]), ("b", value), ("c", "c"), ("d", "d")])
+    everything = {one for item in items(task) for one in (item.input, *item.answers)}
+    assert everything == {text, *"abcd"}
+
+
+def test_numbers_of_a_frame_and_a_file_keep_their_shortest_form(tmp_path: Path):
+    frame = pd.DataFrame({"input": ["a", "b", "c", "d"], "output": np.array([0.1, 2, 2.5, 1e-5], np.float32)})
+    task = Task.from_frame("n", frame)
+    assert {item.input: item.output for item in items(task)} == {"a": "0.1", "b": "2", "c": "2.5", "d": "0.00001"}
+    frame["output"] = pd.array([1, 2, 3, 4], "Int64")
+    assert {item.output for item in items(Task.from_frame("n", frame))} == set("1234")
+    frame["output"] = pd.array([1, 2, None, 4], "Int64")
+    with pytest.raises(SitelensError, match="item 3"):
+        Task.from_frame("n", frame)
+    (tmp_path / "n.csv").write_text("input,output\na,2.0\nb,007\nc,1e5\nd,0.10\n")
+    assert {item.output for item in items(load_task(tmp_path / "n.csv"))} == {"2.0", "007", "1e5", "0.10"}
+    (tmp_path / "n.json").write_text('[["a", 2.0], ["b", "2.0"], ["c", 0.1], ["d", 1e3]]')
+    assert {item.output for item in items(load_task(tmp_path / "n.json"))} == {"2", "2.0", "0.1", "1000"}
 
 
 def test_a_frame_becomes_a_task():
@@ -436,7 +472,8 @@ def test_a_json_file_becomes_a_task(tmp_path: Path, content: Any):
 def test_a_json_file_may_name_and_describe_its_task(tmp_path: Path):
     options = {"metric": "exact_match", "template": "{input}: {output}\n", "note": "from a book"}
     path = written(tmp_path / "mine.json", {"name": "opposites", "examples": LISTED, **options})
-    assert load_task(path) == Task.from_pairs("opposites", PAIRS, source=str(path), **options)
+    fields = {"published_metric": options.pop("metric"), **options}
+    assert load_task(path) == Task.from_pairs("opposites", PAIRS, source=str(path), **fields)
 
 
 def test_a_json_file_may_bring_its_own_splits(tmp_path: Path):
@@ -672,7 +709,10 @@ def test_a_task_made_by_hand_is_checked_and_cannot_change():
         (("wet", None), "output"),
         ((None, "dry"), "input"),
         (("wet", [None]), "output"),
-        (("wet", float("nan")), "must be text"),
+        (("wet", float("nan")), "nan is no finite number; give every item a value"),
+        (("wet", np.float32("inf")), "inf.* is no finite number"),
+        (("wet", Decimal("nan")), "is no finite number"),
+        (("wet", np.True_), "must be text"),
         (("wet", True), "must be text"),
         (("wet", {"a": 1}), "must be text"),
         (("wet", [["dry"]]), "must be text"),
@@ -728,7 +768,7 @@ def test_four_items_fill_every_split():
         ([*LISTED, {"input": "wet"}], "item 5: no output in"),
         ([*LISTED, ["wet", None]], "item 5: .*output"),
         (LISTED[:2], "has 2 items: at least"),
-        ({"examples": LISTED, "metric": "accuracy"}, "unknown metric 'accuracy'; one of first_token, exact_match"),
+        ({"examples": LISTED, "metric": "accuracy"}, "unknown metric 'accuracy'; one of first_token, "),
         ({"examples": LISTED, "template": "Q: {input}"}, "'Q: {input}' must contain"),
         ({"examples": LISTED, "template": 5}, "template"),
         ({"examples": LISTED, "note": 5}, "note"),
@@ -840,7 +880,7 @@ def test_a_long_list_of_clashes_is_cut():
     "change",
     [
         lambda task: replace(task, name="other"),
-        lambda task: replace(task, metric="exact_match"),
+        lambda task: replace(task, case_sensitive=True),
         lambda task: replace(task, template="{input} {output}"),
         lambda task: replace(task, train=task.train[::-1]),
         lambda task: replace(task, train=task.train[1:]),
@@ -849,7 +889,7 @@ def test_a_long_list_of_clashes_is_cut():
         lambda task: replace(task, test=(replace(task.test[0], output="x"), *task.test[1:])),
         lambda task: replace(task, test=(replace(task.test[0], also=("x",)), *task.test[1:])),
     ],
-    ids=["name", "metric", "template", "order", "fewer", "another split", "input", "output", "also"],
+    ids=["name", "case", "template", "order", "fewer", "another split", "input", "output", "also"],
 )
 def test_the_digest_changes_with_what_decides_a_result(change: Callable[[Task], Task]):
     task = Task.from_pairs("own", [*PAIRS, ("wet", "dry")])
@@ -858,7 +898,7 @@ def test_the_digest_changes_with_what_decides_a_result(change: Callable[[Task], 
 
 def test_the_digest_does_not_change_with_what_is_only_said():
     task = Task.from_pairs("own", PAIRS)
-    assert replace(task, source="elsewhere", note="checked").digest == task.digest
+    assert replace(task, source="elsewhere", note="checked", published_metric="exact_match").digest == task.digest
     assert Task.from_pairs("own", LISTED).digest == task.digest
 
 

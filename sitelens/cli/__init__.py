@@ -22,7 +22,7 @@ from sitelens.cli.options import (
     suite_options,
     transfer_options,
 )
-from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.defaults import SitelensError, SitelensWarning, settings, warned_once
 from sitelens.escaping import visible
 from sitelens.version import __version__
 from sitelens.writing import MissingOutputWarning
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = {"progress": options.progress, "cache_dir": options.cache, "data_dir": options.data}
     command: Callable[[argparse.Namespace], None] = options.command
     chosen = settings.using(**{name: value for name, value in given.items() if value is not None})
-    with chosen, warnings.catch_warnings():
+    with chosen, warnings.catch_warnings(), warned_once():
         warnings.simplefilter("always", SitelensWarning)
         incomplete: list[str] = []
         warnings.showwarning = functools.partial(_show_warning, incomplete)

@@ -212,13 +212,8 @@ def suite(options: argparse.Namespace) -> None:
     for task, reason in found.left_out.items():
         if reason != NOT_ASKED:
             print(f"left out: {visible(task)} ({visible(reason)})", file=sys.stderr)
-    long, clashing = found.tasks[found.tasks["dropped"] > 0], found.tasks[found.tasks["shared"] > 0]
-    for row in long.itertuples():
+    for row in found.tasks[found.tasks["dropped"] > 0].itertuples():
         print(f"{row.task}: {row.dropped} items are too long for the context and were dropped", file=sys.stderr)
-    if len(clashing) and options.metric == "first_token":
-        worst = ", ".join(f"{row.task} {row.shared:.0%}" for row in clashing.nlargest(3, "shared").itertuples())
-        print(f"{len(clashing)} tasks have answers that begin with the same token as another of their answers "
-              f"(most: {worst} of test items), which first_token cannot tell apart", file=sys.stderr)  # fmt: skip
     if options.out is not None:
         with kept(options):
             found.save(options.out, _command(options), options.formats, options.name)

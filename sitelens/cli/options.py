@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from sitelens.metrics import METRICS
+
+METRIC_HELP = "; ".join(f"{metric.name}: {metric.definition}" for metric in METRICS.values())
+
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but for those that are no values."""
@@ -27,9 +31,9 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     _training_options(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
-    group.add_argument("--metrics", nargs="+", choices=["first_token", "exact_match", "prefix_match"],
+    group.add_argument("--metrics", nargs="+", choices=list(METRICS),
                        default=["first_token"],
-                       help="how answers are scored (default: first_token)")  # fmt: skip
+                       help=f"how answers are scored (default: first_token); {METRIC_HELP}")  # fmt: skip
     group.add_argument("--k", type=int, help="heads in high-alpha, low-alpha and random (default: a quarter of all)")
     group.add_argument("--draws", type=int, default=5, help="random selections")
     group.add_argument("--seed", type=int, default=0, help="decides prompts, demonstrations and test items")
@@ -148,6 +152,6 @@ def _evaluation_options(parser: argparse.ArgumentParser, metric: bool = False) -
     group = parser.add_argument_group("evaluation")
     group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
     if metric:
-        group.add_argument("--metric", choices=["first_token", "exact_match", "prefix_match"], default="first_token",
-                           help="how answers are scored")  # fmt: skip
+        group.add_argument("--metric", choices=list(METRICS), default="first_token",
+                           help=f"how answers are scored; {METRIC_HELP}")  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="decides prompts, training and test items")

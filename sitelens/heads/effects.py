@@ -12,8 +12,9 @@ from einops import rearrange
 
 from sitelens.defaults import settings
 from sitelens.embedding import TaskEmbedding
-from sitelens.forward import HeadEdit, LastToken
+from sitelens.forward import HeadEdit, LastToken, check_finite
 from sitelens.heads.common import per_head, valid_items
+from sitelens.labels import warn_of_shared_first_tokens
 from sitelens.memory import chunks, crossed, prefix_bytes, step_cost
 from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
 from sitelens.prefix import PrefixCache
@@ -44,6 +45,7 @@ def indirect_effects(
     """
     task, model = load_task(task), resolve_model(model)
     embedding.check_fits(model)
+    warn_of_shared_first_tokens([task], model)
     tokenizer, budget = own_tokenizer(model), settings.budget(memory_budget)
     queries, prompts = valid_items(task), []
     for i in range(n_prompts):
@@ -52,6 +54,10 @@ def indirect_effects(
             draw_demonstrations(task, n_shots, query, seed, "effects", i), f"{task.name}/{seed}/{i}"
         )
         prompts.append(few_shot_prompt(task, shown, query, tokenizer))
+
+    def where(prompt: int) -> str:
+        return f"task {task.name!r}, prompt {prompt} with shuffled answers, query {prompts[prompt].text[-60:]!r}"
+
     batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
     layers, heads, _ = head_shape(model)
     dtype, device = computing_dtype(model), model.cfg.device
@@ -70,6 +76,8 @@ def indirect_effects(
                 which = some * len(items)
                 edit = HeadEdit.mix(alphas[which], vectors.expand(len(which), -1, -1, -1))
                 logits = last_token(prefix.rows(torch.tensor(items), repeats=len(some)), edit)
+                rows = [index[i] for i in items for _ in some]
+                check_finite(logits, lambda row, rows=rows: where(rows[row]))
                 answer = part.answer[items].repeat_interleave(len(some)).to(device)
                 found = logits.to(dtype).softmax(-1).gather(1, answer[:, None])
                 places = torch.tensor([index[i] for i in items])

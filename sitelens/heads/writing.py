@@ -12,6 +12,7 @@ from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding, embedding_prompts
 from sitelens.heads.common import checked_heads, like_prompts, per_head, valid_items
 from sitelens.heads.direct import DirectPath
+from sitelens.labels import warn_of_shared_first_tokens
 from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import PromptBatch, few_shot_prompts, tokenize
 from sitelens.tasks import Task, load_task
@@ -38,6 +39,7 @@ def head_attribution(
             which the heads' contributions do not add up to the logit (see `DirectPath.check`).
     """
     task, model = load_task(task), resolve_model(model)
+    warn_of_shared_first_tokens([task], model)
     items = valid_items(task)[:n_items]
     prompts = few_shot_prompts(task, items, n_shots, own_tokenizer(model), seed, "valid", range(len(items)))
     batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")

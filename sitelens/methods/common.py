@@ -16,6 +16,7 @@ from sitelens.conditions import Condition
 from sitelens.defaults import SitelensError
 from sitelens.evaluation import evaluate
 from sitelens.heads.common import like_prompts, watch
+from sitelens.labels import warn_of_shared_first_tokens
 from sitelens.models import Model, context_length, own_tokenizer
 from sitelens.network import all_positions, run_tokens
 from sitelens.prompts import PromptBatch, answer_tokens, few_shot_prompt, few_shot_prompts, tokenize
@@ -43,7 +44,8 @@ def fitting(task: Task) -> Task:
 
 
 def zero_shot(task: Task, items: Sequence[Example], model: Model) -> PromptBatch:
-    """Prompts without demonstrations."""
+    """Prompts without demonstrations; warns where first tokens cannot tell the task's answers apart."""
+    warn_of_shared_first_tokens([task], model)
     return prompts_of(few_shot_prompts(task, items, 0, own_tokenizer(model)), task, model)
 
 

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sitelens.conditions import Steps
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, warned_once
 from sitelens.embedding import TaskEmbedding
 from sitelens.fingerprints import fingerprint
-from sitelens.forward import full_logits
+from sitelens.forward import check_finite, full_logits
 from sitelens.heads.common import like_prompts
 from sitelens.heads.effects import indirect_effects
 from sitelens.heads.writing import written
@@ -24,6 +24,7 @@ from sitelens.prompts import PromptBatch, few_shot_prompts
 from sitelens.tasks import Task, load_task
 
 
+@warned_once()
 def fit(
     task: Task | str,
     model: Model | str | None = None,
@@ -83,7 +84,9 @@ def _mean_z(batch: PromptBatch, model: Model, correct_only: bool) -> Float[Tenso
             z[rows, layer] = out[:, -1].double().cpu()
 
         with model.hooks(fwd_hooks=[(z_hook(layer), partial(keep, layer=layer)) for layer in range(z.shape[1])]):
-            said = full_logits(part, model).argmax(-1).tolist()
+            logits = full_logits(part, model)
+        check_finite(logits, lambda row, index=index: f"few-shot prompt {batch.texts[index[row]][-60:]!r}")
+        said = logits.argmax(-1).tolist()
         right[index] = torch.tensor([one in known for one, known in zip(said, part.accepted, strict=True)])
     if not correct_only:
         return z.mean(0).to(torch.float32)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sitelens.conditions import Condition
+from sitelens.defaults import warned_once
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.methods.common import drawn, fitting, mean_states, next_loss, prompts_of, zero_shot
@@ -64,6 +65,7 @@ def combining(
     ]
 
 
+@warned_once()
 def fit(
     task: Task | str,
     model: Model | str | None = None,

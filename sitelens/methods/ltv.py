@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sitelens.defaults import settings
+from sitelens.defaults import settings, warned_once
 from sitelens.embedding import embed_task, embedding_prompts
 from sitelens.fingerprints import fingerprint
-from sitelens.forward import Hook
+from sitelens.forward import Hook, check_finite
 from sitelens.heads.effects import shuffled_labels
 from sitelens.heads.writing import written
 from sitelens.memory import chunks, prefix_bytes, step_cost
@@ -34,6 +34,7 @@ from sitelens.tasks import Task, load_task
 RATES = (1e-3, 1e-2, 1e-1)
 
 
+@warned_once()
 def fit(
     task: Task | str,
     model: Model | str | None = None,
@@ -91,6 +92,9 @@ def fit(
                     logits = run_tokens(
                         model, some.last[:, None], some.mask, some.positions()[:, None], some.cache(ReadOnly)
                     )[:, -1]
+                    check_finite(
+                        logits, lambda row, chosen=chosen: f"task {task.name!r}, LTV, few-shot prompt {chosen[row]}"
+                    )
                     loss = cross_entropy(logits.float(), answer.to(logits.device))
                     (loss * (len(chosen) / len(index))).backward()
         for optimizer in optimizers:

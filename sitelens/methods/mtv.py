@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sitelens.conditions import PatchHeads
-from sitelens.defaults import settings
+from sitelens.defaults import settings, warned_once
 from sitelens.embedding import embed_task
 from sitelens.fingerprints import fingerprint
-from sitelens.forward import HeadEdit, LastToken
+from sitelens.forward import HeadEdit, LastToken, check_finite
 from sitelens.methods.common import MAX_VALID, fitting, zero_shot
 from sitelens.models import Model, computing_dtype, head_shape, resolve_model
 from sitelens.prefix import PrefixCache
@@ -24,6 +24,7 @@ from sitelens.tasks import Task, load_task
 FLOOR = 1e-3  # of a head's chance in training, and added to the standard deviation of the losses
 
 
+@warned_once()
 def fit(
     task: Task | str,
     model: Model | str | None = None,
@@ -64,7 +65,9 @@ def fit(
     ) -> Float[Tensor, " mask"]:
         masks = masks.to(vectors)
         edit = HeadEdit.mix(masks, vectors.expand(len(masks), -1, -1, -1))
-        found = last_token(of.rows(torch.tensor([item]), repeats=len(masks)), edit).to(vectors.dtype)
+        found = last_token(of.rows(torch.tensor([item]), repeats=len(masks)), edit)
+        check_finite(found, lambda _: f"task {task.name!r}, MTV, item {item}")
+        found = found.to(vectors.dtype)
         return cross_entropy(found, torch.full((len(masks),), answer, device=found.device), reduction="none").cpu()
 
     with torch.no_grad(), LastToken(model) as last_token:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, settings
+from sitelens.defaults import SitelensError, settings, warned_once
 from sitelens.embedding import embed_task
 from sitelens.evaluation import evaluate
 from sitelens.folders import scratch_folder
@@ -23,6 +23,7 @@ from sitelens.tasks import Task, load_task
 from sitelens.training import train_selection
 
 
+@warned_once()
 def costs(
     task: Task | str,
     model: Model | str | None = None,

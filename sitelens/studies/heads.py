@@ -10,12 +10,14 @@ import pandas as pd
 from scipy.stats import hypergeom, mannwhitneyu, rankdata
 
 from sitelens.config import TrainConfig
+from sitelens.defaults import warned_once
 from sitelens.heads import attention_roles, indirect_effects, induction_scores
 from sitelens.models import Model, head_shape, resolve_model
 from sitelens.studies.common import Options, Sample, checked_counts, prepare
 from sitelens.tasks import Task
 
 
+@warned_once()
 def head_overlap(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -68,6 +70,7 @@ def head_overlap(
     return pd.DataFrame(rows)
 
 
+@warned_once()
 def shared_attention(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,

@@ -11,7 +11,7 @@ import pandas as pd
 
 from sitelens.conditions import Condition, FewShot, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.defaults import SitelensError, SitelensWarning, warned_once
 from sitelens.models import Model, resolve_model
 from sitelens.selection import HeadSelection
 from sitelens.studies.common import Facts, Options, Sample, checked_counts, measure, prepare, some_tasks
@@ -22,6 +22,7 @@ THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.9
 GENERIC = 0.02  # a shared alpha this near to the tasks' own is worth a warning
 
 
+@warned_once()
 def soft_hard(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -57,6 +58,7 @@ def soft_hard(
     return pd.concat(frames, ignore_index=True)
 
 
+@warned_once()
 def random_heads(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -91,6 +93,7 @@ def random_heads(
     return pd.concat(frames, ignore_index=True)
 
 
+@warned_once()
 def head_counts(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -123,6 +126,7 @@ def head_counts(
     return pd.concat(frames, ignore_index=True)
 
 
+@warned_once()
 def task_agnostic(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -166,6 +170,7 @@ def task_agnostic(
     return frame
 
 
+@warned_once()
 def mixing(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,

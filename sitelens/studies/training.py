@@ -12,7 +12,7 @@ import torch
 
 from sitelens.conditions import FewShot, PatchHeads
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, warned_once
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.forward import Mixing
 from sitelens.models import Model, resolve_model
@@ -26,6 +26,7 @@ BINS = 20  # of a histogram of alpha
 INITS: tuple[float | Literal["random"], ...] = (0.1, 0.3, 0.5, 0.7, 0.9, "random")
 
 
+@warned_once()
 def prompt_counts(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -66,6 +67,7 @@ def prompt_counts(
     return pd.concat(frames, ignore_index=True)
 
 
+@warned_once()
 def seed_variance(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -124,6 +126,7 @@ def variance_components(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@warned_once()
 def initialisations(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -156,6 +159,7 @@ def initialisations(
     return pd.concat(frames, ignore_index=True)
 
 
+@warned_once()
 def initialisation_distances(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -189,6 +193,7 @@ def initialisation_distances(
     return pd.DataFrame(rows)
 
 
+@warned_once()
 def initialised(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -212,6 +217,7 @@ def initialised(
     }
 
 
+@warned_once()
 def loss_path(
     task: Task | str,
     a: HeadSelection,
@@ -245,6 +251,7 @@ def loss_path(
     return measure(task, settings, model, sample)
 
 
+@warned_once()
 def checkpoints(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
@@ -272,6 +279,7 @@ def checkpoints(
     return pd.concat(frames, ignore_index=True)
 
 
+@warned_once()
 def alpha_distribution(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,

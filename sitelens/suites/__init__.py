@@ -13,18 +13,18 @@ import pandas as pd
 from sitelens.comparison import PROMPTING, checked_methods, fit_method
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, settings
+from sitelens.defaults import SitelensError, settings, warned_once
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.fingerprints import unchanged
+from sitelens.labels import shared_first_tokens, warn_of_shared_first_tokens
 from sitelens.methods.common import fitting
-from sitelens.metrics import checked_metrics
+from sitelens.metrics import METRICS, checked_metrics
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
 from sitelens.progress import Job, portions
-from sitelens.prompts import shared_first_tokens, within_context
+from sitelens.prompts import within_context
 from sitelens.scoring import score_conditions
 from sitelens.selection import HeadSelection
 from sitelens.suites.result import SuiteResult as SuiteResult
-from sitelens.summary import ECHO
 from sitelens.tasks import Task, group_of, load_task, suite_names
 from sitelens.training import train_selections
 from sitelens.workload import FIT_TOKENS, total, workload
@@ -36,6 +36,7 @@ NOT_ASKED = "not asked for"
 EMBED, TRAIN, SCORE = "embed", "train", "score"  # the stages of a batch
 
 
+@warned_once()
 def run_suite(
     name: str,
     model: Model | str | None = None,
@@ -82,6 +83,8 @@ def run_suite(
             about.append(row)
         else:
             left_out[task.name] = reason
+    if SITE in methods or not METRICS[metric].generates:
+        warn_of_shared_first_tokens(loaded, model)
     measured: dict[str, Any] = {"n_prompts": n_prompts, "n_shots": n_shots, "seed": seed}
     scored: dict[str, Any] = {"n_items": n_items, "metrics": (metric,), "seed": seed}
     fitted = tuple(method for method in checked_methods(methods) if method not in PROMPTING)
@@ -220,17 +223,15 @@ class _Run:
 
     def _patch(self, task: Task) -> None:
         patched = PatchHeads(self.selections[task.name], self.embeddings[task.name], self.config.mixing)
-        self._score(task, {SITE: patched})
+        self._score(task, {SITE: patched}, with_echo=False)
 
     def _fit(self, task: Task, method: str) -> None:
         small, seed = fitting(task), self.scored["seed"]
         fitted = fit_method(method, small, self.model, seed=seed, options=self.options.get(method))
-        self._score(small, {method: fitted.condition})
+        self._score(small, {method: fitted.condition}, with_echo=False)
 
-    def _score(self, task: Task, conditions: Mapping[str, Condition]) -> None:
-        found = score_conditions(task, conditions, self.model, **self.scored)
-        again = ECHO in found["condition"].values and "zero-shot" not in conditions  # once a task is enough
-        self.frames.append(found[found["condition"] != ECHO] if again else found)
+    def _score(self, task: Task, conditions: Mapping[str, Condition], with_echo: bool | None = None) -> None:
+        self.frames.append(score_conditions(task, conditions, self.model, with_echo=with_echo, **self.scored))
 
 
 def _loaded(names: Iterable[str], model: Model, n_shots: int) -> Iterator[tuple[Task, dict[str, Any], str | None]]:

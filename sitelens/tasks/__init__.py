@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 
 from sitelens.defaults import SitelensError
+from sitelens.metrics import METRICS
 from sitelens.tasks import benchmarks, builtin, function_vectors
 from sitelens.tasks.examples import Example, check_text, parse_examples, warn_about_repeats
 from sitelens.tasks.files import ENDINGS, SPLIT_SEED, Columns, by_split, frame_rows, read_file
@@ -38,7 +39,6 @@ from sitelens.tasks.templates import check_template as check_template
 from sitelens.tasks.templates import checked_arguments as checked_arguments
 from sitelens.tasks.templates import rewritten as rewritten
 
-METRICS = ("first_token", "exact_match", "prefix_match")
 SPLITS = ("train", "valid", "test")
 
 
@@ -48,11 +48,12 @@ class Task:
 
     name, source: what it is called and where it comes from.
     train, valid, test: demonstrations and training items come from train, choices are made on valid.
-    metric: the metric its makers report, one of `METRICS`.
     template: a text with {input} and {output}, or "chat" (see `sitelens.prompts`).
     instruction: said once before the demonstrations; a blank line follows it unless it ends in white space. For "chat"
         it is the system message, or the head of the first question where the chat template takes no system message.
     template_arguments: variables for the chat template, such as {"enable_thinking": False}; kept as sorted pairs.
+    case_sensitive: whether exact_match and prefix_match tell "Paris" from "paris".
+    published_metric: the metric that its makers report; nothing reads it, `evaluate(metrics=...)` decides.
     note: anything a result should carry along (how it was split, what was dropped).
     """
 
@@ -61,8 +62,9 @@ class Task:
     train: tuple[Example, ...]
     valid: tuple[Example, ...]
     test: tuple[Example, ...]
-    metric: str = "first_token"
     template: str = QA_TEMPLATE
+    case_sensitive: bool = False
+    published_metric: str = "first_token"
     note: str = ""
     instruction: str = ""
     template_arguments: Arguments | Mapping[str, Any] = ()
@@ -78,8 +80,11 @@ class Task:
                 for text in (example.input, *example.answers):
                     check_text(text, f"task {self.name!r}, {split} item {number}: a text")
             object.__setattr__(self, split, examples)  # a tuple, whatever was given: digests rely on it
-        if self.metric not in METRICS:
-            raise SitelensError(f"task {self.name!r}: unknown metric {self.metric!r}; one of {', '.join(METRICS)}")
+        metric, case = self.published_metric, self.case_sensitive
+        if metric not in METRICS:
+            raise SitelensError(f"task {self.name!r}: unknown metric {metric!r}; one of {', '.join(METRICS)}")
+        if not isinstance(case, bool):
+            raise SitelensError(f"task {self.name!r}: case_sensitive must be true or false, not {case!r}")
         check_template(self.template)
         if not isinstance(self.instruction, str):
             raise SitelensError(f"task {self.name!r}: instruction must be text, not {self.instruction!r}")
@@ -88,9 +93,9 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides a result: name, items, metric, template, instruction and arguments."""
+        """SHA-256 of everything that decides a result: name, items, template, instruction, arguments, case."""
         content = asdict(self)
-        del content["source"], content["note"]
+        del content["source"], content["note"], content["published_metric"]
         for name in ("instruction", "template_arguments"):  # tasks without them keep the digest they always had
             if not content[name]:
                 del content[name]
@@ -165,7 +170,7 @@ def load_task(
 
     Files are tables (.csv, .tsv; the separator is recognized, or given as `sep`), JSON Lines (.jsonl) or .json: a list
     of items, or an object with "examples" (such a list) or with "train", "valid" and "test" (three of them), and
-    optionally "name", "metric", "template" and "note". The other options are for files, too:
+    optionally "name", "metric" (the published one) and other fields of Task. Further options are for files, too:
 
     input, output, also, split: names of the columns or keys. `also` and `split` (train, valid, test) may be missing;
     without `split` the items are split as `Task.from_pairs` does, by `seed`. split=None ignores that column.
@@ -226,7 +231,7 @@ def _builtin(name: str) -> Task:
     n_train, n_valid, _ = builtin.split_sizes(name, len(examples))
     parts = examples[:n_train], examples[n_train : n_train + n_valid], examples[n_train + n_valid :]
     train, valid, test = (tuple(part) for part in parts)
-    return Task(name, "built in", train, valid, test)
+    return Task(name, "built in", train, valid, test, case_sensitive=function_vectors.about_case(name))
 
 
 def _function_vectors(name: str) -> Task:
@@ -234,7 +239,8 @@ def _function_vectors(name: str) -> Task:
     train, valid, test = _split(examples)
     shared = _shared(train, test)
     note = f"{shared} (as upstream)" if shared else ""
-    return Task(f"fv/{name}", function_vectors.FILES.source, train, valid, test, metric="prefix_match", note=note)
+    facts: dict[str, Any] = {"published_metric": "prefix_match", "case_sensitive": function_vectors.about_case(name)}
+    return Task(f"fv/{name}", function_vectors.FILES.source, train, valid, test, note=note, **facts)
 
 
 def _benchmark(name: str, benchmark: benchmarks.Benchmark, own: str) -> Task:
@@ -253,14 +259,16 @@ def _benchmark(name: str, benchmark: benchmarks.Benchmark, own: str) -> Task:
         count = sum(context_of(item.input) in known for item in test)
         notes.append(f"{count} of {len(test)} test items have a {what} that also stands in train" if count else "")
     note = "; ".join(filter(None, [*notes, _shared(train, test)]))
-    return Task(name, benchmark.source, train, valid, test, metric="exact_match", note=note)
+    return Task(name, benchmark.source, train, valid, test, published_metric="exact_match", note=note)
 
 
 def _from_file(path: Path, content: dict[str, Any], seed: int) -> Task:
-    options = {key: content[key] for key in ("metric", "template", "instruction", "note") if key in content}
+    content = {"published_metric" if key == "metric" else key: value for key, value in content.items()}
+    fields = ("published_metric", "template", "instruction", "note", "case_sensitive")
+    options = {key: content[key] for key in fields if key in content}
     name = content.get("name", path.stem)
     for key, value in {**options, "name": name}.items():
-        if not isinstance(value, str):
+        if not isinstance(value, str) and key != "case_sensitive":
             raise SitelensError(f"{path}: {key} must be text, not {value!r}")
     if "template_arguments" in content:
         options["template_arguments"] = checked_arguments(

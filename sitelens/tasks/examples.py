@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from decimal import Decimal
+from numbers import Rational, Real
 from typing import Any
 
 import numpy as np
@@ -87,9 +89,7 @@ def _example(item: Any, where: str) -> Example:
     if isinstance(output, list | tuple):  # several accepted answers, the preferred one first
         further = [*output[1:], *further]
         output = output[0] if output else ""
-    if not all(_is_text(text) for text in (source, output, *further)):
-        raise SitelensError(f"{where}: input, output and also must be text, not {source!r}, {output!r}, {further!r}")
-    source, output, *further = (str(text).strip() for text in (source, output, *further))
+    source, output, *further = (_as_text(value, where).strip() for value in (source, output, *further))
     if not source:
         raise SitelensError(f"{where}: the input is empty")
     if not output:
@@ -107,7 +107,17 @@ def _listed(also: Any, where: str) -> list[Any]:
     raise SitelensError(f"{where}: also must be a list of text, or text with | between answers, not {also!r}")
 
 
-def _is_text(value: Any) -> bool:
-    if isinstance(value, Real) and not isinstance(value, bool | np.bool_):
-        return bool(value == value)  # a number that is one
-    return isinstance(value, str)
+def _as_text(value: Any, where: str) -> str:
+    """Text as it is; a number as a person writes it: 2.0 as "2", 0.1 as "0.1" in any precision, never with exponent."""
+    if isinstance(value, str):
+        return str(value)
+    if not isinstance(value, Real | Decimal) or isinstance(value, bool | np.bool_):
+        raise SitelensError(f"{where}: input, output and also must be text or numbers, not {value!r}")
+    number: Any = value
+    if isinstance(number, Rational):
+        return str(number)
+    if not math.isfinite(number):
+        raise SitelensError(f"{where}: {number!r} is no finite number; give every item a value")
+    if isinstance(number, Decimal):  # whose digits are meant
+        return format(number, "f")
+    return str(int(number)) if number == int(number) else np.format_float_positional(number, trim="-")

@@ -105,7 +105,8 @@ def frame_rows(frame: pd.DataFrame, columns: Columns, where: str) -> list[dict[s
         SitelensError: if a column is missing.
     """
     places = columns.places(list(frame.columns), where)
-    cells = {part: frame.iloc[:, index].tolist() for part, index in places.items()}
+    # Iterated, not .tolist(), which makes 0.10000000149011612 of a 32-bit 0.1.
+    cells = {part: list(frame.iloc[:, index].array) for part, index in places.items()}
     return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
 

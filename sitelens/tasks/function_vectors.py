@@ -38,3 +38,8 @@ def items(name: str) -> list[dict[str, Any]]:
         SitelensError: if the file can neither be found nor downloaded, or is not the expected one.
     """
     return FILES.items(name)
+
+
+def about_case(name: str) -> bool:
+    """Whether a task of this name tells upper case from lower case, by the rule of SITE's released code."""
+    return "capitalize" in name or "lowercase" in name
