@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import subprocess
 import threading
@@ -21,9 +25,10 @@ import pytest
 import torch
 import transformers
 
-from sitelens import conversion, list_models
+from sitelens import conversion, folders, list_models
 from sitelens.conversion import PACKAGED, PackagedModel, gguf_folder, packaged_folder
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.conversion.metadata import config_of
+from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.loading import load_network
 from sitelens.models import load_model, own_tokenizer
 from tests import gguf_files
@@ -104,6 +109,17 @@ WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "
         "max_position_embeddings": 131072}  # fmt: skip
 
 
+def rebuilt(network: Any, arch: str, change: gguf_files.Change) -> Any:
+    """A network by the configuration that a file's metadata make, with the weights of the original."""
+    values, tensors = gguf_files.content(network, arch)
+    change(values, tensors)
+    whole = {f"{arch}.{key}": value for key, value in values.items()} | {"general.architecture": arch}
+    shapes = {name: array.shape for name, array in tensors.items()}
+    found = type(network)(config_of("tiny.gguf", whole, shapes, lambda name: tensors[name]))
+    found.load_state_dict(network.state_dict())
+    return found.eval()
+
+
 def divisors(network: Any) -> np.ndarray:
     """What llama.cpp's converter writes as rope_freqs: by how much the network's frequencies are smaller than plain."""
     plain = network.config.rope_parameters["rope_theta"] ** -(np.arange(0, 64, 2) / 64)
@@ -129,21 +145,21 @@ def test_llama_3s_frequencies_are_rebuilt(tmp_path: Path, changes: dict[str, Any
         assert found.config.rope_parameters == LLAMA3 | changes
 
 
-def test_any_other_frequencies_are_kept_one_by_one(tmp_path: Path):
+def test_any_other_frequencies_are_kept_one_by_one():
     network = gguf_files.network("llama", **WIDE)
     own = np.linspace(1.0, 3.0, 32)
 
     def scale(_: Any, tensors: dict[str, np.ndarray]) -> None:
         tensors["rope_freqs.weight"] = own
 
-    found = converted(gguf_files.write(tmp_path / "tiny.gguf", network, change=scale))
+    found = rebuilt(network, "llama", scale)
     expected = network.model.rotary_emb.inv_freq / torch.tensor(own, dtype=torch.float32)
     torch.testing.assert_close(found.model.rotary_emb.inv_freq, expected, rtol=1e-5, atol=0)
     network.model.rotary_emb.inv_freq = expected
     torch.testing.assert_close(logits(found), logits(network), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
 @pytest.mark.parametrize(
     ("keys", "rope"),
     [
@@ -165,17 +181,17 @@ def test_any_other_frequencies_are_kept_one_by_one(tmp_path: Path):
     ],
     ids=str,
 )  # fmt: skip
-def test_scaled_rotary_embeddings_are_rebuilt(tmp_path: Path, arch: str, keys: dict[str, Any], rope: dict[str, Any]):
+def test_scaled_rotary_embeddings_are_rebuilt(arch: str, keys: dict[str, Any], rope: dict[str, Any]):
     theta = {"rope_theta": 20000.0}
     local = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     options = local | {"full_attention": theta | rope} if arch == "gemma3" else theta | rope
     network = gguf_files.network(arch, rope_parameters=options)
-    file = gguf_files.write(tmp_path / "tiny.gguf", network, arch, change=lambda values, _: values.update(keys))
-    assert_same(file, network)
+    found = rebuilt(network, arch, lambda values, _: values.update(keys))
+    torch.testing.assert_close(logits(found), logits(network), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [TOKENS[:, :30], TOKENS], ids=["short", "long"])
-def test_factors_by_length_are_rebuilt(tmp_path: Path, tokens: torch.Tensor):
+def test_factors_by_length_are_rebuilt(tokens: torch.Tensor):
     short, long = [1.0, 1.5], [2.0, 7.25]
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long,
             "partial_rotary_factor": 0.5, "original_max_position_embeddings": 40}  # fmt: skip
@@ -186,7 +202,7 @@ def test_factors_by_length_are_rebuilt(tmp_path: Path, tokens: torch.Tensor):
         values["rope.scaling.original_context_length"] = 40
         values["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(256 / 40) / math.log(40))
 
-    found = converted(gguf_files.write(tmp_path / "tiny.gguf", network, "phi3", change=scale))
+    found = rebuilt(network, "phi3", scale)
     torch.testing.assert_close(logits(found, tokens), logits(network, tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -204,14 +220,31 @@ REFUSED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", REFUSED)
-def test_metadata_that_change_the_computation_are_refused_by_name(tmp_path: Path, own_cache: Path, key: str):
-    def add(values: dict[str, Any], _: Any) -> None:
-        values[key] = REFUSED[key]
+@pytest.fixture(scope="module")
+def plain() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The metadata of a Llama, with their whole keys, and its tensors' shapes."""
+    values, tensors = gguf_files.content(gguf_files.network("llama"), "llama")
+    whole = {f"llama.{key}": value for key, value in values.items()} | {"general.architecture": "llama"}
+    return whole, {name: array.shape for name, array in tensors.items()}
 
-    file = gguf_files.write(tmp_path / "tiny.gguf", gguf_files.network("llama"), change=add)
+
+def configured(plain: tuple[dict[str, Any], dict[str, tuple[int, ...]]], keys: dict[str, Any]) -> Any:
+    values, shapes = plain
+    return config_of("tiny.gguf", values | {f"llama.{key}": value for key, value in keys.items()}, shapes, np.ones)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_metadata_that_change_the_computation_are_refused_by_name(plain: Any, key: str):
     named = "attention.value_length" if key == "attention.key_length" else key
     with pytest.raises(SitelensError, match=rf"tiny\.gguf: its metadata llama\.{named} = .*original Hugging Face"):
+        configured(plain, {key: REFUSED[key]})
+
+
+def test_a_refused_file_leaves_nothing(tmp_path: Path, own_cache: Path):
+    file = gguf_files.write(
+        tmp_path / "t.gguf", gguf_files.network("llama"), change=lambda values, _: values.update({"logit_scale": 0.5})
+    )
+    with pytest.raises(SitelensError, match=r"t\.gguf: its metadata llama\.logit_scale = 0\.5"):
         load_model(file)
     assert [name for name in files(own_cache / "models") if not name.endswith(".lock")] == []
 
@@ -226,9 +259,8 @@ def test_metadata_that_change_the_computation_are_refused_by_name(tmp_path: Path
     ],
     ids=str,
 )
-def test_metadata_that_change_nothing_are_borne(tmp_path: Path, keys: dict[str, Any]):
-    network = gguf_files.network("llama")
-    assert_same(gguf_files.write(tmp_path / "t.gguf", network, change=lambda values, _: values.update(keys)), network)
+def test_metadata_that_change_nothing_are_borne(plain: Any, keys: dict[str, Any]):
+    assert configured(plain, keys).to_dict() == configured(plain, {}).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -239,17 +271,10 @@ def test_metadata_that_change_nothing_are_borne(tmp_path: Path, keys: dict[str, 
         ({"general.architecture": "falcon"}, "architecture 'falcon', which is not converted.*original Hugging Face"),
     ],
 )
-def test_what_is_no_language_model_of_a_known_kind_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, general: dict[str, str], message: str
-):
-    read = conversion.read_gguf
-    file = gguf_files.write(tmp_path / "tiny.gguf", gguf_files.network("llama"))
-    monkeypatch.setattr(
-        conversion, "read_gguf",
-        lambda parts: dataclasses.replace(found := read(parts), values=dict(found.values) | general),
-    )  # fmt: skip
+def test_what_is_no_language_model_of_a_known_kind_is_refused(plain: Any, general: dict[str, str], message: str):
+    values, shapes = plain
     with pytest.raises(SitelensError, match=message):
-        load_model(file)
+        config_of("tiny.gguf", values | general, shapes, np.ones)
 
 
 def drop(*names: str) -> gguf_files.Change:
@@ -446,6 +471,23 @@ def gguf(tmp_path: Path, model_bytes: bytes) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def converted_bytes(model_bytes: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the file is converted to."""
+    folder = tmp_path_factory.mktemp("converted")
+    (folder / "tiny.gguf").write_bytes(model_bytes)
+    with settings.using(cache_dir=folder):
+        return gguf_folder(folder / "tiny.gguf")
+
+
+@pytest.fixture
+def whole(converted_bytes: Path, own_cache: Path) -> Path:
+    """The converted model in the test's own cache."""
+    target = own_cache / "models" / converted_bytes.name
+    shutil.copytree(converted_bytes, target)
+    return target
+
+
 def test_a_gguf_file_is_converted_once_and_loads_as_it_was(reader: Conversions, gguf: Path, tmp_path: Path):
     same = tmp_path / "copy.gguf"
     shutil.copy(gguf, same)
@@ -500,23 +542,27 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
     "no manifest": lambda folder: (folder / "sitelens.json").unlink(),
     "empty folder": lambda folder: [path.unlink() for path in folder.iterdir()],
-    **{
-        f"manifest {text!r}": manifest(text)
-        for text in ("", "{", "{}", "[]", "null", '{"files": {}}', '{"files": []}', '{"files": {"config.json": 1}}')
-    },
 }
+MANIFESTS = ("", "{", "{}", "[]", "null", '{"files": {}}', '{"files": []}', '{"files": {"config.json": 1}}')
+
+
+@pytest.mark.parametrize("text", MANIFESTS)
+def test_a_manifest_that_says_nothing_makes_no_whole_model(tmp_path: Path, text: str):
+    manifest(text)(tmp_path)
+    assert not conversion.is_whole(tmp_path)
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_conversion_is_noticed_and_made_anew(reader: Conversions, gguf: Path, damage: Callable[[Path], Any]):
-    folder = gguf_folder(gguf)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    damage(folder)
-    with pytest.warns(SitelensWarning, match=f"{folder.name} is damaged; the model is .*converted anew"):
-        assert gguf_folder(gguf) == folder
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert gguf_folder(gguf) == folder  # no warning
-    assert len(reader.read) == 2
+def test_a_damaged_conversion_is_noticed_and_made_anew(
+    reader: Conversions, whole: Path, gguf: Path, damage: Callable[[Path], Any]
+):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    damage(whole)
+    with pytest.warns(SitelensWarning, match=f"{whole.name} is damaged; the model is .*converted anew"):
+        assert gguf_folder(gguf) == whole
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+    assert gguf_folder(gguf) == whole  # no warning
+    assert len(reader.read) == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
@@ -545,6 +591,186 @@ def test_threads_that_load_at_once_convert_once(reader: Conversions, gguf: Path)
     for thread in threads:
         thread.join()
     assert len(reader.read) == 1 and found == reader.folders() * 4
+
+
+# What cannot be read is not damaged; what cannot be written costs nothing
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: int) -> list[str]:
+    """From now on, files of this name cannot be opened for reading. Returns those that were asked for."""
+    real, asked = builtins.open, []
+
+    def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if Path(str(file)).name == name and "r" in mode:
+            asked.append(str(file))
+            raise OSError(error, os.strerror(error), str(file))
+        return real(file, mode, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", opened)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["sitelens.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_model_that_cannot_be_read_is_left_as_it_is(
+    reader: Conversions, whole: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: int
+):
+    folder = whole
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as broken:
+        assert failing(broken, name, error) == []
+        with pytest.raises(SitelensError, match=f"{name} cannot be read: {os.strerror(error)}.*left as it is"):
+            gguf_folder(gguf)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert gguf_folder(gguf) == folder and reader.read == []
+
+
+def test_one_stale_handle_is_nothing(reader: Conversions, whole: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, real, first = whole, builtins.open, []
+
+    def opened(file: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(str(file)).name == "sitelens.json" and not first:
+            first.append(file)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", opened)
+    assert gguf_folder(gguf) == folder and first and reader.read == []
+
+
+def test_a_folder_where_a_file_was_is_not_removed(whole: Path, gguf: Path):
+    folder = whole
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(SitelensError, match=r"model\.safetensors cannot be read: it is a folder, not a file"):
+        gguf_folder(gguf)
+    assert (folder / "config.json").exists()
+
+
+def test_a_damaged_model_stays_until_the_new_one_is_whole(
+    reader: Conversions, whole: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = whole
+    flip(folder / "model.safetensors")
+
+    def refuses(*_: Any) -> None:
+        raise SitelensError("no network")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(conversion, "read_gguf", refuses)
+        with pytest.warns(SitelensWarning, match="damaged"), pytest.raises(SitelensError, match="no network"):
+            gguf_folder(gguf)
+    assert (folder / "model.safetensors").exists()
+    assert reader.folders() == [folder]
+
+
+@pytest.mark.parametrize("step", ["rename", "mkdir"])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS])
+def test_a_cache_that_cannot_be_written_costs_no_model(
+    reader: Conversions, gguf: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: int
+):
+    def refuses(*arguments: Any, **options: Any) -> None:
+        place = str(arguments[-1] if step == "rename" else arguments[0])
+        if str(reader.cache) in place:
+            raise OSError(error, os.strerror(error))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(conversion, "_elsewhere", {})
+    owner = os if step == "rename" else Path
+    real = getattr(owner, step)
+    monkeypatch.setattr(owner, step, refuses)
+    with pytest.warns(
+        SitelensWarning, match=rf"models cannot be written \({os.strerror(error)}\): tiny\.gguf was conv"
+    ):
+        folder = gguf_folder(gguf)
+    assert reader.cache not in folder.parents and conversion.is_whole(folder)
+    n = len(reader.read)
+    assert gguf_folder(gguf) == folder and len(reader.read) == n  # kept for this process, and said once
+
+
+def test_a_whole_model_needs_no_lock(whole: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(conversion, "locked", None)
+    assert gguf_folder(gguf) == whole
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS])
+def test_without_locks_a_model_is_converted_all_the_same(gguf: Path, monkeypatch: pytest.MonkeyPatch, error: int):
+    def refuses(*_: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    lock = conversion.folder_of(hashlib.sha256(gguf.read_bytes()).hexdigest()).with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))  # left by a process of long ago
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    assert conversion.is_whole(gguf_folder(gguf))
+
+
+def test_waiting_for_a_lock_is_said_and_ends(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(folders, "SAY_AFTER", 0.05)
+    monkeypatch.setattr(folders, "GIVE_UP_AFTER", 0.3)
+    lock = conversion.folder_of(hashlib.sha256(gguf.read_bytes()).hexdigest()).with_suffix(".lock")
+    with (
+        folders.locked(lock, "converting it"),
+        pytest.raises(SitelensError, match=f"process {os.getpid()}.*{lock.name}"),
+    ):
+        gguf_folder(gguf)
+    assert f"waiting for another process (process {os.getpid()}" in capsys.readouterr().err
+    assert conversion.is_whole(gguf_folder(gguf))
+
+
+def test_what_killed_conversions_left_is_swept_and_live_work_is_not(reader: Conversions, gguf: Path):
+    sha256 = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    left = [reader.cache / f"{folders.WORK}killed", reader.cache / f"gguf-{sha256[:16]}.abc.tmp"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / ".lock").touch()
+    with folders.work_folder(reader.cache) as live:
+        whole = gguf_folder(gguf)
+        assert sorted(reader.folders()) == sorted([live, whole])
+    assert reader.folders() == [whole]
+
+
+def test_permissions_follow_the_umask(reader: Conversions, gguf: Path):
+    before = os.umask(0o002)
+    try:
+        folder = gguf_folder(gguf)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o664"}
+    assert {oct(path.stat().st_mode & 0o777) for path in (folder, reader.cache)} == {"0o775"}
+    assert oct(folder.with_suffix(".lock").stat().st_mode & 0o777) == "0o664"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a link", "a dangling link"])
+def test_a_cache_behind_a_link_works(reader: Conversions, gguf: Path, tmp_path: Path, there: bool):
+    target = tmp_path / "disk"
+    if there:
+        target.mkdir()
+    reader.cache.parent.mkdir()
+    reader.cache.symlink_to(target)
+    assert conversion.is_whole(gguf_folder(gguf))
+    assert reader.cache.is_symlink() and len(list(target.glob("gguf-*[0-9a-f]"))) == 1
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_model_that_is_a_link_is_used_and_its_target_never_removed(
+    reader: Conversions, gguf: Path, tmp_path: Path, damaged: bool
+):
+    folder = gguf_folder(gguf)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert gguf_folder(gguf) == folder and len(reader.read) == 1
+    if damaged:
+        flip(tmp_path / "elsewhere" / "model.safetensors")
+        with pytest.warns(SitelensWarning, match="damaged"):
+            assert gguf_folder(gguf) == folder
+    else:
+        shutil.rmtree(tmp_path / "elsewhere")  # the link leads nowhere
+        assert gguf_folder(gguf) == folder
+    assert conversion.is_whole(folder) and (tmp_path / "elsewhere").exists() is damaged
 
 
 # Packaged models

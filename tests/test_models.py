@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -424,6 +425,50 @@ def test_a_folder_that_is_no_whole_model_is_refused(tmp_path: Path, damage: Call
     folder = saved(tmp_path / "model")
     damage(folder)
     with pytest.raises(SitelensError, match=r"model'? could not be loaded"):
+        load_model(folder)
+
+
+def weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], name: str = "model.safetensors") -> None:
+    """Change a folder's weights."""
+    content = load_file(folder / name)
+    change(content)
+    save_file(content, folder / name, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("model.layers.1.mlp.up_proj.weight"), "no weights model.layers.1.mlp.up_proj.weight"),
+        (lambda state: state.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
+         "no place for its weights model.layers.0.self_attn.q_proj.bias"),
+        (lambda state: state.update({"model.layers.2.input_layernorm.weight": torch.ones(32)}),
+         "no place for its weights model.layers.2.input_layernorm.weight"),
+        (lambda state: state.update({"model.norm.weight": torch.ones(31)}), "model.norm.weight|mismatch|size"),
+        (lambda state: [state.clear(), state.update({"base_model.model.layers.0.lora_A.weight": torch.ones(2, 2)})],
+         "no weights .* and 1[0-9] more"),
+    ],
+    ids=["missing", "a bias", "another layer", "another size", "an adapter alone"],
+)  # fmt: skip
+def test_weights_that_do_not_match_the_configuration_are_named(tmp_path: Path, change: Any, message: str):
+    folder = saved(tmp_path / "model")
+    weights(folder, change)
+    with pytest.raises(SitelensError, match=rf"(?s)could not be loaded: .*{message}"):
+        load_model(folder)
+
+
+def test_what_a_network_computes_itself_may_lie_in_its_checkpoint(tmp_path: Path):
+    folder = saved(tmp_path / "model")
+    weights(folder, lambda state: state.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert fingerprint(load_model(folder)) == fingerprint(micro.bridge("Llama"))
+
+
+def test_half_of_a_checkpoint_in_parts_is_refused(tmp_path: Path):
+    folder = tmp_path / "model"
+    micro.raw("Llama").save_pretrained(folder, max_shard_size="20KB")
+    micro.tokenizer().save_pretrained(folder)
+    assert fingerprint(load_model(folder)) == fingerprint(micro.bridge("Llama"))
+    next(iter(sorted(folder.glob("model-*.safetensors")))).unlink()
+    with pytest.raises(SitelensError, match="could not be loaded"):
         load_model(folder)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
 import multiprocessing
 import os
@@ -298,6 +300,127 @@ def test_a_file_is_a_json_header_and_raw_numbers(tmp_path: Path):
     assert json.loads(header["__metadata__"]["sitelens"])["spec"] == SMALL.spec
     assert header["z"] == {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
     assert content[8 + length :] == SMALL.tensors["z"].numpy().tobytes()  # nothing more: no pickle
+
+
+# What cannot be read is not damaged, what cannot be written costs nothing
+
+
+def broken_open(monkeypatch: pytest.MonkeyPatch, error: int, mode: str = "r") -> None:
+    """Artifacts cannot be opened any more, for reading ("r") or writing ("x")."""
+    real = builtins.open
+
+    def opened(file: Any, how: str = "r", *arguments: Any, **options: Any) -> Any:
+        if mode in how and Path(str(file)).suffix in (".safetensors", ".tmp"):
+            raise OSError(error, os.strerror(error), str(file))
+        return real(file, how, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", opened)
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE], ids=os.strerror)
+def test_an_artifact_that_cannot_be_read_is_left_as_it_is(store: Store, monkeypatch: pytest.MonkeyPatch, error: int):
+    path = store.put(numbered(1))
+    with monkeypatch.context() as broken:
+        broken_open(broken, error)
+        with pytest.warns(SitelensWarning, match=f"cannot be read: {os.strerror(error)}.*goes on without it") as said:
+            assert [store.get("embedding", {"n": 1}) for _ in range(3)] == [None] * 3
+        assert len(said) == 1
+        with pytest.raises(SitelensError, match="cannot be read") as caught:
+            Artifact.load(path)
+        assert not isinstance(caught.value, DamagedArtifactError)
+        assert store.entries()["kind"].tolist() == ["unreadable"]
+        assert store.clear("damaged") == 0
+    assert same(numbered(1), store.get("embedding", {"n": 1}))
+
+
+def test_a_folder_in_an_artifacts_place_is_no_damage(store: Store):
+    path = store.path("embedding", {"n": 1})
+    path.mkdir(parents=True)
+    with pytest.warns(SitelensWarning, match="it is a folder, not a file"):
+        assert store.get("embedding", {"n": 1}) is None
+    assert path.is_dir()
+
+
+def test_a_file_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch):
+    path, real, opened = store.put(numbered(1)), builtins.open, []
+    monkeypatch.setattr(builtins, "open", lambda file, *rest, **more: opened.append(file) or real(file, *rest, **more))
+    assert same(numbered(1), store.get("embedding", {"n": 1}))
+    assert opened == [path]
+
+
+def test_a_good_artifact_that_takes_a_damaged_ones_place_just_then_stays(store: Store, monkeypatch: pytest.MonkeyPatch):
+    path = store.put(numbered(1))
+    good, replace = path.read_bytes(), os.replace
+    path.write_bytes(good[:-1])
+
+    def replaced(source: Any, target: Any) -> None:
+        if str(target).endswith(store_module.DAMAGED):
+            path.write_bytes(good)  # another process is quicker than the setting aside
+        replace(source, target)
+
+    with monkeypatch.context() as raced:
+        raced.setattr(os, "replace", replaced)
+        with pytest.warns(SitelensWarning, match="made anew"):
+            assert store.get("embedding", {"n": 1}) is None
+    assert files(store.root) == [path.name]
+    assert same(numbered(1), store.get("embedding", {"n": 1}))
+
+
+def test_a_damaged_artifact_goes_when_the_new_one_is_whole(store: Store):
+    path = store.put(numbered(1))
+    path.write_bytes(b"rubbish")
+    with pytest.warns(SitelensWarning, match="made anew"):
+        store.get("embedding", {"n": 1})
+    assert files(store.root) == [path.with_suffix(store_module.DAMAGED).name]
+    assert store.entries()["kind"].tolist() == ["damaged"]
+    store.put(numbered(1))
+    assert files(store.root) == [path.name]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT], ids=os.strerror)
+def test_a_store_that_cannot_be_written_says_so_once(store: Store, monkeypatch: pytest.MonkeyPatch, error: int):
+    store.put(numbered(1))
+    broken_open(monkeypatch, error, "x")
+    with pytest.warns(SitelensWarning, match=f"cannot be kept in the cache .*{os.strerror(error)}") as said:
+        assert store.put(numbered(2)) is None and store.put(numbered(3)) is None
+    assert len(said) == 1 and len(files(store.root)) == 1
+
+
+def test_a_full_disk_leaves_no_half_file(store: Store, monkeypatch: pytest.MonkeyPatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(SitelensWarning, match="No space left"):
+        assert store.put(numbered(1)) is None
+    assert files(store.root) == []
+
+
+def test_a_file_where_the_cache_should_be_costs_nothing(tmp_path: Path):
+    (tmp_path / "cache").write_text("mine")
+    with pytest.warns(SitelensWarning, match="cannot be kept in the cache"):
+        assert Store(tmp_path / "cache" / "artifacts").put(numbered(1)) is None
+    assert Store(tmp_path / "cache" / "artifacts").get("embedding", {"n": 1}) is None
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a link", "a dangling link"])
+def test_a_store_behind_a_link_works(tmp_path: Path, there: bool):
+    if there:
+        (tmp_path / "disk").mkdir()
+    (tmp_path / "artifacts").symlink_to(tmp_path / "disk")
+    store = Store(tmp_path / "artifacts")
+    store.put(numbered(1))
+    assert same(numbered(1), store.get("embedding", {"n": 1})) and (tmp_path / "disk" / "embedding").is_dir()
+
+
+def test_permissions_follow_the_umask(store: Store):
+    before = os.umask(0o002)
+    try:
+        path = store.put(numbered(1))
+    finally:
+        os.umask(before)
+    assert path is not None
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o664, 0o775)
 
 
 # Writing is all or nothing

@@ -159,12 +159,13 @@ def config_of(name: str, values: Mapping[str, Any], tensors: Mapping[str, tuple[
     found["tie_word_embeddings"] = "output.weight" not in tensors
     found |= dict(kind.fixed)
     found |= {own: value for key, own in kind.read.items() if (value := meta.get(key)) is not None}
+    # None where the file names none: the class's own defaults are those of one checkpoint
     found |= {
-        own: value
-        for own, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()
-        if (value := values.get(f"tokenizer.ggml.{key}_token_id")) is not None
-        for own in [f"{own}_token_id"]
+        f"{own}_token_id": values.get(f"tokenizer.ggml.{key}_token_id")
+        for own, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items()
     }
+    if (unknown := values.get("tokenizer.ggml.unknown_token_id")) is not None:
+        found["unk_token_id"] = unknown
     _particulars(meta, kind, found, tensors, head_dim)
     if kind.rope:
         found |= rope_parameters(meta, kind.partial_rotary, head_dim, length, tensors, factors)
