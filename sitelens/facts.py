@@ -188,7 +188,7 @@ def bridge_facts(model: TransformerBridge, modules: Iterable[tuple[str, nn.Modul
             known = () if inner is None else [id(tensor) for tensor in inner._parameters.values()]
             for key, value in vars(module).items():
                 if type(value) in _SCALARS:
-                    if key not in _BESIDE and key not in _PASSING:
+                    if key not in _BESIDE and (key[0] != "_" or key in _PRIVATE_SWITCHES):
                         switches[key] = value
                 elif isinstance(value, Tensor) and not key.startswith("_") and id(value) not in known:
                     facts._tensor(f"{name}.{key}", value)
@@ -214,8 +214,13 @@ def modules_of(model: TransformerBridge, hook_points: bool = False) -> Iterator[
                     pending.append((start + key, child))
 
 
-# What a bridge notes about one forward pass, or about its model beside the computation.
-_PASSING = frozenset({"_capture_hooks_wired", "_fired_hook_out", "_suppress_next_hook_in", "name", "optional"})
+# A wrapper's private attributes are notes about its last forward pass, but for these.
+_PRIVATE_SWITCHES = frozenset(
+    """
+    _output_contribution_scale _uses_rms_norm_override _uses_weight_offset_override _qk_norm_phase _qk_norm_per_head
+    _reorder_and_upcast_attn
+    """.split()  # noqa: SIM905 (a table of names)
+)
 _BRIDGE_BOOKKEEPING = frozenset(
     """
     model_name device n_devices default_prepend_bos default_padding_side tokenizer_name tokenizer_prepends_bos

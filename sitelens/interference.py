@@ -63,7 +63,7 @@ def heard(model: TransformerBridge) -> str | None:
             if inside[attribute]:
                 for hook in inside[attribute].values():
                     if kind is HookPoint or is_foreign(hook):
-                        return f"{_HOOKS[attribute]} on {name}"
+                        return f"{_HOOKS[attribute]} on {_usual_name(name, module, model)}"
         if kind is HookPoint:
             continue
         classes.add(kind)
@@ -73,6 +73,12 @@ def heard(model: TransformerBridge) -> str | None:
         if inside.get("_compiled_call_impl") is not None:
             return f"torch.compile on {name}"
     return _replaced_code(classes) or _attention(model)
+
+
+def _usual_name(name: str, module: nn.Module, model: TransformerBridge) -> str:
+    """The name by which TransformerLens's users know a hook point, such as blocks.0.attn.hook_z."""
+    names = [alias for alias, point in model.hook_dict.items() if point is module]
+    return next((alias for alias in names if not alias.endswith(("hook_in", "hook_out"))), name)
 
 
 def heard_in_tokenizer(tokenizer: Any) -> str | None:

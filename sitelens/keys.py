@@ -99,7 +99,7 @@ def _numbers(model: Model) -> list[Any]:
     casts = [[kind, torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))] for kind in kinds]
     casts = [cast[:2] if not cast[1] else cast for cast in casts]  # a dtype that is not in use plays no part
     flags = [
-        str(getattr(backend, flag, None))
+        str(getattr(backend, flag, None)).replace("none", "ieee")  # what PyTorch computes with where nothing is set
         for backend in (torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn)
         for flag in _FLAGS
     ]
