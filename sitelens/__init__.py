@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sitelens import heads as heads
     from sitelens import methods as methods
     from sitelens import studies as studies
+    from sitelens.ablation import Ablate as Ablate
     from sitelens.catalogue import list_models as list_models
     from sitelens.comparison import by_method as by_method
     from sitelens.comparison import compare as compare
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from sitelens.transfer import transfer_matrix as transfer_matrix
 
 _HOMES = {
+    "ablation": ("Ablate",),
     "comparison": ("by_method", "compare", "comparison_scores", "comparison_table"),
     "conditions": ("Condition", "FewShot", "PatchHeads", "ZeroShot"),
     "config": ("TrainConfig",),
@@ -92,7 +94,8 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"sitelens.{name}")
     if name == "Condition":
-        importlib.import_module("sitelens.methods")  # whose kinds of conditions `Condition.load` knows from then on
+        for room in ("ablation", "methods"):  # whose kinds of conditions `Condition.load` knows from then on
+            importlib.import_module(f"sitelens.{room}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'sitelens' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sitelens.{_HOME_OF[name]}"), name)

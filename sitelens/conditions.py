@@ -31,17 +31,17 @@ Steps = Literal["prompt", "every"]
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A last-token edit of every head: alpha, the vectors mixed in, and how (see `HeadEdit.mix`)."""
+    """An edit of every head: alpha, the vectors mixed in, and how (see `HeadEdit.mix`)."""
 
     alpha: Float[Tensor, "layer head"]
     vectors: Float[Tensor, "layer head d_head"]
     mixing: Mixing = "convex"
 
-    def edit(self, model: Model) -> HeadEdit:
-        """As one row for `model`, on its device."""
+    def edit(self, model: Model, everywhere: bool = False) -> HeadEdit:
+        """As one row for `model`, on its device; of the last token, or of all positions."""
         dtype, device = computing_dtype(model), model.cfg.device
         alpha, vectors = self.alpha.to(device, dtype), self.vectors.to(device, dtype)
-        return HeadEdit.mix(alpha[None], vectors[None], self.mixing)
+        return HeadEdit.mix(alpha[None], vectors[None], self.mixing, everywhere)
 
 
 class Condition(ABC):
@@ -54,7 +54,7 @@ class Condition(ABC):
     """
 
     n_shots: int = 0
-    positions: ClassVar[Positions] = "all"
+    positions: Positions = "all"
     steps: Steps = "prompt"
     kinds: ClassVar[dict[str, type[Condition]]] = {}
 
@@ -178,8 +178,25 @@ class ZeroShot(FewShot):
             raise SitelensError(f"ZeroShot has no demonstrations: use FewShot({self.n_shots})")
 
 
+class HeadPatch(Condition):
+    """A mask of heads and what is mixed in there, at the last prompt token or at all positions."""
+
+    positions: Positions = "last"
+
+    @abstractmethod
+    def head_patch(self, model: Model) -> Patch:
+        """The mask and the vectors, checked against `model`."""
+
+    def patch(self, model: Model) -> Patch | None:
+        patch = self.head_patch(model)
+        return patch if self.positions == "last" else None
+
+    def fwd_hooks(self, model: Model) -> list[Hook]:
+        return self.head_patch(model).edit(model, everywhere=self.positions == "all").hooks()
+
+
 @dataclass(frozen=True, eq=False)
-class PatchHeads(Condition):
+class PatchHeads(HeadPatch):
     """Task injection: the heads' z at the last prompt token is mixed with the task embedding by alpha.
 
     Soft, hard, random, high-alpha, low-alpha, task-agnostic and cross-task patching differ only in `selection`
@@ -208,13 +225,10 @@ class PatchHeads(Condition):
                 f"{shapes[1]} come from different models"
             )
 
-    def patch(self, model: Model) -> Patch:
+    def head_patch(self, model: Model) -> Patch:
         self.selection.check_fits(model)
         self.embedding.check_fits(model)
         return Patch(self.selection.alpha, self.embedding.mean_z, self.mixing)
-
-    def fwd_hooks(self, model: Model) -> list[Hook]:
-        return self.patch(model).edit(model).hooks()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Alpha, mean_z, and what is known of both."""

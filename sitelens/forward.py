@@ -33,20 +33,25 @@ Hook = tuple[str, Callable[..., Any]]
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit:
-    """The one intervention, for each row: z <- keep * z + weight * vector at the last prompt token of every head."""
+    """The one intervention, for each row: z <- keep * z + weight * vector for every head.
+
+    It is made at the last prompt token, or, where `everywhere`, at all positions.
+    """
 
     keep: Float[Tensor, "row layer head"]
     weight: Float[Tensor, "row layer head"]
     vectors: Float[Tensor, "row layer head d_head"]
+    everywhere: bool = False
 
     @staticmethod
     def mix(
         alpha: Float[Tensor, "row layer head"],
         vectors: Float[Tensor, "row layer head d_head"],
         mixing: Mixing = "convex",
+        everywhere: bool = False,
     ) -> HeadEdit:
         """Convex: z <- (1 - alpha) z + alpha v (the paper's). Additive: z <- z + alpha v."""
-        return HeadEdit(1 - alpha if mixing == "convex" else torch.ones_like(alpha), alpha, vectors)
+        return HeadEdit(1 - alpha if mixing == "convex" else torch.ones_like(alpha), alpha, vectors, everywhere)
 
     @staticmethod
     def stack(edits: Sequence[HeadEdit]) -> HeadEdit:
@@ -56,14 +61,14 @@ class HeadEdit:
 
     def rows(self, index: Int[Tensor, " chosen"]) -> HeadEdit:
         """The chosen rows; a row may be chosen often."""
-        return HeadEdit(self.keep[index], self.weight[index], self.vectors[index])
+        return HeadEdit(self.keep[index], self.weight[index], self.vectors[index], self.everywhere)
 
     def apply(self, z: Float[Tensor, "row pos head d_head"], layer: int) -> Float[Tensor, "row pos head d_head"]:
-        """A new z whose last position is edited; the mixing runs in this edit's dtype, the result has z's."""
+        """A new, edited z; the mixing runs in this edit's dtype, the result has z's."""
         keep, weight, vector = (side[layer].to(z.device) for side in self._by_layer)
-        last = z if z.shape[1] == 1 else z[:, -1:]
-        edited = torch.addcmul(last.to(keep.dtype) * keep, weight, vector).to(z.dtype)
-        return edited if z.shape[1] == 1 else torch.cat([z[:, :-1], edited], dim=1)
+        whole = self.everywhere or z.shape[1] == 1
+        edited = torch.addcmul((z if whole else z[:, -1:]).to(keep.dtype) * keep, weight, vector).to(z.dtype)
+        return edited if whole else torch.cat([z[:, :-1], edited], dim=1)
 
     @functools.cached_property
     def _by_layer(self) -> tuple[tuple[Tensor, ...], ...]:

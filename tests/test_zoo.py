@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import sitelens as sl
-from sitelens.heads import head_attribution
+from sitelens.heads import (
+    ROLES,
+    SINK,
+    attention,
+    attention_example,
+    attention_roles,
+    head_attribution,
+    induction_scores,
+)
 from sitelens.heads.writing import written
 from sitelens.models import head_shape
 from sitelens.prompts import few_shot_prompts, tokenize
@@ -63,3 +71,53 @@ def test_a_write_that_passes_a_norm_needs_a_prompt() -> None:
     model = zoo.bridge("Gemma 2")
     with pytest.raises(sl.SitelensError, match="give prompts"):
         written(torch.zeros(head_shape(model)), model)
+
+
+# -- attention --
+
+UNSEEN = {"OPT"}  # whose bridge runs attention without showing its pattern
+
+
+@pytest.mark.parametrize("name", architectures)
+def test_attention_is_that_of_the_raw_model_or_refused(name: str) -> None:
+    model, heads = zoo.bridge(name), [(0, 0), (1, 3), (1, 2)]
+    text = "Q: aa bb ab ac ad ae ba bc\nA:"
+    if name in UNSEEN:
+        with pytest.raises(sl.SitelensError, match=r"does not show the attention of layers 0, 1"):
+            attention(text, heads, model)
+        return
+    found = attention([text, "Q: aa\nA:"], heads, model)
+    for row, one in ((0, text), (1, "Q: aa\nA:")):
+        ids = torch.tensor([micro.tokenizer()(one)["input_ids"]])
+        if not name.startswith("Falcon"):  # which computes other logits when asked for its attention
+            weights = zoo.attentions(name, ids)
+            expected = torch.stack([weights[layer][0, head, -1] for layer, head in heads])
+            torch.testing.assert_close(found[row, :, -ids.shape[1] :], expected, rtol=1e-4, atol=1e-5)
+        assert not found[row, :, : -ids.shape[1]].any()
+    if name == "GPT-OSS":
+        assert (found.sum(-1) < 0.99).all() and (found.sum(-1) > 0.01).all()
+    else:
+        torch.testing.assert_close(found.sum(-1), torch.ones(2, 3))
+
+
+def test_attention_sinks_are_a_role_of_their_own() -> None:
+    model, task = zoo.bridge("GPT-OSS"), micro.task()
+    roles = attention_roles(task, [(0, 1)], model, n_prompts=2, n_shots=1)
+    assert roles["role"].tolist() == [*ROLES, SINK] and roles["share"].sum() == pytest.approx(1, abs=1e-5)
+    frame = attention_example("Q: aa\nA:", "L0H1", model)
+    assert frame["role"].iloc[-1] == SINK and frame["0.1"].sum() == pytest.approx(1, abs=1e-5)
+    ids = torch.tensor([micro.tokenizer()("Q: aa\nA:")["input_ids"]])
+    on_tokens = float(zoo.attentions("GPT-OSS", ids)[0][0, 1, -1].sum())
+    assert frame["0.1"].iloc[-1] == pytest.approx(1 - on_tokens, abs=1e-5) and on_tokens < 0.99
+    assert SINK not in set(attention_roles(task, [(0, 1)], zoo.bridge("Llama"), n_prompts=2, n_shots=1)["role"])
+
+
+def test_a_bridge_that_shows_no_attention_is_refused_everywhere() -> None:
+    model = zoo.bridge("OPT")
+    for call in (
+        lambda: attention_roles(micro.task(), None, model, n_prompts=2, n_shots=1),
+        lambda: attention_example("Q: aa\nA:", [(0, 0)], model),
+        lambda: induction_scores(model, n_rows=1, length=4),
+    ):
+        with pytest.raises(sl.SitelensError, match="does not show the attention"):
+            call()

@@ -143,6 +143,14 @@ def blocks(network: Any) -> list[nn.Module]:
     return list(named(network, re.compile(r"\.(h|layers|blocks)\.\d+$")).values())
 
 
+@torch.no_grad()
+def attentions(name: str, ids: Tensor) -> list[Tensor]:
+    """Every layer's attention weights `[row head pos pos]` as the raw model gives them."""
+    network = copy.deepcopy(raw(name))
+    network.set_attn_implementation("eager")
+    return network(ids, output_attentions=True, use_cache=False).attentions
+
+
 def frozen(norm: Any, name: str, x: Tensor, architecture: str) -> Callable[[Tensor], Tensor]:
     """A norm with its scale held at x, by its weights: Gemma and Nemotron keep theirs less one, OLMo has none."""
     weight = getattr(norm, "weight", None)

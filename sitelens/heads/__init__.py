@@ -1,6 +1,7 @@
 """What a single head does: what it writes, what it attends to, and what it is known as."""
 
 from sitelens.heads.attention import ROLES as ROLES
+from sitelens.heads.attention import SINK as SINK
 from sitelens.heads.attention import attention as attention
 from sitelens.heads.attention import attention_example as attention_example
 from sitelens.heads.attention import attention_roles as attention_roles

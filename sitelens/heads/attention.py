@@ -1,41 +1,61 @@
 """What heads attend to at the last prompt token, and the attention that names them.
 
-Induction and previous-token heads (Olsson et al. 2022) are scored on repeated random tokens.
+In a model with attention sinks (GPT-OSS) a head's weights add up to less than one: the sink, a logit of the head's own
+that stands for no token, takes the rest. It is a role of its own here, apart from the first token. Induction and
+previous-token heads (Olsson et al. 2022) are scored on repeated random tokens.
 """
 
 from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sitelens.defaults import SitelensError
-from sitelens.heads.common import all_heads, checked_heads, like_prompts, per_head, valid_items, watch
+from sitelens.heads.common import (
+    all_heads,
+    checked_heads,
+    like_prompts,
+    per_head,
+    task_or_texts,
+    text_batch,
+    valid_items,
+    watch,
+)
 from sitelens.memory import MAX_TOKENS
-from sitelens.models import Model, context_length, head_shape, own_tokenizer, resolve_model
+from sitelens.models import Model, context_length, head_shape, model_dtype, model_name, own_tokenizer, resolve_model
 from sitelens.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, prompt_parts, tokenize
-from sitelens.tasks import Example, Task, load_task
+from sitelens.selection import Heads
+from sitelens.tasks import Example, Task
 from sitelens.tokenizers import added, spans
 
 FIRST = "first token"  # where a head looks that looks at nothing: a role of its own
 ROLES = (FIRST, "demonstration input", "demonstration answer", "query", "template")
+SINK = "attention sink"  # what falls on no token, in a model that has such sinks
+TEXT = "text"  # of a prompt of one's own, but for its first token
 
 
 def attention(
-    batch: PromptBatch, heads: Iterable[tuple[int, int]], model: Model | str | None = None
+    prompts: PromptBatch | str | Sequence[str], heads: Heads, model: Model | str | None = None
 ) -> Float[Tensor, "row head pos"]:
     """Each head's attention at the last prompt token over all positions (0 on padding), heads in the order given.
 
+    `prompts` is one text, a list of texts, or a PromptBatch; shorter ones are padded on the left. Rows add up to one,
+    but in a model with attention sinks, which take the rest.
+
     Raises:
-        SitelensError: if there is no such head.
+        SitelensError: if there is no such head, or the model's bridge does not show its attention.
     """
     model = resolve_model(model)
     chosen = checked_heads(heads, model)
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    batch = texts if isinstance(texts, PromptBatch) else text_batch(texts, model)
     found = torch.zeros(len(batch), len(chosen), batch.tokens.shape[1])
     for index in like_prompts(batch, model):
         part = batch.rows(index)
@@ -44,56 +64,58 @@ def attention(
         def keep(pattern: Tensor, layer: int, kept: dict[int, Tensor] = kept) -> None:
             kept[layer] = pattern[:, :, -1].float().cpu()
 
-        layers = {layer for layer, _ in chosen}
-        watch(part.tokens, model, {_pattern(layer): functools.partial(keep, layer=layer) for layer in layers})
+        _watch_patterns(part.tokens, model, {layer for layer, _ in chosen}, keep)
         for place, (layer, head) in enumerate(chosen):
             found[index, place, -part.tokens.shape[1] :] = kept[layer][:, head]
     return found
 
 
 def attention_example(
-    task: Task | str, heads: Iterable[tuple[int, int]], model: Model | str | None = None, *, n_shots: int = 3,
+    task: Task | str | Sequence[str], heads: Heads, model: Model | str | None = None, *, n_shots: int = 3,
     item: int = 0, seed: int = 0,
 ) -> pd.DataFrame:  # fmt: skip
     """One few-shot prompt, token by token: columns position, token, role, and one of attention for each head.
 
-    The attention is that of the last token; the query is the validation item with this index.
+    The attention is that of the last token; the query is the validation item with this index. A prompt of your own may
+    stand in the task's place; `n_shots`, `item` and `seed` play no part then. In a model with attention sinks their
+    share is a last row, at position -1.
 
     Raises:
         SitelensError: if there is no such head or item, and as `attention_roles`.
     """
-    task, model = load_task(task), resolve_model(model)
+    model = resolve_model(model)
     chosen = checked_heads(heads, model)
+    task = task_or_texts(task)
+    if isinstance(task, list):
+        if len(task) > 1:
+            raise SitelensError(f"attention_example shows one prompt, not {len(task)}")
+        batch = text_batch(task, model)
+        return _by_token(batch, [FIRST, *[TEXT] * (batch.tokens.shape[1] - 1)], chosen, model)
     if not 0 <= item < len(valid_items(task)):
         raise SitelensError(f"there is no valid item {item} of task {task.name!r}: items 0 to {len(task.valid) - 1}")
     demonstrations = draw_demonstrations(task, n_shots, task.valid[item], seed, "valid", item)
     batch, roles = _with_roles(task, [(demonstrations, task.valid[item])], model)
-    weights = attention(batch, chosen, model)[0]
-    tokenizer = own_tokenizer(model)
-    frame = pd.DataFrame({
-        "position": range(len(roles[0])), "token": [tokenizer.decode([i]) for i in batch.tokens[0].tolist()],
-        "role": roles[0],
-    })  # fmt: skip
-    return frame.assign(**{
-        f"{layer}.{head}": row.tolist() for (layer, head), row in zip(chosen, weights, strict=True)
-    })  # fmt: skip
+    return _by_token(batch, roles[0], chosen, model)
 
 
 def attention_roles(
-    task: Task | str, heads: Iterable[tuple[int, int]] | None = None, model: Model | str | None = None, *,
+    task: Task | str | Sequence[str], heads: Heads | None = None, model: Model | str | None = None, *,
     n_prompts: int = 20, n_shots: int = 10, seed: int = 0,
 ) -> pd.DataFrame:  # fmt: skip
-    """On what the last token's attention falls, by role: one row a head (default: all) and role, columns layer,
-    head, role, share.
+    """On what the last token's attention falls, by role: one row per head (default: all) and role, columns
+    layer, head, role, share.
 
     Means over few-shot prompts of the task, drawn as those of `embed_task`. Roles: the prompt's first token, the
-    demonstrations' inputs and answers, the query, and the template's own words.
+    demonstrations' inputs and answers, the query, the template's own words, and, in a model that has them, attention
+    sinks.
 
     Raises:
-        SitelensError: as `embed_task`, if there is no such head, for a chat template, or a tokenizer that cannot tell
-            where in a text its tokens stand.
+        SitelensError: as `embed_task`, if there is no such head, for prompts of your own, a chat template, a tokenizer
+            that cannot tell where in a text its tokens stand, or a model whose bridge does not show its attention.
     """
-    task, model = load_task(task), resolve_model(model)
+    task, model = task_or_texts(task), resolve_model(model)
+    if isinstance(task, list):
+        raise SitelensError("roles are known in a task's prompts only; for your own see attention, attention_example")
     chosen = all_heads(model) if heads is None else checked_heads(heads, model)
     drawn = []
     for i in range(n_prompts):
@@ -107,19 +129,23 @@ def attention_roles(
         mask = torch.tensor([[False] * (width - len(own)) + [kind == role for kind in own] for own in roles])
         shares = (weights * mask[:, None]).sum(-1).mean(0)
         rows += [(*head, role, share) for head, share in zip(chosen, shares.tolist(), strict=True)]
+    if _has_sinks(weights, model):
+        shares = 1 - weights.sum(-1).mean(0)
+        rows += [(*head, SINK, share) for head, share in zip(chosen, shares.tolist(), strict=True)]
     return pd.DataFrame(rows, columns=["layer", "head", "role", "share"])
 
 
 def induction_scores(
     model: Model | str | None = None, *, n_rows: int = 8, length: int = 40, seed: int = 0
 ) -> pd.DataFrame:
-    """Induction and previous-token scores: one row a head, columns layer, head, induction, previous_token.
+    """Induction and previous-token scores: one row per head, columns layer, head, induction, previous_token.
 
     Random tokens are shown twice in a row. induction: the mean attention from a token's second occurrence to the
     token behind its first (prefix matching, Olsson et al. 2022); previous_token: that to the position before.
 
     Raises:
-        SitelensError: if twice `length`, and a token before, is longer than the context.
+        SitelensError: if twice `length`, and a token before, is longer than the context, or the model's bridge does
+            not show its attention.
     """
     model = resolve_model(model)
     limit = context_length(model)
@@ -141,8 +167,7 @@ def induction_scores(
         found[1, layer] += weights[:, at, at - 1].mean(-1) * len(pattern) / n_rows
 
     for rows in tokens.split(max(1, MAX_TOKENS // tokens.shape[1])):
-        layers = range(model.cfg.n_layers)
-        watch(rows, model, {_pattern(layer): functools.partial(keep, layer=layer) for layer in layers})
+        _watch_patterns(rows, model, range(model.cfg.n_layers), keep)
     return per_head(found[0], "induction").assign(previous_token=found[1].flatten().tolist())
 
 
@@ -165,5 +190,58 @@ def _with_roles(
     return batch, roles
 
 
-def _pattern(layer: int) -> str:
-    return f"blocks.{layer}.attn.hook_pattern"
+def _by_token(
+    batch: PromptBatch, roles: list[str], heads: list[tuple[int, int]], model: Model
+) -> pd.DataFrame:  # fmt: skip
+    """The attention of one prompt's last token as a frame."""
+    weights, tokenizer = attention(batch, heads, model), own_tokenizer(model)
+    tokens = [tokenizer.decode([i]) for i in batch.tokens[0].tolist()]
+    frame = pd.DataFrame({"position": range(len(roles)), "token": tokens, "role": roles})
+    columns = {f"{layer}.{head}": row.tolist() for (layer, head), row in zip(heads, weights[0], strict=True)}
+    frame = frame.assign(**columns)
+    if _has_sinks(weights, model):
+        rest = {name: 1 - sum(column) for name, column in columns.items()}
+        frame = pd.concat([frame, pd.DataFrame([{"position": -1, "token": "", "role": SINK, **rest}])])
+    return frame.reset_index(drop=True)
+
+
+def _watch_patterns(
+    tokens: Int[Tensor, "row pos"], model: Model, layers: Iterable[int], see: Callable[[Tensor, int], None]
+) -> None:
+    """Show the attention pattern `[row head pos pos]` of some layers, each with its number.
+
+    Raises:
+        SitelensError: if the bridge of this architecture does not show it, or shows what is none.
+    """
+    points = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in layers}
+    seen: set[int] = set()
+
+    def look(pattern: Tensor, layer: int) -> None:
+        most = float(pattern.sum(-1).max())
+        if pattern.min() < 0 or most > 1 + _slack(pattern):
+            raise SitelensError(
+                f"{points[layer]} of {model_name(model)} is no attention pattern: a row adds up to {most:.3f}"
+            )
+        seen.add(layer)
+        see(pattern, layer)
+
+    shown = {layer: name for layer, name in points.items() if name in model.hook_dict}
+    watch(tokens, model, {name: functools.partial(look, layer=layer) for layer, name in shown.items()})
+    if missing := sorted(set(points) - seen):
+        raise SitelensError(
+            f"the TransformerLens bridge of {model_name(model)} does not show the attention of layer"
+            f"{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}: {points[missing[0]]} never fires, so "
+            "what its heads attend to cannot be told"
+        )
+
+
+def _slack(pattern: Tensor) -> float:
+    """By how much a row may miss one by rounding."""
+    return 1e-3 if pattern.dtype in (torch.float32, torch.float64) else 2e-2
+
+
+def _has_sinks(weights: Float[Tensor, "row head pos"], model: Model) -> bool:
+    """Whether some attention falls on no token: the model keeps logits for that, or rows add up to less than one."""
+    blocks: Any = model.blocks
+    kept = any(hasattr(getattr(block.attn, "original_component", None), "sinks") for block in blocks)
+    return kept or bool((1 - weights.sum(-1)).max() > _slack(torch.empty(0, dtype=model_dtype(model))))

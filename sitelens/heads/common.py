@@ -1,9 +1,9 @@
-"""What the files of this folder share: which heads, which prompts at once, and hooks that only look."""
+"""What the files of this folder share: which heads, which prompts (also one's own), and hooks that only look."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -13,24 +13,53 @@ from torch import Tensor
 
 from sitelens.defaults import SitelensError, settings
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
-from sitelens.models import Model, head_shape
+from sitelens.models import Model, context_length, head_shape, own_tokenizer
 from sitelens.network import all_positions, run_tokens
-from sitelens.prompts import PromptBatch
-from sitelens.tasks import Example, Task
+from sitelens.prompts import Prompt, PromptBatch, tokenize
+from sitelens.selection import Heads, head_pairs
+from sitelens.tasks import ENDINGS, Example, Task, load_task
 
 
-def checked_heads(heads: Iterable[tuple[int, int]], model: Model) -> list[tuple[int, int]]:
+def checked_heads(heads: Heads, model: Model) -> list[tuple[int, int]]:
     """The heads as (layer, head).
 
     Raises:
-        SitelensError: if the model has no such head.
+        SitelensError: as `head_pairs`.
     """
-    layers, width, _ = head_shape(model)
-    chosen = [(int(layer), int(head)) for layer, head in heads]
-    for layer, head in chosen:
-        if not (0 <= layer < layers and 0 <= head < width):
-            raise SitelensError(f"there is no head ({layer}, {head}): layers 0 to {layers - 1}, heads 0 to {width - 1}")
-    return chosen
+    return head_pairs(heads, *head_shape(model)[:2])
+
+
+def task_or_texts(given: Task | str | Sequence[str]) -> Task | list[str]:
+    """The task, or prompts of one's own in its place: a list of texts, or one text with white space.
+
+    No name of a task has white space, and the name of a task's file ends in .json, .csv or the like.
+
+    Raises:
+        SitelensError: as `load_task`.
+    """
+    if isinstance(given, str):
+        own = any(map(str.isspace, given)) and not given.lower().endswith(ENDINGS)
+        return [given] if own else load_task(given)
+    if isinstance(given, Task):
+        return given
+    if not given or not all(isinstance(text, str) for text in given):
+        raise SitelensError(f"expected a task or a list of prompts, not {given!r}")
+    return list(given)
+
+
+def text_batch(texts: Sequence[str], model: Model, answer: str | Sequence[str] | None = None) -> PromptBatch:
+    """Prompts as they stand, with one answer for all or one for each, as it continues them (" cold").
+
+    Raises:
+        SitelensError: if a text is empty or too long, or the number of answers is another.
+    """
+    answers = [answer] * len(texts) if answer is None or isinstance(answer, str) else list(answer)
+    if len(answers) != len(texts):
+        raise SitelensError(
+            f"there are {len(texts)} prompts and {len(answers)} answers: give one for all, or one for each"
+        )
+    prompts = [Prompt(text, () if one is None else (one,)) for text, one in zip(texts, answers, strict=True)]
+    return tokenize(prompts, own_tokenizer(model), context_length(model))
 
 
 def all_heads(model: Model) -> list[tuple[int, int]]:

@@ -10,24 +10,25 @@ import pandas as pd
 import torch
 from einops import rearrange
 
-from sitelens.defaults import settings
+from sitelens.defaults import SitelensError, settings
 from sitelens.embedding import TaskEmbedding
 from sitelens.forward import HeadEdit, LastToken, check_finite
-from sitelens.heads.common import per_head, valid_items
+from sitelens.heads.common import per_head, task_or_texts, text_batch, valid_items
 from sitelens.labels import warn_of_shared_first_tokens
 from sitelens.memory import chunks, crossed, prefix_bytes, step_cost
 from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
 from sitelens.prefix import PrefixCache
 from sitelens.progress import tracked
-from sitelens.prompts import draw_demonstrations, few_shot_prompt, tokenize
-from sitelens.tasks import Example, Task, load_task
+from sitelens.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, tokenize
+from sitelens.tasks import Example, Task
 
 
 def indirect_effects(
-    task: Task | str,
+    task: Task | str | Sequence[str],
     model: Model | str | None = None,
     *,
     embedding: TaskEmbedding,
+    answer: str | Sequence[str] | None = None,
     n_prompts: int = 25,
     n_shots: int = 10,
     seed: int = 0,
@@ -40,34 +41,38 @@ def indirect_effects(
     queries; one head's z at the last token is replaced by its task embedding; effect is the mean gain of the
     probability of the answer's first token, error its standard error over prompts.
 
+    Prompts of your own may stand in the task's place, with `answer` for all or one for each (" cold"); they are run as
+    they stand, and `n_prompts`, `n_shots` and `seed` play no part then.
+
     Raises:
-        SitelensError: as `embed_task`, for no validation items, or an embedding of another model.
+        SitelensError: as `embed_task`, for no validation items, prompts of your own without answers, or an embedding of
+            another model.
     """
-    task, model = load_task(task), resolve_model(model)
+    task, model = task_or_texts(task), resolve_model(model)
     embedding.check_fits(model)
-    warn_of_shared_first_tokens([task], model)
-    tokenizer, budget = own_tokenizer(model), settings.budget(memory_budget)
-    queries, prompts = valid_items(task), []
-    for i in range(n_prompts):
-        query = queries[i % len(queries)]
-        shown = shuffled_labels(
-            draw_demonstrations(task, n_shots, query, seed, "effects", i), f"{task.name}/{seed}/{i}"
-        )
-        prompts.append(few_shot_prompt(task, shown, query, tokenizer))
+    budget = settings.budget(memory_budget)
+    if isinstance(task, list):
+        if answer is None:
+            raise SitelensError("the effect on which answer? give answer=... beside prompts of your own")
+        batch, name = text_batch(task, model, answer), "prompts"
+    elif answer is not None:
+        raise SitelensError("a task's items have their own answers: answer is for prompts of your own")
+    else:
+        warn_of_shared_first_tokens([task], model)
+        batch, name = _shuffled_batch(task, model, n_prompts, n_shots, seed), f"task {task.name!r}"
 
     def where(prompt: int) -> str:
-        return f"task {task.name!r}, prompt {prompt} with shuffled answers, query {prompts[prompt].text[-60:]!r}"
+        return f"{name}, prompt {prompt} {batch.texts[prompt][-60:]!r}"
 
-    batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
     layers, heads, _ = head_shape(model)
     dtype, device = computing_dtype(model), model.cfg.device
     one_each = torch.eye(layers * heads, dtype=dtype, device=device)
     alphas = rearrange(one_each, "row (layer head) -> row layer head", layer=layers)
     alphas = torch.cat([torch.zeros_like(alphas[:1]), alphas])  # the first row changes nothing
     vectors = embedding.mean_z.to(device, dtype)
-    chance = torch.zeros(n_prompts, len(alphas), dtype=torch.float64)
+    chance = torch.zeros(len(batch), len(alphas), dtype=torch.float64)
     share = budget // 3
-    bar = tracked(range(chance.numel()), f"indirect effects {task.name}", progress=progress)
+    bar = tracked(range(chance.numel()), f"indirect effects, {name}", progress=progress)
     with torch.no_grad(), LastToken(model) as last_token:
         for index in chunks(batch.lengths, functools.partial(prefix_bytes, model), share):
             part = batch.rows(index)
@@ -78,18 +83,30 @@ def indirect_effects(
                 logits = last_token(prefix.rows(torch.tensor(items), repeats=len(some)), edit)
                 rows = [index[i] for i in items for _ in some]
                 check_finite(logits, lambda row, rows=rows: where(rows[row]))
-                answer = part.answer[items].repeat_interleave(len(some)).to(device)
-                found = logits.to(dtype).softmax(-1).gather(1, answer[:, None])
+                tokens = part.answer[items].repeat_interleave(len(some)).to(device)
+                found = logits.to(dtype).softmax(-1).gather(1, tokens[:, None])
                 places = torch.tensor([index[i] for i in items])
                 chance[places[:, None], torch.tensor(some)] = found.reshape(len(items), -1).double().cpu()
                 for _ in which:
                     next(bar, None)
     next(bar, None)
     gains = chance[:, 1:] - chance[:, :1]
-    error = gains.std(0) / n_prompts**0.5 if n_prompts > 1 else torch.full_like(gains[0], torch.nan)
+    error = gains.std(0) / len(batch) ** 0.5 if len(batch) > 1 else torch.full_like(gains[0], torch.nan)
     return per_head(rearrange(gains.mean(0), "(layer head) -> layer head", head=heads), "effect").assign(
         error=error.tolist()
     )
+
+
+def _shuffled_batch(task: Task, model: Model, n_prompts: int, n_shots: int, seed: int) -> PromptBatch:
+    tokenizer = own_tokenizer(model)
+    queries, prompts = valid_items(task), []
+    for i in range(n_prompts):
+        query = queries[i % len(queries)]
+        shown = shuffled_labels(
+            draw_demonstrations(task, n_shots, query, seed, "effects", i), f"{task.name}/{seed}/{i}"
+        )
+        prompts.append(few_shot_prompt(task, shown, query, tokenizer))
+    return tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
 
 
 def shuffled_labels(demonstrations: Sequence[Example], key: str) -> list[Example]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 import torch
 from einops import repeat
@@ -10,19 +12,21 @@ from torch import Tensor
 
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding, embedding_prompts
-from sitelens.heads.common import checked_heads, like_prompts, per_head, valid_items
+from sitelens.heads.common import checked_heads, like_prompts, per_head, task_or_texts, text_batch, valid_items
 from sitelens.heads.direct import DirectPath
 from sitelens.labels import warn_of_shared_first_tokens
 from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import PromptBatch, few_shot_prompts, tokenize
-from sitelens.tasks import Task, load_task
+from sitelens.selection import Head
+from sitelens.tasks import Task
 
 
 def head_attribution(
-    task: Task | str,
+    task: Task | str | Sequence[str],
     model: Model | str | None = None,
     *,
     embedding: TaskEmbedding | None = None,
+    answer: str | Sequence[str] | None = None,
     n_items: int = 20,
     n_shots: int = 10,
     seed: int = 0,
@@ -34,15 +38,23 @@ def head_attribution(
     prompt. With `embedding` the head's output is the task embedding's instead of the prompt's own. In a model that caps
     its logits (Gemma 2) it is the logit before the cap.
 
+    A prompt of your own, or a list of them, may stand in the task's place. `answer` is then one for all or one for
+    each, as it continues the text (" cold"); without it, it is the token that the model finds likeliest. `n_items`,
+    `n_shots` and `seed` play no part.
+
     Raises:
-        SitelensError: for an unknown task, no validation items, an embedding of another model, or an architecture in
-            which the heads' contributions do not add up to the logit (see `DirectPath.check`).
+        SitelensError: for an unknown task, no validation items, an `answer` beside a task, an embedding of another
+            model, or an architecture in which the heads' contributions do not add up to the logit (see
+            `DirectPath.check`).
     """
-    task, model = load_task(task), resolve_model(model)
-    warn_of_shared_first_tokens([task], model)
-    items = valid_items(task)[:n_items]
-    prompts = few_shot_prompts(task, items, n_shots, own_tokenizer(model), seed, "valid", range(len(items)))
-    batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
+    task, model = task_or_texts(task), resolve_model(model)
+    if isinstance(task, list):
+        batch = text_batch(task, model, answer)
+    elif answer is not None:
+        raise SitelensError("a task's items have their own answers: answer is for prompts of your own")
+    else:
+        warn_of_shared_first_tokens([task], model)
+        batch = _few_shot_batch(task, model, n_items, n_shots, seed)
     if embedding is not None:
         embedding.check_fits(model)
     total = torch.zeros(head_shape(model)[:2], dtype=computing_dtype(model))
@@ -51,14 +63,21 @@ def head_attribution(
         path = DirectPath.of(part, model)
         path.check()
         z = None if embedding is None else repeat(embedding.mean_z, "layer head d -> row layer head d", row=len(part))
-        total += path.attribution(part.answer, z).sum(0).cpu()
-    return per_head(total / len(items), "attribution")
+        tokens = part.answer if (part.answer >= 0).all() else path.unembedded.argmax(-1)
+        total += path.attribution(tokens, z).sum(0).cpu()
+    return per_head(total / len(batch), "attribution")
+
+
+def _few_shot_batch(task: Task, model: Model, n_items: int, n_shots: int, seed: int) -> PromptBatch:
+    items = valid_items(task)[:n_items]
+    prompts = few_shot_prompts(task, items, n_shots, own_tokenizer(model), seed, "valid", range(len(items)))
+    return tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
 
 
 def written_tokens(
     embedding: TaskEmbedding,
-    head: tuple[int, int],
-    task: Task | str,
+    head: Head,
+    task: Task | str | Sequence[str],
     model: Model | str | None = None,
     *,
     n: int = 10,
@@ -66,18 +85,22 @@ def written_tokens(
     """The tokens that a head's part of the task embedding promotes and suppresses most: columns token, logit.
 
     Logits are direct (nothing between the head and the unembedding), past the vocabulary's mean; means over some of
-    the prompts that the embedding was measured on, whose norms' scales are used. The n highest, then the n lowest.
+    the prompts that the embedding was measured on, whose norms' scales are used, or over prompts of your own in the
+    task's place. The n highest, then the n lowest.
 
     Raises:
         SitelensError: if there is no such head, the embedding comes from another model, or as `head_attribution` for
             an architecture.
     """
-    task, model = load_task(task), resolve_model(model)
+    task, model = task_or_texts(task), resolve_model(model)
     embedding.check_fits(model)
     layer, place = checked_heads([head], model)[0]
     tokenizer = own_tokenizer(model)
-    prompts = embedding_prompts(task, tokenizer, min(8, embedding.n_prompts), embedding.n_shots, embedding.seed)
-    batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
+    if isinstance(task, list):
+        batch = text_batch(task, model)
+    else:
+        prompts = embedding_prompts(task, tokenizer, min(8, embedding.n_prompts), embedding.n_shots, embedding.seed)
+        batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
     rows = []
     for index in like_prompts(batch, model):
         path = DirectPath.of(batch.rows(index), model)

@@ -1,0 +1,115 @@
+"""Ablation: heads switched off, as a condition. The edit is that of patching, with zero or a mean as its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.conditions import HeadPatch, Patch, Positions, Steps
+from sitelens.defaults import SitelensError
+from sitelens.embedding import TaskEmbedding
+from sitelens.models import Model, check_fit, head_shape
+from sitelens.selection import Heads, HeadSelection, head_pairs, parsed_heads
+
+Kind = Literal["zero", "mean"]
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate(HeadPatch):
+    """Some heads switched off: their z is replaced by zero, or by a mean over other prompts.
+
+    The edit is that of `PatchHeads` with another source: z <- (1 - m) z + m s, with m = 1 at `heads` and s = 0 or
+    `reference`. Heads are (10, 6) or "L10H6", any number of them, or a boolean mask; with a HeadSelection m is its
+    alpha.
+
+    kind: "zero" or "mean".
+    reference: for "mean", mean z as `embed_task` measures it on a task's prompts, or a tensor `[layer head d_head]`.
+    positions: "last" for the last prompt token only, "all" for every position of the prompt.
+    n_shots: demonstrations in the prompt.
+    steps: "prompt", or "every" for the decoding steps, too (default: "every" at all positions, else "prompt").
+
+    Raises:
+        SitelensError: for heads, a kind, a reference or positions that cannot be used.
+    """
+
+    heads: Heads | HeadSelection
+    kind: Kind = "zero"
+    reference: TaskEmbedding | Float[Tensor, "layer head d_head"] | None = None
+    positions: Positions = "last"
+    n_shots: int = 0
+    steps: Any = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("kind", Kind), ("positions", Positions)):
+            if getattr(self, name) not in get_args(kinds):
+                known = " or ".join(map(repr, get_args(kinds)))
+                raise SitelensError(f"{name} must be {known}, not {getattr(self, name)!r}")
+        if self.steps is None:
+            object.__setattr__(self, "steps", "every" if self.positions == "all" else "prompt")
+        if self.steps not in get_args(Steps):
+            raise SitelensError(f"steps must be 'prompt' or 'every', not {self.steps!r}")
+        if self.n_shots < 0:
+            raise SitelensError(f"n_shots must be at least 0, got {self.n_shots}")
+        if (self.kind == "mean") != (self.reference is not None):
+            raise SitelensError(
+                "mean ablation needs a reference: Ablate(heads, 'mean', sl.embed_task(task, model))"
+                if self.reference is None
+                else "zero ablation takes no reference: write kind='mean'"
+            )
+        if not isinstance(self.reference, TaskEmbedding | Tensor | None):
+            raise SitelensError(
+                "the reference is a TaskEmbedding, as sl.embed_task(task, model) makes it, or a tensor "
+                f"[layer head d_head], not {type(self.reference).__name__}"
+            )
+        if not isinstance(self.heads, HeadSelection | Tensor):
+            object.__setattr__(self, "heads", tuple(parsed_heads(self.heads)))
+
+    def head_patch(self, model: Model) -> Patch:
+        layers, heads, d_head = head_shape(model)
+        if isinstance(self.heads, HeadSelection):
+            self.heads.check_fits(model)
+            mask = self.heads.alpha
+        else:
+            mask = torch.zeros(layers, heads)
+            for layer, head in head_pairs(self.heads, layers, heads):
+                mask[layer, head] = 1
+        if isinstance(self.reference, TaskEmbedding):
+            self.reference.check_fits(model)
+            return Patch(mask, self.reference.mean_z)
+        if self.reference is None:
+            return Patch(mask, torch.zeros(layers, heads, d_head))
+        check_fit("the reference of an ablation", None, tuple(self.reference.shape), model)
+        return Patch(mask, self.reference)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Which heads, the reference, and what is known of both."""
+        tensors: dict[str, Tensor] = {}
+        meta = {name: getattr(self, name) for name in ("kind", "positions", "n_shots", "steps")}
+        if isinstance(self.heads, HeadSelection):
+            tensors["alpha"] = self.heads.alpha
+            meta["selection"] = {name: getattr(self.heads, name) for name in ("task", "model", "provenance")}
+        else:
+            meta["heads"] = [list(pair) for pair in parsed_heads(self.heads)]
+        if isinstance(self.reference, TaskEmbedding):
+            tensors["reference"] = self.reference.mean_z
+            names = ("task", "model", "n_prompts", "n_shots", "seed")
+            meta["embedding"] = {name: getattr(self.reference, name) for name in names}
+        elif self.reference is not None:
+            tensors["reference"] = self.reference
+        return tensors, {"condition": "Ablate", **meta}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Ablate:
+        """The ablation that `state` described."""
+        selection, embedding = meta.pop("selection", None), meta.pop("embedding", None)
+        heads: Any = meta.pop("heads", None)
+        if selection is not None:
+            heads = HeadSelection(tensors["alpha"], **selection)
+        reference: Any = tensors.get("reference")
+        if embedding is not None:
+            reference = TaskEmbedding(reference, **embedding)
+        return cls(heads, reference=reference, **meta)
