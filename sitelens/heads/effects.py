@@ -54,7 +54,7 @@ def indirect_effects(
     if isinstance(task, list):
         if answer is None:
             raise SitelensError("the effect on which answer? give answer=... beside prompts of your own")
-        batch, name = text_batch(task, model, answer), "prompts"
+        batch, name = text_batch(task, model, answer), "your prompts"
     elif answer is not None:
         raise SitelensError("a task's items have their own answers: answer is for prompts of your own")
     else:
@@ -62,7 +62,8 @@ def indirect_effects(
         batch, name = _shuffled_batch(task, model, n_prompts, n_shots, seed), f"task {task.name!r}"
 
     def where(prompt: int) -> str:
-        return f"{name}, prompt {prompt} {batch.texts[prompt][-60:]!r}"
+        shuffled = "" if isinstance(task, list) else " with shuffled answers, ending in"
+        return f"{name}, prompt {prompt}{shuffled} {batch.texts[prompt][-60:]!r}"
 
     layers, heads, _ = head_shape(model)
     dtype, device = computing_dtype(model), model.cfg.device
