@@ -16,6 +16,10 @@ from sitelens.conversion import PACKAGED
 from sitelens.defaults import SitelensError
 
 DEFAULT_MODEL = "smollm2-135m"
+OWNERS = {  # ids without an owner, and as what the hub lists them today
+    "distilgpt2": "distilbert/distilgpt2",
+    **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+}
 
 
 def hub_id(name: str) -> str:
@@ -25,8 +29,8 @@ def hub_id(name: str) -> str:
         SitelensError: for any other name, with the nearest ones.
     """
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
-    if isinstance(try_to_load_from_cache(name, "config.json") if re.fullmatch(r"[\w.-]+", name) else None, str):
+        return next((official for official, others in MODEL_ALIASES.items() if name in others), name)
+    if re.fullmatch(r"[\w.-]+", name) and _at_hand(name):
         return name  # the hub knows some models by a name without an owner
     try:
         official = get_official_model_name(name)
@@ -41,7 +45,13 @@ def hub_id(name: str) -> str:
     if official.startswith("llama-"):  # TransformerLens's names for weights that lie on no hub
         raise SitelensError(f"{official} are weights that Meta hands out: convert them with transformers and give the "
                             "folder, or take for example huggyllama/llama-7b")  # fmt: skip
-    return official
+    owned = OWNERS.get(official)
+    return owned if owned is not None and not _at_hand(official) and _at_hand(owned) else official
+
+
+def _at_hand(name: str) -> bool:
+    """Whether a hub id's configuration has been downloaded."""
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
 def check_device(device: Any, device_map: Any = None) -> None:

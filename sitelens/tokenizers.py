@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+from sitelens.defaults import SitelensError
 from sitelens.store import digest
 
 # Behind one of these a text goes on as it does behind a prompt, without the space that many tokenizers put in front of
@@ -56,7 +57,10 @@ def spans(text: str, tokenizer: Any, special: bool = True) -> list[tuple[int, in
 def added(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and behind every text."""
     for text in ("a", "1", ".", "the", "\n"):
-        plain, whole = (_ids([text], tokenizer, special)[0] for special in (False, True))
+        try:
+            plain, whole = (_ids([text], tokenizer, special)[0] for special in (False, True))
+        except SitelensError:
+            continue  # it does not know this sign
         for start in range(len(whole) - len(plain) + 1):
             if plain and whole[start : start + len(plain)] == plain:
                 return whole[:start], whole[start + len(plain) :]
@@ -66,7 +70,10 @@ def added(tokenizer: Any) -> tuple[list[int], list[int]]:
 def continuation(text: str, tokenizer: Any) -> list[int]:
     """The tokens of a text that continues another one, whatever that ends in."""
     for beginning in BEGINNINGS:
-        first, both = _ids([beginning, beginning + text], tokenizer, special=False)
+        try:
+            first, both = _ids([beginning, beginning + text], tokenizer, special=False)
+        except SitelensError:
+            continue  # it does not know this sign
         if first and both[: len(first)] == first and len(both) > len(first):
             return both[len(first) :]
     return _ids([text], tokenizer, special=False)[0]
@@ -173,4 +180,10 @@ _WHOLE: dict[str, Any] = {"truncation": False, "padding": False, "verbose": Fals
 
 
 def _ids(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=special, **_WHOLE)["input_ids"]
+    try:
+        return tokenizer(texts, add_special_tokens=special, **_WHOLE)["input_ids"]
+    except Exception as error:  # each kind of tokenizer has its own
+        if len(texts) > 1:  # which one is it?
+            return [_ids([text], tokenizer, special)[0] for text in texts]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SitelensError(f"the tokenizer cannot read {texts[0][:200]!r}: {reason}") from error

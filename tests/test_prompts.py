@@ -155,6 +155,46 @@ def test_parts_of_the_published_template_by_hand():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("instruction", "text"),
+    [
+        ("Give {input}.", "Give {input}.\n\n"),
+        ("Give the opposite.\n", "Give the opposite.\n"),
+        ("", ""),
+    ],
+)
+def test_an_instruction_is_said_once_before_the_demonstrations(tokenizer: Any, instruction: str, text: str):
+    task, plain = micro.task(instruction=instruction), micro.task()
+    for shown in ([], task.train[:3]):
+        prompts = [few_shot_prompt(one, shown, task.test[0], tokenizer) for one in (task, plain)]
+        assert prompts[0].text == text + prompts[1].text and prompts[0].answers == prompts[1].answers
+    assert prompt_parts(task, [], QUERY)[: bool(text)] == [("template", text)] * bool(text)
+    assert (task.digest == plain.digest) is (not instruction)
+
+
+@pytest.mark.parametrize(
+    ("template", "together"),
+    [
+        ("{input} -> {output}", True),
+        ("Q: {input} A: {output}", True),
+        ("{input} -> {output}x", True),
+        ("{input} -> {output};", False),
+        ("{input} -> {output}\n", False),
+        ("\nQ: {input} A: {output}", False),
+        (QA_TEMPLATE, False),
+    ],
+)
+def test_demonstrations_that_run_together_are_said(tokenizer: Any, template: str, together: bool):
+    queries = [few_shot_prompt(template, shown, QUERY, tokenizer) for shown in ([], [Example("aa", "ac")])]
+    tokenize(queries[:1], tokenizer)
+    if not together:
+        tokenize(queries, tokenizer)
+        return
+    with pytest.warns(SitelensWarning, match="puts nothing between an answer and the next demonstration") as caught:
+        tokenize(queries * 2, tokenizer)
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize(("template", "message"), [("chat", "cannot be taken apart"), ("{input}", "must contain")])
 def test_a_template_without_parts_is_refused(template: str, message: str):
     with pytest.raises(SitelensError, match=message):

@@ -40,6 +40,7 @@ from sitelens.tasks.templates import checked_arguments as checked_arguments
 from sitelens.tasks.templates import rewritten as rewritten
 
 SPLITS = ("train", "valid", "test")
+RENDERING = 2  # of conversations by `sitelens.chat`; to be raised when their text changes
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class Task:
         for name in ("instruction", "template_arguments"):  # tasks without them keep the digest they always had
             if not content[name]:
                 del content[name]
+        if self.template == "chat":
+            content["rendering"] = RENDERING
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def split(self, name: str) -> tuple[Example, ...]:
