@@ -35,11 +35,12 @@ def hub_id(name: str) -> str:
     try:
         official = get_official_model_name(name)
     except ValueError:
-        short = [alias for aliases in MODEL_ALIASES.values() for alias in aliases]
-        known = {other.lower(): other for other in (*OFFICIAL_MODEL_NAMES, *short, *PAPER, *PACKAGED)}
-        near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.4)
+        theirs = {other.lower(): other for names in MODEL_ALIASES.items() for other in (names[0], *names[1])}
+        theirs |= {other.lower(): other for other in OFFICIAL_MODEL_NAMES}
+        near = [theirs[other] for other in difflib.get_close_matches(name.lower(), theirs, n=2, cutoff=0.8)]
+        near += difflib.get_close_matches(name.lower(), [*PACKAGED, *PAPER], n=2, cutoff=0.4)
         raise SitelensError(
-            f"unknown model {name!r}: did you mean {' or '.join(known[other] for other in near) or DEFAULT_MODEL}? "
+            f"unknown model {name!r}: did you mean {' or '.join(near[:2] or PACKAGED)}? "
             "Otherwise give a hub id (owner/name), a folder, or a .gguf file that exists"
         ) from None
     if official.startswith("llama-"):  # TransformerLens's names for weights that lie on no hub

@@ -274,7 +274,8 @@ def test_run_options_become_a_configuration():
     line = (
         "antonym mine.csv --model m --n-prompts 3 --n-shots 2 --steps 7 --lr 0.1 --batch-size 4 --eval-every 5 "
         "--n-valid 6 --checkpoint last --init random --mixing additive --train-seed 8 --n-items 0 --k 9 --draws 1 "
-        "--seed 10 --template chat --metrics exact_match first_token exact_match"
+        "--seed 10 --template chat --metrics exact_match first_token exact_match --instruction Hm "
+        "--template-arg enable_thinking=false day=1=1 n=3"
     )
     train = TrainConfig(
         steps=7, lr=0.1, batch_size=4, eval_every=5, n_valid=6, checkpoint="last", init="random", mixing="additive",
@@ -282,7 +283,8 @@ def test_run_options_become_a_configuration():
     )  # fmt: skip
     assert config_of(*line.split()) == RunConfig(
         tasks=("antonym", "mine.csv"), model="m", n_prompts=3, n_shots=2, train=train, k=9, draws=1, n_items=None,
-        metrics=("exact_match", "first_token"), seed=10, template="chat",
+        metrics=("exact_match", "first_token"), seed=10, template="chat", instruction="Hm",
+        template_arguments={"enable_thinking": False, "day": "1=1", "n": 3},
     )  # fmt: skip
 
 
@@ -296,9 +298,10 @@ def test_init_may_be_a_number():
         RunConfig(tasks=("antonym",)),
         RunConfig(tasks=("antonym", "é.json"), k=5, n_items=None, metrics=("exact_match", "prefix_match"), seed=3),
         RunConfig(tasks=("a",), template="{input}\n{output}\n", draws=1),
+        RunConfig(tasks=("a",), template="chat", instruction="é", template_arguments={"a": None, "b": False}),
         RunConfig(tasks=("a",), train=TrainConfig(init="random", mixing="additive", checkpoint="last", lr=1e-3)),
     ],
-    ids=["defaults", "evaluation", "template", "training"],
+    ids=["defaults", "evaluation", "template", "chat", "training"],
 )
 def test_again_reads_the_configuration_that_run_json_records(tmp_path: Path, config: RunConfig):
     path = recorded(tmp_path / "run.json", config)
@@ -417,6 +420,10 @@ def test_a_bad_value_is_refused_in_one_line_before_training(
         (["antonym", "--again", "run.json"], "give tasks and options or --again run.json, not both: tasks"),
         (["--steps", "3", "--seed", "1", "--again", "run.json"], "not both: steps, seed"),
         (["--again", "nowhere.json"], "there is no file nowhere.json"),
+        (["--instruction", "Hm", "--again", "run.json"], "not both: instruction"),
+        (["antonym", "--template-arg", "a=1"], "template arguments are for the template 'chat'"),
+        (["antonym", "--template-arg", "a"], "--template-arg takes NAME=VALUE, got 'a'"),
+        (["antonym", "--template", "{input}"], "the template '{input}' must contain"),
     ],
     ids=words,
 )
@@ -441,6 +448,7 @@ def test_a_wrong_task_is_refused_in_one_line_before_a_model_is_loaded(
         (["--model", "owner/none"], "the model 'owner/none' could not be loaded"),
         (["--model", "nowhere.gguf"], "there is no file nowhere.gguf"),
         (["--dtype", "float33"], "unknown dtype 'float33'"),
+        (["--device", "gpu"], "unknown device 'gpu': there is cpu"),
     ],
     ids=words,
 )

@@ -470,10 +470,16 @@ def test_a_json_file_becomes_a_task(tmp_path: Path, content: Any):
 
 
 def test_a_json_file_may_name_and_describe_its_task(tmp_path: Path):
-    options = {"metric": "exact_match", "template": "{input}: {output}\n", "note": "from a book"}
-    path = written(tmp_path / "mine.json", {"name": "opposites", "examples": LISTED, **options})
-    fields = {"published_metric": options.pop("metric"), **options}
-    assert load_task(path) == Task.from_pairs("opposites", PAIRS, source=str(path), **fields)
+    plain = {"metric": "exact_match", "template": "{input}: {output}\n", "note": "from a book", "instruction": "Go."}
+    chat = {"template": "chat", "template_arguments": {"enable_thinking": False, "date": "1 May"}}
+    for options in (plain, chat):
+        path = written(tmp_path / "mine.json", {"name": "opposites", "examples": LISTED, **options})
+        fields = {"published_metric" if name == "metric" else name: value for name, value in options.items()}
+        assert load_task(path) == Task.from_pairs("opposites", PAIRS, source=str(path), **fields)
+    assert load_task(path).template_arguments == (("date", "1 May"), ("enable_thinking", False))
+    path = written(tmp_path / "mine.json", {"examples": LISTED, "template": "chat", "template_arguments": [1]})
+    with pytest.raises(SitelensError, match=r"mine\.json: template_arguments must be like"):
+        load_task(path)
 
 
 def test_a_json_file_may_bring_its_own_splits(tmp_path: Path):
