@@ -16,6 +16,7 @@ from typing import Any
 
 from sitelens.defaults import SitelensError
 from sitelens.tasks import CLOCK, Arguments, Example
+from sitelens.tokenizers import first_line
 
 TODAY = "2024-07-26"  # for templates that write the date: results must not depend on the day
 MARK = "SitelensAnswer"  # stands for an answer, to see where the template puts it
@@ -148,4 +149,4 @@ def _quoted(text: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"

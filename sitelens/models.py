@@ -23,7 +23,7 @@ from sitelens.loading import load_network, quiet_transformers
 from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
 from sitelens.sources import DEFAULT_MODEL, check_device, hub_id
 from sitelens.store import digest
-from sitelens.tokenizers import added, condition, differences, rules, without_added_bos
+from sitelens.tokenizers import as_in_files, condition, first_line, rules
 
 Model = TransformerBridge
 
@@ -182,41 +182,11 @@ def own_tokenizer(model: Model) -> Any:
         return known[1]
     state = condition(given)
     if known is None or known[0] is not given or _states[model] != state:
-        own = _as_in_files(given, model_name(model))
+        own = as_in_files(given, model_name(model))
         _tokenizers[model] = given, own
         if own is not given:
             _states[model] = state
     return _tokenizers[model][1]
-
-
-def _as_in_files(given: Any, name: str) -> Any:
-    """A bridge's tokenizer with the BOS habit of its files; warns of what else differs, and of files not found."""
-    place = str(getattr(given, "name_or_path", "") or "")
-    if not place:
-        return given
-    from transformers import AutoTokenizer
-
-    before, _ = added(given)
-    try:
-        files = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the tokenizer's class raises
-        if before:
-            warnings.warn(
-                f"the tokenizer of {name} could not be loaded anew from {place} ({_first_line(error)}): it is used as "
-                "it is, which may add a BOS token that the model does not know", SitelensWarning, stacklevel=3,
-            )  # fmt: skip
-        return given
-    notes = []
-    own = given
-    if before and before != added(files)[0]:
-        own = without_added_bos(given, files)
-        notes.append(f"it begins each text with {given.decode(before)!r}, which they do not: sitelens leaves that out")
-    if more := differences(given, files):
-        notes.append(f"its {', '.join(more)} {'is' if len(more) == 1 else 'are'} not theirs: the bridge's own counts")
-    if notes:
-        warnings.warn(f"the tokenizer of the bridge {name} differs from its files ({place}): {'; '.join(notes)}",
-                      SitelensWarning, stacklevel=3)  # fmt: skip
-    return own
 
 
 # model -> a tokenizer of it, its condition, and a digest of its rules
@@ -274,7 +244,7 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
             device=str(network.get_input_embeddings().weight.device),
         )  # fmt: skip
     except Exception as error:  # each library below us raises its own kinds for what is no model
-        reason = _first_line(error)
+        reason = first_line(error)
         if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
             raise SitelensError(
                 f"the model {name!r} brings Python code of its own, which sitelens does not run: {reason} (read that "
@@ -296,7 +266,3 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
     cfg.default_prepend_bos = cfg.tokenizer_prepends_bos
     _tokenizers[model] = model.tokenizer, tokenizer
     return resolve_model(model)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.store import digest
 
 # Behind one of these a text goes on as it does behind a prompt, without the space that many tokenizers put in front of
@@ -77,6 +78,36 @@ def continuation(text: str, tokenizer: Any) -> list[int]:
         if first and both[: len(first)] == first and len(both) > len(first):
             return both[len(first) :]
     return _ids([text], tokenizer, special=False)[0]
+
+
+def as_in_files(given: Any, name: str) -> Any:
+    """A bridge's tokenizer with the BOS habit of its files; warns of what else differs, and of files not found."""
+    place = str(getattr(given, "name_or_path", "") or "")
+    if not place:
+        return given
+    from transformers import AutoTokenizer
+
+    before, _ = added(given)
+    try:
+        files = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the tokenizer's class raises
+        if before:
+            warnings.warn(
+                f"the tokenizer of {name} could not be loaded anew from {place} ({first_line(error)}): it is used as "
+                "it is, which may add a BOS token that the model does not know", SitelensWarning, stacklevel=4,
+            )  # fmt: skip
+        return given
+    notes = []
+    own = given
+    if before and before != added(files)[0]:
+        own = without_added_bos(given, files)
+        notes.append(f"it begins each text with {given.decode(before)!r}, which they do not: sitelens leaves that out")
+    if more := differences(given, files):
+        notes.append(f"its {', '.join(more)} {'is' if len(more) == 1 else 'are'} not theirs: the bridge's own counts")
+    if notes:
+        warnings.warn(f"the tokenizer of the bridge {name} differs from its files ({place}): {'; '.join(notes)}",
+                      SitelensWarning, stacklevel=4)  # fmt: skip
+    return own
 
 
 def without_added_bos(tokenizer: Any, files: Any) -> Any:
@@ -185,5 +216,9 @@ def _ids(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]:
     except Exception as error:  # each kind of tokenizer has its own
         if len(texts) > 1:  # which one is it?
             return [_ids([text], tokenizer, special)[0] for text in texts]
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SitelensError(f"the tokenizer cannot read {texts[0][:200]!r}: {reason}") from error
+        raise SitelensError(f"the tokenizer cannot read {texts[0][:200]!r}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
