@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.labels import shared_first_tokens
 from sitelens.methods.common import answered
-from sitelens.prompts import Prompt, few_shot_prompt, item_sizes, shared_first_tokens, tokenize
+from sitelens.prompts import Prompt, few_shot_prompt, item_sizes, tokenize
 from sitelens.tasks import Example, Task, checked_arguments, rewritten
 from tests import micro
 
