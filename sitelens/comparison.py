@@ -26,7 +26,7 @@ from sitelens.models import Model, resolve_model
 from sitelens.network import counted_tokens
 from sitelens.progress import Job
 from sitelens.store import Artifact
-from sitelens.summary import markdown_table, summarize
+from sitelens.summary import RANGES, answers_from_counts, markdown_table, percent, summarize
 from sitelens.tasks import Task, load_tasks
 
 ALGORITHM = 1  # of prompting; the methods have their own
@@ -135,29 +135,28 @@ def comparison_scores(
 
 
 def by_method(frame: pd.DataFrame) -> pd.DataFrame:
-    """Means over the tasks of `compare`'s rows, a method a row in the frame's order.
+    """Means over the tasks of `compare`'s rows, one row per method in the frame's order.
 
-    Columns: method, tasks (how many there are), accuracy, low, high (95%: Wilson for one task, stratified bootstrap for
-    several), and the means of the costs.
+    Columns: method, tasks (how many there are), accuracy, low, high (95%, over items of these tasks: `summarize`),
+    tasks_low, tasks_high (over tasks as well; where there are several), and the means of the costs.
+
+    Raises:
+        SitelensError: if an accuracy is no share of n items.
     """
-    cells = frame.reset_index(drop=True)
-    items = cells.loc[cells.index.repeat(cells["n"]), ["task", "method", "accuracy", "n"]].reset_index(names="cell")
-    items["item"] = items.groupby("cell").cumcount()
-    items["score"] = items["item"] < (items["accuracy"] * items["n"]).round()
-    found = summarize(items, by=("method",)).set_index("method")
+    answers = answers_from_counts(frame[["task", "method", "accuracy", "n"]], "accuracy")
+    means = summarize(answers, by=("method",)).set_index("method").drop(columns=["n", "interval"])
     grouped = frame.groupby("method", sort=False)
-    means = found[["mean", "low", "high"]].rename(columns={"mean": "accuracy"}).join(grouped[list(COSTS)].mean())
+    means = means.rename(columns={"mean": "accuracy"}).join(grouped[list(COSTS)].mean())
     means.insert(0, "tasks", grouped["task"].nunique())
     return means.reset_index()
 
 
 def comparison_table(frame: pd.DataFrame) -> str:
-    """`compare`'s rows as two Markdown tables: accuracy in per cent with 95% intervals, a task a row; mean costs."""
+    """`compare`'s rows as two Markdown tables: accuracy in per cent with 95% intervals, a row per task; mean costs."""
     means = by_method(frame).set_index("method")
     average = means.reset_index().assign(task=f"mean of {means['tasks'].max()}")
     cells = pd.concat([frame, average], ignore_index=True)
-    values = cells[["accuracy", "low", "high"]].to_numpy(float)
-    cells["text"] = [f"{100 * mean:.0f} [{100 * low:.0f}, {100 * high:.0f}]" for mean, low, high in values]
+    cells["text"] = [percent(row, mean="accuracy") for row in cells.to_dict("records")]
     scores = cells.pivot_table(index="task", columns="method", values="text", aggfunc="first", sort=False)
     costs = means[list(COSTS)]
     texts = pd.DataFrame({
@@ -168,7 +167,8 @@ def comparison_table(frame: pd.DataFrame) -> str:
         "seconds to fit": [f"{value:,.0f}" for value in costs["fit_seconds"]],
         "seconds a test prompt": [f"{value:.3f}" for value in costs["seconds_per_prompt"]],
     }).rename_axis("method")  # fmt: skip
-    return f"{markdown_table(scores)}\n\n{markdown_table(texts)}"
+    ranges = f"{RANGES}\n\n" if "tasks_low" in cells else ""
+    return f"{markdown_table(scores)}\n\n{ranges}{markdown_table(texts)}"
 
 
 def checked_methods(names: Sequence[str] | Literal["all"]) -> list[str]:

@@ -25,7 +25,7 @@ from sitelens.fingerprints import fingerprint
 from sitelens.models import DEFAULT_MODEL, Model, head_shape, load_model, resolve_model
 from sitelens.progress import Job, portions
 from sitelens.provenance import provenance
-from sitelens.summary import markdown_table, summarize
+from sitelens.summary import markdown_table, percent, summarize
 from sitelens.tasks import Task, load_tasks, rewritten
 from sitelens.training import TrainResult, train_selections
 from sitelens.workload import total, workload
@@ -294,7 +294,7 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(row: Mapping[Any, Any]) -> str:
-    text = f"{100 * row['mean']:.0f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+    text = percent(row)
     return text if pd.isna(row["spread"]) else f"{text} ±{100 * row['spread']:.0f}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook, decode, full_logits
 from sitelens.models import Model, head_shape
 from sitelens.prompts import Prompt, PromptBatch, draw_demonstrations, few_shot_prompts, tokenize
+from sitelens.summary import answers_from_counts
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
 
@@ -608,42 +610,95 @@ def test_one_task_has_a_wilson_interval(hits: int, n: int) -> None:
     assert (row["low"], row["high"]) == pytest.approx((centre - half, centre + half), abs=1e-12)
 
 
-def test_items_repeated_over_seeds_are_resampled_by_item() -> None:
+def test_items_repeated_over_seeds_count_once() -> None:
     scores = [1] * 40 + [0] * 60
     once, thrice = (sl.summarize(scores_of({("t", "c", seed): scores for seed in range(n)})).iloc[0] for n in (1, 3))
-    assert (once["interval"], thrice["interval"]) == ("wilson", "items")
+    assert (once["interval"], thrice["interval"]) == ("wilson", "items and seeds")
     assert (thrice["mean"], thrice["n"]) == (0.4, 300)
-    half = 1.96 * math.sqrt(0.4 * 0.6 / 100)  # of 100 items, not of 300 rows
-    assert (thrice["low"], thrice["high"]) == pytest.approx((0.4 - half, 0.4 + half), abs=0.015)
+    assert (thrice["low"], thrice["high"]) == pytest.approx(
+        (once["low"], once["high"])
+    )  # of 100 items, not of 300 rows
 
 
-def test_items_that_all_have_the_same_mean_leave_nothing_to_resample() -> None:
+def test_seeds_that_differ_widen_the_interval() -> None:
+    scores = {("t", "c", seed): [1] * (30 + 15 * seed) + [0] * (70 - 15 * seed) for seed in range(3)}
+    row = sl.summarize(scores_of(scores)).iloc[0]
+    half = 4.302652729911275 * 0.15 / math.sqrt(3)  # Student's of three means that lie 0.15 apart
+    assert row["mean"] == pytest.approx(0.45) and row["interval"] == "items and seeds"
+    assert (row["low"], row["high"]) == pytest.approx((0.45 - half, 0.45 + half), abs=0.04)
+
+
+def test_repeats_are_told_apart_by_their_columns_or_by_their_order() -> None:
+    scores = scores_of({("t", "c", seed): [1] * (30 + 20 * seed) + [0] * (70 - 20 * seed) for seed in range(3)})
+    expected = sl.summarize(scores).iloc[0]
+    draws = scores.assign(draw=scores["seed"].astype("Int64"), seed=0)
+    unnamed = scores.drop(columns="seed")
+    both = scores.assign(training_seed=scores["seed"])
+    for frame, interval in (
+        (draws, "items and draws"), (unnamed, "items and repeats"), (both, "items, seeds and training seeds"),
+        (draws.sample(frac=1, random_state=0), "items and draws"),
+    ):  # fmt: skip
+        row = sl.summarize(frame).iloc[0]
+        assert row["interval"] == interval
+        assert row[["mean", "low", "high"]].tolist() == pytest.approx(expected[["mean", "low", "high"]].tolist())
+
+
+def test_items_that_all_have_the_same_mean_leave_a_width() -> None:
     row = sl.summarize(scores_of({("t", "c", 0): [0, 1] * 5, ("t", "c", 1): [1, 0] * 5})).iloc[0]
-    assert (row["mean"], row["low"], row["high"], row["interval"]) == (0.5, 0.5, 0.5, "items")
+    assert row["mean"] == 0.5 and row["low"] < 0.45 and row["high"] > 0.55 and row["interval"] == "items and seeds"
 
 
-def test_several_tasks_weigh_the_same_and_are_resampled_within() -> None:
+def test_several_tasks_weigh_the_same_and_have_both_intervals() -> None:
     scores = scores_of({("small", "c", 0): [1, 0] * 10, ("large", "c", 0): [1] * 100})
     row = sl.summarize(scores, by=("condition", "metric")).iloc[0]
-    assert (row["mean"], row["n"], row["interval"]) == (0.75, 120, "tasks")
-    half = 1.96 * math.sqrt(0.25 / 20) / 2  # "large" is always 1, so a resampled mean never falls below one half
+    assert (row["mean"], row["n"], row["interval"]) == (0.75, 120, "items")
+    half = 1.96 * math.sqrt(0.25 / 20) / 2
     assert (row["low"], row["high"]) == pytest.approx((0.75 - half, 0.75 + half), abs=0.03)
+    assert row["tasks_low"] < 0.1 and row["tasks_high"] > 0.95  # two tasks say little about others
+    alone = sl.summarize(scores, by=("task", "condition")).set_index("task")
+    assert alone["interval"].tolist() == ["wilson", "wilson"] and "tasks_low" not in alone
 
 
 def test_differences_are_paired_by_item() -> None:
     scores = scores_of({("t", "a", 0): [0, 1] * 25, ("t", "b", 0): [0, 1] * 25, ("t", "c", 0): [1] * 50})
     summary = sl.summarize(scores.sample(frac=1, random_state=0), against="a").set_index("condition")
     columns = ["difference", "difference_low", "difference_high"]
-    assert summary.loc["b", columns].tolist() == [0, 0, 0]  # although each alone has a wide interval
+    same = summary.loc["b", columns].tolist()
+    assert same == pytest.approx([0, -0.0523, 0.0523], abs=1e-4)  # fifty pairs alike, though each alone is uncertain
     assert summary.loc["c", "difference"] == 0.5
     assert summary.loc["c", "difference_low"] == pytest.approx(0.5 - 1.96 * math.sqrt(0.25 / 50), abs=0.03)
     assert summary.loc["a", columns].isna().all()
 
 
+def test_differences_pair_seeds_where_both_have_them() -> None:
+    """A shift that both conditions have under a seed leaves their difference alone."""
+    rng = np.random.default_rng(0)
+    rows = {}
+    for seed, p in enumerate((0.1, 0.5, 0.9)):
+        base = rng.random(200)
+        rows["t", "a", seed] = (base < p).astype(int).tolist()
+        rows["t", "b", seed] = (base < p + 0.05).astype(int).tolist()
+    scores = scores_of(rows)
+    paired = sl.summarize(scores, against="a").set_index("condition").loc["b"]
+    assert paired["difference_high"] - paired["difference_low"] < 0.1
+    moved = scores.assign(seed=scores["seed"].where(scores["condition"] == "a", scores["seed"] + 10))
+    apart = sl.summarize(moved, against="a").set_index("condition").loc["b"]
+    assert apart["difference"] == pytest.approx(paired["difference"])
+    assert apart["difference_high"] - apart["difference_low"] > 0.9
+    single = scores[(scores["condition"] == "a") | (scores["seed"] == 1)]
+    mixed = sl.summarize(single, against="b").set_index("condition").loc["a"]  # every seed of a against the one of b
+    assert mixed["difference"] == pytest.approx(scores[scores["condition"] == "a"]["score"].mean()
+                                                - single[single["condition"] == "b"]["score"].mean())  # fmt: skip
+    assert mixed["difference_high"] - mixed["difference_low"] > 0.9
+
+
 def test_differences_use_the_items_that_both_have() -> None:
     left = scores_of({("t", "a", 0): [0, 0, 1, 1]})
     right = scores_of({("t", "b", 0): [1, 0, 1, 1]}, first_item=2)  # items 2 to 5
-    row = sl.summarize(pd.concat([left, right]), against="a").set_index("condition").loc["b"]
+    with pytest.warns(
+        sl.SitelensWarning, match="b against a: 4 items were answered under one of the two conditions only"
+    ):
+        row = sl.summarize(pd.concat([left, right]), against="a").set_index("condition").loc["b"]
     assert row["difference"] == -0.5
     right["item"] += 10
     with pytest.raises(sl.SitelensError, match="not evaluated on the same items"):
@@ -653,7 +708,40 @@ def test_differences_use_the_items_that_both_have() -> None:
 def test_differences_over_tasks_are_the_mean_of_the_tasks_own() -> None:
     scores = scores_of({("s", "a", 0): [0], ("s", "b", 0): [1], ("l", "a", 0): [1, 1, 0], ("l", "b", 0): [1, 1, 0]})
     row = sl.summarize(scores, by=("condition",), against="a").set_index("condition").loc["b"]
-    assert (row["difference"], row["difference_low"], row["difference_high"]) == (0.5, 0.5, 0.5)
+    assert row["difference"] == 0.5
+    assert row["difference_low"] < 0.4 and row["difference_high"] > 0.6
+    assert row["difference_tasks_low"] == -1 and row["difference_tasks_high"] == 1
+
+
+def test_a_missing_key_is_a_group_of_its_own() -> None:
+    scores = scores_of({("t", "a", 0): [0, 1], ("t", "b", 0): [1, 1]})
+    scores["draw"] = pd.array([0, 0, pd.NA, pd.NA], dtype="Int64")
+    summary = sl.summarize(scores, by=("condition", "draw"))
+    assert summary["condition"].tolist() == ["a", "b"] and summary["mean"].tolist() == [0.5, 1]
+    assert summary["draw"].isna().tolist() == [False, True]
+    scores["draw"] = pd.array([pd.NA] * 4, dtype="Int64")
+    assert sl.summarize(scores, by=("condition", "draw"), against="a")["difference"].tolist()[1] == 0.5
+
+
+def test_copies_count_once() -> None:
+    scores = scores_of({("t", "a", 0): [0, 1, 1]}).assign(logprob=[-1.0, -2.0, -3.0], predicted=["x", None, "z"])
+    with pytest.warns(sl.SitelensWarning, match="3 rows are exact copies of others"):
+        row = sl.summarize(pd.concat([scores, scores])).iloc[0]
+    assert (row["n"], row["interval"]) == (3, "wilson")
+    other = scores.assign(logprob=[-1.5, -2.0, -2.5])  # of another run
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sl.summarize(pd.concat([scores, other.iloc[[0, 2]]])).iloc[0]["n"] == 5
+
+
+def test_answers_come_back_from_counts() -> None:
+    scores = scores_of({("s", "a", 0): [1, 0, 0], ("l", "a", 0): [1] * 7 + [0] * 3, ("l", "b", 0): [0] * 10})
+    cells = sl.summarize(scores, by=("task", "condition"))[["task", "condition", "mean", "n"]]
+    again = answers_from_counts(cells, "mean")
+    for by in (("task", "condition"), ("condition",)):
+        pd.testing.assert_frame_equal(sl.summarize(again, by=by), sl.summarize(scores, by=by))
+    with pytest.raises(sl.SitelensError, match=r"mean 0\.35 of n = 10 answers is no whole number of right ones"):
+        answers_from_counts(cells.assign(mean=0.35, n=10), "mean")
 
 
 def test_groups_keep_their_order_and_the_echo_has_no_difference(gpt2: Model) -> None:
@@ -673,6 +761,18 @@ def test_groups_keep_their_order_and_the_echo_has_no_difference(gpt2: Model) -> 
         (lambda frame: sl.summarize(frame, by=("colour",)), "no column colour"),
         (lambda frame: sl.summarize(frame, against="b"), "no condition 'b' to compare with.*there are: a"),
         (lambda frame: sl.summarize(frame, by=("task",), against="a"), "'condition' is not in by"),
+        (lambda frame: sl.summarize(frame, by="task"), r"by must be a list of column names: write \('task',\)"),
+        (lambda frame: sl.summarize(frame, by=()), "by must name a column at least"),
+        (lambda frame: sl.summarize(frame, by=("task", "task")), "the column 'task' is given twice"),
+        (lambda frame: sl.summarize(pd.concat([frame, frame], axis=1)), "the column 'task' is given twice"),
+        (lambda frame: sl.summarize(frame.assign(score=[1, None])), "1 lack one; first task 't', item 1, score"),
+        (lambda frame: sl.summarize(frame.assign(score=["1", "x"])), "score x"),
+        (lambda frame: sl.summarize(frame.assign(score=[-1.5, 0])), "a score from 0 to 1; 1 lack one.*score -1.5"),
+        (lambda frame: sl.summarize(frame.assign(item=[None, 1])), "needs a task, an item"),
+        (
+            lambda frame: sl.summarize(pd.concat([frame, frame.assign(metric="exact_match")]), by=("task",)),
+            "several metrics .first_token, exact_match. have no mean in common: add 'metric' to by",
+        ),
     ],
 )
 def test_what_cannot_be_summarized_is_an_error(change: Callable[[pd.DataFrame], Any], message: str) -> None:

@@ -54,7 +54,7 @@ def test_every_condition_stands_in_the_summary_and_the_table(report: RunReport) 
         lines = report.table(metric).splitlines()
         assert [line.split()[0] for line in lines[1:]] == CONDITIONS
     drawn = report.summary[report.summary["condition"] == "random"]
-    assert drawn["spread"].notna().all() and (drawn["n"] == 10).all() and (drawn["interval"] == "items").all()
+    assert drawn["spread"].notna().all() and (drawn["n"] == 10).all() and (drawn["interval"] == "items and draws").all()
 
 
 def test_high_low_and_random_have_a_quarter_of_the_heads_unless_told(report: RunReport, task_file: str) -> None:

@@ -374,17 +374,65 @@ class TestSeedVariance:
         frame = pd.DataFrame(cells, columns=["prompt_seed", "training_seed", "mean"]).assign(task="b", n=100)
         other = frame.assign(task="a", mean=0.5, n=25)
         found = studies.variance_components(pd.concat([frame, other], ignore_index=True))
-        assert found.columns.tolist() == ["task", "mean", "prompt_sd", "training_sd", "total_sd", "item_se"]
+        deviations = ["prompt_sd", "training_sd", "residual_sd", "total_sd"]
+        assert found.columns.tolist() == ["task", "mean", *deviations, "item_se"]
         assert found["task"].tolist() == ["b", "a"]
-        # Means over the other seed are 0.3 and 0.7, and 0.4 and 0.6: two numbers that differ by d have sd d / sqrt(2).
-        by_hand = [0.5, 0.4 / 2**0.5, 0.2 / 2**0.5, (0.2 / 3) ** 0.5, 0.05]
-        assert found.iloc[0, 1:].tolist() == pytest.approx(by_hand)
-        assert found.iloc[1, 1:].tolist() == pytest.approx([0.5, 0, 0, 0, 0.1])
+        # Means over the other seed are 0.3 and 0.7, and 0.4 and 0.6: variance d^2 / 2, where d is how much two differ.
+        # They explain all of the table, so nothing is left.
+        by_hand = [0.5, 0.08**0.5, 0.02**0.5, 0, 0.1**0.5, 0.05]
+        assert found.iloc[0, 1:].tolist() == pytest.approx(by_hand, abs=1e-9)
+        assert found.iloc[1, 1:].tolist() == pytest.approx([0.5, 0, 0, 0, 0, 0.1])
+
+    def test_a_residual_takes_what_neither_seed_explains(self) -> None:
+        cells = [(p, t, 0.5 + 0.1 * ((p + t) % 2)) for p in range(2) for t in range(2)]
+        frame = pd.DataFrame(cells, columns=["prompt_seed", "training_seed", "mean"]).assign(task="a", n=100)
+        found = studies.variance_components(frame).iloc[0]
+        assert found["prompt_sd"] == found["training_sd"] == 0
+        variance = 4 * 0.05**2 / 3  # of four numbers about their mean
+        assert found["residual_sd"] == found["total_sd"] == pytest.approx(variance**0.5)
+
+    @pytest.mark.parametrize("deviations", [(0.06, 0.02, 0.03), (0.0, 0.05, 0.04), (0.0, 0.0, 0.05), (0.04, 0.0, 0.0)])
+    def test_components_are_those_of_simulated_runs(self, deviations: tuple[float, float, float]) -> None:
+        rng, tasks, n_prompts, n_training = np.random.default_rng(0), 300, 5, 4
+        prompt, training, residual = (
+            rng.normal(0, sd, (tasks, *shape))
+            for sd, shape in zip(deviations, [(n_prompts, 1), (1, n_training), (n_prompts, n_training)], strict=True)
+        )
+        index = pd.MultiIndex.from_product([range(tasks), range(n_prompts), range(n_training)])
+        means = 0.6 + prompt + training + residual
+        frame = pd.Series(means.flatten(), index.set_names(["task", "prompt_seed", "training_seed"]), name="mean")
+        found = studies.variance_components(frame.reset_index().assign(n=100))
+        variances = found[["prompt_sd", "training_sd", "residual_sd"]] ** 2
+        assert (variances >= 0).all(axis=None)
+        assert (variances.sum(axis=1) - found["total_sd"] ** 2).abs().max() < 1e-12
+        for name, true in zip(variances, deviations, strict=True):
+            assert variances[name].mean() ** 0.5 == pytest.approx(true, rel=0.1, abs=0.35 * 0.05 if true == 0 else None)
+            if true == 0:
+                assert variances[name].median() < 1e-9 or name == "residual_sd"
+
+    def test_a_pair_of_seeds_that_is_missing_or_there_twice_is_an_error(self) -> None:
+        cells = [(p, t, 0.5) for p in range(2) for t in range(2)]
+        frame = pd.DataFrame(cells, columns=["prompt_seed", "training_seed", "mean"]).assign(task="a", n=100)
+        for wrong in (frame.iloc[:3], pd.concat([frame, frame.iloc[:1]])):
+            with pytest.raises(sl.SitelensError, match="task 'a' must have every prompt seed with every training seed"):
+                studies.variance_components(wrong)
+        with pytest.raises(sl.SitelensError, match="no column n: give the frame of seed_variance"):
+            studies.variance_components(frame.drop(columns="n"))
+
+    def test_one_seed_of_a_kind_leaves_its_share_open(self) -> None:
+        cells = [(p, 0, mean) for p, mean in enumerate((0.4, 0.6))]
+        frame = pd.DataFrame(cells, columns=["prompt_seed", "training_seed", "mean"]).assign(task="a", n=100)
+        found = studies.variance_components(frame).iloc[0]
+        assert found["prompt_sd"] == found["total_sd"] == pytest.approx(0.02**0.5)
+        assert found[["training_sd", "residual_sd"]].isna().all()
 
     def test_one_seed_shows_no_variance(self) -> None:
         frame = pd.DataFrame({"task": ["a"], "prompt_seed": [0], "training_seed": [0], "mean": [0.5], "n": [4]})
         found = studies.variance_components(frame)
-        assert found[["prompt_sd", "training_sd", "total_sd"]].isna().all(axis=None) and found["item_se"][0] == 0.25
+        assert (
+            found[["prompt_sd", "training_sd", "residual_sd", "total_sd"]].isna().all(axis=None)
+            and found["item_se"][0] == 0.25
+        )
 
 
 class TestInitialisations:

@@ -141,7 +141,10 @@ def head_overlap(frame: pd.DataFrame, title: str = "") -> Figure:
 
 
 def shared_attention(frame: pd.DataFrame, title: str = "") -> Figure:
-    """How differently heads attend on the two tasks' prompts, by whether one or both tasks select them."""
+    """How differently heads attend on the two tasks' prompts, by whether one or both tasks select them.
+
+    Means over heads; the bars are 1.96 standard errors of these means, as if heads were independent of each other.
+    """
     heads = frame.drop_duplicates(["task_a", "task_b", "layer", "head"])
     pairs = heads["task_a"] + ", " + heads["task_b"]
     group = heads["group"].replace({"only a": "one", "only b": "one"})
@@ -151,7 +154,8 @@ def shared_attention(frame: pd.DataFrame, title: str = "") -> Figure:
     ordered = summary.assign(place=summary["group"].map({"both": 0, "one": 1, "neither": 2}))
     ordered = ordered.sort_values("place", kind="stable").assign(group=lambda f: "selected by " + f["group"])
     return dots(ordered, colour="group", share=False, title=title,
-                labels={"mean": "Total variation between attention on the two tasks' prompts"})  # fmt: skip
+                labels={"mean": "Total variation between attention on the two tasks' prompts<br>"
+                                "(means over heads; bars: 1.96 standard errors)"})  # fmt: skip
 
 
 def attention_roles(frame: pd.DataFrame, title: str = "") -> Figure:

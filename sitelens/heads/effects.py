@@ -39,7 +39,7 @@ def indirect_effects(
 
     Few-shot prompts of training items, whose answers are shuffled among the demonstrations, with validation items as
     queries; one head's z at the last token is replaced by its task embedding; effect is the mean gain of the
-    probability of the answer's first token, error its standard error over prompts.
+    probability of the answer's first token, error its standard error over prompts (NaN for one prompt).
 
     Prompts of your own may stand in the task's place, with `answer` for all or one for each (" cold"); they are run as
     they stand, and `n_prompts`, `n_shots` and `seed` play no part then.

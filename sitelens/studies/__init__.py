@@ -12,6 +12,8 @@ from sitelens.studies.patching import mixing as mixing
 from sitelens.studies.patching import random_heads as random_heads
 from sitelens.studies.patching import soft_hard as soft_hard
 from sitelens.studies.patching import task_agnostic as task_agnostic
+from sitelens.studies.seeds import seed_variance as seed_variance
+from sitelens.studies.seeds import variance_components as variance_components
 from sitelens.studies.training import alpha_distribution as alpha_distribution
 from sitelens.studies.training import checkpoints as checkpoints
 from sitelens.studies.training import initialisation_distances as initialisation_distances
@@ -19,5 +21,3 @@ from sitelens.studies.training import initialisations as initialisations
 from sitelens.studies.training import initialised as initialised
 from sitelens.studies.training import loss_path as loss_path
 from sitelens.studies.training import prompt_counts as prompt_counts
-from sitelens.studies.training import seed_variance as seed_variance
-from sitelens.studies.training import variance_components as variance_components

@@ -1,4 +1,4 @@
-"""Studies of how alpha is trained: prompts and shots, seeds, initialisations, checkpoints, what alphas come out."""
+"""Studies of how alpha is trained: prompts and shots, initialisations, checkpoints, what alphas come out."""
 
 from __future__ import annotations
 
@@ -65,65 +65,6 @@ def prompt_counts(
             rows[name] = rows["n_shots"].map(prompted[column])
         frames.append(rows)
     return pd.concat(frames, ignore_index=True)
-
-
-@warned_once()
-def seed_variance(
-    tasks: Iterable[Task | str],
-    model: Model | str | None = None,
-    *,
-    prompt_seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    training_seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    n_prompts: int = 50,
-    n_shots: int = 10,
-    config: TrainConfig | None = None,
-    **options: Unpack[Options],
-) -> pd.DataFrame:
-    """Accuracy under every prompt seed (of the embedding) and training seed (asked for by reviewers).
-
-    One row per task, prompt_seed and training_seed: mean, low, high, n, loss, n_heads. The test items are the same.
-
-    Raises:
-        SitelensError: as `train_selections`.
-    """
-    model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
-    loaded = some_tasks(tasks)
-    cells, jobs = [], []
-    for task in loaded:
-        for prompt_seed in prompt_seeds:
-            vector = embed_task(
-                task, model, n_prompts=n_prompts, n_shots=n_shots, seed=prompt_seed, **sample.limits
-            )  # fmt: skip
-            for training_seed in training_seeds:
-                cells.append((task, prompt_seed, training_seed, vector))
-                jobs.append(TrainJob(((task, vector),), replace(config, seed=training_seed)))
-    results = train_jobs(jobs, model, **sample.limits)
-    frames = []
-    for task in loaded:
-        settings = [
-            ({"prompt_seed": p, "training_seed": t, "n_heads": result.selection.default_k},
-             PatchHeads(result.selection, vector, config.mixing))
-            for (own, p, t, vector), result in zip(cells, results, strict=True) if own is task
-        ]  # fmt: skip
-        frames.append(measure(task, settings, model, sample))
-    return pd.concat(frames, ignore_index=True)
-
-
-def variance_components(frame: pd.DataFrame) -> pd.DataFrame:
-    """What `seed_variance` shows, a row a task: mean accuracy and standard deviations, in shares.
-
-    prompt_sd: between prompt seeds (of means over training seeds); training_sd: between training seeds, likewise;
-    total_sd: over all; item_se: the binomial standard error of one accuracy, for comparison.
-    """
-    rows = []
-    for task, part in frame.groupby("task", sort=False):
-        mean = part["mean"].mean()
-        rows.append({
-            "task": task, "mean": mean, "prompt_sd": part.groupby("prompt_seed")["mean"].mean().std(),
-            "training_sd": part.groupby("training_seed")["mean"].mean().std(), "total_sd": part["mean"].std(),
-            "item_se": (mean * (1 - mean) / part["n"].iloc[0]) ** 0.5,
-        })  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 @warned_once()

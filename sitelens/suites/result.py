@@ -15,7 +15,7 @@ from sitelens.embedding import TaskEmbedding
 from sitelens.gallery import write_figure
 from sitelens.models import Model
 from sitelens.selection import HeadSelection
-from sitelens.summary import markdown_table, summarize
+from sitelens.summary import RANGES, markdown_table, percent, summarize
 from sitelens.writing import Outputs, check_file_name, write_csv, write_text
 
 if TYPE_CHECKING:
@@ -49,9 +49,10 @@ class SuiteResult:
         return found.drop(columns="interval")
 
     def table(self) -> pd.DataFrame:
-        """Means over tasks with 95% intervals (stratified bootstrap): conditions by groups, and over all tasks.
+        """Means over tasks with 95% intervals: conditions by groups, and over all tasks.
 
-        Columns: condition, metric, group ("all" for the whole suite), tasks, mean, low, high, n (answers).
+        Columns: condition, metric, group ("all" for the whole suite), tasks, mean, low, high (over items of these
+        tasks), tasks_low, tasks_high (over tasks as well; where a group has several), n (answers).
         """
         whole = self.scores.assign(group="all")
         several = self.scores["group"].nunique() > 1
@@ -61,14 +62,14 @@ class SuiteResult:
         return found.assign(tasks=found["group"].map(counts))
 
     def markdown(self) -> str:
-        """The table as Markdown, like the paper's: conditions down, groups across, per cent."""
+        """The table as Markdown, like the paper's: conditions down, groups across, per cent, and what intervals are."""
         table = self.table()
         cells = table.assign(
-            text=[f"{100 * row.mean:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in _rows(table)],
+            text=[percent(row, 1) for row in table.to_dict("records")],
             column=[f"{row.group} ({row.tasks} task{'' if row.tasks == 1 else 's'})" for row in _rows(table)],
         )
         wide = cells.pivot_table(index="condition", columns="column", values="text", aggfunc="first", sort=False)
-        return markdown_table(wide)
+        return markdown_table(wide) + (f"\n\n{RANGES}" if "tasks_low" in table else "")
 
     def figure(self, title: str = "") -> go.Figure:
         """Every task under every condition, by group, best under the last condition first."""

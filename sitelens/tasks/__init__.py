@@ -256,12 +256,7 @@ def _benchmark(name: str, benchmark: benchmarks.Benchmark, own: str) -> Task:
         _check_number(name, examples)
         train, valid, test = _split(examples)
         notes = [f"70/9/21 of {split} (seed 32)"]
-    if benchmark.context:
-        what, context_of = benchmark.context
-        known = {context_of(item.input) for item in train}
-        count = sum(context_of(item.input) in known for item in test)
-        notes.append(f"{count} of {len(test)} test items have a {what} that also stands in train" if count else "")
-    note = "; ".join(filter(None, [*notes, _shared(train, test)]))
+    note = "; ".join(filter(None, [*notes, benchmark.shared_context(train, test), _shared(train, test)]))
     return Task(name, benchmark.source, train, valid, test, published_metric="exact_match", note=note)
 
 

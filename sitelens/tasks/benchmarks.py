@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -146,6 +146,15 @@ class Benchmark:
     tasks: Callable[[], Mapping[str, int | None]]
     read: Callable[[str], Parts]
     context: tuple[str, Callable[[str], str]] | None = None  # what several items share: its name, and how to find it
+
+    def shared_context(self, train: Sequence[Example], test: Sequence[Example]) -> str:
+        """How many test items have a context that also stands in train, in words; empty if none has."""
+        if self.context is None:
+            return ""
+        name, context_of = self.context
+        known = {context_of(item.input) for item in train}
+        count = sum(context_of(item.input) in known for item in test)
+        return f"{count} of {len(test)} test items have a {name} that also stands in train" if count else ""
 
 
 BENCHMARKS = {
