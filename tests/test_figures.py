@@ -259,7 +259,9 @@ CASES: dict[str, Case] = {
     ),
     "shared_attention": Case(
         figures.shared_attention, pairs_of, _shared_attention,
-        ("Total variation between attention on the two tasks' prompts", None), share=False,
+        ("Total variation between attention on the two tasks' prompts: mean over heads, "
+         "with 1.96 standard errors", None),
+        share=False,
     ),
 }  # fmt: skip
 

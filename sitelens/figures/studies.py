@@ -154,8 +154,8 @@ def shared_attention(frame: pd.DataFrame, title: str = "") -> Figure:
     ordered = summary.assign(place=summary["group"].map({"both": 0, "one": 1, "neither": 2}))
     ordered = ordered.sort_values("place", kind="stable").assign(group=lambda f: "selected by " + f["group"])
     return dots(ordered, colour="group", share=False, title=title,
-                labels={"mean": "Total variation between attention on the two tasks' prompts<br>"
-                                "(means over heads; bars: 1.96 standard errors)"})  # fmt: skip
+                labels={"mean": "Total variation between attention on the two tasks' prompts: mean over heads, "
+                                "with 1.96 standard errors"})  # fmt: skip
 
 
 def attention_roles(frame: pd.DataFrame, title: str = "") -> Figure:
