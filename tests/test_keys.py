@@ -344,9 +344,10 @@ def test_results_under_autocast_are_kept_apart(llama: Model):
 
 def test_generated_scores_hang_on_the_tokens_that_end_a_text():
     bridge = micro.bridge("Llama")
+    network: Any = bridge.original_model
     for metric, kinds in (("exact_match", 2), ("first_token", 3)):
         for end in (2, [2, 9]):
-            bridge.original_model.generation_config.eos_token_id = end
+            network.generation_config.eos_token_id = end
             score_conditions(TASK, ZERO, bridge, n_items=2, metrics=(metric,))
         assert len(entries()) == kinds
 
@@ -394,7 +395,8 @@ def own_module(bridge: Model) -> Iterator[None]:
     class Mine(nn.SiLU):
         pass
 
-    mlp: Any = bridge.original_model.model.layers[0].mlp.original_component
+    block: Any = bridge.blocks[0]
+    mlp = block.mlp.original_component
     before, mlp.act_fn = mlp.act_fn, Mine()
     try:
         yield
