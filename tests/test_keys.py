@@ -240,6 +240,10 @@ def test_a_rotary_embedding_that_follows_the_prompt_keeps_its_fingerprint(kind: 
     assert model_key(bridge) == key
 
 
+@pytest.mark.parametrize(
+    "family",
+    [name if name in ("Llama", "GPT2") else pytest.param(name, marks=pytest.mark.slow) for name in micro.MORE_FAMILIES],
+)
 def test_work_leaves_the_key_as_it_was(family: str):
     bridge = micro.bridge(family)
     before = model_key(bridge)
