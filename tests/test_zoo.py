@@ -18,6 +18,8 @@ from sitelens.heads import (
     induction_scores,
 )
 from sitelens.heads.writing import written
+from sitelens.methods.i2cl import LinearCombination
+from sitelens.methods.icv import InContextVector
 from sitelens.models import head_shape
 from sitelens.prompts import few_shot_prompts, tokenize
 from tests import micro, zoo
@@ -121,3 +123,31 @@ def test_a_bridge_that_shows_no_attention_is_refused_everywhere() -> None:
     ):
         with pytest.raises(sl.SitelensError, match="does not show the attention"):
             call()
+
+
+# -- conditions at the outputs of attention and MLP --
+
+
+@pytest.mark.parametrize("name", architectures)
+def test_icv_and_i2cl_change_what_a_module_adds_to_the_stream(name: str) -> None:
+    """By hooks on the raw model: behind the modules, or, where these add the stream inside, behind their last layer."""
+    model = zoo.bridge(name)
+    ids = torch.tensor([micro.tokenizer()("Q: aa\nA:")["input_ids"]])
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(2, model.cfg.d_model, generator=generator), dim=-1)
+    turn = InContextVector(direction, 0.5)
+    context = torch.randn(2, 2, model.cfg.d_model, generator=generator)
+    mix = LinearCombination(context, torch.full((2, 2), 0.3), torch.full((2, 2), 0.8))
+    attention_outputs, mlp_outputs = zoo.outputs(zoo.raw(name))
+    turned = {
+        module: lambda x, v=v: turn._turn(x, direction=v) for module, v in zip(mlp_outputs, direction, strict=True)
+    }
+    mixed = {}
+    for place, modules in enumerate((attention_outputs, mlp_outputs)):
+        for layer, module in enumerate(modules):
+            mixed[module] = lambda x, vector=context[layer, place]: 0.8 * x + 0.3 * vector
+    for condition, changes in ((turn, turned), (mix, mixed)):
+        with torch.no_grad(), condition.applied(model):
+            found = model.forward(ids, use_cache=False)[0, -1]
+        expected = zoo.logits_with_outputs(name, ids, changes)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -143,6 +143,29 @@ def blocks(network: Any) -> list[nn.Module]:
     return list(named(network, re.compile(r"\.(h|layers|blocks)\.\d+$")).values())
 
 
+def outputs(network: Any) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What gives the output of every layer's attention and MLP, before it is added to the residual stream."""
+    inside = {"BloomForCausalLM": "both", "MptForCausalLM": "mlp", "OPTForCausalLM": "mlp"}.get(type(network).__name__)
+    attention = projections(network)
+    ends = r"\.(dense_4h_to_h|down_proj|fc2)$" if inside else r"\.(mlp|ffn|feed_forward|block_sparse_moe)$"
+    return attention, list(named(network, re.compile(ends)).values())
+
+
+@torch.no_grad()
+def logits_with_outputs(name: str, ids: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
+    """Last-token logits of the raw model with what some modules give changed."""
+
+    def hook(module: nn.Module, args: Any, y: Any) -> Any:
+        return (changes[module](y[0]), *y[1:]) if isinstance(y, tuple) else changes[module](y)
+
+    handles = [module.register_forward_hook(hook) for module in changes]
+    try:
+        return raw(name)(ids, use_cache=False).logits[0, -1]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def attentions(name: str, ids: Tensor) -> list[Tensor]:
     """Every layer's attention weights `[row head pos pos]` as the raw model gives them."""

@@ -50,9 +50,9 @@ METHODS: dict[str, Method] = {
     "many-shot": Method(many_shot.fit, lambda condition: 0),
     "FV": Method(function_vector.fit, lambda condition: 0, algorithm=3),
     "TV": Method(task_vector.fit, lambda condition: 0),
-    "ICV": Method(icv.fit, lambda condition: 0),
+    "ICV": Method(icv.fit, lambda condition: 0, algorithm=2),
     "MTV": Method(mtv.fit, lambda condition: condition.selection.alpha.numel(), algorithm=2),
-    "I2CL": Method(i2cl.fit, lambda condition: condition.a.numel() + condition.b.numel(), algorithm=3),
+    "I2CL": Method(i2cl.fit, lambda condition: condition.a.numel() + condition.b.numel(), algorithm=4),
     "LTV": Method(ltv.fit, lambda condition: condition.n_trained, algorithm=2),
     "LoFiT": Method(lofit.fit, _both_steps, algorithm=2),
     "LoRA": Method(

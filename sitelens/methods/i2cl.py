@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,12 @@ from sitelens.defaults import warned_once
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.methods.common import drawn, fitting, mean_states, next_loss, prompts_of, zero_shot
-from sitelens.methods.streams import check_stream
+from sitelens.methods.streams import Part, check_stream, output_hooks
 from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import Prompt, few_shot_prompt
 from sitelens.tasks import Example, Task, load_task
 
-MODULES = ("attn", "mlp")
+MODULES: tuple[Part, Part] = ("attn", "mlp")
 START = (0.1, 1.0)  # a and b
 CLOSED, PER_LABEL, OPEN = 10, 5, 10  # answers of a closed task at most; demonstrations of each; of an open task
 
@@ -38,7 +39,7 @@ class LinearCombination(Condition):
 
     def fwd_hooks(self, model: Model) -> list[Hook]:
         check_stream("a linear combination", self.model, self.context.shape[2], model)
-        return combining(self.context, self.a, self.b)
+        return combining(self.context, self.a, self.b, points=_points(model))
 
 
 def combining(
@@ -47,6 +48,8 @@ def combining(
     b: Float[Tensor, "layer module"],
     noise: float = 0.0,
     generator: torch.Generator | None = None,
+    *,
+    points: Sequence[str] | None = None,
 ) -> list[Hook]:
     """The hooks; with `noise`, each coordinate gets that share of the output's norm times a normal number."""
 
@@ -60,9 +63,9 @@ def combining(
             mixed = mixed + noise * mixed.detach().norm(dim=-1, keepdim=True) * random
         return mixed.to(out.dtype)
 
-    return [
-        (point, functools.partial(act, layer=layer, module=module)) for layer, module, point in _points(len(context))
-    ]
+    where = points or [f"blocks.{layer}.{module}.hook_out" for layer in range(len(context)) for module in MODULES]
+    acts = [functools.partial(act, layer=layer, module=i) for layer in range(len(context)) for i in range(len(MODULES))]
+    return list(zip(where, acts, strict=True))
 
 
 @warned_once()
@@ -99,7 +102,7 @@ def fit(
         prompt = few_shot_prompt(task, [], item, tokenizer)
         shown.append(Prompt(prompt.text + prompt.answers[0] + "\n", (), prompt.special_tokens))
     layers = head_shape(model)[0]
-    points = [point for _, _, point in _points(layers)]
+    points = _points(model)
     context = mean_states(prompts_of(shown, task, model), points, model).reshape(layers, len(MODULES), -1)
     batch = zero_shot(task, items, model)
     asked = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
@@ -112,7 +115,7 @@ def fit(
     rate = functools.partial(cosine, warm_up=int(warm_up * steps), steps=steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     generator = torch.Generator().manual_seed(seed)
-    with model.hooks(fwd_hooks=combining(context, a, b, noise, generator)):
+    with model.hooks(fwd_hooks=combining(context, a, b, noise, generator, points=points)):
         for index in drawn(items, steps, min(batch_size, len(items)), f"i2cl/train/{task.name}/{seed}"):
             optimizer.zero_grad()
             next_loss([rows[i] for i in index], model).backward()
@@ -140,9 +143,6 @@ def cosine(step: int, warm_up: int, steps: int) -> float:
     return step / warm_up if step < warm_up or step == warm_up > 0 else 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _points(layers: int) -> list[tuple[int, int, str]]:
-    return [
-        (layer, place, f"blocks.{layer}.{module}.hook_out")
-        for layer in range(layers)
-        for place, module in enumerate(MODULES)
-    ]
+def _points(model: Model) -> list[str]:
+    """Where the outputs of attention and MLP pass, layer by layer."""
+    return [point for both in zip(*(output_hooks(part, model) for part in MODULES), strict=True) for point in both]

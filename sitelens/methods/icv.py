@@ -16,7 +16,7 @@ from sitelens.conditions import Condition
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.methods.common import best_on_valid, drawn, fitting, prompts_of, states
-from sitelens.methods.streams import check_stream, stream_hook
+from sitelens.methods.streams import check_stream, output_hooks, stream_hook
 from sitelens.models import Model, head_shape, resolve_model
 from sitelens.prompts import Prompt
 from sitelens.tasks import Task, load_task
@@ -26,7 +26,7 @@ STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 @dataclass(frozen=True, eq=False)
 class InContextVector(Condition):
-    """After every MLP and at every position, x turns towards a direction and keeps its length.
+    """What every MLP gives, x, turns towards a direction at every position and keeps its length.
 
     x <- |x| u / |u| with u = x / |x| + strength (1 + max(0, cos(x, -v))) v, for the unit direction v of the layer.
     """
@@ -39,8 +39,8 @@ class InContextVector(Condition):
     def fwd_hooks(self, model: Model) -> list[Hook]:
         check_stream("an in-context vector", self.model, self.directions.shape[1], model)
         return [
-            (f"blocks.{layer}.mlp.hook_out", functools.partial(self._turn, direction=direction))
-            for layer, direction in enumerate(self.directions)
+            (point, functools.partial(self._turn, direction=direction))
+            for point, direction in zip(output_hooks("mlp", model), self.directions, strict=True)
         ]
 
     def _turn(self, x: Tensor, hook: Any = None, *, direction: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,12 +15,57 @@ from torch import Tensor
 from sitelens.conditions import Condition, Steps
 from sitelens.defaults import SitelensError
 from sitelens.forward import Hook
-from sitelens.models import Model, check_fit, model_name
+from sitelens.heads.common import watch
+from sitelens.models import Model, check_fit, head_shape, model_name
 
 
 def stream_hook(layer: int) -> str:
     """The residual stream after a layer, `[batch pos d_model]`."""
     return f"blocks.{layer}.hook_resid_post"
+
+
+Part = Literal["attn", "mlp"]
+INNER: dict[Part, str] = {"attn": "o", "mlp": "out"}
+_outputs: weakref.WeakKeyDictionary[Model, dict[Part, list[str]]] = weakref.WeakKeyDictionary()
+
+
+def output_hooks(part: Part, model: Model) -> list[str]:
+    """Where the output of each layer's attention or MLP passes before it is added to the residual stream.
+
+    Some architectures add the stream inside of the module (both in BLOOM, the MLP in MPT): there it is the output of
+    the module's last projection. Which do is seen in one forward pass over two tokens.
+
+    Raises:
+        SitelensError: if a module adds the stream and shows no output of its own.
+    """
+    if model not in _outputs:
+        _outputs[model] = {name: _found_outputs(name, model) for name in INNER}
+    return _outputs[model][part]
+
+
+def _found_outputs(part: Part, model: Model) -> list[str]:
+    layers = head_shape(model)[0]
+    outer = [f"blocks.{layer}.{part}.hook_out" for layer in range(layers)]
+    inner = [f"blocks.{layer}.{part}.{INNER[part]}.hook_out" for layer in range(layers)]
+    # What holds the whole stream: the block's output behind an MLP, what enters the second norm behind attention.
+    whole = [f"blocks.{layer}.{'hook_out' if part == 'mlp' else 'ln2.hook_in'}" for layer in range(layers)]
+    seen: dict[str, Tensor] = {}
+    points = [name for name in (*outer, *inner, *whole) if name in model.hook_dict]
+    watch(torch.tensor([[0, 1]]), model, {name: functools.partial(seen.__setitem__, name) for name in points})
+    found = []
+    for out, own, stream in zip(outer, inner, whole, strict=True):
+        adds = out in seen and stream in seen and _alike(seen[out], seen[stream])
+        if adds and (own not in seen or _alike(seen[own], seen[stream])):
+            raise SitelensError(
+                f"{out} of {model_name(model)} is the whole residual stream, and what the {part} adds to it is not "
+                "shown: this method does not support the architecture"
+            )
+        found.append(own if adds else out)
+    return found
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one - other).abs().max() <= 1e-5 * other.abs().max())
 
 
 @dataclass(frozen=True, eq=False)
