@@ -97,7 +97,8 @@ def heard_in_tokenizer(tokenizer: Any) -> str | None:
     for step in ("normalizer", "pre_tokenizer", "decoder"):
         rule = getattr(backend, step, None)
         try:
-            rule is not None and rule.__getstate__()
+            if rule is not None:
+                rule.__getstate__()
         except Exception:  # what is written in Python cannot be saved
             return f"a {step} of the tokenizer that is written in Python"
     return None

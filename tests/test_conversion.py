@@ -657,7 +657,7 @@ def test_a_damaged_model_stays_until_the_new_one_is_whole(
         raise SitelensError("no network")
 
     with monkeypatch.context() as broken:
-        broken.setattr(conversion, "read_gguf", refuses)
+        broken.setattr(conversion, "_convert", refuses)
         with pytest.warns(SitelensWarning, match="damaged"), pytest.raises(SitelensError, match="no network"):
             gguf_folder(gguf)
     assert (folder / "model.safetensors").exists()

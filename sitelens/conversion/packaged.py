@@ -12,7 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sitelens.conversion.tensors import digest_of
+from sitelens.conversion.parts import digest_of
 from sitelens.defaults import SitelensError, SitelensWarning
 
 
