@@ -21,9 +21,9 @@ import torch
 
 import sitelens as sl
 from benchmarks.plain import Plain
+from sitelens.decoding import end_tokens
 from sitelens.defaults import settings
 from sitelens.embedding import embedding_prompts
-from sitelens.forward import end_tokens
 from sitelens.models import Model, context_length, own_tokenizer
 from sitelens.prompts import few_shot_prompts, tokenize
 from sitelens.training_loop import Run

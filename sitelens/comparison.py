@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +13,7 @@ import torch
 
 from sitelens import embedding, scoring, training_state
 from sitelens.conditions import Condition, FewShot, ZeroShot
-from sitelens.defaults import SitelensError, SitelensWarning, settings, warned_once
+from sitelens.defaults import SitelensError, settings, warned_once
 from sitelens.evaluation import evaluate
 from sitelens.fingerprints import unchanged
 from sitelens.folders import scratch_folder
@@ -175,30 +174,17 @@ def checked_methods(names: Sequence[str] | Literal["all"]) -> list[str]:
     """The names, each once; of "all", those that lack a library are left out with a warning.
 
     Raises:
-        SitelensError: for an unknown one, with the nearest names; for one that lacks a library.
+        SitelensError: for an unknown one, with the nearest names.
     """
     if isinstance(names, str) and names == "all":
-        return [name for name in NAMES if name not in METHODS or _has_libraries(name)]
+        return list(NAMES)
     if isinstance(names, str):
         raise SitelensError(f"methods must be 'all' or a list of names: write [{names!r}]")
     for name in names:
         if name not in NAMES:
             near = difflib.get_close_matches(name.upper(), NAMES, n=2, cutoff=0.3) or list(NAMES)
             raise SitelensError(f"unknown method {name!r}: did you mean {' or '.join(near)}?")
-    for name in names:
-        if name in METHODS:
-            METHODS[name].check()
     return list(dict.fromkeys(names))
-
-
-def _has_libraries(name: str) -> bool:
-    """Whether a method can be fitted here; a warning says what it lacks."""
-    try:
-        METHODS[name].check()
-    except SitelensError as error:
-        warnings.warn(f"{name} is left out: {error}", SitelensWarning, stacklevel=3)
-        return False
-    return True
 
 
 def _cells(

@@ -22,8 +22,10 @@ from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
 from sitelens.forward import HeadEdit, Hook, Mixing
 from sitelens.models import Model, computing_dtype, head_shape
+from sitelens.network import Passes
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact
+from sitelens.twins import hooked_here
 
 Positions = Literal["last", "all"]
 Steps = Literal["prompt", "every"]
@@ -82,15 +84,40 @@ class Condition(ABC):
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[None]:
-        """In effect for one prompt forward pass and the decoding that follows it.
+        """In effect for one prompt forward pass and the decoding that follows it, run by this thread or async task.
 
-        Hooks that are to act on the prompt only (`steps` is "prompt") fall silent after their first call.
+        Passes that others run on the same model meanwhile are not touched. Hooks that are to act on the prompt only
+        (`steps` is "prompt") fall silent after their first call.
+
+        Raises:
+            SitelensError: if this condition was made for another model.
         """
         hooks = self.fwd_hooks(model)
         if self.steps == "prompt":
             hooks = [(name, _once(hook)) for name, hook in hooks]
-        with model.hooks(fwd_hooks=hooks):
+        with hooked_here(model, hooks):
             yield
+
+    def _passes(self, model: Model) -> Passes:
+        """Passes of our own with this condition in effect, each over the prompts or tokens that follow it."""
+        passes = Passes(model)
+        passes.install([(name, self._hook(hook, passes)) for name, hook in self.fwd_hooks(model)])
+        return passes
+
+    def _hook(self, own: Any, passes: Passes) -> Any:
+        """A hook of this condition for passes over a prompt and then token by token, or over whole texts that grow."""
+        step_by_step = own if self.steps == "every" else _once(own)
+
+        def act(tensor: Tensor, hook: Any = None) -> Tensor | None:
+            length = passes.prompt
+            if length is None or (self.steps == "every" and self.positions == "all"):
+                return step_by_step(tensor, hook=hook)
+            for end in [length] if self.steps == "prompt" else range(length, tensor.shape[1] + 1):
+                new = own(tensor[:, :end], hook=hook)
+                tensor = tensor if new is None else torch.cat([new, tensor[:, end:]], dim=1)
+            return tensor
+
+        return act
 
     def save(self, path: str | Path) -> Path:
         """Write to a safetensors file from which `Condition.load` makes it again, on any machine.
@@ -136,6 +163,18 @@ class Condition(ABC):
     def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
         """The condition that `state` described."""
         return cls(**tensors, **{name: tuple(v) if isinstance(v, list) else v for name, v in meta.items()})
+
+
+@contextmanager
+def in_effect(condition: Condition, model: Model) -> Iterator[Passes]:
+    """Passes with a condition in effect; a class's own `applied` is heeded."""
+    kinds = type(condition).__mro__
+    applied, passes = (next(kind for kind in kinds if name in vars(kind)) for name in ("applied", "_passes"))
+    if kinds.index(applied) < kinds.index(passes):
+        with condition.applied(model):
+            yield Passes(model)
+    else:
+        yield condition._passes(model)
 
 
 def _once(hook: Any) -> Any:

@@ -74,6 +74,7 @@ class TaskEmbedding:
         return TaskEmbedding(artifact.tensors["mean_z"], **artifact.meta)
 
 
+@torch.inference_mode(False)
 def embed_task(
     task: Task | str,
     model: Model | str | None = None,

@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from sitelens.conditions import Condition, Patch, ZeroShot
+from sitelens.decoding import end_tokens
 from sitelens.defaults import SitelensError, settings, warned_once
 from sitelens.fingerprints import unchanged
-from sitelens.forward import end_tokens
 from sitelens.labels import label_tokens, warn_of_shared_first_tokens
 from sitelens.metrics import Metric, Output, Target, answer_end, check_answers, checked_metrics
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
@@ -22,6 +22,7 @@ from sitelens.progress import tracked
 from sitelens.prompts import Prompt, PromptBatch, after_answer, few_shot_prompts, tokenize
 from sitelens.summary import ECHO
 from sitelens.tasks import Example, Task, load_task
+from sitelens.twins import is_listened
 
 COLUMNS = ("task", "condition", "seed", "item", "input", "answer", "predicted", "metric", "score", "logprob", "rank")
 
@@ -71,11 +72,12 @@ def evaluate(
     groups: dict[int, tuple[dict[str, Patch], dict[str, Condition]]] = {}  # by the number of demonstrations
     rows: dict[tuple[str, str], list[tuple[Any, ...]]] = {}  # by metric and condition
     bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}", progress=progress)
+    listened = is_listened(model)  # then prompts are run whole, under one condition after the other
     with unchanged(model):  # each condition asks whether it fits
         for name, condition in conditions.items():
             patched, hooked = groups.setdefault(condition.n_shots, ({}, {}))
             patch = condition.patch(model)
-            if patch is None or (generating and condition.steps == "every"):
+            if patch is None or listened or (generating and condition.steps == "every"):
                 hooked[name] = condition
             else:
                 patched[name] = patch
@@ -160,7 +162,7 @@ def generate(
         complete=lambda _, text: end is not None and end.search(text.lstrip()) is not None,
     )
     patch = condition.patch(model)
-    if patch is None or condition.steps == "every":
+    if patch is None or is_listened(model) or condition.steps == "every":
         outputs = predictor.hooked({"": condition}, lambda _: None)
     else:
         outputs = predictor.patched({"": patch}, lambda _: None)

@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from sitelens.defaults import bound
 from sitelens.facts import Facts
 from sitelens.store import content_digest, digest, tensor_bytes
 
@@ -66,11 +67,8 @@ _settled: ContextVar[tuple[TransformerBridge, str] | None] = ContextVar("settled
 @contextmanager
 def unchanged(model: TransformerBridge) -> Iterator[None]:
     """Look once at the weights for all that the block asks of their fingerprint: for calls that edit none."""
-    token = _settled.set((model, fingerprint(model)))
-    try:
+    with bound(_settled, (model, fingerprint(model))):
         yield
-    finally:
-        _settled.reset(token)
 
 
 def text_config(model: TransformerBridge) -> Any:

@@ -1,4 +1,4 @@
-"""Forward passes: prefixes computed once, last-token logits under a head edit, capture of z, greedy decoding.
+"""Forward passes: prefixes computed once, last-token logits under a head edit, capture of z.
 
 Nothing before the last prompt token depends on an edit made there. So the keys and values of all tokens but the
 last (the prefix) are computed once, without gradient, and everything else runs one token per prompt.
@@ -6,24 +6,23 @@ last (the prefix) are computed once, without gradient, and everything else runs 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, bound
 from sitelens.models import Model, head_shape, z_hook
-from sitelens.network import all_positions, can_unhook, run_right_padded, run_tokens
+from sitelens.network import Passes, all_positions, run_right_padded, run_tokens
 from sitelens.prefix import PrefixCache, ReadOnly
 from sitelens.prompts import PromptBatch
 
@@ -91,32 +90,30 @@ def _edit_hooks(layers: int, current: Callable[[], HeadEdit | None]) -> list[Hoo
 
 
 class LastToken:
-    """Runs the last prompt token over a prefix: with hooks installed once for many calls, or without any.
+    """Runs the last prompt token over a prefix, on the model as it is when this is made.
 
     with LastToken(model) as run:
         logits = run(prefix, edit)     # [row vocab], differentiable in the edit
 
-    Where the network can run without its bridge, `_last_token_attention` reads the prefix and makes the edit.
+    Where the network runs without its bridge, `_last_token_attention` reads the prefix and makes the edit.
     """
 
     def __init__(self, model: Model) -> None:
-        self.model = model
+        self.passes = Passes(model)
         self._edit: HeadEdit | None = None
-        self._hooks = contextlib.ExitStack()
-        self._unhooked = False
+        if not self.passes.plain:
+            self.passes.install(_edit_hooks(head_shape(model)[0], lambda: self._edit))
 
     def __enter__(self) -> LastToken:
-        self._unhooked = can_unhook(self.model)
-        if not self._unhooked:
-            hooks = _edit_hooks(head_shape(self.model)[0], lambda: self._edit)
-            self._hooks.enter_context(self.model.hooks(fwd_hooks=hooks))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._hooks.close()
+        """Nothing is to be put back."""
 
     def __call__(self, prefix: PrefixCache, edit: HeadEdit | None = None) -> Float[Tensor, "row vocab"]:
-        return self._step(prefix, edit, prefix.outline() if self._unhooked else prefix.cache(ReadOnly))
+        if prefix.tokens is not None:
+            return self._whole(prefix, edit)
+        return self._step(prefix, edit, prefix.outline() if self.passes.plain else prefix.cache(ReadOnly))
 
     def step(self, prefix: PrefixCache, edit: HeadEdit | None) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
         """As a call, and with it a cache that holds the whole prompt and may grow, for decoding."""
@@ -124,19 +121,26 @@ class LastToken:
         return self._step(prefix, edit, cache), cache
 
     def _step(self, prefix: PrefixCache, edit: HeadEdit | None, cache: DynamicCache) -> Float[Tensor, "row vocab"]:
+        tokens, positions = prefix.last[:, None], prefix.positions()[:, None]
         self._edit = edit
-        token = _token.set((prefix, edit))
         try:
-            tokens, positions = prefix.last[:, None], prefix.positions()[:, None]
-            attention = LAST_TOKEN if self._unhooked else None
-            return run_tokens(self.model, tokens, prefix.mask, positions, cache, attention=attention)[:, -1]
+            with bound(_token, (prefix, edit)):
+                return run_tokens(self.passes, tokens, prefix.mask, positions, cache, attention=LAST_TOKEN)[:, -1]
         finally:
-            _token.reset(token)
+            self._edit = None  # decoding goes on without it
+
+    def _whole(self, prefix: PrefixCache, edit: HeadEdit | None) -> Float[Tensor, "row vocab"]:
+        def select(rows: Int[Tensor, " chosen"]) -> None:
+            self._edit = None if edit is None else edit.rows(rows)
+
+        try:
+            return _whole_logits(prefix, self.passes, select)
+        finally:
             self._edit = None
 
 
 LAST_TOKEN = "sitelens_last_token"  # the name under which transformers knows the function below
-_token: ContextVar[tuple[PrefixCache, HeadEdit | None]] = ContextVar("token")
+_token: ContextVar[tuple[PrefixCache, HeadEdit | None] | None] = ContextVar("token", default=None)
 
 
 def _last_token_attention(
@@ -153,7 +157,9 @@ def _last_token_attention(
     Stored keys are neither repeated for the heads of a group nor copied next to the token's own, and no gradient
     flows into them.
     """
-    prefix, edit = _token.get()
+    current = _token.get()
+    assert current is not None
+    prefix, edit = current
     wide = torch.promote_types(query.dtype, torch.float32)
     if key.shape[2] > 1:  # of a cache that keeps them
         key, value = key[:, :, -1:], value[:, :, -1:]
@@ -185,84 +191,74 @@ AttentionMaskInterface.register(LAST_TOKEN, eager_mask)
 
 
 @torch.no_grad()
-def full_logits(batch: PromptBatch, model: Model, cache: DynamicCache | None = None) -> Float[Tensor, "row vocab"]:
+def full_logits(
+    batch: PromptBatch, model: Model | Passes, cache: DynamicCache | None = None
+) -> Float[Tensor, "row vocab"]:
     """Last-token logits of whole prompts, whatever hooks are installed; fills `cache` when one is given.
 
     Rows should be of one length: padding attends to nothing, which some dtypes cannot express.
     """
-    mask = batch.mask.to(model.cfg.device)
-    return run_tokens(model, batch.tokens.to(model.cfg.device), mask, all_positions(mask), cache)[:, -1]
+    passes = Passes.of(model)
+    device = passes.model.cfg.device
+    mask = batch.mask.to(device)
+    return run_tokens(passes, batch.tokens.to(device), mask, all_positions(mask), cache)[:, -1]
 
 
-def last_logits(prefix: PrefixCache, model: Model) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
-    """Logits of the last token under whatever hooks are installed, and a cache of the whole prompt that may grow."""
-    cache = prefix.cache(DynamicLayer)
+def last_logits(
+    prefix: PrefixCache, model: Model | Passes, layer: type[DynamicLayer] = DynamicLayer
+) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
+    """Logits of the last token under whatever hooks are installed, and a cache of the whole prompt that may grow.
+
+    The cache is empty where the prompts had to be run whole.
+    """
+    if prefix.tokens is not None:
+        return _whole_logits(prefix, Passes.of(model)), DynamicCache()
+    cache = prefix.cache(layer)
     logits = run_tokens(model, prefix.last[:, None], prefix.mask, prefix.positions()[:, None], cache)
     return logits[:, -1], cache
 
 
+def _whole_logits(
+    prefix: PrefixCache, passes: Passes, select: Callable[[Int[Tensor, " chosen"]], None] = lambda rows: None
+) -> Float[Tensor, "row vocab"]:
+    """Last-token logits of whole prompts of any lengths, run without padding; `select` is told which rows come next."""
+    assert prefix.tokens is not None
+    lengths = prefix.mask.sum(-1)
+    places, parts = [], []
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().flatten()
+        select(rows)
+        tokens = prefix.tokens[rows][:, -length:]
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        parts.append(run_tokens(passes, tokens, mask, all_positions(mask))[:, -1])
+        places.append(rows)
+    order = torch.cat(places).argsort()
+    return torch.cat(parts)[order.to(parts[0].device)]
+
+
 @torch.no_grad()
 def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head d_head"]:
-    """Every head's z at the last token of whole prompts, run as one batch; nothing is unembedded.
+    """Every head's z at the last token of whole prompts; nothing is unembedded.
 
-    The batch is right-padded: edit hooks, which act at position -1, must not be installed.
+    They run as one batch, right-padded; where the user listens, those of one length together.
     """
     layers = head_shape(model)[0]
-    captured: dict[int, Tensor] = {}
     lengths = torch.tensor(batch.lengths)
+    captured: dict[int, Tensor] = {}
+    ends = lengths - 1
 
     def keep(z: Tensor, hook: Any = None, *, layer: int) -> None:
-        captured[layer] = z[torch.arange(len(lengths), device=z.device), lengths.to(z.device) - 1].clone()
+        captured[layer] = z[torch.arange(len(z), device=z.device), ends.to(z.device)].clone()
 
-    with model.hooks(fwd_hooks=[(z_hook(layer), functools.partial(keep, layer=layer)) for layer in range(layers)]):
-        run_right_padded(batch.tokens, lengths, model)
-    return torch.stack([captured[layer].to(model.cfg.device) for layer in range(layers)], dim=1)
-
-
-@torch.no_grad()
-def decode(
-    model: Model,
-    first: Float[Tensor, "row vocab"],
-    cache: DynamicCache,
-    mask: Bool[Tensor, "row pos"],
-    tokenizer: Any,
-    max_new_tokens: int,
-    ends: Collection[int],
-    complete: Callable[[int, str], bool] = lambda row, text: False,
-    where: Callable[[int], str] = lambda row: f"prompt {row + 1}",
-) -> list[str]:
-    """Greedy continuations after the prompt's last logits `first`, without special tokens, exactly as decoded.
-
-    A row ends at a token of `ends`, or where `complete(row, text so far)` says that it has said enough. `cache` holds
-    the whole prompt and grows. Whatever hooks are installed act at every step.
-
-    Raises:
-        SitelensError: if logits are not finite, naming `where(row)`.
-    """
-    written: list[list[int]] = [[] for _ in range(len(first))]
-    texts = [""] * len(first)
-    active = list(range(len(first)))
-    tokens = first.argmax(-1)
-    for step in range(max_new_tokens):
-        going: list[int] = []  # positions in the batch of rows that go on
-        for place, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-            if token in ends:
-                continue
-            written[row].append(token)
-            texts[row] = tokenizer.decode(written[row], skip_special_tokens=True)
-            if not complete(row, texts[row]):
-                going.append(place)
-        if not going or step == max_new_tokens - 1:
-            break
-        if len(going) < len(active):
-            index = torch.tensor(going)  # on the CPU: layers may lie on different devices
-            active, mask, tokens = [active[place] for place in going], mask[index], tokens[index]
-            cache.batch_select_indices(index)
-        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        logits = run_tokens(model, tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)[:, -1]
-        check_finite(logits, lambda place, rows=active: f"{where(rows[place])}, generated token {step + 2}")  # noqa: B023
-        tokens = logits.argmax(-1)
-    return texts
+    passes = Passes(model, [(z_hook(layer), functools.partial(keep, layer=layer)) for layer in range(layers)])
+    alike = lengths if passes.listened else torch.zeros_like(lengths)
+    groups = [(alike == kind).nonzero().flatten() for kind in alike.unique()]
+    parts = []
+    for rows in groups:
+        ends = lengths[rows] - 1
+        run_right_padded(batch.rows(rows.tolist()).tokens, lengths[rows], passes)
+        parts.append(torch.stack([captured[layer].to(model.cfg.device) for layer in range(layers)], dim=1))
+    return torch.cat(parts)[torch.cat(groups).argsort().to(parts[0].device)]
 
 
 def check_finite(logits: Float[Tensor, "row vocab"], where: Callable[[int], str]) -> None:
@@ -273,11 +269,3 @@ def check_finite(logits: Float[Tensor, "row vocab"], where: Callable[[int], str]
         half = logits.dtype in (torch.float16, torch.bfloat16)
         hint = "half precision overflows: try dtype='float32'" if half else "is a weight or an edit infinite or NaN?"
         raise SitelensError(f"{where(wrong[0])}: the model's logits are not finite (dtype {dtype}); {hint}")
-
-
-def end_tokens(model: Model, tokenizer: Any) -> set[int]:
-    """The tokens that end a text: the tokenizer's and those of the model's generation settings."""
-    settings = getattr(model.original_model, "generation_config", None)
-    listed = getattr(settings, "eos_token_id", None)
-    ends = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
-    return {end for end in ends if end is not None}

@@ -12,8 +12,10 @@ import sysconfig
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -25,6 +27,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers.modeling_utils import AttentionInterface
 
+from sitelens.defaults import bound
 from sitelens.facts import modules_of
 
 # Whose code is identified by a version, which is in the keys.
@@ -61,8 +64,9 @@ def heard(model: TransformerBridge) -> str | None:
         inside = vars(module)
         for attribute in _RUNNING_HOOKS if kind is HookPoint else _HOOKS:
             if inside[attribute]:
-                for hook in inside[attribute].values():
-                    if kind is HookPoint or is_foreign(hook):
+                for hook in list(inside[attribute].values()):
+                    own = Here.inside(hook)
+                    if own.active if own is not None else kind is HookPoint or is_foreign(hook):
                         return f"{_HOOKS[attribute]} on {_usual_name(name, module, model)}"
         if kind is HookPoint:
             continue
@@ -102,6 +106,36 @@ def heard_in_tokenizer(tokenizer: Any) -> str | None:
         except Exception:  # what is written in Python cannot be saved
             return f"a {step} of the tokenizer that is written in Python"
     return None
+
+
+class Here:
+    """A hook of ours on the user's model, which acts in the context (thread or async task) that installed it only."""
+
+    _present: ClassVar[ContextVar[frozenset[object]]] = ContextVar("present", default=frozenset())
+
+    def __init__(self, hook: Callable[..., Any], token: object) -> None:
+        self.hook, self.token = hook, token
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.hook(*args, **options) if self.active else None
+
+    @property
+    def active(self) -> bool:
+        """Whether this is its context."""
+        return self.token in self._present.get()
+
+    @classmethod
+    def active_for(cls, token: object) -> AbstractContextManager[None]:
+        """This context is that of the hooks with this token until the block ends."""
+        return bound(cls._present, cls._present.get() | {token})
+
+    @staticmethod
+    def inside(hook: Any) -> Here | None:
+        """Ours, if a hook is one: on a hook point it is in the closure that TransformerLens makes."""
+        inner: list[Any] = []
+        if getattr(hook, "__module__", "") == HookPoint.__module__ and getattr(hook, "__closure__", None):
+            inner = [cell.cell_contents for cell in hook.__closure__]
+        return next((one for one in (hook, *inner) if isinstance(one, Here)), None)
 
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sitelens.models import Model, model_dtype
-from sitelens.network import can_unhook
+from sitelens.network import Passes
 
 MAX_ROWS = 64  # of one last-token batch: past this the time per row no longer falls
 MAX_TOKENS = 2048  # of one full forward, likewise
@@ -68,16 +68,21 @@ def forward_bytes(model: Model, length: int) -> int:
     return prefix_bytes(model, length + 1) + length * (wide + attention) * max(4, _itemsize(model))
 
 
-def step_cost(model: Model, gradient: bool, hooked: bool = False) -> Callable[[int], int]:
+def step_cost(of: Model | Passes, gradient: bool, hooked: bool = False) -> Callable[[int], int]:
     """What one row of a last-token step needs at a given length: its share of the prefix, activations, logits.
 
     hooked: hooks will be installed while it runs, so that it goes through the bridge.
     """
+    passes = Passes.of(of)
+    model = passes.model
+    if passes.listened:  # whole prompts are run
+        times = model.cfg.n_layers if gradient else 1
+        return lambda length: times * forward_bytes(model, length) + logits_bytes(model)
     config, itemsize = model.cfg, _itemsize(model)
     layers = config.n_layers if gradient else 1
     fixed = 16 * config.d_model + 10 * config.n_heads * config.d_head + 8 * _d_mlp(model)
     own = config.n_layers * config.n_heads * config.d_head * (3 if gradient else 1)
-    bridged = hooked or not can_unhook(model)
+    bridged = hooked or not passes.plain
 
     def cost(length: int) -> int:
         layer = prefix_bytes(model, length + 1) // itemsize // config.n_layers

@@ -6,6 +6,7 @@ All that differs from model to model (where weights come from, whose tokenizer i
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -19,7 +20,7 @@ from sitelens.catalogue import how_to_get
 from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.fingerprints import fingerprint, text_config
-from sitelens.loading import load_network, quiet_transformers
+from sitelens.loading import load_network, quiet_transformers, random_dropout
 from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
 from sitelens.sources import DEFAULT_MODEL, check_device, hub_id
 from sitelens.store import digest
@@ -28,6 +29,7 @@ from sitelens.tokenizers import as_in_files, condition, first_line, rules
 Model = TransformerBridge
 
 
+@torch.inference_mode(False)  # nothing could be trained through weights made there
 def load_model(
     name: str | Path | Model | None = None,
     *,
@@ -88,9 +90,17 @@ def load_model(
     return _boot(folder, name, options, place)
 
 
-@functools.cache
+_loading = threading.RLock()  # transformers sets torch's default dtype, which is the process's, while it loads
+
+
 def default_model() -> Model:
     """The packaged default model, loaded once a process."""
+    with _loading:
+        return _default_model()
+
+
+@functools.cache
+def _default_model() -> Model:
     return load_model()
 
 
@@ -111,6 +121,9 @@ def resolve_model(model: str | Path | Model | None) -> Model:
         raise SitelensError(f"{model_name(model)}: {NO_8BIT}")
     if model.original_model.training:
         raise SitelensError(f"{model_name(model)} is in training mode, where dropout is random: call model.eval()")
+    if (name := random_dropout(model.original_model)) is not None:
+        raise SitelensError(f"{name} of {model_name(model)} is in training mode, where its dropout is random: "
+                            "call model.eval()")  # fmt: skip
     return model
 
 
@@ -228,7 +241,7 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
     from transformers import AutoTokenizer
 
     try:
-        with quiet_transformers():
+        with _loading, quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
             network = load_network(folder, **options)
             if options["device_map"] is None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from sitelens.conditions import Condition, Patch
-from sitelens.forward import HeadEdit, LastToken, check_finite, decode, end_tokens, full_logits, last_logits
+from sitelens.conditions import Condition, Patch, in_effect
+from sitelens.decoding import decode, end_tokens
+from sitelens.forward import HeadEdit, LastToken, check_finite, full_logits, last_logits
 from sitelens.memory import (
     MAX_ROWS,
     MAX_TOKENS,
@@ -23,8 +24,10 @@ from sitelens.memory import (
 )  # fmt: skip
 from sitelens.metrics import Output
 from sitelens.models import Model, own_tokenizer
+from sitelens.network import Passes
 from sitelens.prefix import PrefixCache
 from sitelens.prompts import PromptBatch
+from sitelens.twins import is_listened
 
 
 class Predictor:
@@ -45,6 +48,7 @@ class Predictor:
         self.tokenizer, self.max_new_tokens = own_tokenizer(model), max_new_tokens
         self.ends = end_tokens(model, self.tokenizer) if ends is None else ends
         self.labels = torch.tensor(labels, dtype=torch.long)
+        self.listened = is_listened(model)  # then `hooked` is for all conditions, and runs prompts whole
 
     def patched(self, patches: Mapping[str, Patch], advance: Callable[[int], None]) -> dict[str, list[Output]]:
         """Conditions that touch the last token only, as rows of one batch over a shared prefix."""
@@ -68,7 +72,8 @@ class Predictor:
                         logits = last_token(some, edit)
                     pairs = [(i, c) for i in items for c in which]
                     labels = [(names[c], index[i]) for i, c in pairs]
-                    outputs = self._outputs(logits, part.rows([i for i, _ in pairs]), cache, some.mask, labels)
+                    chosen = part.rows([i for i, _ in pairs])
+                    outputs = self._outputs(logits, chosen, cache, some.mask, labels, last_token.passes)
                     for (i, c), out in zip(pairs, outputs, strict=True):
                         found[c][index[i]] = out
                     advance(len(pairs))
@@ -87,16 +92,17 @@ class Predictor:
             part = self.batch.rows(index)
             prefix: PrefixCache | None = None
             for name, condition in conditions.items():
-                if condition.positions == "last" and prefix is None:
+                shared = condition.positions == "last" and not self.listened
+                if shared and prefix is None:
                     prefix = PrefixCache.of(part, self.model, share)
-                with torch.no_grad(), condition.applied(self.model):
-                    if condition.positions == "last" and prefix is not None:
-                        logits, cache = last_logits(prefix, self.model)
+                with torch.no_grad(), in_effect(condition, self.model) as passes:
+                    if shared and prefix is not None:
+                        logits, cache = last_logits(prefix, passes)
                     else:
                         cache = DynamicCache()
-                        logits = full_logits(part, self.model, cache)
+                        logits = full_logits(part, passes, cache)
                     labels = [(name, i) for i in index]
-                    outputs = self._outputs(logits, part, cache, part.mask.to(logits.device), labels)
+                    outputs = self._outputs(logits, part, cache, part.mask.to(logits.device), labels, passes)
                 for i, out in zip(index, outputs, strict=True):
                     found[name][i] = out
                 advance(len(index))
@@ -113,7 +119,7 @@ class Predictor:
 
     def _outputs(
         self, logits: Tensor, batch: PromptBatch, cache: DynamicCache | None, mask: Tensor,
-        rows: Sequence[tuple[str, int]],
+        rows: Sequence[tuple[str, int]], passes: Passes,
     ) -> list[Output]:  # fmt: skip
         """`rows` are the condition and the place among the prompts of each row of the batch."""
 
@@ -135,9 +141,10 @@ class Predictor:
             labels = self.labels[logits[:, self.labels.to(logits.device)].argmax(-1).cpu()].tolist()
         texts = [""] * len(batch)
         if cache is not None and self.max_new_tokens:
+            whole = batch.tokens.to(mask.device) if self.listened else None
             texts = decode(
-                self.model, logits, cache, mask, self.tokenizer, self.max_new_tokens, self.ends,
-                lambda row, text: self.complete(rows[row][1], text), where,
+                passes, logits, cache, mask, self.tokenizer, self.max_new_tokens, self.ends,
+                lambda row, text: self.complete(rows[row][1], text), where, whole,
             )  # fmt: skip
         words = {token: self.tokenizer.decode([token]) for token in {*likeliest, *labels} if token >= 0}
         return [

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.models import Model
-from sitelens.network import run_right_padded
+from sitelens.network import Passes, run_right_padded
 from sitelens.prompts import PromptBatch
 
 
@@ -26,6 +26,8 @@ class PrefixCache:
     mask: real tokens, the last one included; last: the last token; rows are left-padded.
     index: which prompts the rows are, `repeats` rows each, one after the other (None: all, in order); start: the
     first position that any of them needs. So choosing rows copies no keys: `layer` does, one layer at a time.
+    tokens: whole prompts, left-padded, where the user listens: her hooks may mean the last position, or any, so that
+    prompts must be run whole, and nothing is computed ahead.
     """
 
     keys: tuple[Float[Tensor, "prompt _ prefix _"], ...]
@@ -35,6 +37,7 @@ class PrefixCache:
     index: Int[Tensor, " chosen"] | None = None
     start: int = 0
     repeats: int = 1
+    tokens: Int[Tensor, "row pos"] | None = None
 
     def __len__(self) -> int:
         return len(self.last)
@@ -46,6 +49,10 @@ class PrefixCache:
         The result itself comes on top: `prefix_bytes` tells how much.
         """
         device = model.cfg.device
+        passes = Passes(model)
+        if passes.listened:
+            tokens = batch.tokens.to(device)
+            return PrefixCache((), (), batch.mask.to(device), tokens[:, -1], tokens=tokens)
         width = batch.tokens.shape[1] - 1
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -54,7 +61,7 @@ class PrefixCache:
             part = batch.rows(index)
             if part.tokens.shape[1] == 1:
                 continue
-            layers, places = _prefix_layers(part, model)
+            layers, places = _prefix_layers(part, passes)
             if not keys:
                 keys, values = ([_room(kept, len(batch), width) for kept in side] for side in zip(*layers, strict=True))
             rows = torch.tensor(index)
@@ -79,6 +86,7 @@ class PrefixCache:
             index=self.index if everything else chosen,
             start=self.start + start,
             repeats=repeats,
+            tokens=None if self.tokens is None else several(self.tokens[index][:, start:]),
         )
 
     def sharing(self, index: Int[Tensor, " row"]) -> PrefixCache:
@@ -141,11 +149,11 @@ class _Outline(DynamicLayer):
 
 
 @torch.no_grad()
-def _prefix_layers(batch: PromptBatch, model: Model) -> tuple[list[tuple[Tensor, Tensor]], Int[Tensor, "row prefix"]]:
+def _prefix_layers(batch: PromptBatch, passes: Passes) -> tuple[list[tuple[Tensor, Tensor]], Int[Tensor, "row prefix"]]:
     """Right-padded keys and values of all but the last token, and where each stands when left-padded."""
     cache = DynamicCache()  # of plain layers: a sliding window is a matter of the mask, nothing is dropped
     lengths = torch.tensor(batch.lengths) - 1
-    run_right_padded(batch.tokens[:, :-1], lengths, model, cache)
+    run_right_padded(batch.tokens[:, :-1], lengths, passes, cache)
     width = batch.tokens.shape[1] - 1
     places = (torch.arange(width) - (width - lengths)[:, None]).clamp(min=0)
     return [(layer.keys, layer.values) for layer in cache.layers], places  # type: ignore[misc]

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 
 from sitelens.conditions import Condition
+from sitelens.decoding import end_tokens
 from sitelens.defaults import warned_once
 from sitelens.evaluation import COLUMNS, evaluate
-from sitelens.forward import end_tokens
 from sitelens.keys import ResultStore
 from sitelens.labels import warn_of_shared_first_tokens
 from sitelens.metrics import METRICS, Metric, checked_metrics

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pandas as pd
+import torch
 
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning, settings, warned_once
@@ -112,6 +113,7 @@ class TrainJob:
 
 
 @warned_once()
+@torch.inference_mode(False)
 def train_jobs(
     jobs: Sequence[TrainJob],
     model: Model | str | None = None,

@@ -157,7 +157,7 @@ def _losses(
     device = alpha.device
     order = rows.prompt.argsort(stable=True)  # so that rows of one prompt stand side by side, and share its prefix
     lengths = [batch.lengths[i] for i in rows.prompt[order].tolist()]
-    cost = step_cost(last_token.model, gradient)
+    cost = step_cost(last_token.passes, gradient)
     _, repeats = rows.prompt.unique(return_counts=True)
     fill = MAX_ROWS // int(repeats[0]) * int(repeats[0])  # whole prompts in each chunk, where these are alike
     for chunk in chunks(lengths, cost, budget, max_rows=fill or MAX_ROWS):

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sitelens.models import Model, _tokenizers
-from sitelens.network import run_tokens, unhooked
+from sitelens.network import run_tokens
 from sitelens.tasks import Task
+from sitelens.twins import network_twin
 from tests import paper
 from tests.paper import WINDOW
 
@@ -145,8 +146,7 @@ def output_projections(network: Any) -> list[torch.nn.Module]:
 
 def raw_modules(model: Model) -> Iterator[tuple[str, torch.nn.Module]]:
     """The network's own modules under the names that they have without a bridge."""
-    with unhooked(model) as network:
-        yield from network.named_modules()
+    yield from network_twin(model).named_modules()
 
 
 def task(name: str = "shift", n: int = 60, step: int = 1, **options: Any) -> Task:

@@ -18,7 +18,7 @@ import sitelens
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sitelens"
 BRIDGED = {  # may import transformer_lens
-    "facts", "fingerprints", "interference", "sources", "models", "network", "forward", "heads", "methods"
+    "facts", "fingerprints", "interference", "sources", "models", "twins", "forward", "heads", "methods"
 }  # fmt: skip
 LONGEST = 320  # lines
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

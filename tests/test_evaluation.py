@@ -20,10 +20,11 @@ from transformers.cache_utils import DynamicCache
 
 import sitelens as sl
 from sitelens.conditions import Condition, PatchHeads
+from sitelens.decoding import decode
 from sitelens.embedding import TaskEmbedding
 from sitelens.evaluation import COLUMNS
 from sitelens.fingerprints import fingerprint
-from sitelens.forward import Hook, decode, full_logits
+from sitelens.forward import Hook, full_logits
 from sitelens.models import Model, head_shape
 from sitelens.prompts import Prompt, PromptBatch, draw_demonstrations, few_shot_prompts, tokenize
 from sitelens.summary import answers_from_counts
@@ -791,7 +792,7 @@ def test_what_cannot_be_summarized_is_an_error(change: Callable[[pd.DataFrame], 
         ({"split": "dev"}, "unknown split 'dev'; one of train, valid, test"),
         ({"n_items": 0}, "n_items must be at least 1, got 0"),
         ({"n_items": -1}, "n_items must be at least 1, got -1"),
-        ({"memory_budget": 0}, "memory_budget must be positive"),
+        ({"memory_budget": 0}, "memory_budget must be a positive"),
         ({"memory_budget": "lots"}, "cannot read 'lots' as a size"),
         ({"metrics": ("exact_match",), "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
     ],

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sitelens.conditions import PatchHeads
+from sitelens.decoding import decode
 from sitelens.defaults import SitelensError, settings
 from sitelens.embedding import TaskEmbedding, embed_task, embedding_prompts
-from sitelens.forward import HeadEdit, LastToken, capture_z, decode, full_logits
+from sitelens.forward import HeadEdit, LastToken, capture_z, full_logits
 from sitelens.memory import chunks, prefix_bytes
 from sitelens.models import Model, head_shape, z_hook
-from sitelens.network import all_positions, can_unhook, run_tokens
+from sitelens.network import Passes, all_positions, run_tokens
 from sitelens.prefix import PrefixCache, ReadOnly
 from sitelens.prompts import Prompt, PromptBatch, tokenize
 from sitelens.selection import HeadSelection
@@ -129,7 +130,7 @@ def test_prefix_path_gives_the_oracles_logits_and_gradients(family: str, mixing:
     heard: list[Tensor] = []
     listening: list[Any] = [("blocks.1.mlp.hook_in", lambda x, hook: heard.append(x))] if watched else []
     with model.hooks(fwd_hooks=listening):
-        assert can_unhook(model) == (not watched and not family.startswith("GPT"))
+        assert Passes(model).plain == (not watched and not family.startswith("GPT"))
         prefix = PrefixCache.of(batch_of(TEXTS), model, AMPLE)
         with LastToken(model) as run:
             logits = run(prefix, HeadEdit.mix(alpha, vectors, mixing))

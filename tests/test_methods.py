@@ -25,10 +25,10 @@ from sitelens.methods import METHODS, common, i2cl, icv, lofit, ltv, mtv
 from sitelens.methods.i2cl import LinearCombination, cosine
 from sitelens.methods.icv import InContextVector
 from sitelens.methods.lofit import MAX_GRAD_NORM, HeadOffsets
-from sitelens.methods.lora import LowRank, adapted
+from sitelens.methods.lora import Adapters, LowRank
 from sitelens.methods.streams import AddToStream, ReplaceStream
 from sitelens.models import Model, head_shape
-from sitelens.network import counted_tokens
+from sitelens.network import Passes, counted_tokens
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
 from tests.paper import CONFIGS
@@ -212,9 +212,8 @@ def test_what_changes_nothing_leaves_the_model_as_it_is(name: str, family: str, 
 
 
 def untrained(model: Model) -> LowRank:
-    with adapted(model, 2, 2) as parameters:
-        weights = {name: torch.stack([p.detach().clone() for p in layers]) for name, layers in parameters.items()}
-    return LowRank({name: 0 * w if name.endswith("B") else w for name, w in weights.items()}, 2)
+    weights = {name: torch.stack(layers) for name, layers in Adapters(model, 2, 2).weights.items()}
+    return LowRank({name: w if name.endswith("B") else normal(*w.shape).to(w) for name, w in weights.items()}, 2)
 
 
 def test_in_context_vectors_turn_and_keep_the_length() -> None:
@@ -552,10 +551,11 @@ def test_tokens_are_counted_forward_and_backward(llama: Model) -> None:
     offsets = torch.zeros(head_shape(llama), requires_grad=True)
     from sitelens.methods.lofit import changing
 
-    with counted_tokens() as spent, llama.hooks(fwd_hooks=changing(lambda z, layer: z + offsets[layer], 2)):
-        common.answer_loss(rows, llama).backward()
+    passes = Passes(llama, changing(lambda z, layer: z + offsets[layer], 2))
+    with counted_tokens() as spent:
+        common.answer_loss(rows, passes).backward()
         with torch.no_grad():
-            common.answer_loss(rows, llama)
+            common.answer_loss(rows, passes)
     assert (spent.forward, spent.backward) == (2 * 2 * width, 2 * width)
 
 

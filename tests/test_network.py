@@ -1,4 +1,4 @@
-"""The network under the bridge: set aside and put back, never past a hook, always with the weights of the moment."""
+"""Passes on twins: nothing of the model is touched, whoever listens is heard, the weights of the moment count."""
 
 from __future__ import annotations
 
@@ -11,72 +11,114 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sitelens.models import Model
-from sitelens.network import all_positions, can_unhook, run_tokens, unhooked
+from sitelens.models import Model, z_hook
+from sitelens.network import Passes, all_positions, run_tokens
+from sitelens.twins import bridge_twin, network_twin
 from tests import micro, oracle
 
 IDS = oracle.encode("ab cd ef")
 
 
-def logits_of(model: Model) -> Tensor:
+def logits_of(model: Model | Passes) -> Tensor:
     tokens = torch.tensor([IDS])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     return run_tokens(model, tokens, mask, all_positions(mask))[0, -1]
 
 
-def modules_of(model: Model) -> list[tuple[str, int]]:
-    return [(name, id(module)) for name, module in model.original_model.named_modules(remove_duplicate=False)]
+def test_a_twin_has_modules_of_its_own_and_the_models_weights(wide_family: str) -> None:
+    model = micro.bridge(wide_family)
+    config: Any = model.original_model.config
+    before = config.to_dict()
+    twin, network = bridge_twin(model), network_twin(model, "sdpa")
+    own = {id(module) for module in [*model.modules(), *model.original_model.modules()]}
+    for other in (twin, twin.original_model, network):
+        assert not own & {id(module) for module in other.modules()}
+        tensors = {id(tensor) for tensor in [*other.parameters(), *other.buffers()]}
+        assert tensors <= {id(t) for t in [*model.original_model.parameters(), *model.original_model.buffers()]} | {
+            id(t) for t in [*model.parameters(), *model.buffers()]
+        }
+    assert network.config._attn_implementation == "sdpa" and config.to_dict() == before
+    assert not any("Bridge" in type(module).__name__ for module in network.modules())
 
 
-def test_everything_is_put_back(family: str) -> None:
-    model = micro.bridge(family)
-    before, config = modules_of(model), model.original_model.config
-
-    def interrupted() -> None:
-        with unhooked(model, "sdpa") as network:
-            assert config._attn_implementation == "sdpa"
-            assert not any("Bridge" in type(module).__name__ for module in network.modules())
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert modules_of(model) == before
-    assert config._attn_implementation == "eager"
+def test_twins_compute_what_the_model_does(wide_family: str) -> None:
+    model = micro.bridge(wide_family)
+    tokens = torch.tensor([IDS])
+    expected = model.forward(tokens)
+    assert torch.equal(bridge_twin(model).forward(tokens), expected)
+    torch.testing.assert_close(network_twin(model)(tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("where", ["point", "wrapper", "backward", "permanent"])
-def test_whoever_listens_is_heard(where: str) -> None:
+def test_hooks_on_a_twin_are_its_own() -> None:
+    model = micro.bridge("Llama")
+    before = logits_of(model)
+    passes = Passes(model, [(z_hook(0), lambda z, hook: 0 * z)])
+    assert not torch.allclose(logits_of(passes), before)
+    assert torch.equal(logits_of(model), before) and not micro.hooks_left(model)
+
+
+@pytest.mark.parametrize("where", ["point", "wrapper", "raw", "backward", "permanent", "forward", "method", "global"])
+def test_whoever_listens_is_noticed(where: str) -> None:
     model = micro.bridge("Llama")
     model.forward(torch.tensor([IDS]))
-    assert can_unhook(model)
+    assert Passes(model).plain and not Passes(model).listened
     point: Any = model.hook_dict["blocks.1.attn.hook_pattern"]
+    raw: Any = model.blocks[0].mlp.original_component
+    handle: Any = None
     if where == "wrapper":
         handle = model.blocks[0].register_forward_hook(lambda *_: None)
+    elif where == "raw":
+        handle = raw.register_forward_pre_hook(lambda *_: None)
+    elif where == "global":
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    elif where == "forward":
+        raw.forward = lambda x: x
+    elif where == "method":
+        raw.forward = test_whoever_listens_is_noticed.__get__(raw)
     else:
         point.add_hook(lambda x, hook: None, dir="bwd" if where == "backward" else "fwd",
                        is_permanent=where == "permanent")  # fmt: skip
-    assert not can_unhook(model)
-    if where == "wrapper":
+    assert Passes(model).listened and not Passes(model).plain
+    if handle is not None:
         handle.remove()
+    elif "forward" in vars(raw):
+        del raw.forward
     else:
         point.remove_hooks(dir="both", including_permanent=True)
-    assert can_unhook(model)
+    assert Passes(model).plain
 
 
-def test_hooks_of_the_raw_modules_act_all_the_same() -> None:
+@pytest.mark.parametrize("kind", ["lens", "forward", "pre", "keywords"])
+def test_a_hook_of_the_users_acts_and_is_told_of_her_own_module(kind: str) -> None:
     model = micro.bridge("Llama")
     before = logits_of(model)
+    told: list[Any] = []
     raw: Any = model.blocks[0].mlp.original_component
-    handle = raw.register_forward_hook(lambda module, args, output: 0 * output)
-    assert can_unhook(model)
-    without = logits_of(model)
-    expected = model.forward(torch.tensor([IDS]))[0, -1]
-    handle.remove()
-    assert not torch.allclose(without, before)
-    torch.testing.assert_close(without, expected)
+    if kind == "lens":
+        model.add_hook("blocks.0.mlp.hook_out", lambda x, hook: told.append(hook) or 0 * x)
+        raw = model.hook_dict["blocks.0.mlp.hook_out"]
+    elif kind == "forward":
+        raw.register_forward_hook(lambda module, args, output: told.append(module) or 0 * output)
+    elif kind == "pre":
+        raw.register_forward_pre_hook(lambda module, args: told.append(module) or (0 * args[0],))
+    else:
+        raw.register_forward_hook(lambda module, args, options, output: told.append(module) or 0 * output,
+                                  with_kwargs=True)  # fmt: skip
+    found = logits_of(model)
+    assert told == [raw]
+    torch.testing.assert_close(found, model.forward(torch.tensor([IDS]))[0, -1])
+    assert not torch.allclose(found, before)
 
 
-@pytest.mark.parametrize("change", ["in place", "parameter", "module"])
+def test_a_forward_of_the_users_is_run() -> None:
+    model = micro.bridge("Llama")
+    raw: Any = model.blocks[0].mlp.original_component
+    original = raw.forward
+    raw.forward = lambda x: 0 * original(x)
+    torch.testing.assert_close(logits_of(model), model.forward(torch.tensor([IDS]))[0, -1])
+
+
+@pytest.mark.parametrize("change", ["in place", "parameter", "module", "attribute"])
 def test_the_weights_of_the_moment_count(family: str, change: str) -> None:
     model = micro.bridge(family)
     before = logits_of(model)
@@ -86,6 +128,10 @@ def test_the_weights_of_the_moment_count(family: str, change: str) -> None:
         part.weight.mul_(1.5)
     elif change == "parameter":
         part.weight = nn.Parameter(part.weight * 1.5, requires_grad=False)
+    elif change == "attribute":
+        if family not in ("Llama", "Mistral", "Mixtral", "Qwen3"):
+            pytest.skip("the bridge reads another one")
+        part.variance_epsilon = 1.0
     else:
         other = copy.deepcopy(part)
         other.weight.mul_(1.5)
@@ -93,6 +139,16 @@ def test_the_weights_of_the_moment_count(family: str, change: str) -> None:
     expected = model.forward(torch.tensor([IDS]))[0, -1]
     assert not torch.allclose(expected, before)
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_parameter_that_is_replaced_meanwhile_counts() -> None:
+    model = micro.bridge("Llama")
+    passes = Passes(model)
+    before = logits_of(passes)
+    part: Any = model.blocks[1].ln2.original_component
+    part.weight = nn.Parameter(part.weight * 1.5, requires_grad=False)
+    assert not torch.allclose(logits_of(passes), before)
+    assert torch.equal(logits_of(passes), logits_of(model))
 
 
 def test_what_is_known_of_a_model_does_not_keep_it_alive() -> None:
@@ -107,4 +163,4 @@ def test_what_is_known_of_a_model_does_not_keep_it_alive() -> None:
 def test_unknown_families_run_through_the_bridge() -> None:
     model = micro.bridge("Llama")
     model.original_model.config.model_type = "something-new"
-    assert not can_unhook(model)
+    assert not Passes(model).plain

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 import sitelens as sl
-from sitelens import comparison, gallery, models, writing
+from sitelens import gallery, models, writing
 from sitelens.cli import main
 from sitelens.escaping import text_of_csv
 from sitelens.report import RunConfig, RunReport, run
@@ -83,22 +83,6 @@ def test_a_device_or_packing_that_is_not_there_is_refused_before_a_model_is_load
 ) -> None:
     assert main(["compare", "antonym", *options]) == 1
     assert options[1] in capsys.readouterr().err and asked == []
-
-
-def test_without_peft_lora_is_left_out_of_all_and_refused_by_name(
-    asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.warns(sl.SitelensWarning, match=r"^LoRA is left out: .*pip install 'sitelens\[lora\]'$"):
-        assert comparison.checked_methods("all") == [name for name in comparison.NAMES if name != "LoRA"]
-    for command in (["compare", "antonym"], ["suite", "fv57"]):
-        assert main([*command, "--methods", "SITE", "LoRA"]) == 1
-        assert "LoRA needs the peft library: pip install 'sitelens[lora]'" in capsys.readouterr().err
-    with pytest.raises(sl.SitelensError, match="LoRA needs the peft library"):
-        sl.compare(["antonym"], ["LoRA"], "no/model")
-    with pytest.raises(sl.SitelensError, match="LoRA needs the peft library"):
-        sl.methods.lora.fit("antonym", "no/model")
-    assert asked == []
 
 
 # After the work

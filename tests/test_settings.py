@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sitelens import cli
-from sitelens.defaults import SitelensError, bound, settings, watched
+from sitelens.defaults import SitelensError, bound, settings
 from tests import interruption
 
 
@@ -84,10 +84,10 @@ def test_an_interrupt_at_any_line_puts_the_setting_back(tmp_path: Path) -> None:
     outside = repr(settings)
 
     def work() -> None:
-        with settings.using(cache_dir=tmp_path), watched(lambda share: None):
+        with settings.using(cache_dir=tmp_path):
             assert settings.cache_dir == tmp_path
 
-    for _ in interruption.at_every_line(work, [bound, settings.using, watched]):
+    for _ in interruption.at_every_line(work, [bound, settings.using]):
         assert repr(settings) == outside
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sitelens.defaults import SitelensError, settings
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.models import Model, context_length, head_shape, own_tokenizer
-from sitelens.network import all_positions, run_tokens
+from sitelens.network import Passes, all_positions, run_tokens
 from sitelens.prompts import Prompt, PromptBatch, tokenize
 from sitelens.selection import Heads, head_pairs
 from sitelens.tasks import ENDINGS, Example, Task, load_task
@@ -104,5 +104,5 @@ def watch(tokens: Int[Tensor, "row pos"], model: Model, look: dict[str, Callable
 
     tokens = tokens.to(model.cfg.device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    with model.hooks(fwd_hooks=[(name, hook_of(see)) for name, see in look.items()]):
-        run_tokens(model, tokens, mask, all_positions(mask), kept=0)
+    passes = Passes(model, [(name, hook_of(see)) for name, see in look.items()])
+    run_tokens(passes, tokens, mask, all_positions(mask), kept=0)

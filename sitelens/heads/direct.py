@@ -22,7 +22,7 @@ from torch import Tensor
 from sitelens.defaults import SitelensError, settings
 from sitelens.fingerprints import text_config
 from sitelens.models import Model, computing_dtype, head_shape, model_dtype, model_name, z_hook
-from sitelens.network import run_tokens
+from sitelens.network import Passes, run_tokens
 from sitelens.prefix import PrefixCache, ReadOnly
 from sitelens.prompts import PromptBatch
 
@@ -111,7 +111,7 @@ class DirectPath:
 
         Raises:
             SitelensError: if the logits are neither a multiple of what the unembedding gives nor a soft cap of it, or
-                the norms cannot be held.
+                the norms cannot be held, or if the user's own hooks are installed.
         """
         names = [match[1] for match in map(NORM.fullmatch, model.hook_dict) if match]
         z: dict[int, Tensor] = {}
@@ -154,6 +154,11 @@ class DirectPath:
             hooks.append((f"{name}.hook_out", functools.partial(leave, name=name)))
         hooks += [(name, functools.partial(hold, name=name)) for name in _mlps(model)]
         prefix = PrefixCache.of(batch, model, settings.budget(None) // 3)
+        if prefix.tokens is not None:
+            raise SitelensError(
+                f"{model_name(model)} has hooks, or a forward function, of your own: what its heads write directly is "
+                "measured with all else held, which they may not be. Take them off (model.reset_hooks())"
+            )
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 logits = _run(prefix, model, [*hooks, (UNEMBED, see)])
@@ -289,10 +294,10 @@ def _run(prefix: PrefixCache, model: Model, acts: list[Act], kept: int = 1) -> T
     def hook_of(act: Callable[[Tensor], Any]) -> Callable[..., Any]:
         return lambda x, hook=None: act(x)
 
-    with model.hooks(fwd_hooks=[(name, hook_of(act)) for name, act in acts]):
-        return run_tokens(
-            model, prefix.last[:, None], prefix.mask, prefix.positions()[:, None], prefix.cache(ReadOnly), kept
-        )[:, -1:].flatten(0, 1)
+    passes = Passes(model, [(name, hook_of(act)) for name, act in acts])
+    return run_tokens(
+        passes, prefix.last[:, None], prefix.mask, prefix.positions()[:, None], prefix.cache(ReadOnly), kept
+    )[:, -1:].flatten(0, 1)
 
 
 def _logit_scale(unembedded: Tensor, logits: Tensor, model: Model) -> float:

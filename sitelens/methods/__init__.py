@@ -31,14 +31,12 @@ from sitelens.methods import (
 class Method:
     """How a method is fitted, and how many numbers it trains for a condition that it gave.
 
-    check: raises a SitelensError where the method lacks a library.
     algorithm: to be raised when the numbers or costs of its fits change, so that those on disk are made anew.
     """
 
     fit: Callable[..., Condition]
     trained: Callable[[Any], int]
     algorithm: int = 1
-    check: Callable[[], None] = lambda: None
 
 
 def _both_steps(condition: lofit.HeadOffsets) -> int:
@@ -55,10 +53,6 @@ METHODS: dict[str, Method] = {
     "I2CL": Method(i2cl.fit, lambda condition: condition.a.numel() + condition.b.numel(), algorithm=4),
     "LTV": Method(ltv.fit, lambda condition: condition.n_trained, algorithm=2),
     "LoFiT": Method(lofit.fit, _both_steps, algorithm=2),
-    "LoRA": Method(
-        lora.fit,
-        lambda condition: sum(weights.numel() for weights in condition.weights.values()),
-        check=lora.check_installed,
-    ),
+    "LoRA": Method(lora.fit, lambda condition: sum(weights.numel() for weights in condition.weights.values())),
     "SITE": Method(site.fit, lambda condition: condition.selection.alpha.numel()),
 }

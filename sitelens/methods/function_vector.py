@@ -20,11 +20,13 @@ from sitelens.heads.writing import written
 from sitelens.methods.common import best_on_valid, fitting, prompts_of
 from sitelens.methods.streams import AddToStream
 from sitelens.models import Model, head_shape, own_tokenizer, resolve_model, z_hook
+from sitelens.network import Passes
 from sitelens.prompts import PromptBatch, few_shot_prompts
 from sitelens.tasks import Task, load_task
 
 
 @warned_once()
+@torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
@@ -83,8 +85,8 @@ def _mean_z(batch: PromptBatch, model: Model, correct_only: bool) -> Float[Tenso
         def keep(out: Tensor, hook: Any = None, *, layer: int, rows: list[int] = index) -> None:
             z[rows, layer] = out[:, -1].double().cpu()
 
-        with model.hooks(fwd_hooks=[(z_hook(layer), partial(keep, layer=layer)) for layer in range(z.shape[1])]):
-            logits = full_logits(part, model)
+        passes = Passes(model, [(z_hook(layer), partial(keep, layer=layer)) for layer in range(z.shape[1])])
+        logits = full_logits(part, passes)
         check_finite(logits, lambda row, index=index: f"few-shot prompt {batch.texts[index[row]][-60:]!r}")
         said = logits.argmax(-1).tolist()
         right[index] = torch.tensor([one in known for one, known in zip(said, part.accepted, strict=True)])

@@ -19,6 +19,7 @@ from sitelens.forward import Hook
 from sitelens.methods.common import drawn, fitting, mean_states, next_loss, prompts_of, zero_shot
 from sitelens.methods.streams import Part, check_stream, output_hooks
 from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
+from sitelens.network import Passes
 from sitelens.prompts import Prompt, few_shot_prompt
 from sitelens.tasks import Example, Task, load_task
 
@@ -59,7 +60,7 @@ def combining(
         of_context, of_out, vector = parts
         mixed = of_out * out.to(wide) + of_context * vector.to(wide)
         if noise:
-            random = torch.randn(mixed.shape, generator=generator).to(mixed)
+            random = torch.randn(mixed.shape, generator=generator, dtype=torch.float32).to(mixed)
             mixed = mixed + noise * mixed.detach().norm(dim=-1, keepdim=True) * random
         return mixed.to(out.dtype)
 
@@ -69,6 +70,7 @@ def combining(
 
 
 @warned_once()
+@torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
@@ -109,18 +111,19 @@ def fit(
     rows = [(ids, len(ids) - 1, [answer]) for ids, answer in zip(asked, batch.answer.tolist(), strict=True)]
     device = model.cfg.device
     context = context.to(device)
-    a, b = (torch.full((layers, len(MODULES)), start, device=device, requires_grad=True) for start in START)
+    shape = layers, len(MODULES)
+    a, b = (torch.full(shape, start, device=device, dtype=torch.float32, requires_grad=True) for start in START)
     optimizer = torch.optim.AdamW([a, b], lr=lr, weight_decay=weight_decay)
     steps = epochs * max(1, len(items) // batch_size)
     rate = functools.partial(cosine, warm_up=int(warm_up * steps), steps=steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     generator = torch.Generator().manual_seed(seed)
-    with model.hooks(fwd_hooks=combining(context, a, b, noise, generator, points=points)):
-        for index in drawn(items, steps, min(batch_size, len(items)), f"i2cl/train/{task.name}/{seed}"):
-            optimizer.zero_grad()
-            next_loss([rows[i] for i in index], model).backward()
-            optimizer.step()
-            schedule.step()
+    passes = Passes(model, combining(context, a, b, noise, generator, points=points))
+    for index in drawn(items, steps, min(batch_size, len(items)), f"i2cl/train/{task.name}/{seed}"):
+        optimizer.zero_grad()
+        next_loss([rows[i] for i in index], passes).backward(inputs=[a, b])
+        optimizer.step()
+        schedule.step()
     return LinearCombination(context.cpu(), a.detach().cpu(), b.detach().cpu(), fingerprint(model))
 
 

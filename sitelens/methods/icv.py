@@ -52,6 +52,7 @@ class InContextVector(Condition):
         return (length * normalize(u, dim=-1)).to(x.dtype)
 
 
+@torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,

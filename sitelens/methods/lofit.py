@@ -17,6 +17,7 @@ from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.methods.common import answer_loss, answered, drawn, fitting
 from sitelens.models import Model, check_fit, computing_dtype, head_shape, resolve_model, z_hook
+from sitelens.network import Passes
 from sitelens.tasks import Task, load_task
 
 MAX_GRAD_NORM = 1.0
@@ -44,6 +45,7 @@ def changing(change: Callable[[Tensor, int], Tensor], layers: int) -> list[Hook]
     return [(z_hook(layer), functools.partial(act, layer=layer)) for layer in range(layers)]
 
 
+@torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
@@ -72,7 +74,8 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     dtype, device = computing_dtype(model), model.cfg.device
     scales, offsets = (
-        (1e-3 * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_() for _ in range(2)
+        (1e-3 * torch.randn(shape, generator=generator, dtype=torch.float32)).to(device, dtype).requires_grad_()
+        for _ in range(2)
     )
     rows = answered(task, task.train, model)
     steps = epochs * math.ceil(len(rows) / batch_size)
@@ -80,14 +83,14 @@ def fit(
     def train(values: Tensor, lr: float, penalty: float, change: Callable[[Tensor, int], Tensor], key: str) -> None:
         optimizer = torch.optim.AdamW([values], lr=lr, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        with model.hooks(fwd_hooks=changing(change, shape[0])):
-            for index in drawn(rows, steps, min(batch_size, len(rows)), f"lofit/{key}/{task.name}/{seed}"):
-                optimizer.zero_grad()
-                loss = answer_loss([rows[i] for i in index], model) + penalty * values.abs().sum()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_([values], MAX_GRAD_NORM)
-                optimizer.step()
-                schedule.step()
+        passes = Passes(model, changing(change, shape[0]))
+        for index in drawn(rows, steps, min(batch_size, len(rows)), f"lofit/{key}/{task.name}/{seed}"):
+            optimizer.zero_grad()
+            loss = answer_loss([rows[i] for i in index], passes) + penalty * values.abs().sum()
+            loss.backward(inputs=[values])
+            torch.nn.utils.clip_grad_norm_([values], MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
 
     train(scales, scale_lr, l1, lambda z, layer: (1 + scales[layer].to(z.device)) * z, "scales")
     norms = scales.detach().norm(dim=-1).flatten()

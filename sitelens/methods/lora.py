@@ -1,31 +1,34 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) on the query and value projections, by way of the peft library."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) on the query and value projections."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear as linear_map
 
 from sitelens.conditions import Condition
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, warned_once
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.methods.common import answer_loss, answered, best_on_valid, drawn, fitting
 from sitelens.models import Model, check_fit, head_shape, resolve_model
+from sitelens.network import Passes
 from sitelens.tasks import Task, load_task
+from sitelens.twins import hooked_here
 
 RATES = (1e-4, 3e-4, 1e-3)
 PROJECTIONS = ("q", "v")
-ADAPTER = "sitelens"
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Condition):
-    """Low-rank adapters on every layer's query and value projection, in place while the condition is applied.
+    """Low-rank adapters on every layer's query and value projection, added while the condition is applied.
 
     weights: "q.A" `[layer rank d_in]`, "q.B" `[layer d_out rank]`, and the same for "v".
     """
@@ -45,12 +48,21 @@ class LowRank(Condition):
 
     @contextmanager
     def applied(self, model: Model) -> Iterator[None]:
-        check_fit("the adapters", self.model, (len(self.weights["q.A"]),), model)
-        with adapted(model, self.weights["q.A"].shape[1], self.alpha) as parameters:
-            for name, layers in parameters.items():
-                for parameter, values in zip(layers, self.weights[name], strict=True):
-                    parameter.data.copy_(values)
+        with hooked_here(model, module_hooks=self._adapters(model).hooks(model)):
             yield
+
+    def _passes(self, model: Model) -> Passes:
+        passes = Passes(model)
+        self._adapters(model).install(passes)
+        return passes
+
+    def _adapters(self, model: Model) -> Adapters:
+        check_fit("the adapters", self.model, (len(self.weights["q.A"]),), model)
+        adapters = Adapters(model, self.weights["q.A"].shape[1], self.alpha)
+        for name, layers in adapters.weights.items():
+            for weight, values in zip(layers, self.weights[name], strict=True):
+                weight.data.copy_(values)
+        return adapters
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.weights, {"condition": "LowRank", "alpha": self.alpha, "model": self.model}
@@ -60,46 +72,52 @@ class LowRank(Condition):
         return cls(tensors, **meta)
 
 
-@contextmanager
-def adapted(model: Model, rank: int, alpha: int) -> Iterator[dict[str, list[Tensor]]]:
-    """Adapters of peft around the projections of every layer; yields their parameters, by name and layer.
+class Adapters:
+    """Low-rank additions to the projections of every layer, as peft computes them: x -> (alpha / rank) B A x.
 
-    The bridge calls the linear layers that its wrappers hold, on models with fused projections its own split ones:
-    there the adapters stand, and there the layers are put back.
+    weights: "q.A", "q.B", "v.A", "v.B", each a tensor `[rank d_in]` or `[d_out rank]` per layer. They are added to
+    what the projection gives, whatever it is: 4-bit, or with adapters of the user's around it, which stay as they are.
+    On models with fused projections the bridge calls split ones of its own.
     """
-    check_installed()
-    from peft import LoraConfig, inject_adapter_in_model
 
-    wrappers: dict[str, Any] = {}
-    for layer in range(head_shape(model)[0]):
-        block: Any = model.blocks[layer]
-        wrappers |= {f"{name}{layer}": getattr(block.attn, name) for name in PROJECTIONS}
-    originals: dict[str, Any] = {key: wrapper.original_component for key, wrapper in wrappers.items()}
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(originals))
-    adapters: Any = inject_adapter_in_model(config, nn.ModuleDict(originals), ADAPTER).eval()
-    parameters: dict[str, list[Tensor]] = {f"{name}.{side}": [] for name in PROJECTIONS for side in "AB"}
-    try:
-        for key, wrapper in wrappers.items():
-            adapter = adapters[key]
-            wide = torch.promote_types(originals[key].weight.dtype, torch.float32)
-            for side, half in (("A", adapter.lora_A[ADAPTER]), ("B", adapter.lora_B[ADAPTER])):
-                parameters[f"{key[0]}.{side}"].append(half.to(originals[key].weight.device, wide).weight)
-            wrapper._modules["_original_component"] = adapter
-        yield parameters
-    finally:
-        for key, wrapper in wrappers.items():
-            wrapper._modules["_original_component"] = originals[key]
+    def __init__(self, model: Model, rank: int, alpha: int) -> None:
+        self.scaling = alpha / rank
+        self.weights: dict[str, list[Tensor]] = {f"{name}.{side}": [] for name in PROJECTIONS for side in "AB"}
+        for name, _, linear in _projections(model):
+            weight = linear.weight
+            options: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+            self.weights[f"{name}.A"].append(torch.zeros(rank, linear.in_features, **options))
+            self.weights[f"{name}.B"].append(torch.zeros(linear.out_features, rank, **options))
 
+    def hooks(self, model: Model) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+        """The projections of a bridge, or of a twin of it, each with the hook that adapts it."""
+        return [
+            (linear, functools.partial(self._add, name=name, layer=layer))
+            for name, layer, linear in _projections(model)
+        ]
 
-def check_installed() -> None:
-    """Raise SitelensError unless the peft library can be imported."""
-    try:
-        import peft  # noqa: F401
-    except Exception as error:  # also one that does not fit the installed transformers
-        reason = "" if isinstance(error, ModuleNotFoundError) else f" ({type(error).__name__}: {error})"
-        raise SitelensError(f"LoRA needs the peft library{reason}: pip install 'sitelens[lora]'") from error
+    def install(self, passes: Passes) -> None:
+        """Add them to passes of our own, for good."""
+        for linear, hook in self.hooks(passes.bridge):
+            linear.register_forward_hook(hook)
+
+    def _add(self, linear: nn.Module, args: tuple[Tensor, ...], out: Tensor, *, name: str, layer: int) -> Tensor:
+        down, up = (self.weights[f"{name}.{side}"][layer] for side in "AB")
+        return (out + linear_map(linear_map(args[0].to(down.dtype), down), up) * self.scaling).to(out.dtype)
 
 
+def _projections(model: Model) -> list[tuple[str, int, Any]]:
+    """(name, layer, linear layer) of every layer's query and value projection."""
+    blocks: Any = model.blocks
+    return [
+        (name, layer, getattr(blocks[layer].attn, name).original_component)
+        for layer in range(head_shape(model)[0])
+        for name in PROJECTIONS
+    ]
+
+
+@warned_once()
+@torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
@@ -116,28 +134,28 @@ def fit(
     As many steps of as many items as SITE takes; the rest are peft's defaults (no dropout).
 
     Raises:
-        SitelensError: for a task without training or validation items, where peft is not installed, or if the loss is
-            not finite at any of the rates.
+        SitelensError: for a task without training or validation items, or if the loss is not finite at any
+            of the rates.
     """
-    check_installed()
     model, task = resolve_model(model), fitting(load_task(task))
     made_for = fingerprint(model)
     rows = answered(task, task.train, model)
     candidates = {}
     for rate in rates:
-        with adapted(model, rank, alpha) as parameters:
-            generator = torch.Generator().manual_seed(seed)
-            for name, layers in parameters.items():
-                for parameter in layers:  # the usual start: A uniform, B zero, so that nothing changes
-                    bound = parameter.shape[1] ** -0.5 if name.endswith("A") else 0.0
-                    parameter.data.copy_(bound * (2 * torch.rand(parameter.shape, generator=generator) - 1))
-                    parameter.requires_grad_()
-            flat = [parameter for layers in parameters.values() for parameter in layers]
-            optimizer = torch.optim.AdamW(flat, lr=rate)
-            for index in drawn(rows, n_steps, min(batch_size, len(rows)), f"lora/{task.name}/{seed}"):
-                optimizer.zero_grad()
-                answer_loss([rows[i] for i in index], model).backward()
-                optimizer.step()
-            weights = {name: torch.stack([p.detach().cpu() for p in layers]) for name, layers in parameters.items()}
+        adapters, passes = Adapters(model, rank, alpha), Passes(model)
+        adapters.install(passes)
+        generator = torch.Generator().manual_seed(seed)
+        for name, layers in adapters.weights.items():
+            for weight in layers:  # the usual start: A uniform, B zero, so that nothing changes
+                bound = weight.shape[1] ** -0.5 if name.endswith("A") else 0.0
+                start = 2 * torch.rand(weight.shape, generator=generator, dtype=torch.float32) - 1
+                weight.copy_(bound * start).requires_grad_()
+        flat = [weight for layers in adapters.weights.values() for weight in layers]
+        optimizer = torch.optim.AdamW(flat, lr=rate)
+        for index in drawn(rows, n_steps, min(batch_size, len(rows)), f"lora/{task.name}/{seed}"):
+            optimizer.zero_grad()
+            answer_loss([rows[i] for i in index], passes).backward(inputs=flat)
+            optimizer.step()
+        weights = {name: torch.stack([w.detach().cpu() for w in layers]) for name, layers in adapters.weights.items()}
         candidates[rate] = LowRank(weights, alpha, made_for)
     return candidates[best_on_valid(task, candidates, model)]

@@ -19,14 +19,14 @@ from torch.nn.functional import cross_entropy
 from sitelens.defaults import settings, warned_once
 from sitelens.embedding import embed_task, embedding_prompts
 from sitelens.fingerprints import fingerprint
-from sitelens.forward import Hook, check_finite
+from sitelens.forward import Hook, check_finite, last_logits
 from sitelens.heads.effects import shuffled_labels
 from sitelens.heads.writing import written
 from sitelens.memory import chunks, prefix_bytes, step_cost
 from sitelens.methods.common import best_on_valid, drawn, fitting, prompts_of
 from sitelens.methods.streams import AddToStream, stream_hook
 from sitelens.models import Model, own_tokenizer, resolve_model
-from sitelens.network import run_tokens
+from sitelens.network import Passes
 from sitelens.prefix import PrefixCache, ReadOnly
 from sitelens.prompts import draw_demonstrations, few_shot_prompt
 from sitelens.tasks import Task, load_task
@@ -35,6 +35,7 @@ RATES = (1e-3, 1e-2, 1e-1)
 
 
 @warned_once()
+@torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
@@ -78,25 +79,23 @@ def fit(
     def prefixes(chosen: list[int]) -> PrefixCache:
         return PrefixCache.of(batch.rows(chosen), model, budget) if pool is None else pool.rows(torch.tensor(chosen))
 
-    start = torch.randn(writes.shape[:2], generator=torch.Generator().manual_seed(seed))
+    start = torch.randn(writes.shape[:2], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     trained = {rate: start.clone().to(writes).requires_grad_() for rate in rates}
     optimizers = [torch.optim.Adam([weights], lr=rate) for rate, weights in trained.items()]
+    passes = {rate: Passes(model, _adding(weights, writes)) for rate, weights in trained.items()}
     cost = step_cost(model, gradient=True, hooked=True)
     for index in drawn(prompts, steps, min(batch_size, n_pool), f"ltv/train/{task.name}/{seed}"):
         for part in chunks([batch.lengths[i] for i in index], cost, budget):
             chosen = [index[i] for i in sorted(part)]
-            some = prefixes(chosen)  # for all rates, before any hook is there
+            some = prefixes(chosen)  # for all rates
             answer = batch.answer[chosen]
-            for weights in trained.values():
-                with model.hooks(fwd_hooks=_adding(weights, writes)):
-                    logits = run_tokens(
-                        model, some.last[:, None], some.mask, some.positions()[:, None], some.cache(ReadOnly)
-                    )[:, -1]
-                    check_finite(
-                        logits, lambda row, chosen=chosen: f"task {task.name!r}, LTV, few-shot prompt {chosen[row]}"
-                    )
-                    loss = cross_entropy(logits.float(), answer.to(logits.device))
-                    (loss * (len(chosen) / len(index))).backward()
+            for rate, weights in trained.items():
+                logits, _ = last_logits(some, passes[rate], ReadOnly)
+                check_finite(
+                    logits, lambda row, chosen=chosen: f"task {task.name!r}, LTV, few-shot prompt {chosen[row]}"
+                )
+                loss = cross_entropy(logits.float(), answer.to(logits.device))
+                (loss * (len(chosen) / len(index))).backward(inputs=[weights])
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

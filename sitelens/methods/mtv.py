@@ -25,6 +25,7 @@ FLOOR = 1e-3  # of a head's chance in training, and added to the standard deviat
 
 
 @warned_once()
+@torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
@@ -55,7 +56,7 @@ def fit(
     batch = zero_shot(task, task.train[:n_items], model)
     budget = settings.budget(None) // 3
     prefix = PrefixCache.of(batch, model, budget)
-    logits = torch.full(head_shape(model)[:2], -1.0)
+    logits = torch.full(head_shape(model)[:2], -1.0, dtype=torch.float32)
     optimizer = torch.optim.Adam([logits], lr=lr)
     rng = random.Random(f"sitelens/mtv/{task.name}/{seed}")
     vectors = embedding.mean_z.to(model.cfg.device, computing_dtype(model))

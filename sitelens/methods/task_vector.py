@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import torch
+
 from sitelens.conditions import Steps
 from sitelens.defaults import SitelensError
 from sitelens.fingerprints import fingerprint
@@ -14,6 +16,7 @@ from sitelens.prompts import few_shot_prompt
 from sitelens.tasks import Task, load_task
 
 
+@torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
