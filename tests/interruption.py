@@ -9,11 +9,11 @@ from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 
-def at_every_line(work: Callable[[], Any], where: Sequence[Any]) -> Iterator[int]:
+def at_every_line(work: Callable[[], Any], where: Sequence[Any], step: int = 1) -> Iterator[int]:
     """Run `work` again and again, interrupted at the first, second, ... line inside of `where`; yields after each.
 
     `where`: functions, classes or modules; a module stands for all code of its file. Ends after the first run that is
-    over before its line comes; fails if there was no line at all.
+    over before its line comes; fails if there was no line at all. `step` passes over lines, in long loops.
     """
     codes, files = set[CodeType](), set[str]()
     for thing in where:
@@ -28,7 +28,7 @@ def at_every_line(work: Callable[[], Any], where: Sequence[Any]) -> Iterator[int
     line = 0
     while _interrupted(work, codes, files, line):
         yield line
-        line += 1
+        line += step
     assert line, "no line of these functions was run"
 
 
