@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens.arguments import checked
 from sitelens.conditions import HeadPatch, Patch, Positions, Steps
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
 from sitelens.models import Model, check_fit, head_shape
 from sitelens.selection import Heads, HeadSelection, head_pairs, parsed_heads
+from sitelens.values import CountOrZero
 
 Kind = Literal["zero", "mean"]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Ablate(HeadPatch):
     """Some heads switched off: their z is replaced by zero, or by a mean over other prompts.
@@ -40,20 +43,12 @@ class Ablate(HeadPatch):
     kind: Kind = "zero"
     reference: TaskEmbedding | Float[Tensor, "layer head d_head"] | None = None
     positions: Positions = "last"
-    n_shots: int = 0
-    steps: Any = None
+    n_shots: CountOrZero = 0
+    steps: Steps | None = None  # type: ignore[assignment] # None only until __post_init__
 
     def __post_init__(self) -> None:
-        for name, kinds in (("kind", Kind), ("positions", Positions)):
-            if getattr(self, name) not in get_args(kinds):
-                known = " or ".join(map(repr, get_args(kinds)))
-                raise SitelensError(f"{name} must be {known}, not {getattr(self, name)!r}")
         if self.steps is None:
             object.__setattr__(self, "steps", "every" if self.positions == "all" else "prompt")
-        if self.steps not in get_args(Steps):
-            raise SitelensError(f"steps must be 'prompt' or 'every', not {self.steps!r}")
-        if self.n_shots < 0:
-            raise SitelensError(f"n_shots must be at least 0, got {self.n_shots}")
         if (self.kind == "mean") != (self.reference is not None):
             raise SitelensError(
                 "mean ablation needs a reference: Ablate(heads, 'mean', sl.embed_task(task, model))"

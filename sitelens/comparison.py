@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from sitelens import embedding, scoring, training_state
+from sitelens.arguments import checked
 from sitelens.conditions import Condition, FewShot, ZeroShot
 from sitelens.defaults import SitelensError, settings, warned_once
 from sitelens.evaluation import evaluate
@@ -19,7 +20,7 @@ from sitelens.fingerprints import unchanged
 from sitelens.folders import scratch_folder
 from sitelens.keys import ResultStore
 from sitelens.labels import warn_of_shared_first_tokens
-from sitelens.methods import METHODS
+from sitelens.methods import METHODS, checked_options
 from sitelens.methods.common import fitting
 from sitelens.models import Model, resolve_model
 from sitelens.network import counted_tokens
@@ -27,6 +28,7 @@ from sitelens.progress import Job
 from sitelens.store import Artifact
 from sitelens.summary import RANGES, answers_from_counts, markdown_table, percent, summarize
 from sitelens.tasks import Task, load_tasks
+from sitelens.values import Count, Seed
 
 ALGORITHM = 1  # of prompting; the methods have their own
 PROMPTING = {"zero-shot": ZeroShot(), "10-shot": FewShot(10)}
@@ -58,6 +60,7 @@ def fit_method(
         SitelensError: for an unknown method, and as the method's own `fit`.
     """
     (name,) = checked_methods([name])
+    options = checked_options({name: options} if options else None).get(name)
     if name in PROMPTING:
         return Fitted(PROMPTING[name], 0, 0, 0, 0.0)
     store = ResultStore(model, [task])
@@ -77,14 +80,15 @@ def fit_method(
     return Fitted(Condition.remade(kept.tensors, kept.meta["state"]), **kept.meta["cost"])
 
 
+@checked
 @warned_once()
 def compare(
     tasks: Iterable[Task | str],
     methods: Sequence[str] | Literal["all"] = "all",
     model: Model | str | None = None,
     *,
-    n_items: int | None = 100,
-    seed: int = 0,
+    n_items: Count | None = 100,
+    seed: Seed = 0,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -97,7 +101,7 @@ def compare(
     so that an interrupted comparison goes on where it was. Seconds are of the machine that fitted.
 
     Raises:
-        SitelensError: for an unknown method, and as each method's fit.
+        SitelensError: for an unknown method or option, and as each method's fit.
     """
     rows: list[dict[str, Any]] = []
     for fitted, scores, seconds in _cells(tasks, methods, model, n_items, seed, options, progress):
@@ -111,14 +115,15 @@ def compare(
     return pd.DataFrame(rows)
 
 
+@checked
 @warned_once()
 def comparison_scores(
     tasks: Iterable[Task | str],
     methods: Sequence[str] | Literal["all"] = "all",
     model: Model | str | None = None,
     *,
-    n_items: int | None = 100,
-    seed: int = 0,
+    n_items: Count | None = 100,
+    seed: Seed = 0,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -171,15 +176,14 @@ def comparison_table(frame: pd.DataFrame) -> str:
 
 
 def checked_methods(names: Sequence[str] | Literal["all"]) -> list[str]:
-    """The names, each once; of "all", those that lack a library are left out with a warning.
+    """The names, each once.
 
     Raises:
         SitelensError: for an unknown one, with the nearest names.
     """
     if isinstance(names, str) and names == "all":
         return list(NAMES)
-    if isinstance(names, str):
-        raise SitelensError(f"methods must be 'all' or a list of names: write [{names!r}]")
+    names = [names] if isinstance(names, str) else names
     for name in names:
         if name not in NAMES:
             near = difflib.get_close_matches(name.upper(), NAMES, n=2, cutoff=0.3) or list(NAMES)
@@ -193,16 +197,14 @@ def _cells(
 ) -> Iterator[tuple[Fitted, pd.DataFrame, float]]:  # fmt: skip
     """Each task under each method: the fitted method, its scores, and the seconds that they took."""
     names = checked_methods(methods)
-    strange = set(options or {}) - set(METHODS)
-    if strange:
-        raise SitelensError(f"options are given for {', '.join(sorted(strange))}; methods are {', '.join(METHODS)}")
+    options = checked_options(options)
     loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
     warn_of_shared_first_tokens(loaded, model)
     cells = {f"{task.name}, {name}": (task, name) for task in loaded for name in names}
     with Job("compare", list(cells), progress) as job:
         job.plan(dict.fromkeys(cells, 1.0))
         for stage, (task, name) in cells.items():
-            chosen = (options or {}).get(name)
+            chosen = options.get(name)
             with job.stage(stage), unchanged(model):
                 fitted = fit_method(name, task, model, seed=seed, options=chosen)
                 scores, seconds = _scored(name, fitted, task, model, n_items, seed, chosen)

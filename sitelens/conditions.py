@@ -8,16 +8,17 @@ over a shared prefix.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens.arguments import checked
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
 from sitelens.forward import HeadEdit, Hook, Mixing
@@ -26,6 +27,7 @@ from sitelens.network import Passes
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact
 from sitelens.twins import hooked_here
+from sitelens.values import CountOrZero, converted
 
 Positions = Literal["last", "all"]
 Steps = Literal["prompt", "every"]
@@ -177,6 +179,21 @@ def in_effect(condition: Condition, model: Model) -> Iterator[Passes]:
         yield condition._passes(model)
 
 
+def checked_conditions(conditions: Mapping[str, Condition] | Condition) -> dict[str, Condition]:
+    """Conditions by name; a single one is called by its kind.
+
+    Raises:
+        SitelensError: if there is none, or for `steps`, `positions` or `n_shots` that mean nothing.
+    """
+    named = {type(conditions).__name__: conditions} if isinstance(conditions, Condition) else dict(conditions)
+    if not named:
+        raise SitelensError("give at least one condition, for example {'zero-shot': sl.ZeroShot()}")
+    for name, condition in named.items():
+        for field, kind in (("steps", Steps), ("positions", Positions), ("n_shots", CountOrZero)):
+            converted(f"{field} of the condition {name!r}", getattr(condition, field), kind)
+    return named
+
+
 def _once(hook: Any) -> Any:
     remaining = iter([hook])
 
@@ -187,16 +204,13 @@ def _once(hook: Any) -> Any:
     return first_call_only
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class FewShot(Condition):
     """The model as it is, with `n_shots` demonstrations in the prompt, drawn anew for each item."""
 
     positions = "last"
-    n_shots: int = 10
-
-    def __post_init__(self) -> None:
-        if self.n_shots < 0:
-            raise SitelensError(f"n_shots must be at least 0, got {self.n_shots}")
+    n_shots: CountOrZero = 10
 
     def fwd_hooks(self, model: Model) -> list[Hook]:
         return []
@@ -206,11 +220,12 @@ class FewShot(Condition):
         return Patch(torch.zeros(layers, heads), torch.zeros(layers, heads, d_head))
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ZeroShot(FewShot):
     """The model as it is, with no demonstration."""
 
-    n_shots: int = 0
+    n_shots: CountOrZero = 0
 
     def __post_init__(self) -> None:
         if self.n_shots != 0:
@@ -234,6 +249,7 @@ class HeadPatch(Condition):
         return self.head_patch(model).edit(model, everywhere=self.positions == "all").hooks()
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class PatchHeads(HeadPatch):
     """Task injection: the heads' z at the last prompt token is mixed with the task embedding by alpha.
@@ -250,12 +266,10 @@ class PatchHeads(HeadPatch):
     selection: HeadSelection
     embedding: TaskEmbedding
     mixing: Mixing = "convex"
-    n_shots: int = 0
+    n_shots: CountOrZero = 0
     steps: Steps = "prompt"
 
     def __post_init__(self) -> None:
-        if self.mixing not in get_args(Mixing):
-            raise SitelensError(f"unknown mixing {self.mixing!r}; one of {', '.join(get_args(Mixing))}")
         shapes = tuple(self.selection.alpha.shape), tuple(self.embedding.mean_z.shape)
         made_for = {self.selection.model, self.embedding.model} - {None}
         if shapes[0] != shapes[1][:2] or len(made_for) > 1:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal
 
-from sitelens.defaults import SitelensError
+from sitelens.arguments import checked
 from sitelens.forward import Mixing
+from sitelens.values import Between, Count, Positive, Seed
+
+INIT = "'random' or lie between 0 and 1"
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How alpha is trained; the defaults are the paper's.
@@ -20,27 +25,22 @@ class TrainConfig:
         different for every task and seed).
     mixing: "convex", as published, or "additive".
     seed: decides which items are drawn, and a random init.
+
+    Raises:
+        SitelensError: for an unknown field, or a value out of range.
     """
 
-    steps: int = 400
-    lr: float = 0.2
-    batch_size: int = 1
-    eval_every: int = 50
-    n_valid: int = 100
+    steps: Count = 400
+    lr: Positive = 0.2
+    batch_size: Count = 1
+    eval_every: Count = 50
+    n_valid: Count = 100
     checkpoint: Literal["best", "last"] = "best"
-    init: float | Literal["random"] = 0.5
+    init: Annotated[float, Between(0, 1, open_ends=True, words=INIT)] | Literal["random"] = 0.5
     mixing: Mixing = "convex"
-    seed: int = 0
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every", "n_valid"):
-            if getattr(self, name) < 1:
-                raise SitelensError(f"TrainConfig.{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.lr < float("inf"):
-            raise SitelensError(f"TrainConfig.lr must be positive, got {self.lr}")
-        if self.checkpoint not in ("best", "last"):
-            raise SitelensError(f"TrainConfig.checkpoint must be 'best' or 'last', got {self.checkpoint!r}")
-        if self.mixing not in get_args(Mixing):
-            raise SitelensError(f"TrainConfig.mixing must be one of {', '.join(get_args(Mixing))}, got {self.mixing!r}")
-        if self.init != "random" and not (isinstance(self.init, int | float) and 0 < self.init < 1):
-            raise SitelensError(f"TrainConfig.init must be 'random' or lie between 0 and 1, got {self.init!r}")
+    @classmethod
+    def _from_argument(cls, value: Any) -> TrainConfig | None:
+        """A configuration from a dict of its fields."""
+        return cls(**value) if isinstance(value, Mapping) else None

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens.arguments import checked
 from sitelens.defaults import SitelensError, settings
 from sitelens.forward import capture_z
 from sitelens.keys import ResultStore
@@ -28,10 +29,12 @@ from sitelens.progress import portions, tracked
 from sitelens.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
 from sitelens.store import Artifact
 from sitelens.tasks import Task, load_task
+from sitelens.values import Count, CountOrZero, Seed, tensor
 
 ALGORITHM = 1  # to be raised when the numbers change
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class TaskEmbedding:
     """What a model's heads write, on average, where a few-shot prompt of the task asks for an answer.
@@ -44,9 +47,12 @@ class TaskEmbedding:
     mean_z: Float[Tensor, "layer head d_head"]
     task: str
     model: str | None
-    n_prompts: int
-    n_shots: int
-    seed: int
+    n_prompts: Count
+    n_shots: CountOrZero
+    seed: Seed
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean_z", tensor("mean_z", self.mean_z, "layer head d_head"))
 
     def check_fits(self, model: Model) -> None:
         """Raise SitelensError unless this embedding was made with `model`."""
@@ -74,14 +80,15 @@ class TaskEmbedding:
         return TaskEmbedding(artifact.tensors["mean_z"], **artifact.meta)
 
 
+@checked
 @torch.inference_mode(False)
 def embed_task(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    n_prompts: int = 50,
-    n_shots: int = 10,
-    seed: int = 0,
+    n_prompts: Count = 50,
+    n_shots: CountOrZero = 10,
+    seed: Seed = 0,
     memory_budget: int | str | None = None,
     progress: bool | None = None,
 ) -> TaskEmbedding:
@@ -93,8 +100,6 @@ def embed_task(
         SitelensError: for an unknown task or model, too few training items, or prompts longer than the context.
     """
     task, model = load_task(task), resolve_model(model)
-    if n_prompts < 1 or n_shots < 0:
-        raise SitelensError(f"n_prompts must be at least 1 and n_shots at least 0, got {n_prompts} and {n_shots}")
     store = ResultStore(model, [task])
     spec = {
         "algorithm": ALGORITHM, "task": task.name, "items": task.digest, **store.key,

@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from sitelens.conditions import Condition, Patch, ZeroShot
+from sitelens.arguments import checked
+from sitelens.conditions import Condition, Patch, ZeroShot, checked_conditions
 from sitelens.decoding import end_tokens
 from sitelens.defaults import SitelensError, settings, warned_once
 from sitelens.fingerprints import unchanged
@@ -23,26 +24,30 @@ from sitelens.prompts import Prompt, PromptBatch, after_answer, few_shot_prompts
 from sitelens.summary import ECHO
 from sitelens.tasks import Example, Task, load_task
 from sitelens.twins import is_listened
+from sitelens.values import Count, Seed
 
 COLUMNS = ("task", "condition", "seed", "item", "input", "answer", "predicted", "metric", "score", "logprob", "rank")
 
 
+@checked
 @warned_once()
 def evaluate(
     task: Task | str,
-    conditions: Mapping[str, Condition],
+    conditions: Mapping[str, Condition] | Condition,
     model: Model | str | None = None,
     *,
     split: str = "test",
-    n_items: int | None = None,
+    n_items: Count | None = None,
     metrics: Sequence[str | Metric] = ("first_token",),
-    seed: int = 0,
-    max_new_tokens: int = 20,
+    seed: Seed = 0,
+    max_new_tokens: Count = 20,
     with_echo: bool | None = None,
     memory_budget: int | str | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:
     """Scores of a task under each condition: one row per item, condition and metric.
+
+    `conditions` are by name; a single condition is called by its kind ("ZeroShot").
 
     Columns: task, condition, seed, item (its index in the split), input, answer, predicted, metric, score (0 or 1),
     logprob (nats) and rank (1 is the most likely) of the preferred answer's first token. `n_items` takes a sample
@@ -55,18 +60,14 @@ def evaluate(
         SitelensError: for unknown metrics or splits, no items, an answer that a metric cannot score, a condition made
             for another model, or logits that are not finite.
     """
-    task, model = load_task(task), resolve_model(model)
+    task, conditions, model = load_task(task), checked_conditions(conditions), resolve_model(model)
     chosen_metrics = checked_metrics(metrics)
     echoed = [m for m in chosen_metrics if (m.name == "prefix_match" if with_echo is None else with_echo)]
     if ECHO in conditions and echoed:
         raise SitelensError(f"no condition may be called {ECHO!r}: rows of the echo baseline have that name")
-    if not conditions:
-        raise SitelensError("give at least one condition, for example {'zero-shot': sl.ZeroShot()}")
     chosen = sample_items(task, split, n_items, seed)
     items = [task.split(split)[i] for i in chosen]
     generating = any(metric.generates for metric in chosen_metrics)
-    if generating and max_new_tokens < 1:
-        raise SitelensError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     scoring = _Scoring(task, items, chosen, chosen_metrics, model, seed)
     budget, new_tokens = settings.budget(memory_budget), max_new_tokens if generating else 0
     groups: dict[int, tuple[dict[str, Patch], dict[str, Condition]]] = {}  # by the number of demonstrations
@@ -100,14 +101,15 @@ def evaluate(
     return pd.DataFrame(frames, columns=list(COLUMNS))
 
 
+@checked
 def echo(
     task: Task | str,
     model: Model | str | None = None,
     *,
     split: str = "test",
-    n_items: int | None = None,
+    n_items: Count | None = None,
     metrics: Sequence[str | Metric] = ("prefix_match",),
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     """The echo baseline: the scores of answering with the query itself, as `evaluate` gives them.
 
@@ -121,12 +123,13 @@ def echo(
     return pd.DataFrame(scoring.echo(chosen_metrics), columns=list(COLUMNS))
 
 
+@checked
 def generate(
-    prompts: Sequence[str],
+    prompts: Sequence[str] | str,
     condition: Condition | None = None,
     model: Model | str | None = None,
     *,
-    max_new_tokens: int = 20,
+    max_new_tokens: Count = 20,
     stop: str | Sequence[str] | None = "\n",
     memory_budget: int | str | None = None,
 ) -> list[str]:
@@ -143,14 +146,13 @@ def generate(
     model = resolve_model(model)
     if isinstance(prompts, str):
         raise SitelensError(f"prompts must be a list of texts: write generate([{prompts!r}])")
-    if max_new_tokens < 1:
-        raise SitelensError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     if not all(isinstance(text, str) and text for text in stops):
         raise SitelensError(f"stop must be a text, a list of texts that are not empty, or None, not {stop!r}")
     if not prompts:
         return []
-    condition, tokenizer = condition or ZeroShot(), own_tokenizer(model)
+    (condition,) = checked_conditions(condition or ZeroShot()).values()
+    tokenizer = own_tokenizer(model)
     end = re.compile("|".join(map(re.escape, stops))) if stops else None
     texts = [Prompt(text, ()) for text in prompts]
     predictor = Predictor(

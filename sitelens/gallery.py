@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from sitelens import figures, studies
+from sitelens.arguments import checked
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError
 from sitelens.models import DEFAULT_MODEL, Model, load_model
@@ -22,6 +23,7 @@ from sitelens.studies import Options
 from sitelens.tasks import Task, load_tasks
 from sitelens.training import train_selections
 from sitelens.transfer import TransferMatrix, transfer_matrix
+from sitelens.values import Count, Seed
 from sitelens.writing import Outputs, check_file_name, check_folder, write_csv, write_text
 
 if TYPE_CHECKING:
@@ -47,14 +49,15 @@ class Picture:
     make: Callable[[Sequence[Task], Model, TrainConfig, Options], Made]
 
 
+@checked
 def make_figures(
     names: Iterable[str] | None = None,
     folder: str | Path = "figures",
     model: Model | str = DEFAULT_MODEL,
     *,
     tasks: Sequence[str] | None = None,
-    n_items: int = 100,
-    seed: int = 0,
+    n_items: Count = 100,
+    seed: Seed = 0,
     formats: Sequence[str] = FORMATS,
     config: TrainConfig | None = None,
     memory_budget: int | str | None = None,

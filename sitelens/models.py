@@ -16,6 +16,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module, detect_tokenizer_bos_eos
 
+from sitelens.arguments import checked
 from sitelens.catalogue import how_to_get
 from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder
 from sitelens.defaults import SitelensError, SitelensWarning
@@ -29,6 +30,7 @@ from sitelens.tokenizers import as_in_files, condition, first_line, rules
 Model = TransformerBridge
 
 
+@checked
 @torch.inference_mode(False)  # nothing could be trained through weights made there
 def load_model(
     name: str | Path | Model | None = None,

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from sitelens import figures
+from sitelens.arguments import checked
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning, warned_once
@@ -28,6 +29,7 @@ from sitelens.provenance import provenance
 from sitelens.summary import markdown_table, percent, summarize
 from sitelens.tasks import Task, load_tasks, rewritten
 from sitelens.training import TrainResult, train_selections
+from sitelens.values import Count, CountOrZero, Seed
 from sitelens.workload import total, workload
 from sitelens.writing import Outputs, file_names, write_csv, write_text
 
@@ -35,6 +37,7 @@ RANDOM = "random"
 SOFT_HARD_GAP = 0.05  # a soft minus hard accuracy above this is worth a warning
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All that decides a run's numbers but the weights.
@@ -51,20 +54,22 @@ class RunConfig:
     template: str | None = None
     instruction: str | None = None
     template_arguments: Any = None
-    n_prompts: int = 50
-    n_shots: int = 10
+    n_prompts: Count = 50
+    n_shots: CountOrZero = 10
     train: TrainConfig = field(default_factory=TrainConfig)
-    k: int | None = None
-    draws: int = 5
-    n_items: int | None = 100
+    k: Count | None = None
+    draws: CountOrZero = 5
+    n_items: Count | None = 100
     metrics: tuple[str, ...] = ("first_token",)
-    seed: int = 0
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        for name, least in (("k", 1), ("draws", 0), ("n_items", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise SitelensError(f"RunConfig.{name} must be at least {least}, got {value}")
+    @classmethod
+    def _from_argument(cls, value: Any) -> RunConfig | None:
+        """A configuration from a list of tasks, or from a dict of its fields."""
+        if isinstance(value, Mapping):
+            return cls(**value)
+        tasks: Any = value
+        return cls(tasks=tasks) if isinstance(value, str | Path | list | tuple) else None
 
     @staticmethod
     def load(path: str | Path) -> RunConfig:
@@ -202,11 +207,19 @@ class RunReport:
         }
 
 
+@checked
 @warned_once()
-def run(config: RunConfig, model: Model | str | None = None, **options: Any) -> RunReport:
+def run(
+    config: RunConfig,
+    model: Model | str | None = None,
+    *,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> RunReport:
     """Embed, train and evaluate every task of `config` under all conditions.
 
-    `model` stands in for the one that `config` names. `options` are `memory_budget` and `progress`.
+    `model` stands in for the one that `config` names; a list of tasks as `config` stands for
+    `RunConfig(tasks=...)`.
 
     Raises:
         SitelensError: for bad input, as the functions it calls.
@@ -214,7 +227,7 @@ def run(config: RunConfig, model: Model | str | None = None, **options: Any) -> 
     clock = _Clock()
     tasks = load_tasks(config.tasks)
     tasks = [rewritten(task, config.template, config.instruction, config.template_arguments) for task in tasks]
-    progress = options.get("progress")
+    options: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
     with Job("run", ["load the model", "embed", "train", "evaluate"], progress) as job:
         with job.stage("load the model"):
             model = resolve_model(model) if model is not None else load_model(config.model)

@@ -17,9 +17,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sitelens import figures
+from sitelens.arguments import checked
 from sitelens.defaults import SitelensError
 from sitelens.models import Model, check_fit
 from sitelens.store import Artifact
+from sitelens.values import Seed, Share, tensor
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -114,11 +116,12 @@ def _is_number(value: Any) -> bool:
     return True
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class HeadSelection:
     """How much of each head's output is replaced by the task embedding.
 
-    alpha: in [0, 1].
+    alpha: in [0, 1]; lists and arrays become a tensor.
     task: the task it was found for; model: the model's fingerprint (None: any model of this shape).
     provenance: how it came to be, in words.
     """
@@ -129,11 +132,8 @@ class HeadSelection:
     provenance: str = "given"
 
     def __post_init__(self) -> None:
-        alpha = self.alpha
-        if alpha.ndim != 2 or not alpha.is_floating_point():
-            raise SitelensError(
-                f"alpha must be a [layer head] tensor of floats, not {alpha.dtype} {tuple(alpha.shape)}"
-            )
+        alpha = tensor("alpha", self.alpha, "layer head")
+        object.__setattr__(self, "alpha", alpha)
         if not bool(((alpha >= 0) & (alpha <= 1)).all()):
             raise SitelensError(
                 f"alpha must lie in [0, 1] and be a number; it spans {alpha.min():.3g} to {alpha.max():.3g}"
@@ -154,24 +154,26 @@ class HeadSelection:
         """The share of heads whose alpha is within 0.1 of 0 or 1."""
         return ((self.alpha <= 0.1) | (self.alpha >= 0.9)).double().mean().item()
 
-    def hard(self, threshold: float = 0.5) -> HeadSelection:
+    @checked
+    def hard(self, threshold: Share = 0.5) -> HeadSelection:
         """1 where alpha > threshold, else 0."""
-        if not 0 <= threshold <= 1:
-            raise SitelensError(f"the threshold must lie in [0, 1], got {threshold}")
         return self._derived((self.alpha > threshold).to(self.alpha.dtype), f"hard({threshold:g})")
 
+    @checked
     def top(self, k: int | None = None) -> HeadSelection:
         """1 at the k heads of highest alpha, else 0; ties go to the lower (layer, head)."""
         k = self._checked(k)
         return self._binary(self.ranking()[:k], f"top({k})")
 
+    @checked
     def bottom(self, k: int | None = None) -> HeadSelection:
         """1 at the k heads of lowest alpha, else 0; ties go to the lower (layer, head)."""
         k = self._checked(k)
         order = torch.sort(self.alpha.flatten(), stable=True).indices.tolist()
         return self._binary(self._pairs(order[:k]), f"bottom({k})")
 
-    def random(self, k: int | None = None, seed: int = 0) -> HeadSelection:
+    @checked
+    def random(self, k: int | None = None, seed: Seed = 0) -> HeadSelection:
         """1 at k heads drawn uniformly, else 0. The draw depends on seed, k and the number of heads only."""
         k = self._checked(k)
         layers, heads = self.alpha.shape

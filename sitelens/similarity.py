@@ -13,6 +13,7 @@ from scipy.spatial.distance import squareform
 from scipy.stats import rankdata
 
 from sitelens import figures
+from sitelens.arguments import checked
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
@@ -21,6 +22,7 @@ from sitelens.selection import HeadSelection
 from sitelens.tasks import Task, kinds_of, load_tasks
 from sitelens.training import train_selections
 from sitelens.transfer import TransferMatrix
+from sitelens.values import CountOrZero, Seed
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,6 +47,7 @@ class HeadSimilarity:
     model: str
     groups: Mapping[str, str] = field(default_factory=dict)
 
+    @checked
     def frame(self, measure: str = "pearson") -> pd.DataFrame:
         """Tasks by tasks, means over pairs of seeds; on the diagonal a task with itself (NaN under one seed)."""
         rows = self.pairs[self.pairs["measure"] == _known(measure)]
@@ -69,6 +72,7 @@ class HeadSimilarity:
             rows.append(row)
         return pd.DataFrame(rows)
 
+    @checked
     def heatmap(self, measure: str = "pearson", title: str | None = None) -> go.Figure:
         """Tasks by tasks in clustered order with the dendrogram; colours fixed to [-1, 1], or [0, 1] for jaccard."""
         frame = self.frame(measure)
@@ -84,15 +88,16 @@ class HeadSimilarity:
         )  # fmt: skip
 
 
+@checked
 def head_similarity(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
-    seeds: Sequence[int] = (0, 1),
-    k: int | None = None,
+    seeds: Sequence[Seed] = (0, 1),
+    k: CountOrZero | None = None,
     config: TrainConfig | None = None,
     embeddings: Mapping[str, TaskEmbedding] | None = None,
-    n_permutations: int = 1000,
+    n_permutations: CountOrZero = 1000,
     memory_budget: int | str | None = None,
     progress: bool | None = None,
 ) -> HeadSimilarity:
@@ -124,7 +129,10 @@ def head_similarity(
     )  # fmt: skip
 
 
-def alpha_similarity(a: HeadSelection, b: HeadSelection, measure: str = "pearson", k: int | None = None) -> float:
+@checked
+def alpha_similarity(
+    a: HeadSelection, b: HeadSelection, measure: str = "pearson", k: CountOrZero | None = None
+) -> float:
     """How alike two alphas are, over all heads: Pearson's r, Spearman's rho, or the Jaccard index of the top k.
 
     Raises:
@@ -137,8 +145,9 @@ def alpha_similarity(a: HeadSelection, b: HeadSelection, measure: str = "pearson
     return _compare(_vector(a, _known(measure), k), _vector(b, measure, k), measure)
 
 
+@checked
 def similarity_predicts_transfer(
-    similarity: HeadSimilarity, grid: TransferMatrix, *, n_permutations: int = 10_000, seed: int = 0
+    similarity: HeadSimilarity, grid: TransferMatrix, *, n_permutations: CountOrZero = 10_000, seed: Seed = 0
 ) -> pd.DataFrame:
     """Whether tasks with like heads transfer: one row per measure, with `r`, `p`, cells and permutations.
 

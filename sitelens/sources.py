@@ -55,6 +55,17 @@ def _at_hand(name: str) -> bool:
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
+def _near(name: str) -> list[str]:
+    """At most two models whose names are like `name`: packaged ones and the paper's first, then TransformerLens's."""
+    short = [alias for aliases in MODEL_ALIASES.values() for alias in aliases]
+    for names, cutoff in (((*PACKAGED, *PAPER), 0.6), ((*OFFICIAL_MODEL_NAMES, *short), 0.75)):
+        known = {other.lower(): other for other in names}
+        near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=cutoff)
+        if near:
+            return [known[other] for other in near]
+    return [DEFAULT_MODEL]
+
+
 def check_device(device: Any, device_map: Any = None) -> None:
     """Raise SitelensError for a device that does not exist, here or anywhere."""
     if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from sitelens.arguments import checked
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning, settings, warned_once
 from sitelens.embedding import TaskEmbedding, embedded
@@ -22,6 +23,7 @@ from sitelens.store import Artifact, content_digest, digest
 from sitelens.tasks import Task, load_tasks
 from sitelens.training_loop import Run, train_runs
 from sitelens.training_state import ALGORITHM, ALGORITHM_RANDOM_INIT, HISTORY
+from sitelens.values import Seed
 
 FEW_BINARY = 0.5  # a share of near-binary alphas below this is worth a warning
 
@@ -44,6 +46,7 @@ class TrainResult:
         return int(self.history["step"].iloc[self.history["valid_loss"].argmin()])
 
 
+@checked
 def train_selection(
     task: Task | str,
     model: Model | str | None = None,
@@ -66,12 +69,13 @@ def train_selection(
     return results[task.name, config.seed]
 
 
+@checked
 def train_selections(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
     embeddings: Mapping[str, TaskEmbedding] | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[Seed] = (0,),
     config: TrainConfig | None = None,
     shared: bool = False,
     memory_budget: int | str | None = None,
@@ -112,6 +116,7 @@ class TrainJob:
     config: TrainConfig
 
 
+@checked
 @warned_once()
 @torch.inference_mode(False)
 def train_jobs(

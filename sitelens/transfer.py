@@ -14,6 +14,7 @@ from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
 
 from sitelens import figures
+from sitelens.arguments import checked
 from sitelens.conditions import Condition, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, warned_once
@@ -28,6 +29,7 @@ from sitelens.selection import HeadSelection
 from sitelens.store import Artifact
 from sitelens.tasks import Task, kinds_of, load_tasks
 from sitelens.training import train_selections
+from sitelens.values import Count, CountOrZero, Seed, Share
 from sitelens.workload import total, workload
 
 if TYPE_CHECKING:
@@ -79,7 +81,8 @@ class TransferMatrix:
         np.fill_diagonal(distance, 0)
         return linkage(squareform(distance), "average")
 
-    def clusters(self, share: float = 0.5) -> list[list[str]]:
+    @checked
+    def clusters(self, share: Share = 0.5) -> list[list[str]]:
         """Tasks that share what was swapped: the branches of `tree()` cut where tasks keep this share of the gain.
 
         Each task is in one cluster, maybe alone; the largest come first, tasks and equals in the tree's order.
@@ -101,6 +104,7 @@ class TransferMatrix:
         facts = {"zero_shot": self.zero_shot, "own": self.own, "n": self.n}
         return rows.assign(**{name: rows["target"].map(values) for name, values in facts.items()})
 
+    @checked
     def heatmap(
         self,
         title: str | None = None,
@@ -159,19 +163,20 @@ class TransferMatrix:
         return TransferMatrix(frame, pd.Series(zero_shot, names), pd.Series(n, names), **artifact.meta)
 
 
+@checked
 @warned_once()
 def transfer_matrix(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
     swap: Swap = "heads",
-    n_items: int | None = 100,
+    n_items: Count | None = 100,
     split: str = "test",
     metric: str = "first_token",
-    n_prompts: int = 50,
-    n_shots: int = 10,
+    n_prompts: Count = 50,
+    n_shots: CountOrZero = 10,
     config: TrainConfig | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     embeddings: Mapping[str, TaskEmbedding] | None = None,
     selections: Mapping[str, HeadSelection] | None = None,
     memory_budget: int | str | None = None,

@@ -138,7 +138,7 @@ def test_a_fresh_process_knows_the_condition(tmp_path: Path) -> None:
         ({"positions": "first"}, "positions must be 'last' or 'all'"),
         ({"kind": "mean"}, r"needs a reference: Ablate\(heads, 'mean', sl.embed_task"),
         ({"reference": torch.zeros(2, 4, 8)}, "write kind='mean'"),
-        ({"kind": "mean", "reference": "antonym"}, "not str"),
+        ({"kind": "mean", "reference": "antonym"}, "not 'antonym'"),
         ({"n_shots": -1}, "n_shots must be at least 0"),
         ({"heads": "L1X2"}, "not 'L1X2'"),
         ({"heads": "L9H0"}, r"no head \(9, 0\): layers 0 to 1"),

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import sitelens
-from sitelens import cli, folders, models, report
+from sitelens import cli, folders, models, report, tasks
 from sitelens.cli import experiments, main
 from sitelens.conversion import PACKAGED
-from sitelens.defaults import settings
+from sitelens.defaults import SitelensError
 from sitelens.report import RunConfig
 from sitelens.store import Artifact, default_store
 from sitelens.tasks import builtin, task_names
@@ -116,6 +116,54 @@ def test_the_command_is_installed():
 def test_a_wrong_command_line_shows_the_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]):
     code, out, err = outcome(capsys, *arguments)
     assert (code, out) == (2, "") and err.startswith("usage: sitelens")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "antonym", "--step", "3"], "there is no option '--step': did you mean --steps"),
+        (["run", "antonym", "--metric=first_token"], "there is no option '--metric': did you mean --metrics"),
+        (["transfer", "antonym", "synonym", "--nitems", "5"], "did you mean --n-items"),
+        (["cache", "--verbos"], "there is no option '--verbos': did you mean --verbose?"),
+        (["tasks", "antonym", "--qqqqqq"], "there is no option '--qqqqqq'; `sitelens tasks --help` lists them"),
+        (["models", "extra"], "'extra' is one word too many"),
+        (["--prog", "models"], "--prog"),
+    ],
+    ids=words,
+)
+def test_options_are_written_out_and_a_mistyped_one_names_the_nearest(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+):
+    code, out, err = outcome(capsys, *arguments)
+    assert (code, out) == (2, "") and err.startswith("usage: sitelens") and said in err.splitlines()[-1]
+
+
+# An error that is not ours
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom\nmore"), RecursionError(), KeyError("x"), ZeroDivisionError("0")])
+def test_an_unexpected_error_is_one_line_and_its_traceback_can_be_had(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("sitelens.tasks.list_tasks", fail)
+    code, out, err = outcome(capsys, "tasks")
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert err.startswith(f"sitelens: an error in sitelens ({type(error).__name__}") and "SITELENS_TRACEBACK=1" in err
+    monkeypatch.setenv("SITELENS_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["tasks"])
+
+
+def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("sitelens.tasks.list_tasks", fail)
+    code, _, err = outcome(capsys, "tasks")
+    assert code == 1 and err.startswith("sitelens: out of memory") and "--memory-budget" in err
 
 
 # tasks and models
@@ -517,19 +565,30 @@ def test_compare_prints_a_table_and_writes_figure_numbers_and_origin(
 @pytest.mark.parametrize(
     ("options", "named"),
     [(["--methods", "LORA"], "LoRA"), (["--set", "LoRA.rank"], "METHOD.OPTION=VALUE"),
-     (["--set", "LTV.steps=many"], "JSON value")],
+     (["--set", "LTV.steps=many"], "LTV.steps must be a whole number, not 'many'"),
+     (["--set", "LTV.step=100"], "LTV has no option 'step': did you mean steps?"),
+     (["--set", "FV.steps=100"], "FV.steps must be 'prompt' or 'every', not 100"),
+     (["--set", "LTV.steps=0"], "LTV.steps must be at least 1, got 0"),
+     (["--set", "SITE.lr=NaN"], "SITE.lr must be positive, got nan"),
+     (["--set", "SITE.seed=1"], "SITE has no option 'seed'"),
+     (["--set", "LTV=3"], "METHOD.OPTION=VALUE"), (["--set", "ltv.steps=3"], "options are given for ltv")],
 )  # fmt: skip
 def test_a_wrong_comparison_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], options: list[str], named: str):
     code, _, errors = outcome(capsys, "compare", "antonym", *options)
     assert code == 1 and named in errors and errors.count("\n") == 1
 
 
-def test_a_suite_stands_for_its_tasks_that_can_be_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "anli").mkdir()
-    rows = [{"premise": f"p{i}", "hypothesis": "h", "label": i % 3} for i in range(30)]
-    (tmp_path / "anli" / "dev_r2.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with settings.using(data_dir=tmp_path):
-        tasks, left_out = experiments.tasks_of(["anli", "antonym"])
-    assert [task.name for task in tasks] == ["anli/r2", "antonym"]
+def test_a_suite_stands_for_its_tasks_that_can_be_had(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def load_task(name: Any) -> Any:
+        if name in ("anli/r1", "anli/r3"):
+            raise SitelensError(f"{name} could not be loaded")
+        return micro.task("anli/r2") if name == "anli/r2" else original(name)
+
+    original = tasks.load_task
+    monkeypatch.setattr(tasks, "load_task", load_task)
+    chosen, left_out = experiments.tasks_of(["anli", "antonym"])
+    assert [task.name for task in chosen] == ["anli/r2", "antonym"]
     assert list(left_out) == ["anli/r1", "anli/r3"] and "could not be loaded" in left_out["anli/r1"]
     assert capsys.readouterr().err.count("left out: anli/r") == 2

@@ -897,7 +897,7 @@ def test_parts_of_a_patch_that_do_not_belong_together_are_an_error() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_an_unknown_mixing_is_an_error() -> None:
-    with pytest.raises(sl.SitelensError, match="unknown mixing 'half'; one of convex, additive"):
+    with pytest.raises(sl.SitelensError, match="mixing must be 'convex' or 'additive', not 'half'"):
         patch_heads(torch.rand(2, 4), torch.rand(2, 4, 8), mixing="half")
 
 

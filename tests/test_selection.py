@@ -6,9 +6,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -324,13 +326,32 @@ class TestBadInput:
     @pytest.mark.usefixtures("unchecked")
     @pytest.mark.parametrize(
         ("alpha", "what"),
-        [(torch.zeros(6), r"torch.float32 \(6,\)"), (torch.zeros(1, 2, 3), r"torch.float32 \(1, 2, 3\)"),
-         (torch.zeros(2, 3, dtype=torch.long), r"torch.int64 \(2, 3\)"),
-         (torch.ones(2, 3, dtype=torch.bool), r"torch.bool \(2, 3\)")],
+        [(torch.zeros(6), r"torch.float32 of shape \(6,\)"),
+         (torch.zeros(1, 2, 3), r"torch.float32 of shape \(1, 2, 3\)"),
+         (torch.zeros(2, 3, dtype=torch.complex64), r"torch.complex64 of shape \(2, 3\)"),
+         (torch.zeros(0, 3), r"torch.float32 of shape \(0, 3\)"),
+         (torch.zeros(2, 3, device="meta"), "a Tensor"), ([[0.5], [0.5, 0.5]], r"\[\[0.5\], \[0.5, 0.5\]\]"),
+         (None, "None"), ("soft", "'soft'"), ([["a"]], r"\[\['a'\]\]")],
     )  # fmt: skip
-    def test_alpha_is_a_matrix_of_floats(self, alpha: Tensor, what: str) -> None:
-        with pytest.raises(SitelensError, match=rf"must be a \[layer head\] tensor of floats, not {what}"):
+    def test_alpha_is_a_matrix_of_numbers(self, alpha: Any, what: str) -> None:
+        with pytest.raises(SitelensError, match=rf"^alpha must be numbers of shape \[layer head\], not {what}$"):
             HeadSelection(alpha)
+
+    @pytest.mark.parametrize(
+        "alpha",
+        [[[0, 1], [0.25, 1]], np.array([[0, 1], [0.25, 1]]), pd.DataFrame([[0, 1], [0.25, 1]]),
+         torch.tensor([[0, 1], [0.25, 1]], requires_grad=True), torch.tensor([[0, 1], [0.25, 1]]).to_sparse()],
+        ids=["list", "array", "DataFrame", "with gradient", "sparse"],
+    )  # fmt: skip
+    @pytest.mark.usefixtures("unchecked")
+    def test_lists_and_arrays_become_a_tensor(self, alpha: Any) -> None:
+        selection = HeadSelection(alpha)
+        assert selection.alpha.tolist() == [[0, 1], [0.25, 1]] and selection.alpha.is_floating_point()
+        assert not selection.alpha.requires_grad and selection.top().default_k == 2
+
+    def test_whole_numbers_and_booleans_are_an_alpha(self) -> None:
+        for alpha in (torch.ones(2, 3, dtype=torch.bool), [[1, 1, 1], [1, 1, 1]]):
+            assert HeadSelection(alpha).alpha.tolist() == torch.ones(2, 3).tolist()  # type: ignore[arg-type]
 
     def test_another_model_is_refused(self) -> None:
         model = micro.bridge("GPT2")

@@ -637,12 +637,12 @@ class TestBadInput:
             ("lr", 0.0, "TrainConfig.lr must be positive.*got 0.0"),
             ("lr", math.nan, "TrainConfig.lr must be positive.*got nan"),
             ("lr", math.inf, "TrainConfig.lr must be .*got inf"),
-            ("checkpoint", "first", "TrainConfig.checkpoint must be 'best' or 'last', got 'first'"),
-            ("mixing", "concave", "TrainConfig.mixing must be one of convex, additive, got 'concave'"),
+            ("checkpoint", "first", "TrainConfig.checkpoint must be 'best' or 'last', not 'first'"),
+            ("mixing", "concave", "TrainConfig.mixing must be 'convex' or 'additive', not 'concave'"),
             ("init", 0.0, "TrainConfig.init must be 'random' or lie between 0 and 1, got 0.0"),
             ("init", 1, "TrainConfig.init must be 'random' or lie between 0 and 1, got 1"),
             ("init", math.nan, "TrainConfig.init must be 'random' or lie between 0 and 1, got nan"),
-            ("init", "ones", "TrainConfig.init must be 'random' or lie between 0 and 1, got 'ones'"),
+            ("init", "ones", "TrainConfig.init must be a number or 'random', not 'ones'"),
         ],
     )
     @pytest.mark.usefixtures("unchecked")

@@ -343,5 +343,5 @@ def test_groups_are_the_kinds_of_known_tasks(model: Model) -> None:
 def test_one_task_or_an_unknown_swap_is_refused(model: Model, unchecked: None) -> None:
     with pytest.raises(sl.SitelensError, match="at least two tasks, got 1"):
         sl.transfer_matrix(TASKS[:1], model)
-    with pytest.raises(sl.SitelensError, match="unknown swap 'tails'"):
+    with pytest.raises(sl.SitelensError, match="swap must be 'heads', 'embedding' or 'both', not 'tails'"):
         sl.transfer_matrix(TASKS, model, swap="tails")  # type: ignore[arg-type]

@@ -22,17 +22,21 @@ from sitelens.cli.options import (
     suite_options,
     transfer_options,
 )
+from sitelens.cli.parser import Parser
 from sitelens.defaults import SitelensError, SitelensWarning, settings, warned_once
 from sitelens.escaping import visible
 from sitelens.version import __version__
 from sitelens.writing import MissingOutputWarning
+
+TRACEBACK = "SITELENS_TRACEBACK"  # set in the environment: an error that is not expected is raised
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code.
 
     0: all went well. 1: input that cannot be used, or a file that was asked for and could not be written. 2: a wrong
-    command line. 130: interrupted.
+    command line. 130: interrupted. An error that sitelens did not expect is one line, too; with SITELENS_TRACEBACK=1 in
+    the environment it is raised.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows escapes
         if isinstance(stream, io.TextIOWrapper):
@@ -42,13 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.words = words
     given = {"progress": options.progress, "cache_dir": options.cache, "data_dir": options.data}
     command: Callable[[argparse.Namespace], None] = options.command
-    chosen = settings.using(**{name: value for name, value in given.items() if value is not None})
-    with chosen, warnings.catch_warnings(), warned_once():
+    with warnings.catch_warnings(), warned_once():
         warnings.simplefilter("always", SitelensWarning)
         incomplete: list[str] = []
         warnings.showwarning = functools.partial(_show_warning, incomplete)
         try:
-            command(options)
+            with settings.using(**{name: value for name, value in given.items() if value is not None}):
+                command(options)
             sys.stdout.flush()
         except SitelensError as error:
             print(f"sitelens: {visible(str(error))}", file=sys.stderr)
@@ -62,19 +66,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             _drop_output()
             place = f"{error.filename}: " if error.filename else ""
-            print(f"sitelens: {place}{error.strerror or error}", file=sys.stderr)
+            print(f"sitelens: {visible(f'{place}{error.strerror or error}')}", file=sys.stderr)
+            return 1
+        except Exception as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            print(f"sitelens: {_unexpected(error)}", file=sys.stderr)
             return 1
     return 1 if incomplete else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _unexpected(error: Exception) -> str:
+    """An error that is not ours, in one line, with what to do about it."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    said = visible(f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({said}); a smaller --memory-budget, a smaller --dtype or a smaller model may fit"
+    return f"an error in sitelens ({said}); please report it with the traceback that {TRACEBACK}=1 shows"
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="sitelens",
         description="Find the attention heads in which a language model keeps a task, and inject the task there.",
         epilog="Start with: sitelens run antonym --out figures/antonym",
     )
     parser.add_argument("--version", action="version", version=f"sitelens {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     group = common.add_argument_group("everywhere")
     group.add_argument(
         "--cache", metavar="DIR", type=Path, help="cache folder (default: SITELENS_CACHE, or the user's)"
@@ -90,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
             name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}", parents=[common],
             formatter_class=Help,
         )  # fmt: skip
-        added.set_defaults(command=act)
+        added.set_defaults(command=act, parser=added)
         return added
 
     run_options(command(

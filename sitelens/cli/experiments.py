@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sitelens.cli.options import run_options
 from sitelens.cli.outputs import kept, look_first
+from sitelens.cli.parser import Parser
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.escaping import visible
 from sitelens.progress import Job
@@ -91,7 +92,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
     from sitelens.report import RunConfig
 
     if options.again is not None:
-        plain = argparse.ArgumentParser()
+        plain = Parser()
         run_options(plain)
         usual = vars(plain.parse_args([]))
         changed = [name for name, value in usual.items() if name not in _NOT_RECORDED and value != vars(options)[name]]
@@ -243,7 +244,7 @@ def _template(options: argparse.Namespace) -> dict[str, Any]:
             raise SitelensError(f"--template-arg takes NAME=VALUE, got {argument!r}")
         try:
             plain = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             plain = value  # text without quotation marks
         arguments = {**(arguments or {}), name: plain}
     return {"template": options.template, "instruction": options.instruction, "template_arguments": arguments}
@@ -268,15 +269,21 @@ def tasks_of(words: Sequence[str]) -> tuple[list[Task], dict[str, str]]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Options of methods' fits, checked, so that a wrong one shows before a model is loaded."""
     chosen: dict[str, dict[str, Any]] = {}
     for setting in options.settings:
-        key, _, value = setting.partition("=")
-        method, _, option = key.partition(".")
+        key, sign, value = setting.partition("=")
+        method, dot, option = key.partition(".")
+        if not (sign and dot and method and option):
+            raise SitelensError(f"--set takes METHOD.OPTION=VALUE, for example LTV.steps=400, got {setting!r}")
         try:
-            chosen.setdefault(method, {})[option] = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise SitelensError(f"--set takes METHOD.OPTION=VALUE with a JSON value, got {setting!r}") from error
-    return chosen
+            plain = json.loads(value)
+        except (ValueError, RecursionError):
+            plain = value  # text without quotation marks
+        chosen.setdefault(method, {})[option] = plain
+    from sitelens.methods import checked_options
+
+    return checked_options(chosen)
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sitelens.arguments import checked
 from sitelens.defaults import SitelensError
 from sitelens.heads.common import (
     all_heads,
@@ -34,6 +35,7 @@ from sitelens.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, 
 from sitelens.selection import Heads
 from sitelens.tasks import Example, Task
 from sitelens.tokenizers import added, spans
+from sitelens.values import Count, CountOrZero, Seed
 
 FIRST = "first token"  # where a head looks that looks at nothing: a role of its own
 ROLES = (FIRST, "demonstration input", "demonstration answer", "query", "template")
@@ -41,6 +43,7 @@ SINK = "attention sink"  # what falls on no token, in a model that has such sink
 TEXT = "text"  # of a prompt of one's own, but for its first token
 
 
+@checked
 def attention(
     prompts: PromptBatch | str | Sequence[str], heads: Heads, model: Model | str | None = None
 ) -> Float[Tensor, "row head pos"]:
@@ -70,9 +73,10 @@ def attention(
     return found
 
 
+@checked
 def attention_example(
-    task: Task | str | Sequence[str], heads: Heads, model: Model | str | None = None, *, n_shots: int = 3,
-    item: int = 0, seed: int = 0,
+    task: Task | str | Sequence[str], heads: Heads, model: Model | str | None = None, *, n_shots: CountOrZero = 3,
+    item: CountOrZero = 0, seed: Seed = 0,
 ) -> pd.DataFrame:  # fmt: skip
     """One few-shot prompt, token by token: columns position, token, role, and one of attention for each head.
 
@@ -98,9 +102,10 @@ def attention_example(
     return _by_token(batch, roles[0], chosen, model)
 
 
+@checked
 def attention_roles(
     task: Task | str | Sequence[str], heads: Heads | None = None, model: Model | str | None = None, *,
-    n_prompts: int = 20, n_shots: int = 10, seed: int = 0,
+    n_prompts: Count = 20, n_shots: CountOrZero = 10, seed: Seed = 0,
 ) -> pd.DataFrame:  # fmt: skip
     """On what the last token's attention falls, by role: one row per head (default: all) and role, columns
     layer, head, role, share.
@@ -135,8 +140,9 @@ def attention_roles(
     return pd.DataFrame(rows, columns=["layer", "head", "role", "share"])
 
 
+@checked
 def induction_scores(
-    model: Model | str | None = None, *, n_rows: int = 8, length: int = 40, seed: int = 0
+    model: Model | str | None = None, *, n_rows: Count = 8, length: Count = 40, seed: Seed = 0
 ) -> pd.DataFrame:
     """Induction and previous-token scores: one row per head, columns layer, head, induction, previous_token.
 

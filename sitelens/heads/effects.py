@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from einops import rearrange
 
+from sitelens.arguments import checked
 from sitelens.defaults import SitelensError, settings
 from sitelens.embedding import TaskEmbedding
 from sitelens.forward import HeadEdit, LastToken, check_finite
@@ -21,17 +22,19 @@ from sitelens.prefix import PrefixCache
 from sitelens.progress import tracked
 from sitelens.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, tokenize
 from sitelens.tasks import Example, Task
+from sitelens.values import Count, CountOrZero, Seed
 
 
+@checked
 def indirect_effects(
     task: Task | str | Sequence[str],
     model: Model | str | None = None,
     *,
     embedding: TaskEmbedding,
     answer: str | Sequence[str] | None = None,
-    n_prompts: int = 25,
-    n_shots: int = 10,
-    seed: int = 0,
+    n_prompts: Count = 25,
+    n_shots: CountOrZero = 10,
+    seed: Seed = 0,
     memory_budget: int | str | None = None,
     progress: bool | None = None,
 ) -> pd.DataFrame:

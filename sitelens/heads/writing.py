@@ -10,6 +10,7 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens.arguments import checked
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding, embedding_prompts
 from sitelens.heads.common import checked_heads, like_prompts, per_head, task_or_texts, text_batch, valid_items
@@ -19,17 +20,19 @@ from sitelens.models import Model, computing_dtype, context_length, head_shape, 
 from sitelens.prompts import PromptBatch, few_shot_prompts, tokenize
 from sitelens.selection import Head
 from sitelens.tasks import Task
+from sitelens.values import Count, CountOrZero, Seed
 
 
+@checked
 def head_attribution(
     task: Task | str | Sequence[str],
     model: Model | str | None = None,
     *,
     embedding: TaskEmbedding | None = None,
     answer: str | Sequence[str] | None = None,
-    n_items: int = 20,
-    n_shots: int = 10,
-    seed: int = 0,
+    n_items: Count = 20,
+    n_shots: CountOrZero = 10,
+    seed: Seed = 0,
 ) -> pd.DataFrame:
     """Direct logit attribution of every head to the answer: one row per head, columns layer, head, attribution.
 
@@ -74,13 +77,14 @@ def _few_shot_batch(task: Task, model: Model, n_items: int, n_shots: int, seed: 
     return tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
 
 
+@checked
 def written_tokens(
     embedding: TaskEmbedding,
     head: Head,
     task: Task | str | Sequence[str],
     model: Model | str | None = None,
     *,
-    n: int = 10,
+    n: Count = 10,
 ) -> pd.DataFrame:
     """The tokens that a head's part of the task embedding promotes and suppresses most: columns token, logit.
 

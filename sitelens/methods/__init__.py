@@ -8,11 +8,13 @@ asks how long the longest input is and how many training items share one, for th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sitelens.arguments import arguments_of
 from sitelens.conditions import Condition
+from sitelens.defaults import SitelensError
 from sitelens.methods import (
     function_vector,
     i2cl,
@@ -56,3 +58,21 @@ METHODS: dict[str, Method] = {
     "LoRA": Method(lora.fit, lambda condition: sum(weights.numel() for weights in condition.weights.values())),
     "SITE": Method(site.fit, lambda condition: condition.selection.alpha.numel()),
 }
+
+
+def checked_options(options: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    """Options of methods' fits, by the methods' names, as plain values; nothing is fitted.
+
+    Raises:
+        SitelensError: for an unknown method or option, with the nearest names, or a value that cannot be used.
+    """
+    unknown = sorted(str(name) for name in options or {} if name not in METHODS)
+    if unknown:
+        raise SitelensError(f"options are given for {', '.join(unknown)}; methods are {', '.join(METHODS)}")
+    for name, values in (options or {}).items():
+        if not isinstance(values, Mapping):
+            raise SitelensError(f"the options of {name} must be a dict such as {{'n_shots': 5}}, not {values!r}")
+    return {
+        name: arguments_of(METHODS[name].fit).options(name, values, reserved=("task", "model", "seed"))
+        for name, values in (options or {}).items()
+    }

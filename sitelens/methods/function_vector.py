@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens.arguments import checked
 from sitelens.conditions import Steps
 from sitelens.defaults import SitelensError, warned_once
 from sitelens.embedding import TaskEmbedding
@@ -23,21 +24,23 @@ from sitelens.models import Model, head_shape, own_tokenizer, resolve_model, z_h
 from sitelens.network import Passes
 from sitelens.prompts import PromptBatch, few_shot_prompts
 from sitelens.tasks import Task, load_task
+from sitelens.values import Count, CountOrZero, Seed
 
 
+@checked
 @warned_once()
 @torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    n_prompts: int = 100,
-    n_shots: int = 10,
-    n_effects: int = 25,
-    head_counts: tuple[int, ...] = (10, 20, 40),
+    n_prompts: Count = 100,
+    n_shots: CountOrZero = 10,
+    n_effects: Count = 25,
+    head_counts: tuple[Count, ...] = (10, 20, 40),
     correct_only: bool = True,
     steps: Steps = "every",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> AddToStream:
     """The function vector, its layer and number of heads chosen on valid; ties take the lowest layer.
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens.arguments import checked
 from sitelens.conditions import Condition
 from sitelens.defaults import warned_once
 from sitelens.fingerprints import fingerprint
@@ -22,12 +23,14 @@ from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
 from sitelens.network import Passes
 from sitelens.prompts import Prompt, few_shot_prompt
 from sitelens.tasks import Example, Task, load_task
+from sitelens.values import Count, Positive, Seed, Share
 
 MODULES: tuple[Part, Part] = ("attn", "mlp")
 START = (0.1, 1.0)  # a and b
 CLOSED, PER_LABEL, OPEN = 10, 5, 10  # answers of a closed task at most; demonstrations of each; of an open task
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class LinearCombination(Condition):
     """out <- b out + a context, after attention and after the MLP of every layer, at every position and step."""
@@ -69,20 +72,21 @@ def combining(
     return list(zip(where, acts, strict=True))
 
 
+@checked
 @warned_once()
 @torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    n_demonstrations: int | None = None,
-    epochs: int = 100,
-    batch_size: int = 2,
-    lr: float = 0.01,
+    n_demonstrations: Count | None = None,
+    epochs: Count = 100,
+    batch_size: Count = 2,
+    lr: Positive = 0.01,
     weight_decay: float = 1e-3,
-    warm_up: float = 0.05,
+    warm_up: Share = 0.05,
     noise: float = 0.001,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> LinearCombination:
     """Four numbers per layer, trained on the same few demonstrations that the context vectors are the mean of.
 

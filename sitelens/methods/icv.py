@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sitelens.arguments import checked
 from sitelens.conditions import Condition
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
@@ -20,10 +21,12 @@ from sitelens.methods.streams import check_stream, output_hooks, stream_hook
 from sitelens.models import Model, head_shape, resolve_model
 from sitelens.prompts import Prompt
 from sitelens.tasks import Task, load_task
+from sitelens.values import Count, Seed
 
 STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class InContextVector(Condition):
     """What every MLP gives, x, turns towards a direction at every position and keeps its length.
@@ -52,14 +55,15 @@ class InContextVector(Condition):
         return (length * normalize(u, dim=-1)).to(x.dtype)
 
 
+@checked
 @torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    n_pairs: int = 5,
+    n_pairs: Count = 5,
     strengths: Sequence[float] = STRENGTHS,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> InContextVector:
     """The direction from inputs to answers over `n_pairs` training items; its strength is chosen on valid.
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens.arguments import checked
 from sitelens.conditions import Condition
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
@@ -19,10 +20,12 @@ from sitelens.methods.common import answer_loss, answered, drawn, fitting
 from sitelens.models import Model, check_fit, computing_dtype, head_shape, resolve_model, z_hook
 from sitelens.network import Passes
 from sitelens.tasks import Task, load_task
+from sitelens.values import Count, Positive, Seed
 
 MAX_GRAD_NORM = 1.0
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class HeadOffsets(Condition):
     """z <- z + offset for every head, at every position and step; most offsets are zero."""
@@ -45,18 +48,19 @@ def changing(change: Callable[[Tensor, int], Tensor], layers: int) -> list[Hook]
     return [(z_hook(layer), functools.partial(act, layer=layer)) for layer in range(layers)]
 
 
+@checked
 @torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    n_heads: int | None = None,
-    epochs: int = 5,
-    batch_size: int = 8,
-    scale_lr: float = 5e-3,
+    n_heads: Count | None = None,
+    epochs: Count = 5,
+    batch_size: Count = 8,
+    scale_lr: Positive = 5e-3,
     l1: float = 1e-3,
-    offset_lr: float = 1e-2,
-    seed: int = 0,
+    offset_lr: Positive = 1e-2,
+    seed: Seed = 0,
 ) -> HeadOffsets:
     """Offsets on `n_heads` heads (3% of them unless given), trained on the whole answers of the training items.
 

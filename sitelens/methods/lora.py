@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_map
 
+from sitelens.arguments import checked
 from sitelens.conditions import Condition
 from sitelens.defaults import SitelensError, warned_once
 from sitelens.fingerprints import fingerprint
@@ -21,11 +22,13 @@ from sitelens.models import Model, check_fit, head_shape, resolve_model
 from sitelens.network import Passes
 from sitelens.tasks import Task, load_task
 from sitelens.twins import hooked_here
+from sitelens.values import Count, Positive, Seed
 
 RATES = (1e-4, 3e-4, 1e-3)
 PROJECTIONS = ("q", "v")
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class LowRank(Condition):
     """Low-rank adapters on every layer's query and value projection, added while the condition is applied.
@@ -34,7 +37,7 @@ class LowRank(Condition):
     """
 
     weights: dict[str, Tensor]
-    alpha: int
+    alpha: Count
     model: str | None = None
     steps = "every"
 
@@ -116,18 +119,19 @@ def _projections(model: Model) -> list[tuple[str, int, Any]]:
     ]
 
 
+@checked
 @warned_once()
 @torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    rank: int = 8,
-    alpha: int = 8,
-    n_steps: int = 400,
-    batch_size: int = 1,
-    rates: Sequence[float] = RATES,
-    seed: int = 0,
+    rank: Count = 8,
+    alpha: Count = 8,
+    n_steps: Count = 400,
+    batch_size: Count = 1,
+    rates: Sequence[Positive] = RATES,
+    seed: Seed = 0,
 ) -> LowRank:
     """Adapters of rank 8 on q and v, trained on whole answers (AdamW); the learning rate is chosen on valid.
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sitelens.arguments import checked
 from sitelens.defaults import settings, warned_once
 from sitelens.embedding import embed_task, embedding_prompts
 from sitelens.fingerprints import fingerprint
@@ -30,24 +31,26 @@ from sitelens.network import Passes
 from sitelens.prefix import PrefixCache, ReadOnly
 from sitelens.prompts import draw_demonstrations, few_shot_prompt
 from sitelens.tasks import Task, load_task
+from sitelens.values import Count, CountOrZero, Positive, Seed
 
 RATES = (1e-3, 1e-2, 1e-1)
 
 
+@checked
 @warned_once()
 @torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    n_prompts: int = 100,
-    n_shots: int = 10,
-    n_pool: int = 200,
-    pool_shots: int = 5,
-    steps: int = 2000,
-    batch_size: int = 32,
-    rates: Sequence[float] = RATES,
-    seed: int = 0,
+    n_prompts: Count = 100,
+    n_shots: CountOrZero = 10,
+    n_pool: Count = 200,
+    pool_shots: CountOrZero = 5,
+    steps: Count = 2000,
+    batch_size: Count = 32,
+    rates: Sequence[Positive] = RATES,
+    seed: Seed = 0,
 ) -> AddToStream:
     """One weight a head (normal at first), trained with Adam; the learning rate is chosen on valid.
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 
+from sitelens.arguments import checked
 from sitelens.conditions import FewShot
 from sitelens.defaults import SitelensError
 from sitelens.methods.common import MAX_TRAIN, fitting
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
 from sitelens.prompts import few_shot_prompt, item_sizes
 from sitelens.tasks import Task, load_task
+from sitelens.values import CountOrZero, Seed
 
 ROOM = 32  # tokens kept for the answer
 
 
-def fit(task: Task | str, model: Model | str | None = None, *, limit: int | None = None, seed: int = 0) -> FewShot:
+@checked
+def fit(
+    task: Task | str, model: Model | str | None = None, *, limit: CountOrZero | None = None, seed: Seed = 0
+) -> FewShot:
     """Few-shot prompting with as many training items (at most 200) as fit into the context with any query, or `limit`.
 
     The longest items and the longest query are counted, so that whichever are drawn fit. Items with the query's own

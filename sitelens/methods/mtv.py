@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sitelens.arguments import checked
 from sitelens.conditions import PatchHeads
 from sitelens.defaults import settings, warned_once
 from sitelens.embedding import embed_task
@@ -20,24 +21,26 @@ from sitelens.models import Model, computing_dtype, head_shape, resolve_model
 from sitelens.prefix import PrefixCache
 from sitelens.selection import HeadSelection
 from sitelens.tasks import Task, load_task
+from sitelens.values import Count, CountOrZero, Positive, Seed
 
 FLOOR = 1e-3  # of a head's chance in training, and added to the standard deviation of the losses
 
 
+@checked
 @warned_once()
 @torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    n_prompts: int = 100,
-    n_shots: int = 4,
-    n_items: int = 100,
-    n_steps: int = 600,
-    n_masks: int = 32,
-    n_draws: int = 10,
-    lr: float = 0.1,
-    seed: int = 0,
+    n_prompts: Count = 100,
+    n_shots: CountOrZero = 4,
+    n_items: Count = 100,
+    n_steps: Count = 600,
+    n_masks: Count = 32,
+    n_draws: Count = 10,
+    lr: Positive = 0.1,
+    seed: Seed = 0,
 ) -> PatchHeads:
     """Heads whose z is replaced by its mean over few-shot prompts, at the prompt's last token and every decoding step.
 

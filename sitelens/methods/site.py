@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sitelens.arguments import checked
 from sitelens.conditions import PatchHeads
 from sitelens.config import TrainConfig
 from sitelens.embedding import embed_task
@@ -11,15 +12,17 @@ from sitelens.methods.common import fitting
 from sitelens.models import Model, resolve_model
 from sitelens.tasks import Task, load_task
 from sitelens.training import train_selection
+from sitelens.values import Count, CountOrZero, Seed
 
 
+@checked(also=TrainConfig)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    n_prompts: int = 50,
-    n_shots: int = 10,
-    seed: int = 0,
+    n_prompts: Count = 50,
+    n_shots: CountOrZero = 10,
+    seed: Seed = 0,
     **config: Any,
 ) -> PatchHeads:
     """The trained selection over the task's embedding; `config` is that of `TrainConfig`.

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens.arguments import checked
 from sitelens.conditions import Condition, Steps
 from sitelens.defaults import SitelensError
 from sitelens.forward import Hook
@@ -68,6 +69,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= 1e-5 * other.abs().max())
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class _StreamCondition(Condition):
     """Vectors for the residual stream after some layers; `model` is the fingerprint of the model they are for."""
@@ -95,6 +97,7 @@ class _StreamCondition(Condition):
         """What becomes of the last token's state `[batch 1 d_model]`."""
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class AddToStream(_StreamCondition):
     """x <- x + vector at the last token, after each of `layers` (function vectors; learnable task vectors)."""
@@ -103,6 +106,7 @@ class AddToStream(_StreamCondition):
         return last.to(vector.dtype) + vector
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class ReplaceStream(_StreamCondition):
     """x <- vector at the last token, after each of `layers` (task vectors)."""

@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from sitelens.arguments import checked
 from sitelens.conditions import Steps
 from sitelens.defaults import SitelensError
 from sitelens.fingerprints import fingerprint
@@ -14,17 +15,19 @@ from sitelens.methods.streams import ReplaceStream, stream_hook
 from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import few_shot_prompt
 from sitelens.tasks import Task, load_task
+from sitelens.values import Count, CountOrZero, Seed
 
 
+@checked
 @torch.inference_mode(False)
 def fit(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    n_sets: int = 50,
-    n_shots: int = 5,
+    n_sets: Count = 50,
+    n_shots: CountOrZero = 5,
     steps: Steps = "prompt",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> ReplaceStream:
     """The mean state over `n_sets` sets of demonstrations, its layer chosen on valid; ties take the lowest layer.
 

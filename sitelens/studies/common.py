@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 import pandas as pd
 
+from sitelens.arguments import checked
 from sitelens.conditions import Condition, PatchHeads
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError
@@ -18,6 +19,7 @@ from sitelens.selection import HeadSelection
 from sitelens.summary import summarize
 from sitelens.tasks import Task, load_tasks
 from sitelens.training import TrainResult, train_selections
+from sitelens.values import Count, Seed
 
 Facts = Mapping[str, Any]
 
@@ -29,9 +31,9 @@ class Options(TypedDict, total=False):
     the sample of items. memory_budget, progress: as everywhere.
     """
 
-    n_items: int | None
+    n_items: Count | None
     split: str
-    seed: int
+    seed: Seed
     memory_budget: int | str | None
     progress: bool | None
 
@@ -54,13 +56,14 @@ class Prepared:
         return PatchHeads(selection or self.selection, self.embedding, self.result.config.mixing)
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Which items are measured, and within what means; see `Options`."""
 
-    n_items: int | None = 100
+    n_items: Count | None = 100
     split: str = "test"
-    seed: int = 0
+    seed: Seed = 0
     memory_budget: int | str | None = None
     progress: bool | None = None
 

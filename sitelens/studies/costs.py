@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 import pandas as pd
 
+from sitelens.arguments import checked
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, settings, warned_once
@@ -21,16 +22,18 @@ from sitelens.network import counted_tokens
 from sitelens.studies.common import Options, Sample
 from sitelens.tasks import Task, load_task
 from sitelens.training import train_selection
+from sitelens.values import Count, CountOrZero
 
 
+@checked
 @warned_once()
 def costs(
     task: Task | str,
     model: Model | str | None = None,
     *,
-    counts: Sequence[int] = (1, 10, 30, 100, 300),
-    n_shots: int = 10,
-    n_prompts: int = 50,
+    counts: Sequence[Count] = (1, 10, 30, 100, 300),
+    n_shots: CountOrZero = 10,
+    n_prompts: Count = 50,
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:

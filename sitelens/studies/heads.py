@@ -9,22 +9,25 @@ import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom, mannwhitneyu, rankdata
 
+from sitelens.arguments import checked
 from sitelens.config import TrainConfig
 from sitelens.defaults import warned_once
 from sitelens.heads import attention_roles, indirect_effects, induction_scores
 from sitelens.models import Model, head_shape, resolve_model
 from sitelens.studies.common import Options, Sample, checked_counts, prepare
 from sitelens.tasks import Task
+from sitelens.values import Count, CountOrZero
 
 
+@checked
 @warned_once()
 def head_overlap(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
-    k: int | None = None,
-    n_prompts: int = 25,
-    n_shots: int = 10,
+    k: CountOrZero | None = None,
+    n_prompts: Count = 25,
+    n_shots: CountOrZero = 10,
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
@@ -70,13 +73,14 @@ def head_overlap(
     return pd.DataFrame(rows)
 
 
+@checked
 @warned_once()
 def shared_attention(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
-    n_prompts: int = 20,
-    n_shots: int = 10,
+    n_prompts: Count = 20,
+    n_shots: CountOrZero = 10,
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from typing import Unpack
 
 import pandas as pd
 
+from sitelens.arguments import checked
 from sitelens.conditions import Condition, FewShot, ZeroShot
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning, warned_once
@@ -17,17 +18,19 @@ from sitelens.selection import HeadSelection
 from sitelens.studies.common import Facts, Options, Sample, checked_counts, measure, prepare, some_tasks
 from sitelens.tasks import Task
 from sitelens.training import train_selections
+from sitelens.values import CountOrZero, Share
 
 THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 GENERIC = 0.02  # a shared alpha this near to the tasks' own is worth a warning
 
 
+@checked
 @warned_once()
 def soft_hard(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[Share] = THRESHOLDS,
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
@@ -58,13 +61,14 @@ def soft_hard(
     return pd.concat(frames, ignore_index=True)
 
 
+@checked
 @warned_once()
 def random_heads(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
-    ks: Iterable[int] | None = None,
-    draws: int = 10,
+    ks: Iterable[CountOrZero] | None = None,
+    draws: CountOrZero = 10,
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
@@ -93,12 +97,13 @@ def random_heads(
     return pd.concat(frames, ignore_index=True)
 
 
+@checked
 @warned_once()
 def head_counts(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
-    ks: Iterable[int] | None = None,
+    ks: Iterable[CountOrZero] | None = None,
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
@@ -126,12 +131,13 @@ def head_counts(
     return pd.concat(frames, ignore_index=True)
 
 
+@checked
 @warned_once()
 def task_agnostic(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
-    n_shots: int = 10,
+    n_shots: CountOrZero = 10,
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
@@ -170,6 +176,7 @@ def task_agnostic(
     return frame
 
 
+@checked
 @warned_once()
 def mixing(
     tasks: Iterable[Task | str],

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from sitelens.arguments import checked
 from sitelens.conditions import FewShot, PatchHeads
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, warned_once
@@ -21,18 +22,20 @@ from sitelens.similarity import alpha_similarity
 from sitelens.studies.common import Options, Sample, measure, prepare, some_tasks
 from sitelens.tasks import Task, load_task
 from sitelens.training import TrainJob, TrainResult, train_jobs
+from sitelens.values import Count, CountOrZero, Seed
 
 BINS = 20  # of a histogram of alpha
 INITS: tuple[float | Literal["random"], ...] = (0.1, 0.3, 0.5, 0.7, 0.9, "random")
 
 
+@checked
 @warned_once()
 def prompt_counts(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
-    n_prompts: Sequence[int] = (1, 3, 5, 10, 50),
-    n_shots: Sequence[int] = (1, 2, 5, 10),
+    n_prompts: Sequence[Count] = (1, 3, 5, 10, 50),
+    n_shots: Sequence[CountOrZero] = (1, 2, 5, 10),
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
@@ -67,13 +70,14 @@ def prompt_counts(
     return pd.concat(frames, ignore_index=True)
 
 
+@checked
 @warned_once()
 def initialisations(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
     inits: Sequence[float | Literal["random"]] = INITS,
-    seeds: Sequence[int] = (0, 1),
+    seeds: Sequence[Seed] = (0, 1),
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
@@ -100,13 +104,14 @@ def initialisations(
     return pd.concat(frames, ignore_index=True)
 
 
+@checked
 @warned_once()
 def initialisation_distances(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
     inits: Sequence[float | Literal["random"]] = INITS,
-    seeds: Sequence[int] = (0, 1),
+    seeds: Sequence[Seed] = (0, 1),
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
@@ -134,13 +139,14 @@ def initialisation_distances(
     return pd.DataFrame(rows)
 
 
+@checked
 @warned_once()
 def initialised(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
     inits: Sequence[float | Literal["random"]] = INITS,
-    seeds: Sequence[int] = (0, 1),
+    seeds: Sequence[Seed] = (0, 1),
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> dict[tuple[str, float | str, int], tuple[TaskEmbedding, TrainResult]]:
@@ -158,6 +164,7 @@ def initialised(
     }
 
 
+@checked
 @warned_once()
 def loss_path(
     task: Task | str,
@@ -166,7 +173,7 @@ def loss_path(
     embedding: TaskEmbedding,
     model: Model | str | None = None,
     *,
-    points: int = 21,
+    points: Count = 21,
     mixing: Mixing = "convex",
     **options: Unpack[Options],
 ) -> pd.DataFrame:
@@ -192,6 +199,7 @@ def loss_path(
     return measure(task, settings, model, sample)
 
 
+@checked
 @warned_once()
 def checkpoints(
     tasks: Iterable[Task | str],
@@ -220,13 +228,14 @@ def checkpoints(
     return pd.concat(frames, ignore_index=True)
 
 
+@checked
 @warned_once()
 def alpha_distribution(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
     by: Literal["task", "layer", "step"] = "task",
-    steps: Sequence[int] = (25, 50, 100, 200, 400),
+    steps: Sequence[Count] = (25, 50, 100, 200, 400),
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:

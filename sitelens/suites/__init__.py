@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from sitelens.arguments import checked
 from sitelens.comparison import PROMPTING, checked_methods, fit_method
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
@@ -17,6 +18,7 @@ from sitelens.defaults import SitelensError, settings, warned_once
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.fingerprints import unchanged
 from sitelens.labels import shared_first_tokens, warn_of_shared_first_tokens
+from sitelens.methods import checked_options
 from sitelens.methods.common import fitting
 from sitelens.metrics import METRICS, checked_metrics
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
@@ -27,6 +29,7 @@ from sitelens.selection import HeadSelection
 from sitelens.suites.result import SuiteResult as SuiteResult
 from sitelens.tasks import Task, group_of, load_task, suite_names
 from sitelens.training import train_selections
+from sitelens.values import Count, Seed
 from sitelens.workload import FIT_TOKENS, total, workload
 
 TOGETHER = 16  # tasks that train in one batch: past this the time per task no longer falls
@@ -36,6 +39,7 @@ NOT_ASKED = "not asked for"
 EMBED, TRAIN, SCORE = "embed", "train", "score"  # the stages of a batch
 
 
+@checked
 @warned_once()
 def run_suite(
     name: str,
@@ -44,12 +48,12 @@ def run_suite(
     methods: Sequence[str] = (SITE,),
     tasks: Sequence[str] | None = None,
     metric: str = "first_token",
-    n_items: int | None = None,
-    n_prompts: int = 50,
-    n_shots: int = 10,
+    n_items: Count | None = None,
+    n_prompts: Count = 50,
+    n_shots: Count = 10,
     config: TrainConfig | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     memory_budget: int | str | None = None,
     progress: bool | None = None,
 ) -> SuiteResult:
@@ -71,8 +75,6 @@ def run_suite(
         SitelensError: for an unknown suite, method, metric, option or task, or if no task of the suite can be run.
     """
     chosen = check_suite(name, tasks=tasks, methods=methods, metric=metric, n_items=n_items, options=options)
-    if n_shots < 1 or n_prompts < 1:
-        raise SitelensError(f"n_shots and n_prompts must be at least 1, got {n_shots} and {n_prompts}")
     model, config = resolve_model(model), config or TrainConfig()
     left_out = {task: NOT_ASKED for task in suite_names(name) if task not in chosen}
     loaded: list[Task] = []
@@ -88,7 +90,7 @@ def run_suite(
     measured: dict[str, Any] = {"n_prompts": n_prompts, "n_shots": n_shots, "seed": seed}
     scored: dict[str, Any] = {"n_items": n_items, "metrics": (metric,), "seed": seed}
     fitted = tuple(method for method in checked_methods(methods) if method not in PROMPTING)
-    chosen_options = {method: dict(values) for method, values in (options or {}).items()}
+    chosen_options = checked_options(options)
     batches = [loaded[start : start + TOGETHER] for start in range(0, len(loaded), TOGETHER)]
     work = workload(loaded, model, n_prompts=n_prompts, n_shots=n_shots, n_items=n_items, config=config)
     stages = {}
@@ -150,8 +152,7 @@ def check_suite(
         if method not in fitted:
             raise SitelensError(f"options are given for {method!r}, which is not fitted here; "
                                 f"methods with options: {', '.join(fitted) or 'none'}")  # fmt: skip
-    if isinstance(tasks, str):
-        raise SitelensError(f"tasks must be a list of names: write [{tasks!r}]")
+    checked_options(options)
     for task in tasks or ():
         if task not in names:
             near = difflib.get_close_matches(task, names, n=2, cutoff=0.5)
