@@ -196,7 +196,8 @@ def is_foreign(function: Any, depth: int = 3) -> bool:
     Classes and modules as values are nobody's function, for modules are looked at one by one.
     """
     if isinstance(function, types.FunctionType):
-        if function in _libraries_own:
+        own = (function.__module__ or "").split(".")[0] == "sitelens"  # also wrapped by type checkers
+        if own or function in _libraries_own:
             return False
         if not _is_libraries_code(function):
             return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import random
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
 from sitelens.config import TrainConfig
-from sitelens.defaults import settings
+from sitelens.defaults import SitelensWarning, settings
 from sitelens.embedding import TaskEmbedding, embed_task
 from sitelens.evaluation import evaluate
 from sitelens.forward import HeadEdit, LastToken, capture_z, full_logits
@@ -99,7 +100,8 @@ class Allocations(TorchDispatchMode):
 
 def peak(action: Callable[[], object]) -> int:
     """Bytes that the tensors made by `action` take at most at one time."""
-    with Allocations() as allocations:
+    with warnings.catch_warnings(), Allocations() as allocations:
+        warnings.filterwarnings("ignore", "the mode Allocations", SitelensWarning)  # it is heard, as any mode
         action()
     return allocations.peak
 

@@ -139,9 +139,8 @@ def test_parts_joined_are_the_prompt_of_any_template(
     texts_of = {role: [text for kind, text in parts if kind == role] for role, _ in parts}
     assert texts_of["query"] == [query.input]
     assert texts_of.get("demonstration input", []) == [e.input for e in shown]
-    assert [text.removeprefix(" ") for text in texts_of.get("demonstration answer", [])] == [
-        e.output.removeprefix(" ") for e in shown
-    ]
+    answers = texts_of.get("demonstration answer", [])
+    assert all(text in (e.output, " " + e.output) for text, e in zip(answers, shown, strict=True))
 
 
 def test_parts_of_the_published_template_by_hand():
