@@ -93,9 +93,6 @@ __all__ = ["__version__", *_ROOMS, *sorted(_HOME_OF)]
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"sitelens.{name}")
-    if name == "Condition":
-        for room in ("ablation", "methods"):  # whose kinds of conditions `Condition.load` knows from then on
-            importlib.import_module(f"sitelens.{room}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'sitelens' has no attribute {name!r}")
     return getattr(importlib.import_module(f"sitelens.{_HOME_OF[name]}"), name)

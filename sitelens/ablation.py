@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from sitelens.conditions import HeadPatch, Patch, Positions, Steps
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
 from sitelens.models import Model, check_fit, head_shape
+from sitelens.schema import conform, unpacked
 from sitelens.selection import Heads, HeadSelection, head_pairs, parsed_heads
 from sitelens.values import CountOrZero
 
@@ -82,29 +83,17 @@ class Ablate(HeadPatch):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Which heads, the reference, and what is known of both."""
-        tensors: dict[str, Tensor] = {}
-        meta = {name: getattr(self, name) for name in ("kind", "positions", "n_shots", "steps")}
-        if isinstance(self.heads, HeadSelection):
-            tensors["alpha"] = self.heads.alpha
-            meta["selection"] = {name: getattr(self.heads, name) for name in ("task", "model", "provenance")}
-        else:
-            meta["heads"] = [list(pair) for pair in parsed_heads(self.heads)]
-        if isinstance(self.reference, TaskEmbedding):
-            tensors["reference"] = self.reference.mean_z
-            names = ("task", "model", "n_prompts", "n_shots", "seed")
-            meta["embedding"] = {name: getattr(self.reference, name) for name in names}
-        elif self.reference is not None:
-            tensors["reference"] = self.reference
-        return tensors, {"condition": "Ablate", **meta}
+        if isinstance(self.heads, Tensor):
+            return replace(self, heads=parsed_heads(self.heads)).state()
+        return super().state()
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Ablate:
-        """The ablation that `state` described."""
-        selection, embedding = meta.pop("selection", None), meta.pop("embedding", None)
-        heads: Any = meta.pop("heads", None)
-        if selection is not None:
-            heads = HeadSelection(tensors["alpha"], **selection)
-        reference: Any = tensors.get("reference")
-        if embedding is not None:
-            reference = TaskEmbedding(reference, **embedding)
-        return cls(heads, reference=reference, **meta)
+        """The ablation that `state` described.
+
+        Raises:
+            SitelensError: naming the field that is not what the class declares.
+        """
+        if "heads.alpha" not in tensors:
+            conform(meta.get("heads"), tuple[tuple[int, int], ...], "heads")
+        return unpacked(cls, meta, tensors, cls.__name__)

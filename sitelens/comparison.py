@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from sitelens import embedding, scoring, training_state
 from sitelens.arguments import checked
@@ -22,9 +25,10 @@ from sitelens.keys import ResultStore
 from sitelens.labels import warn_of_shared_first_tokens
 from sitelens.methods import METHODS, checked_options
 from sitelens.methods.common import fitting
-from sitelens.models import Model, resolve_model
+from sitelens.models import Model, model_name, resolve_model
 from sitelens.network import counted_tokens
 from sitelens.progress import Job
+from sitelens.schema import check_names, unpacked
 from sitelens.store import Artifact
 from sitelens.summary import RANGES, answers_from_counts, markdown_table, percent, summarize
 from sitelens.tasks import Task, load_tasks
@@ -65,8 +69,8 @@ def fit_method(
         return Fitted(PROMPTING[name], 0, 0, 0, 0.0)
     store = ResultStore(model, [task])
     spec = _spec(name, task, store.key, seed, options)
-    kept = store.get("method", spec)
-    if kept is None:
+    fitted = store.get("method", spec, _fitted)
+    if fitted is None:
         started = time.perf_counter()
         with scratch_folder(settings.cache()) as folder, settings.using(cache_dir=folder), counted_tokens() as spent:
             condition = METHODS[name].fit(task, model, seed=seed, **(options or {}))
@@ -77,7 +81,33 @@ def fit_method(
         tensors, meta = condition.state()
         kept = Artifact("method", spec, tensors, {"state": meta, "cost": cost})
         store.put(kept)
-    return Fitted(Condition.remade(kept.tensors, kept.meta["state"]), **kept.meta["cost"])
+        fitted = _fitted(kept)
+    return fitted
+
+
+def _fitted(kept: Artifact) -> Fitted:
+    """The fitted method that an artifact holds.
+
+    Raises:
+        SitelensError: if it holds something else.
+    """
+    check_names(kept.meta, ("state", "cost"), kept.where)
+    condition = Condition.remade(kept.tensors, kept.meta.get("state"), kept.where)
+    return Fitted(condition, **vars(unpacked(_Cost, kept.meta.get("cost"), {}, f"{kept.where}: cost")))
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What a fit cost, as it is kept."""
+
+    trained: int
+    forward_tokens: int
+    backward_tokens: int
+    fit_seconds: float
+
+    def __post_init__(self) -> None:
+        if any(value < 0 for value in vars(self).values()):
+            raise SitelensError("costs are not negative")
 
 
 @checked
@@ -96,9 +126,10 @@ def compare(
 
     Columns: task, method, accuracy (first token, full vocabulary, unfiltered test items), low, high (95%), n, trained
     (numbers), forward_tokens, backward_tokens (of fitting, choices on valid included), fit_seconds, seconds_per_prompt
-    (of a test prompt, in batches). All methods see the same splits and template and at most 200 training items.
-    `options` are further arguments of a method's fit, by its name: {"LTV": {"steps": 400}}. Every cell is kept on disk,
-    so that an interrupted comparison goes on where it was. Seconds are of the machine that fitted.
+    (of a test prompt, in batches), model, seed, training_seed. All methods see the same splits and template and at most
+    200 training items. `options` are further arguments of a method's fit, by its name: {"LTV": {"steps": 400}}. Every
+    cell is kept on disk, so that an interrupted comparison goes on where it was. Seconds are of the machine that
+    fitted.
 
     Raises:
         SitelensError: for an unknown method or option, and as each method's fit.
@@ -111,6 +142,7 @@ def compare(
             "high": found["high"], "n": int(found["n"]), "trained": fitted.trained,
             "forward_tokens": fitted.forward_tokens, "backward_tokens": fitted.backward_tokens,
             "fit_seconds": fitted.fit_seconds, "seconds_per_prompt": seconds / int(found["n"]),
+            **scores[["model", "seed", "training_seed"]].iloc[0],
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -129,7 +161,7 @@ def comparison_scores(
 ) -> pd.DataFrame:
     """The answers behind `compare`, from which paired differences come: `summarize(scores, against="SITE")`.
 
-    One row per task, condition (the method) and item, with metric and score.
+    One row per task, condition (the method) and item, with metric, score, model, seed and training_seed.
 
     Raises:
         SitelensError: as `compare`.
@@ -147,7 +179,8 @@ def by_method(frame: pd.DataFrame) -> pd.DataFrame:
     Raises:
         SitelensError: if an accuracy is no share of n items.
     """
-    answers = answers_from_counts(frame[["task", "method", "accuracy", "n"]], "accuracy")
+    columns = ["task", "method", "accuracy", "n", *frame.columns.intersection(["model", "seed", "training_seed"])]
+    answers = answers_from_counts(frame[columns], "accuracy")
     means = summarize(answers, by=("method",)).set_index("method").drop(columns=["n", "interval"])
     grouped = frame.groupby("method", sort=False)
     means = means.rename(columns={"mean": "accuracy"}).join(grouped[list(COSTS)].mean())
@@ -162,9 +195,12 @@ def comparison_table(frame: pd.DataFrame) -> str:
     cells = pd.concat([frame, average], ignore_index=True)
     cells["text"] = [percent(row, mean="accuracy") for row in cells.to_dict("records")]
     scores = cells.pivot_table(index="task", columns="method", values="text", aggfunc="first", sort=False)
+    counts = frame.groupby("task", sort=False)["n"].max()
+    accuracies = scores.iloc[-1]
+    scores.insert(0, "n", [str(counts.get(task, counts.sum())) for task in scores.index])
     costs = means[list(COSTS)]
     texts = pd.DataFrame({
-        "accuracy": scores.iloc[-1].reindex(means.index),
+        "accuracy": accuracies.reindex(means.index),
         "trained parameters": [f"{value:,.0f}" for value in costs["trained"]],
         "forward tokens": [f"{value:,.0f}" for value in costs["forward_tokens"]],
         "backward tokens": [f"{value:,.0f}" for value in costs["backward_tokens"]],
@@ -217,16 +253,38 @@ def _scored(
     """Scores on test, and the seconds that they took."""
     store = ResultStore(model, [task])
     spec = _spec(name, task, store.key, seed, options) | {"n_items": n_items}
-    kept = store.get("comparison", spec)
+    read = functools.partial(_kept_scores, n_items=n_items, task=task)
+    kept = store.get("comparison", spec, read)
     if kept is None:
         started = time.perf_counter()
         scores = evaluate(task, {name: fitted.condition}, model, n_items=n_items, seed=seed, progress=False)
         seconds = time.perf_counter() - started
         tensors = {column: torch.tensor(scores[column].to_numpy()) for column in ("item", "score")}
-        kept = Artifact("comparison", spec, tensors, {"seconds": seconds})
-        store.put(kept)
-    columns = {column: kept.tensors[column].numpy() for column in ("item", "score")}
-    return pd.DataFrame(columns).assign(task=task.name, condition=name, metric="first_token"), kept.meta["seconds"]
+        artifact = Artifact("comparison", spec, tensors, {"seconds": seconds})
+        store.put(artifact)
+        kept = read(artifact)
+    columns = {column: getattr(kept, column).numpy() for column in ("item", "score")}
+    about = {"task": task.name, "condition": name, "metric": "first_token", "seed": seed,
+             "training_seed": seed, "model": model_name(model)}  # fmt: skip
+    return pd.DataFrame(columns).assign(**about), kept.seconds
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """A method's scores on a task, as they are kept."""
+
+    item: Int[Tensor, " item"]
+    score: Int[Tensor, " item"]
+    seconds: float
+
+
+def _kept_scores(kept: Artifact, n_items: int | None, task: Task) -> _Scores:
+    scores = kept.made(_Scores)
+    expected = len(task.test) if n_items is None else min(n_items, len(task.test))
+    in_range = (scores.item >= 0) & (scores.item < len(task.test)) & (scores.score >= 0) & (scores.score <= 1)
+    if len(set(scores.item.tolist())) != expected or not bool(in_range.all()) or scores.seconds < 0:
+        raise SitelensError(f"{kept.where} does not hold a score of each of {expected} items")
+    return scores
 
 
 def _spec(

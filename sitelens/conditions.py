@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,14 +18,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens import registry
 from sitelens.arguments import checked
 from sitelens.defaults import SitelensError
 from sitelens.embedding import TaskEmbedding
 from sitelens.forward import HeadEdit, Hook, Mixing
 from sitelens.models import Model, computing_dtype, head_shape
 from sitelens.network import Passes
+from sitelens.schema import packed, unpacked
 from sitelens.selection import HeadSelection
-from sitelens.store import Artifact
+from sitelens.store import Artifact, canonical_json
 from sitelens.twins import hooked_here
 from sitelens.values import CountOrZero, converted
 
@@ -60,11 +62,17 @@ class Condition(ABC):
     n_shots: int = 0
     positions: Positions = "all"
     steps: Steps = "prompt"
-    kinds: ClassVar[dict[str, type[Condition]]] = {}
+    kinds: ClassVar[dict[str, type[Condition]]] = registry.KINDS
+    saved_as: ClassVar[str] = ""
 
-    def __init_subclass__(cls, **options: Any) -> None:
+    def __init_subclass__(cls, saved_as: str | None = None, **options: Any) -> None:
+        """Registers the class under the name that its saved conditions bear: "MODULE:CLASS", or `saved_as`.
+
+        Raises:
+            SitelensError: if another class has that name.
+        """
         super().__init_subclass__(**options)
-        Condition.kinds[cls.__name__] = cls
+        cls.saved_as = registry.register(cls, saved_as)
 
     @abstractmethod
     def fwd_hooks(self, model: Model) -> list[Hook]:
@@ -127,44 +135,60 @@ class Condition(ABC):
         Raises:
             SitelensError: for a condition of one's own whose fields are neither tensors nor plain JSON.
         """
+        tensors, meta = self.state()
         try:
-            return Artifact("condition", {}, *self.state()).save(path)
-        except TypeError as error:
+            canonical_json(meta)
+        except (TypeError, ValueError) as error:
             raise SitelensError(f"{type(self).__name__} cannot be saved: it must define state ({error})") from error
+        return Artifact("condition", {}, tensors, meta).save(path)
 
     @staticmethod
     def load(path: str | Path) -> Condition:
         """Read any saved condition.
 
         Raises:
-            SitelensError: if there is no such file, it is damaged, or its kind is not known here.
+            SitelensError: if there is no such file, it is damaged, it holds something else, or a class of one's own
+                that it needs is not imported.
         """
         artifact = Artifact.load(path, "condition")
-        kind = artifact.meta["condition"]
-        if kind not in Condition.kinds:
-            raise SitelensError(f"{path} holds a condition {kind!r} that this version does not know")
-        return Condition.remade(artifact.tensors, artifact.meta)
+        return Condition.remade(artifact.tensors, artifact.meta, artifact.where)
 
     @staticmethod
-    def remade(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
-        """The condition of any known kind that `state` described."""
-        rest = {name: value for name, value in meta.items() if name != "condition"}
-        return Condition.kinds[meta["condition"]].from_state(dict(tensors), rest)
+    def remade(tensors: dict[str, Tensor], meta: Any, where: str = "the condition") -> Condition:
+        """The condition of any known kind that `state` described.
+
+        Raises:
+            SitelensError: naming `where` it stood, if its kind is not known or it is no such condition.
+        """
+        name = meta.get("condition") if isinstance(meta, dict) else None
+        if not isinstance(name, str):
+            raise SitelensError(f"{where}: the kind of condition must be text, not {name!r}")
+        kind: type[Condition] = registry.kind_of(name, where)
+        rest = {key: value for key, value in meta.items() if key != "condition"}
+        try:
+            return kind.from_state(dict(tensors), rest)
+        except (SitelensError, TypeError, KeyError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            what = "" if isinstance(error, SitelensError) else f"no {kind.__name__} can be made of it: "
+            raise SitelensError(f"{where}: {what}{error}") from error
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain JSON (with the key "condition") that `from_state` takes: by default, a dataclass's fields.
 
         Conditions with fields of other kinds say themselves how they are saved.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        meta = {name: value for name, value in values.items() if name not in tensors}
-        return tensors, {"condition": type(self).__name__, **meta}
+        tensors, meta = packed(self) if is_dataclass(self) else ({}, {})
+        return tensors, {"condition": self.saved_as, **meta}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
-        """The condition that `state` described."""
-        return cls(**tensors, **{name: tuple(v) if isinstance(v, list) else v for name, v in meta.items()})
+        """The condition that `state` described: by default, its fields checked against their type hints.
+
+        Raises:
+            SitelensError: naming the field that is not what the class declares.
+        """
+        if is_dataclass(cls):
+            return unpacked(cls, meta, tensors, cls.__name__)
+        return cls(**tensors, **meta)
 
 
 @contextmanager
@@ -272,7 +296,9 @@ class PatchHeads(HeadPatch):
     def __post_init__(self) -> None:
         shapes = tuple(self.selection.alpha.shape), tuple(self.embedding.mean_z.shape)
         made_for = {self.selection.model, self.embedding.model} - {None}
-        if shapes[0] != shapes[1][:2] or len(made_for) > 1:
+        origin = self.selection.origin
+        one_model = len(made_for) < 2 or (origin is not None and origin.same_model(self.embedding.origin))
+        if shapes[0] != shapes[1][:2] or not one_model:
             raise SitelensError(
                 f"the selection of {self.selection.task!r} {shapes[0]} and the embedding of {self.embedding.task!r} "
                 f"{shapes[1]} come from different models"
@@ -283,18 +309,12 @@ class PatchHeads(HeadPatch):
         self.embedding.check_fits(model)
         return Patch(self.selection.alpha, self.embedding.mean_z, self.mixing)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Alpha, mean_z, and what is known of both."""
-        selection = {name: getattr(self.selection, name) for name in ("task", "model", "provenance")}
-        embedding = {name: getattr(self.embedding, name) for name in ("task", "model", "n_prompts", "n_shots", "seed")}
-        meta = {"condition": "PatchHeads", "mixing": self.mixing, "n_shots": self.n_shots}
-        if self.steps != "prompt":
-            meta["steps"] = self.steps
-        tensors = {"alpha": self.selection.alpha, "mean_z": self.embedding.mean_z}
-        return tensors, meta | {"selection": selection, "embedding": embedding}
-
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> PatchHeads:
-        """The patch that `state` described."""
-        selection = HeadSelection(tensors["alpha"], **meta.pop("selection"))
-        return cls(selection, TaskEmbedding(tensors["mean_z"], **meta.pop("embedding")), **meta)
+        """The patch that `state` described.
+
+        Raises:
+            SitelensError: naming the field that is not what the class declares.
+        """
+        older = {"alpha": "selection.alpha", "mean_z": "embedding.mean_z"}  # as the first edition named them
+        return unpacked(cls, meta, {older.get(name, name): tensor for name, tensor in tensors.items()}, cls.__name__)

@@ -27,6 +27,8 @@ from sitelens.models import (
 )
 from sitelens.progress import portions, tracked
 from sitelens.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
+from sitelens.provenance import Origin
+from sitelens.schema import packed
 from sitelens.store import Artifact
 from sitelens.tasks import Task, load_task
 from sitelens.values import Count, CountOrZero, Seed, tensor
@@ -41,7 +43,10 @@ class TaskEmbedding:
 
     mean_z: in the units of the output projection's input, on the CPU, float32 or wider.
     task: its name; model: the fingerprint of the model (None: any of this shape).
-    n_prompts, n_shots, seed: how it was measured.
+    n_prompts, n_shots, seed: how it was measured; origin: the model and the task behind it, where they are known.
+
+    Raises:
+        SitelensError: for a mean_z that is no `[layer head d_head]` tensor of finite floats, or a negative number.
     """
 
     mean_z: Float[Tensor, "layer head d_head"]
@@ -50,17 +55,18 @@ class TaskEmbedding:
     n_prompts: Count
     n_shots: CountOrZero
     seed: Seed
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean_z", tensor("mean_z", self.mean_z, "layer head d_head"))
 
     def check_fits(self, model: Model) -> None:
         """Raise SitelensError unless this embedding was made with `model`."""
-        check_fit(f"the embedding of {self.task!r}", self.model, tuple(self.mean_z.shape), model)
+        check_fit(f"the embedding of {self.task!r}", self.model, tuple(self.mean_z.shape), model, self.origin)
 
     def save(self, path: str | Path) -> Path:
-        """Write to a safetensors file with its metadata."""
-        return self._artifact({}).save(path)
+        """Write to a safetensors file with all that is known of it."""
+        return Artifact("embedding", {}, *packed(self)).save(path)
 
     @staticmethod
     def load(path: str | Path) -> TaskEmbedding:
@@ -69,15 +75,7 @@ class TaskEmbedding:
         Raises:
             SitelensError: if there is no such file, or it is damaged or holds something else.
         """
-        return TaskEmbedding._from(Artifact.load(path, "embedding"))
-
-    def _artifact(self, spec: dict[str, Any]) -> Artifact:
-        meta = {name: getattr(self, name) for name in ("task", "model", "n_prompts", "n_shots", "seed")}
-        return Artifact("embedding", spec, {"mean_z": self.mean_z}, meta)
-
-    @staticmethod
-    def _from(artifact: Artifact) -> TaskEmbedding:
-        return TaskEmbedding(artifact.tensors["mean_z"], **artifact.meta)
+        return Artifact.load(path, "embedding").made(TaskEmbedding)
 
 
 @checked
@@ -105,8 +103,15 @@ def embed_task(
         "algorithm": ALGORITHM, "task": task.name, "items": task.digest, **store.key,
         "n_prompts": n_prompts, "n_shots": n_shots, "seed": seed,
     }  # fmt: skip
-    if (kept := store.get("embedding", spec)) is not None:
-        return TaskEmbedding._from(kept)
+
+    def read(artifact: Artifact) -> TaskEmbedding:
+        embedding = artifact.made(TaskEmbedding)
+        if tuple(embedding.mean_z.shape) != head_shape(model):
+            raise SitelensError(f"{artifact.where}: mean_z has the shape {tuple(embedding.mean_z.shape)}")
+        return embedding
+
+    if (kept := store.get("embedding", spec, read)) is not None:
+        return kept
     if len(task.train) < n_shots + 1:
         raise SitelensError(f"task {task.name!r} has too few training items for {n_shots} shots and a query: "
                             f"{len(task.train)} items")  # fmt: skip
@@ -120,8 +125,9 @@ def embed_task(
     if not torch.isfinite(z).all():
         raise SitelensError(f"task {task.name!r}: the model's head outputs are not finite (dtype {model.cfg.dtype})")
     mean_z = z.mean(0).to(torch.float32)
-    embedding = TaskEmbedding(mean_z, task.name, spec["model"], n_prompts, n_shots, seed)
-    store.put(embedding._artifact(spec))
+    origin = Origin.of(model, task, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
+    embedding = TaskEmbedding(mean_z, task.name, spec["model"], n_prompts, n_shots, seed, origin)
+    store.put(Artifact("embedding", spec, *packed(embedding)))
     return embedding
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from sitelens import figures, studies
 from sitelens.arguments import checked
 from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError
-from sitelens.models import DEFAULT_MODEL, Model, load_model
+from sitelens.models import DEFAULT_MODEL, Model, load_model, model_name
 from sitelens.progress import Job
 from sitelens.provenance import provenance
+from sitelens.records import task_record, train_options
 from sitelens.similarity import head_similarity, similarity_predicts_transfer
 from sitelens.studies import Options
 from sitelens.tasks import Task, load_tasks
@@ -36,6 +38,7 @@ SIXTEEN = (
     "landmark-country", "person-occupation", "person-sport", "lowercase_first_letter", "choose_last_of_3",
     "concept_v_object_3",
 )  # fmt: skip
+MATRIX_ITEMS = 50  # of each task in a transfer matrix: its cells are many
 FORMATS = ("html", "png", "svg")
 Made = tuple[pd.DataFrame, "go.Figure"]
 
@@ -47,6 +50,7 @@ class Picture:
     caption: str
     tasks: tuple[str, ...]
     make: Callable[[Sequence[Task], Model, TrainConfig, Options], Made]
+    most_items: int | None = None  # test items per task, whatever is asked for
 
 
 @checked
@@ -85,6 +89,7 @@ def make_figures(
     with Outputs(folder) as outputs, Job("figures", ["load the model", *chosen], progress) as job:
         with job.stage("load the model"):
             loaded = load_model(model)
+        asked = model if isinstance(model, str) else model_name(loaded)
         job.plan(dict.fromkeys(chosen, 1.0))
         options: Options = {"n_items": n_items, "seed": seed, "memory_budget": memory_budget, "progress": progress}
         for name in chosen:
@@ -98,12 +103,26 @@ def make_figures(
                         raise
                     outputs.missing[name] = f"could not be made: {error}"
                     continue
-                command = f"sitelens figures {name} --n-items {n_items} --seed {seed} --model {model}"
-                command += f" --tasks {' '.join(map(str, tasks))}" if tasks else ""
-                facts = {"caption": picture.caption, "tasks": [task.name for task in on], "n_items": n_items,
-                         "seed": seed, "train": asdict(config)}  # fmt: skip
+                command = _command(name, asked, tasks, n_items, seed, config)
+                most = n_items if picture.most_items is None else min(n_items, picture.most_items)
+                facts = {"caption": picture.caption, "tasks": [task.name for task in on], "seed": seed,
+                         "train": asdict(config), **data_facts(on, most)}  # fmt: skip
                 write_figure(outputs, figure, frame, name, formats, command, loaded, facts)
     return outputs.paths
+
+
+def _command(name: str, model: str, tasks: Sequence[str] | None, n_items: int, seed: int, config: TrainConfig) -> str:
+    """The command that makes a figure."""
+    words = [name, "--n-items", n_items, "--seed", seed, "--model", model, *(["--tasks", *tasks] if tasks else [])]
+    return f"sitelens figures {shlex.join([*map(str, words), *train_options(config)])}"
+
+
+def data_facts(tasks: Sequence[Task], n_items: int | None, split: str = "test") -> dict[str, Any]:
+    """For a record: how many items per task were used at most, and each task's digest, note and number of items."""
+    used = {task.name: min(len(task.split(split)), len(task.split(split)) if n_items is None else n_items)
+            for task in tasks}  # fmt: skip
+    data = {task.name: {**task_record(task), "n_items": used[task.name]} for task in tasks}
+    return {"n_items": max(used.values(), default=0) or None, "data": data}
 
 
 def write_figure(
@@ -146,7 +165,7 @@ def study(
 
 
 def _grid(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> TransferMatrix:
-    n_items = min(50, options.get("n_items") or 50)
+    n_items = min(MATRIX_ITEMS, options.get("n_items") or MATRIX_ITEMS)
     return transfer_matrix(on, model, n_items=n_items, seed=options.get("seed", 0), config=config, **_limits(options))
 
 
@@ -198,9 +217,9 @@ def _limits(options: Options) -> dict[str, Any]:
 
 
 PICTURES: dict[str, Picture] = {
-    "transfer": Picture("Heads of every task on every task.", SIXTEEN, _transfer),
+    "transfer": Picture("Heads of every task on every task.", SIXTEEN, _transfer, MATRIX_ITEMS),
     "similarity": Picture("Similarity of alphas; a task with itself is under another seed.", SIXTEEN, _similarity),
-    "similarity-transfer": Picture("Whether similar heads transfer.", SIXTEEN, _similarity_summary),
+    "similarity-transfer": Picture("Whether similar heads transfer.", SIXTEEN, _similarity_summary, MATRIX_ITEMS),
     "soft-hard": study("Hard selection over its threshold.", studies.soft_hard, figures.soft_hard),
     "random-heads": study("Heads drawn at random.", studies.random_heads, figures.random_heads),
     "head-counts": study("Heads added and removed by alpha.", studies.head_counts, figures.head_counts),

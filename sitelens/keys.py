@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,9 +49,9 @@ class ResultStore:
         self.open = not _is_heard(model)
         self.key = model_key(model, self._tasks)
 
-    def get(self, kind: str, spec: Mapping[str, Any]) -> Artifact | None:
-        """The stored artifact, or None."""
-        return default_store().get(kind, spec) if self.open else None
+    def get(self, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None = None) -> Any:
+        """The stored artifact, or what `read` makes of it; None if there is none."""
+        return default_store().get(kind, spec, read) if self.open else None
 
     def put(self, artifact: Artifact) -> None:
         """Keep an artifact, unless the model or its setting is not what it was when its computation began."""

@@ -19,7 +19,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module, dete
 from sitelens.arguments import checked
 from sitelens.catalogue import how_to_get
 from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.defaults import SitelensError, SitelensWarning, warn_once
 from sitelens.fingerprints import fingerprint, text_config
 from sitelens.loading import load_network, quiet_transformers, random_dropout
 from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
@@ -223,16 +223,20 @@ def tokenization(model: Model) -> str:
     return digest([type(tokenizer).__name__, state, known[2]])[:32]
 
 
-def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Model) -> None:
+def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Model, origin: Any = None) -> None:
     """Raise SitelensError unless an artifact made for the model with fingerprint `made_for` fits this one.
 
-    `shape` begins with (layers, heads); None as fingerprint means made for any model of that shape.
+    `shape` begins with (layers, heads); None as fingerprint means made for any model of that shape. With its `origin`
+    (see `sitelens.provenance`), the same model in another precision is a warning.
     """
     expected = head_shape(model)[: len(shape)]
     if tuple(shape) != expected:
         names = ("layers", "heads", "d_head")[: len(shape)]
         raise SitelensError(f"{what} has shape {tuple(shape)} ({', '.join(names)}), {model_name(model)} has {expected}")
     if made_for is not None and made_for != fingerprint(model):
+        if origin is not None and (precision := origin.other_precision(model)) is not None:
+            warn_once(f"{what} was made with {precision}: numbers will differ a little", what)
+            return
         raise SitelensError(
             f"{what} was made with another model (fingerprint {made_for[:12]}) than {model_name(model)} "
             f"({fingerprint(model)[:12]}); dataclasses.replace(..., model=None) lifts this check"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 import time
@@ -21,11 +20,12 @@ from sitelens.config import TrainConfig
 from sitelens.defaults import SitelensError, SitelensWarning, warned_once
 from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.escaping import visible
-from sitelens.evaluation import evaluate
-from sitelens.fingerprints import fingerprint
-from sitelens.models import DEFAULT_MODEL, Model, head_shape, load_model, resolve_model
+from sitelens.models import DEFAULT_MODEL, Model, head_shape, load_model, model_name, resolve_model, tokenization
 from sitelens.progress import Job, portions
 from sitelens.provenance import provenance
+from sitelens.records import read_record, run_command, task_record
+from sitelens.schema import unpacked
+from sitelens.scoring import score_conditions
 from sitelens.summary import markdown_table, percent, summarize
 from sitelens.tasks import Task, load_tasks, rewritten
 from sitelens.training import TrainResult, train_selections
@@ -76,32 +76,20 @@ class RunConfig:
         """The configuration that a run.json records.
 
         Raises:
-            SitelensError: if the file is not there or is no run.json.
+            SitelensError: if the file is not there or is no run.json, naming the field that is not what it must be.
         """
-        try:
-            recorded = json.loads(Path(path).read_text("utf-8"))["config"]
-            recorded["train"] = TrainConfig(**recorded["train"])
-            return RunConfig(**recorded | {name: tuple(recorded[name]) for name in ("tasks", "metrics")})
-        except (FileNotFoundError, IsADirectoryError) as error:
-            raise SitelensError(f"there is no file {path}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise SitelensError(f"{path} is no run.json of sitelens: {error}") from error
-
-
-def warn_of_another_model(path: str | Path, model: Model) -> None:
-    """Warn if a run.json was made with other weights than the model's (another dtype, say, or quantised ones)."""
-    recorded = json.loads(Path(path).read_text("utf-8")).get("model", {})
-    if recorded.get("fingerprint") not in (None, fingerprint(model)):
-        said = ", ".join(str(recorded[key]) for key in ("name", "dtype", "quantize") if recorded.get(key))
-        warnings.warn(f"{path} was made with other weights ({said}) than those loaded now: the numbers will differ",
-                      SitelensWarning, stacklevel=2)  # fmt: skip
+        where, content = f"{path} is no run.json of sitelens: config", read_record(path)["config"]
+        if "train" not in content:
+            raise SitelensError(f"{where}: train is missing")
+        return unpacked(RunConfig, content, {}, where)
 
 
 @dataclass(frozen=True, eq=False)
 class RunReport:
     """What a run found.
 
-    scores: one row per item, condition and metric; the draws of the random condition have a column `draw`.
+    scores: one row per item, condition and metric, as `evaluate` gives them, with the columns model and training_seed,
+        and `draw` for the draws of the random condition.
     summary: `summarize(scores)`, and `spread`, the standard deviation over draws where there are some.
     """
 
@@ -114,14 +102,21 @@ class RunReport:
     summary: pd.DataFrame
     seconds: dict[str, float]
 
+    @property
+    def n_items(self) -> list[int]:
+        """How many test items of each task were evaluated."""
+        counts = self.scores.groupby("task")["item"].nunique()
+        return [int(counts[task.name]) for task in self.tasks]
+
     def table(self, metric: str | None = None) -> str:
-        """The summary as text: conditions down, tasks across, per cent with 95% intervals."""
+        """The summary as text, per cent with 95% intervals: conditions down, tasks with numbers of items across."""
+        counts = {task.name: n for task, n in zip(self.tasks, self.n_items, strict=True)}
         chosen = self.summary[self.summary["metric"] == (metric or self.config.metrics[0])]
         lines = []
         tasks = list(dict.fromkeys(chosen["task"]))
         for start in range(0, len(tasks), 4):
             block = tasks[start : start + 4]
-            names = list(map(visible, block))
+            names = [f"{visible(name)} (n={counts[name]})" for name in block]
             widths = [max(len(name), 16) for name in names]
             lines += ["", " " * 12 + "".join(f"  {name:>{width}}" for name, width in zip(names, widths, strict=True))]
             for condition in dict.fromkeys(chosen["condition"]):
@@ -169,11 +164,13 @@ class RunReport:
         outputs.write("run.json", lambda path: write_text(path, text))
 
     def markdown(self) -> str:
-        """The summary as Markdown tables, one a metric: tasks down, conditions across, per cent."""
+        """The summary as Markdown tables, one per metric, per cent: tasks with their numbers of items by conditions."""
+        counts = {task.name: n for task, n in zip(self.tasks, self.n_items, strict=True)}
         parts = []
         for metric, rows in self.summary.groupby("metric", sort=False):
             cells = rows.assign(text=[_cell(row) for row in rows.to_dict("records")])
             table = cells.pivot_table(index="task", columns="condition", values="text", aggfunc="first", sort=False)
+            table.insert(0, "n", [str(counts[name]) for name in table.index])
             parts.append(f"{metric}\n\n{markdown_table(table)}")
         return "\n\n".join(parts)
 
@@ -191,18 +188,17 @@ class RunReport:
         }
         rows = json.loads(self.summary.round(4).to_json(orient="records"))
         sources = {
-            task.name: {"source": task.source, "digest": task.digest, "test": len(task.test), "note": task.note}
-            for task in self.tasks
+            task.name: {**task_record(task), "n_items": int(count)}
+            for task, count in zip(self.tasks, self.n_items, strict=True)
         }
-        command = f"sitelens run {' '.join(self.config.tasks)} --model {self.config.model}"
         return {
-            **provenance(command, self.model, self.config.model),
+            **provenance(run_command(self.config, self.model), self.model),
+            "tokenizer": tokenization(self.model),
             "config": asdict(self.config),
             "tasks": sources,
             "selections": selections,
             "results": rows,
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "files": [path.name for path in files],
         }
 
@@ -255,7 +251,7 @@ def run(
                     conditions = run_conditions(results[task.name], embeddings[task.name], config)
                     frames.append(_scores(task, conditions, model, config, options))
         clock.stop("evaluation")
-    scores = pd.concat(frames, ignore_index=True)
+    scores = pd.concat(frames, ignore_index=True).assign(model=model_name(model), training_seed=config.train.seed)
     report = RunReport(config, model, tasks, embeddings, results, scores, _summary(scores), clock.seconds)
     _warn_about_gaps(report.summary)
     return report
@@ -266,7 +262,7 @@ def _scores(
 ) -> pd.DataFrame:
     """A task's scores with the echo baseline; the draws of the random condition are told apart by `draw`."""
     sample = {"split": "test", "n_items": config.n_items, "metrics": config.metrics, "seed": config.seed}
-    scores = evaluate(task, conditions, model, with_echo=True, **sample, **options)
+    scores = score_conditions(task, conditions, model, with_echo=True, texts=True, **sample, **options)
     is_draw = scores["condition"].str.startswith(f"{RANDOM} ")
     scores["draw"] = scores["condition"].str.removeprefix(f"{RANDOM} ").where(is_draw).astype("Int64")
     return scores.assign(condition=scores["condition"].where(~is_draw, RANDOM))

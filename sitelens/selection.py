@@ -20,6 +20,8 @@ from sitelens import figures
 from sitelens.arguments import checked
 from sitelens.defaults import SitelensError
 from sitelens.models import Model, check_fit
+from sitelens.provenance import Origin
+from sitelens.schema import packed
 from sitelens.store import Artifact
 from sitelens.values import Seed, Share, tensor
 
@@ -123,13 +125,14 @@ class HeadSelection:
 
     alpha: in [0, 1]; lists and arrays become a tensor.
     task: the task it was found for; model: the model's fingerprint (None: any model of this shape).
-    provenance: how it came to be, in words.
+    provenance: how it came to be, in words; origin: the model, task and prompts behind it, where they are known.
     """
 
     alpha: Float[Tensor, "layer head"]
     task: str = ""
     model: str | None = None
     provenance: str = "given"
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         alpha = tensor("alpha", self.alpha, "layer head")
@@ -211,7 +214,8 @@ class HeadSelection:
             raise SitelensError("selections of different models have no mean")
         tasks = "+".join(dict.fromkeys(s.task for s in selections))
         alpha = torch.stack([s.alpha for s in selections]).mean(0).clamp(0, 1)
-        return HeadSelection(alpha, tasks, selections[0].model, f"mean of {len(selections)} selections")
+        origin = Origin.shared(s.origin for s in selections)
+        return HeadSelection(alpha, tasks, selections[0].model, f"mean of {len(selections)} selections", origin)
 
     def frame(self) -> pd.DataFrame:
         """One row a head: layer, head, alpha."""
@@ -225,22 +229,31 @@ class HeadSelection:
 
     def check_fits(self, model: Model) -> None:
         """Raise SitelensError unless this selection was made for `model`."""
-        check_fit(f"the selection of {self.task!r}", self.model, tuple(self.alpha.shape), model)
+        check_fit(f"the selection of {self.task!r}", self.model, tuple(self.alpha.shape), model, self.origin)
 
     def save(self, path: str | Path) -> Path:
-        """Write to a safetensors file with its metadata."""
-        meta = {"task": self.task, "model": self.model, "provenance": self.provenance}
-        return Artifact("selection", {}, {"alpha": self.alpha}, meta).save(path)
+        """Write to a safetensors file with all that is known of it."""
+        return Artifact("selection", {}, *packed(self)).save(path)
 
     @staticmethod
     def load(path: str | Path) -> HeadSelection:
-        """Read a saved selection.
+        """Read a saved selection, or one that lies in the cache.
 
         Raises:
             SitelensError: if there is no such file, or it is damaged or holds something else.
         """
-        artifact = Artifact.load(path, "selection")
-        return HeadSelection(artifact.tensors["alpha"], **artifact.meta)
+        return HeadSelection.of(Artifact.load(path, "selection"))
+
+    @staticmethod
+    def of(artifact: Artifact) -> HeadSelection:
+        """The selection that an artifact holds; the cache's also hold a history, and name task and model in their spec.
+
+        Raises:
+            SitelensError: if it holds something else.
+        """
+        own = {name: artifact.spec[name] for name in ("task", "model") if name in artifact.spec}
+        alpha = {name: tensor for name, tensor in artifact.tensors.items() if name != "history" or not own}
+        return replace(artifact, tensors=alpha).made(HeadSelection, **own)
 
     def _derived(self, alpha: Tensor, how: str) -> HeadSelection:
         return replace(self, alpha=alpha, provenance=f"{self.provenance} | {how}")

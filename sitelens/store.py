@@ -17,10 +17,10 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import safetensors
@@ -30,8 +30,11 @@ from torch import Tensor
 
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.folders import make_folder, read_bytes, reason, remove, size_of, warn_once
+from sitelens.schema import parsed_json, unpacked
 from sitelens.version import __version__
 from sitelens.writing import write_bytes
+
+Value = TypeVar("Value")
 
 FORMAT = 1
 STALE_TEMPORARY_SECONDS = 3600
@@ -46,13 +49,27 @@ class DamagedArtifactError(SitelensError):
 class Artifact:
     """What one file holds.
 
-    `spec` and `meta` are plain JSON; `tensors` maps names to tensors.
+    `spec` and `meta` are plain JSON; `tensors` maps names to tensors; `path` is the file that it was read from.
     """
 
     kind: str
     spec: dict[str, Any]
     tensors: dict[str, Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return str(self.path or f"the {self.kind}")
+
+    def made(self, kind: type[Value], **more: Any) -> Value:
+        """The dataclass that tensors and meta describe, with `more` beside them (see `sitelens.schema`).
+
+        Raises:
+            SitelensError: naming the file and the field that is not what the dataclass declares.
+        """
+        return unpacked(kind, {**self.meta, **more}, self.tensors, self.where)
 
     def save(self, path: str | Path) -> Path:
         """Write to `path`, atomically; the folder is made where it is missing. Returns the path.
@@ -93,12 +110,26 @@ class Artifact:
             raise DamagedArtifactError(f"{path} is a safetensors file, but not one of sitelens")
         if metadata.get("sha256") != _checksum(header, tensors):
             raise DamagedArtifactError(f"{path} is damaged: its checksum does not match its content")
-        content = json.loads(header)
-        if content["format"] > FORMAT:
-            raise SitelensError(f"{path} was written by a newer sitelens ({content['sitelens']}): upgrade to read it")
-        if kind is not None and content["kind"] != kind:
-            raise SitelensError(f"{path} holds a {content['kind']}, not a {kind}")
-        return Artifact(content["kind"], content["spec"], tensors, content["meta"])
+        try:
+            content = unpacked(_Header, parsed_json(header, f"the header of {path}"), {}, f"the header of {path}")
+        except SitelensError as error:
+            raise DamagedArtifactError(str(error)) from error
+        if content.format > FORMAT:
+            raise SitelensError(f"{path} was written by a newer sitelens ({content.sitelens}): upgrade to read it")
+        if kind is not None and content.kind != kind:
+            raise SitelensError(f"{path} holds a {content.kind}, not a {kind}")
+        return Artifact(content.kind, content.spec, tensors, content.meta, path)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The JSON beside an artifact's tensors."""
+
+    format: int
+    kind: str
+    spec: dict[str, Any]
+    meta: dict[str, Any]
+    sitelens: str
 
 
 @dataclass(frozen=True)
@@ -111,18 +142,18 @@ class Store:
         """Where the artifact of this kind and spec lies, or would lie."""
         return self.root / kind / f"{digest({'kind': kind, 'format': FORMAT, 'spec': spec})[:40]}.safetensors"
 
-    def get(self, kind: str, spec: Mapping[str, Any]) -> Artifact | None:
-        """The stored artifact, or None.
+    def get(self, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None = None) -> Any:
+        """The stored artifact, or what `read` makes of it; None if there is none.
 
-        A damaged one is named in a warning and set aside until one made anew is whole. One that cannot be read stays
-        as it is; that is said once, and the work goes on without it.
+        A damaged one, or one that `read` refuses with a SitelensError, is named in a warning and set aside until one
+        made anew is whole. One that cannot be read stays as it is; that is said once, and the work goes on without it.
         """
         path = self.path(kind, spec)
         try:
-            return self._checked(path, kind, spec)
+            return self._checked(path, kind, spec, read)
         except DamagedArtifactError as error:
             warnings.warn(f"{error}; it is made anew", SitelensWarning, stacklevel=2)
-            self._set_aside(path, kind, spec)
+            self._set_aside(path, kind, spec, read)
         except SitelensError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 warn_once(path, f"{error}; the work goes on without it")
@@ -147,19 +178,24 @@ class Store:
         remove(path.with_suffix(DAMAGED))
         return path
 
-    def _checked(self, path: Path, kind: str, spec: Mapping[str, Any]) -> Artifact:
+    def _checked(self, path: Path, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None) -> Any:
         artifact = Artifact.load(path, kind)
         if canonical_json(artifact.spec) != canonical_json(spec):
             raise DamagedArtifactError(f"{path} does not hold what its name says")
-        return artifact
+        try:
+            return artifact if read is None else read(artifact)
+        except SitelensError as error:
+            raise DamagedArtifactError(str(error)) from error
 
-    def _set_aside(self, path: Path, kind: str, spec: Mapping[str, Any]) -> None:
+    def _set_aside(
+        self, path: Path, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None
+    ) -> None:
         """Rename a damaged file, and back if another process has just put a good one in its place."""
         aside = path.with_suffix(DAMAGED)
         with contextlib.suppress(OSError):
             os.replace(path, aside)
             with contextlib.suppress(SitelensError):
-                self._checked(aside, kind, spec)
+                self._checked(aside, kind, spec, read)
                 os.replace(aside, path)
 
     def remove(self, kind: str, spec: Mapping[str, Any]) -> None:

@@ -47,7 +47,8 @@ def summarize(
 
     Raises:
         SitelensError: if there are no rows, a column is missing or given twice, a score is missing or outside [0, 1],
-            rows of several metrics would be mixed, or no condition is called `against`, or none of its items is shared.
+            rows of several metrics or models would be mixed, or no condition is called `against`, or none of its items
+            is shared.
 
     Warns:
         SitelensWarning: for rows that are exact copies, counted once, and for items left out of a difference.
@@ -55,12 +56,12 @@ def summarize(
     columns = _checked_columns(scores, by, against)
     answers = _without_copies(scores.assign(score=_checked_scores(scores)))
     groups = {_key(key): group for key, group in answers.groupby(columns, sort=False, dropna=False, observed=True)}
-    if "metric" in answers and "metric" not in columns:
+    for column in {"metric", "model"} & set(answers.columns) - set(columns):
         for group in groups.values():
-            if group["metric"].nunique() > 1:
-                names = ", ".join(map(str, group["metric"].unique()))
-                raise SitelensError(f"rows of several metrics ({names}) have no mean in common: add 'metric' to by, "
-                                    "or choose the rows of one metric")  # fmt: skip
+            if group[column].nunique() > 1:
+                names = ", ".join(map(str, group[column].unique()))
+                raise SitelensError(f"rows of several {column}s ({names}) have no mean in common: add {column!r} to "
+                                    f"by, or choose the rows of one {column}")  # fmt: skip
     tables = {key: _Answers.of(group) for key, group in groups.items()}
     rows = []
     for key, table in tables.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sitelens.arguments import checked
 from sitelens.config import TrainConfig
@@ -17,7 +20,9 @@ from sitelens.embedding import TaskEmbedding, embedded
 from sitelens.fingerprints import unchanged
 from sitelens.keys import ResultStore
 from sitelens.labels import warn_of_shared_first_tokens
-from sitelens.models import Model, resolve_model
+from sitelens.models import Model, head_shape, resolve_model
+from sitelens.provenance import Origin
+from sitelens.schema import checked_tensor, packed
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact, content_digest, digest
 from sitelens.tasks import Task, load_tasks
@@ -143,21 +148,29 @@ def train_jobs(
                 embedding.check_fits(model)
         store = ResultStore(model, [task for job in jobs for task, _ in job.members])
         specs = [_spec(job, store.key) for job in jobs]
-        artifacts = [store.get("selection", spec) for spec in specs]
+        shape = head_shape(model)[:2]
+        results = [
+            store.get("selection", spec, functools.partial(_result, config=job.config, shape=shape))
+            for spec, job in zip(specs, jobs, strict=True)
+        ]
         batches: dict[TrainConfig, list[int]] = {}
         for i, job in enumerate(jobs):
-            if artifacts[i] is None:
+            if results[i] is None:
                 batches.setdefault(replace(job.config, seed=0, init=0.5), []).append(i)
         for config, batch in batches.items():
             keys = [digest(specs[i]) if store.open else "" for i in batch]
             runs, used, vectors = _runs([jobs[i] for i in batch], keys)
             trained = train_runs(runs, used, vectors, model, config, settings.budget(memory_budget), progress)
             for i, tensors in zip(batch, trained, strict=True):
-                job = jobs[i].config
-                meta = {"provenance": f"SITE, {job.checkpoint} of {job.steps} steps, seed {job.seed}"}
-                artifacts[i] = artifact = Artifact("selection", specs[i], tensors, meta)
+                job, how = jobs[i], jobs[i].config
+                selection = HeadSelection(
+                    tensors["alpha"], specs[i]["task"], specs[i]["model"],
+                    f"SITE, {how.checkpoint} of {how.steps} steps, seed {how.seed}", _origin(job, model),
+                )  # fmt: skip
+                _, meta = packed(selection)
+                artifact = Artifact("selection", specs[i], tensors, {n: meta[n] for n in ("provenance", "origin")})
                 store.put(artifact)
-    results = [_result(kept, job.config) for kept, job in zip(artifacts, jobs, strict=True) if kept]
+                results[i] = _result(artifact, how, shape)
     for result in results:
         _warn_if_undecided(result)
     return results
@@ -193,11 +206,38 @@ def _spec(job: TrainJob, key: Mapping[str, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _result(artifact: Artifact, config: TrainConfig) -> TrainResult:
-    spec = artifact.spec
-    history = pd.DataFrame(artifact.tensors["history"].numpy(), columns=list(HISTORY)).astype({"step": int})
-    selection = HeadSelection(artifact.tensors["alpha"], spec["task"], spec["model"], artifact.meta["provenance"])
-    return TrainResult(selection, history, config)
+def _origin(job: TrainJob, model: Model) -> Origin | None:
+    """Where a selection comes from: model and task now, and the prompts of its embedding."""
+    origins = []
+    for task, embedding in job.members:
+        prompts = {name: getattr(embedding, name) for name in ("n_prompts", "n_shots", "seed")}
+        origins.append(Origin.of(model, task, **prompts))
+    return Origin.shared(origins)
+
+
+def _result(artifact: Artifact, config: TrainConfig, shape: tuple[int, int]) -> TrainResult:
+    """What an artifact of the store holds.
+
+    Raises:
+        SitelensError: if that is no training of this configuration.
+    """
+    if "provenance" not in artifact.meta:
+        raise SitelensError(f"{artifact.where}: provenance is missing")
+    history = artifact.tensors.get("history", torch.empty(0))
+    selection = HeadSelection.of(artifact)
+    checked_tensor(history, Float[Tensor, "step column"], f"{artifact.where}: history", finite=False)
+    steps = history[:, HISTORY.index("step")]
+    known = torch.isfinite(history).all(0) | torch.tensor([name == "valid_loss" for name in HISTORY])
+    if (
+        tuple(history.shape) != (config.steps, len(HISTORY))
+        or not known.all()
+        or steps.tolist() != list(range(1, config.steps + 1))
+    ):
+        raise SitelensError(f"{artifact.where}: history is none of {config.steps} steps")
+    if tuple(selection.alpha.shape) != shape:
+        raise SitelensError(f"{artifact.where}: alpha has the shape {tuple(selection.alpha.shape)}")
+    frame = pd.DataFrame(history.numpy(), columns=list(HISTORY)).astype({"step": int})
+    return TrainResult(selection, frame, config)
 
 
 def _warn_if_undecided(result: TrainResult) -> None:

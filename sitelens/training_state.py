@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sitelens.config import TrainConfig
+from sitelens.defaults import SitelensError
 from sitelens.store import Artifact, default_store
 
 ALGORITHM = 1  # of training, to be raised when the numbers change
@@ -51,7 +52,7 @@ class State:
 
     def restore(self) -> int:
         """Take up what was kept; how many steps that were."""
-        kept = default_store().get("training", self._spec) if self._known else None
+        kept = default_store().get("training", self._spec, self._checked) if self._known else None
         if kept is None:
             return 0
         with torch.no_grad():
@@ -63,6 +64,27 @@ class State:
         self._record.history, self._record.best = kept.tensors["history"], kept.tensors["best"]
         self._record.alpha = kept.tensors["alpha"].to(self._logits.device)
         return int(kept.meta["steps"])
+
+    def _checked(self, kept: Artifact) -> Artifact:
+        record, like = self._record, self._logits
+        expected = {"logits": like, "exp_avg": like, "exp_avg_sq": like, "alpha": record.alpha, "best": record.best,
+                    "history": record.history, "step": torch.empty(())}  # fmt: skip
+        steps = kept.meta.get("steps")
+        if type(steps) is not int or not 0 < steps < len(record.history) or set(kept.meta) != {"steps"}:
+            raise SitelensError(f"{kept.where}: steps must be between 0 and {len(record.history)}, not {steps!r}")
+        if set(kept.tensors) != set(expected):
+            raise SitelensError(f"{kept.where} holds the tensors {', '.join(sorted(kept.tensors))}")
+        for name, tensor in expected.items():
+            one = kept.tensors[name]
+            gaps = name in ("history", "best")  # steps that are to come, losses that are not known yet
+            if (one.shape, one.dtype) != (tensor.shape, tensor.dtype) or not (gaps or torch.isfinite(one).all()):
+                raise SitelensError(f"{kept.where}: {name} is not what this training keeps")
+        if (
+            not bool(((kept.tensors["alpha"] >= 0) & (kept.tensors["alpha"] <= 1)).all())
+            or kept.tensors["step"] != steps
+        ):
+            raise SitelensError(f"{kept.where}: alpha or step is not what this training keeps")
+        return kept
 
     def keep(self, steps: int) -> None:
         """Write it down, unless that was done only some seconds ago."""

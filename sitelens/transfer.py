@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
 from scipy.spatial.distance import squareform
+from torch import Tensor
 
 from sitelens import figures
 from sitelens.arguments import checked
@@ -24,6 +26,8 @@ from sitelens.labels import warn_of_shared_first_tokens
 from sitelens.metrics import METRICS, checked_metrics
 from sitelens.models import Model, model_name, resolve_model
 from sitelens.progress import Job, portions
+from sitelens.provenance import Origin
+from sitelens.schema import packed
 from sitelens.scoring import score_conditions
 from sitelens.selection import HeadSelection
 from sitelens.store import Artifact
@@ -45,7 +49,7 @@ class TransferMatrix:
 
     frame: shares; zero_shot: each target's accuracy without a patch; n: its test items.
     swap: what comes from the source: "heads" (alpha), "embedding", or "both". metric, model: as evaluated.
-    groups: each task's kind, for figures.
+    groups: each task's kind, for figures. origin: the model and the prompts behind it, where they are known.
     """
 
     frame: pd.DataFrame
@@ -55,6 +59,7 @@ class TransferMatrix:
     metric: str
     model: str
     groups: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin | None = None
 
     @property
     def own(self) -> pd.Series:
@@ -139,15 +144,12 @@ class TransferMatrix:
 
     def save(self, path: str | Path) -> Path:
         """Write to a safetensors file with its metadata."""
-        tensors = {
-            "accuracy": torch.tensor(self.frame.to_numpy(float)),
-            "zero_shot": torch.tensor(self.zero_shot.to_numpy(float)),
-            "n": torch.tensor(self.n.to_numpy()),
-        }
-        meta = {"tasks": list(self.frame.columns)} | {
-            name: getattr(self, name) for name in ("swap", "metric", "model", "groups")
-        }
-        return Artifact("transfer", {}, tensors, meta).save(path)
+        saved = _Saved(
+            torch.tensor(self.frame.to_numpy(float)), torch.tensor(self.zero_shot.to_numpy(float)),
+            torch.tensor(self.n.to_numpy(int)), tuple(self.frame.columns), self.swap, self.metric, self.model,
+            dict(self.groups), self.origin,
+        )  # fmt: skip
+        return Artifact("transfer", {}, *packed(saved)).save(path)
 
     @staticmethod
     def load(path: str | Path) -> TransferMatrix:
@@ -156,11 +158,39 @@ class TransferMatrix:
         Raises:
             SitelensError: if there is no such file, or it is damaged or holds something else.
         """
-        artifact = Artifact.load(path, "transfer")
-        names = artifact.meta.pop("tasks")
-        accuracy, zero_shot, n = (artifact.tensors[name].numpy() for name in ("accuracy", "zero_shot", "n"))
-        frame = pd.DataFrame(accuracy, index=names, columns=names)
-        return TransferMatrix(frame, pd.Series(zero_shot, names), pd.Series(n, names), **artifact.meta)
+        kept = Artifact.load(path, "transfer").made(_Saved)
+        names = list(kept.tasks)
+        frame = pd.DataFrame(kept.accuracy.numpy(), index=names, columns=names)
+        facts = {name: getattr(kept, name) for name in ("swap", "metric", "model", "groups", "origin")}
+        return TransferMatrix(
+            frame, pd.Series(kept.zero_shot.numpy(), names), pd.Series(kept.n.numpy(), names), **facts
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Saved:
+    """A matrix as it is saved."""
+
+    accuracy: Float[Tensor, "source target"]
+    zero_shot: Float[Tensor, " target"]
+    n: Int[Tensor, " target"]
+    tasks: tuple[str, ...]
+    swap: Swap
+    metric: str
+    model: str
+    groups: dict[str, str]
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if tuple(self.accuracy.shape) != (len(self.tasks),) * 2 or len(set(self.tasks)) < len(self.tasks):
+            raise SitelensError(
+                f"accuracy {tuple(self.accuracy.shape)} is not that of {len(self.tasks)} different tasks"
+            )
+        for name in ("accuracy", "zero_shot"):
+            if not bool(((getattr(self, name) >= 0) & (getattr(self, name) <= 1)).all()):
+                raise SitelensError(f"{name} must lie between 0 and 1")
+        if bool((self.n < 1).any()):
+            raise SitelensError("n must be at least 1")
 
 
 @checked
@@ -240,4 +270,6 @@ def transfer_matrix(
                     columns[target.name] = means[[f"from {source}" for source in names]].set_axis(names)
                     zero_shot[target.name], n[target.name] = float(means["zero-shot"]), int(scores["item"].nunique())
     frame = pd.DataFrame(columns)
-    return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, model_name(model), kinds_of(names))
+    origin = Origin.of(model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
+    name = model_name(model)
+    return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, name, kinds_of(names), origin)

@@ -109,9 +109,9 @@ def test_means_over_tasks() -> None:
     wilson = binomtest(4, 40).proportion_ci(method="wilson")
     assert (alone["low"], alone["high"]) == pytest.approx((wilson.low, wilson.high))
     lines = comparison_table(frame).splitlines()
-    assert lines[0] == "| task | x | y |" and lines[2] == "| a | 10 [0, 20] | 100 [90, 110] |"
+    assert lines[0] == "| task | n | x | y |" and lines[2] == "| a | 40 | 10 [0, 20] | 100 [90, 110] |"
     assert (
-        lines[4].startswith("| mean of 2 | 30 [")
+        lines[4].startswith(f"| mean of 2 | {40 + frame['n'].iloc[-1]} | 30 [")
         and lines[-1].startswith("| y | 95 [")
         and lines[-1].endswith("| 1,234 | 1234.000 |")
     )

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import platform
+import shlex
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 import sitelens as sl
+from sitelens.cli import _parser
+from sitelens.cli.experiments import run_config
 from sitelens.provenance import provenance
-from sitelens.report import RunConfig, RunReport, run, warn_of_another_model
+from sitelens.records import changes, run_command, warn_of_changes
+from sitelens.report import RunConfig, RunReport, run
 from tests import micro
 
 SMALL = sl.TrainConfig(steps=6, eval_every=3, n_valid=4)
@@ -105,7 +115,102 @@ def test_a_bad_run_json_is_named(content: str | None, message: str, tmp_path: Pa
 def test_other_weights_than_a_run_json_records_are_warned_of(tmp_path: Path) -> None:
     narrow, wide = micro.bridge("Llama", torch.bfloat16), micro.bridge("Llama")
     path = tmp_path / "run.json"
-    path.write_text(json.dumps(provenance("sitelens run one", narrow, "tiny")))
-    warn_of_another_model(path, narrow)
-    with pytest.warns(sl.SitelensWarning, match=r"other weights \(tiny, bfloat16\)"):
-        warn_of_another_model(path, wide)
+    path.write_text(json.dumps({**provenance("sitelens run one", narrow), "config": {}}))
+    warn_of_changes(path, narrow)
+    with pytest.warns(sl.SitelensWarning) as heard:
+        warn_of_changes(path, wide)
+    weights, dtype = (str(one.message) for one in heard)
+    assert "run.json was made with other weights (Llama, bfloat16)" in weights
+    assert "run.json was made with a model of dtype bfloat16, now it is float32" in dtype
+
+
+def parsed(command: str) -> RunConfig:
+    """The configuration that a shell and the command line make of a command."""
+    program, *words = shlex.split(command)
+    assert program == "sitelens"
+    return run_config(_parser().parse_args(words))
+
+
+TRAINS = st.fixed_dictionaries({
+    "steps": st.sampled_from([400, 3]), "lr": st.sampled_from([0.2, 1e-5, 0.1 + 0.2]),
+    "init": st.sampled_from([0.5, "random", 0.25]), "checkpoint": st.sampled_from(["best", "last"]),
+    "mixing": st.sampled_from(["convex", "additive"]), "seed": st.sampled_from([0, 4]),
+    "batch_size": st.sampled_from([1, 2]), "eval_every": st.sampled_from([50, 2]), "n_valid": st.sampled_from([100, 2]),
+})  # fmt: skip
+CONFIGS = st.fixed_dictionaries({
+    "tasks": st.lists(st.sampled_from(["antonym", "a b.json", "it's.csv", "-dash.json", "é"]), min_size=1).map(tuple),
+    "model": st.sampled_from(["smollm2-135m", "owner/name", "my model.gguf"]),
+    "template": st.sampled_from([None, "- {input}: {output}\n", "chat", "{input}\t{output} 'x' $HOME\n\n"]),
+    "instruction": st.sampled_from([None, "", "--not an option", 'Say "it".\nNow.']),
+    "template_arguments": st.sampled_from([None, {"enable_thinking": False, "day": "true", "n": 1.5, "x": None}]),
+    "n_prompts": st.sampled_from([50, 3]), "n_shots": st.sampled_from([10, 0]), "k": st.sampled_from([None, 3]),
+    "draws": st.sampled_from([5, 0]), "n_items": st.sampled_from([100, None, 7]), "seed": st.sampled_from([0, 12]),
+    "metrics": st.sampled_from([("first_token",), ("exact_match", "first_token")]),
+})  # fmt: skip
+
+
+@given(fields=CONFIGS, train=TRAINS)
+@hypothesis_settings(max_examples=100, deadline=None)
+def test_the_recorded_command_is_the_whole_configuration(fields: dict[str, Any], train: dict[str, Any]) -> None:
+    config = RunConfig(**fields, train=sl.TrainConfig(**train))
+    assert parsed(run_command(config)) == config
+
+
+def test_a_record_says_on_what_and_with_what_it_was_made(report: RunReport, tmp_path: Path) -> None:
+    report.save(tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert parsed(record["made_by"]) == report.config
+    assert {"name": "Llama", "dtype": "float32", "quantize": None, "revision": None}.items() <= record["model"].items()
+    task = report.tasks[0]
+    about = {"digest": task.digest, "template": task.template, "test": len(task.test), "n_items": 5}
+    assert about.items() <= record["tasks"]["shift"].items() and record["tasks"]["shift"]["source"] == "shift.json"
+    assert record["machine"]["cpu"] and record["machine"]["threads"] == torch.get_num_threads()
+    assert platform.node() not in json.dumps(record["machine"])
+    assert record["created"].endswith("+00:00")
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    assert set(scores["model"]) == {"Llama"} and set(scores["training_seed"]) == {0}
+    assert {"input", "answer", "predicted", "seed"} <= set(scores)
+    assert "shift (n=5)" in report.table() and "| shift | 5 |" in report.markdown()
+
+
+def test_a_second_run_computes_nothing(report: RunReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    micro.silence(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sl.SitelensWarning)
+        again = run(report.config, report.model)
+    pd.testing.assert_frame_equal(again.scores, report.scores, check_exact=True)
+
+
+def test_scores_of_two_models_are_not_averaged_by_mistake(report: RunReport) -> None:
+    both = pd.concat([report.scores, report.scores.assign(model="other", score=1)])
+    with pytest.raises(sl.SitelensError, match=r"rows of several models \(Llama, other\).*add 'model' to by"):
+        sl.summarize(both)
+    found = sl.summarize(both, by=("model", "task", "condition", "metric")).set_index("model")
+    assert (found.loc["other", "mean"] == 1).all()
+
+
+def test_whatever_has_changed_since_a_run_is_said_in_a_line_each(report: RunReport, tmp_path: Path) -> None:
+    report.save(tmp_path)
+    path = tmp_path / "run.json"
+
+    def lines(**edits: Any) -> list[str]:
+        record = json.loads(path.read_text())
+        for name, value in edits.items():
+            record[name] = {**record[name], **value} if isinstance(value, dict) else value
+        return changes(record, report.model, edited)
+
+    edited = report.tasks
+    assert lines() == []
+    ours, torchs = lines(versions={"torch": "0.1", "sitelens": "0"})
+    assert ours == f"was made with sitelens 0, now it is {sl.__version__}"
+    assert torchs.startswith("was made with torch 0.1, now it is ")
+    [renamed] = lines(model={"name": "other"})
+    assert renamed == "was made with a model of name other, now it is Llama"
+    weights, dtype = lines(model={"dtype": "bfloat16", "fingerprint": "ab"})
+    assert weights.startswith("was made with other weights (Llama, bfloat16)") and "dtype bfloat16" in dtype
+    assert len(lines(model={"revision": "ab12"})) == len(lines(tokenizer="ab")) == 1
+    edited = [replace(report.tasks[0], test=report.tasks[0].test[::-1])]
+    assert lines() == ["was made with other items of the task 'shift': its digest has changed"]
+    edited = [replace(report.tasks[0], template="{input} -> {output}\n", test=report.tasks[0].test[1:])]
+    template, test = lines()
+    assert "another template of the task 'shift': 'Q: {input}" in template and "number of test items" in test

@@ -81,7 +81,10 @@ def test_the_table_has_means_over_the_tasks_of_each_group_and_of_all(model: Mode
     summary = found.summary()
     assert len(summary) == 9 and summary["n"].eq(6).all()
     lines = found.markdown().splitlines()
-    assert lines[0] == "| condition | left (2 tasks) | right (1 task) | all (3 tasks) |" and len(lines) == 7
+    assert (
+        lines[0] == "| condition | left (2 tasks, n=12) | right (1 task, n=6) | all (3 tasks, n=18) |"
+        and len(lines) == 7
+    )
     assert lines[-1].startswith("95% intervals: over items of these tasks")
     assert [cell.count("[") for cell in lines[2].split(" | ")] == [0, 2, 1, 2]
     assert {"tasks_low", "tasks_high"} <= set(found.table().columns)

@@ -54,13 +54,17 @@ def run(options: argparse.Namespace) -> None:
 
             with warnings.catch_warnings():  # the run itself says them
                 warnings.simplefilter("ignore", SitelensWarning)
-                for task in load_tasks(config.tasks):  # a wrong name or template shows before a model is loaded
-                    rewritten(task, config.template, config.instruction, config.template_arguments)
-            from sitelens.report import run, warn_of_another_model
+                rendering = config.template, config.instruction, config.template_arguments
+                tasks = [rewritten(task, *rendering) for task in load_tasks(config.tasks)]  # errors before a model
+            from sitelens.records import read_record, recorded_precision, warn_of_changes
+            from sitelens.report import run
 
+            if options.again is not None:
+                for name, value in recorded_precision(read_record(options.again), vars(options)).items():
+                    setattr(options, name, value)
             model = _load_model(options, config.model)
             if options.again is not None:
-                warn_of_another_model(options.again, model)
+                warn_of_changes(options.again, model, tasks)
         with job.rest():
             report = run(config, model, memory_budget=options.memory_budget)
     for metric in config.metrics:
@@ -124,7 +128,7 @@ def transfer(options: argparse.Namespace) -> None:
         with job.stage(LOAD):
             train = _train_config(options)
             tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
-            from sitelens.gallery import write_figure
+            from sitelens.gallery import data_facts, write_figure
             from sitelens.tasks import rewritten
             from sitelens.transfer import transfer_matrix
 
@@ -144,7 +148,9 @@ def transfer(options: argparse.Namespace) -> None:
     if options.out is not None:
         name, command = options.name, _command(options)
         facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "swap": options.swap,
-                 "n_items": options.n_items, "seed": options.seed, "train": asdict(train)}  # fmt: skip
+                 "metric": options.metric, "n_prompts": options.n_prompts, "n_shots": options.n_shots,
+                 "seed": options.seed, "train": asdict(train),
+                 **data_facts(tasks, options.n_items or None)}  # fmt: skip
         with kept(options), Outputs(options.out) as outputs:
             outputs.write(f"{name}.safetensors", grid.save)
             write_figure(outputs, grid.heatmap(), grid.long(), name, options.formats, command, model, facts)
@@ -158,7 +164,7 @@ def compare(options: argparse.Namespace) -> None:
             tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
             from sitelens import figures
             from sitelens.comparison import checked_methods, compare, comparison_table
-            from sitelens.gallery import write_figure
+            from sitelens.gallery import data_facts, write_figure
             from sitelens.tasks import rewritten
 
             tasks = [rewritten(task, **_template(options)) for task in tasks]
@@ -173,8 +179,8 @@ def compare(options: argparse.Namespace) -> None:
           f"{options.model}; costs: means over tasks\n")  # fmt: skip
     print(table)
     if options.out is not None:
-        facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "n_items": options.n_items,
-                 "seed": options.seed, "options": chosen}  # fmt: skip
+        facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "metric": "first_token",
+                 "seed": options.seed, "options": chosen, **data_facts(tasks, n_items)}  # fmt: skip
         figure, command = figures.comparison(frame), _command(options)
         with kept(options), Outputs(options.out) as outputs:
             outputs.write("comparison.md", lambda path: write_text(path, table + "\n"))
@@ -230,7 +236,8 @@ def figures(options: argparse.Namespace) -> None:
     look_first(options)
     written = make_figures(
         options.names or None, options.out, options.model, tasks=options.tasks, n_items=options.n_items,
-        seed=options.seed, formats=options.formats, memory_budget=options.memory_budget,
+        seed=options.seed, formats=options.formats, config=_train_config(options),
+        memory_budget=options.memory_budget,
     )  # fmt: skip
     print("\n".join(map(str, written)))
 

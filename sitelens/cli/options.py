@@ -94,6 +94,7 @@ def figures_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="decides prompts and test items")
     add("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file")
     add("--memory-budget", metavar="SIZE", help="extra memory beside the weights (default: 2GiB)")
+    _training_options(parser)
 
 
 def _formats(parser: argparse.ArgumentParser, default: list[str]) -> None:

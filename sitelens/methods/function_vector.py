@@ -23,6 +23,7 @@ from sitelens.methods.streams import AddToStream
 from sitelens.models import Model, head_shape, own_tokenizer, resolve_model, z_hook
 from sitelens.network import Passes
 from sitelens.prompts import PromptBatch, few_shot_prompts
+from sitelens.provenance import Origin
 from sitelens.tasks import Task, load_task
 from sitelens.values import Count, CountOrZero, Seed
 
@@ -59,7 +60,8 @@ def fit(
     shown = few_shot_prompts(task, queries, n_shots, own_tokenizer(model), seed, "function-vector", range(n_prompts))
     batch = prompts_of(shown, task, model)
     mean_z = _mean_z(batch, model, correct_only)
-    embedding = TaskEmbedding(mean_z, task.name, fingerprint(model), n_prompts, n_shots, seed)
+    made_for, origin = fingerprint(model), Origin.of(model, task, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
+    embedding = TaskEmbedding(mean_z, task.name, made_for, n_prompts, n_shots, seed, origin)
     effects = indirect_effects(task, model, embedding=embedding, n_prompts=n_effects, n_shots=n_shots, seed=seed)
     ranked = effects.sort_values(["effect", "layer", "head"], ascending=[False, True, True])
     order = list(zip(ranked["layer"], ranked["head"], strict=True))
@@ -67,7 +69,11 @@ def fit(
     layers = range(head_shape(model)[0])
     candidates = {
         (layer, count): AddToStream(
-            torch.stack([writes[place] for place in order[:count]]).sum(0)[None], (layer,), fingerprint(model), steps
+            torch.stack([writes[place] for place in order[:count]]).sum(0)[None],
+            (layer,),
+            made_for,
+            steps,
+            origin=origin,
         )
         for layer in layers
         for count in head_counts

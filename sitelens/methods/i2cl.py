@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sitelens.arguments import checked
 from sitelens.conditions import Condition
-from sitelens.defaults import warned_once
+from sitelens.defaults import SitelensError, warned_once
 from sitelens.fingerprints import fingerprint
 from sitelens.forward import Hook
 from sitelens.methods.common import drawn, fitting, mean_states, next_loss, prompts_of, zero_shot
@@ -22,6 +22,7 @@ from sitelens.methods.streams import Part, check_stream, output_hooks
 from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
 from sitelens.network import Passes
 from sitelens.prompts import Prompt, few_shot_prompt
+from sitelens.provenance import Origin
 from sitelens.tasks import Example, Task, load_task
 from sitelens.values import Count, Positive, Seed, Share
 
@@ -39,10 +40,15 @@ class LinearCombination(Condition):
     a: Float[Tensor, "layer module"]
     b: Float[Tensor, "layer module"]
     model: str | None = None
+    origin: Origin | None = None
     steps = "every"
 
+    def __post_init__(self) -> None:
+        if self.a.shape[1] != len(MODULES):
+            raise SitelensError(f"a linear combination is of {' and '.join(MODULES)}, not of {self.a.shape[1]} modules")
+
     def fwd_hooks(self, model: Model) -> list[Hook]:
-        check_stream("a linear combination", self.model, self.context.shape[2], model)
+        check_stream("a linear combination", self.model, self.context.shape[2], model, self.origin)
         return combining(self.context, self.a, self.b, points=_points(model))
 
 
@@ -128,7 +134,8 @@ def fit(
         next_loss([rows[i] for i in index], passes).backward(inputs=[a, b])
         optimizer.step()
         schedule.step()
-    return LinearCombination(context.cpu(), a.detach().cpu(), b.detach().cpu(), fingerprint(model))
+    made_for = fingerprint(model), Origin.of(model, task, seed=seed)
+    return LinearCombination(context.cpu(), a.detach().cpu(), b.detach().cpu(), *made_for)
 
 
 def demonstrations(task: Task, n: int | None, seed: int) -> list[Example]:

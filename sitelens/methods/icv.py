@@ -20,6 +20,7 @@ from sitelens.methods.common import best_on_valid, drawn, fitting, prompts_of, s
 from sitelens.methods.streams import check_stream, output_hooks, stream_hook
 from sitelens.models import Model, head_shape, resolve_model
 from sitelens.prompts import Prompt
+from sitelens.provenance import Origin
 from sitelens.tasks import Task, load_task
 from sitelens.values import Count, Seed
 
@@ -37,10 +38,11 @@ class InContextVector(Condition):
     directions: Float[Tensor, "layer d_model"]
     strength: float
     model: str | None = None
+    origin: Origin | None = None
     steps = "every"
 
     def fwd_hooks(self, model: Model) -> list[Hook]:
-        check_stream("an in-context vector", self.model, self.directions.shape[1], model)
+        check_stream("an in-context vector", self.model, self.directions.shape[1], model, self.origin)
         return [
             (point, functools.partial(self._turn, direction=direction))
             for point, direction in zip(output_hooks("mlp", model), self.directions, strict=True)
@@ -84,8 +86,8 @@ def fit(
         for texts in ([item.output for item in items], [item.input for item in items])
     )
     directions = direction(said - asked)[1:].to(torch.float32)
-    made_for = fingerprint(model)
-    candidates = {strength: InContextVector(directions, strength, made_for) for strength in strengths}
+    made_for = fingerprint(model), Origin.of(model, task, seed=seed)
+    candidates = {strength: InContextVector(directions, strength, *made_for) for strength in strengths}
     return candidates[best_on_valid(task, candidates, model)]
 
 

@@ -19,6 +19,7 @@ from sitelens.forward import Hook
 from sitelens.methods.common import answer_loss, answered, drawn, fitting
 from sitelens.models import Model, check_fit, computing_dtype, head_shape, resolve_model, z_hook
 from sitelens.network import Passes
+from sitelens.provenance import Origin
 from sitelens.tasks import Task, load_task
 from sitelens.values import Count, Positive, Seed
 
@@ -32,10 +33,11 @@ class HeadOffsets(Condition):
 
     offsets: Float[Tensor, "layer head d_head"]
     model: str | None = None
+    origin: Origin | None = None
     steps = "every"
 
     def fwd_hooks(self, model: Model) -> list[Hook]:
-        check_fit("the offsets", self.model, tuple(self.offsets.shape), model)
+        check_fit("the offsets", self.model, tuple(self.offsets.shape), model, self.origin)
         return changing(lambda z, layer: z + self.offsets[layer].to(z.device, z.dtype), len(self.offsets))
 
 
@@ -102,4 +104,5 @@ def fit(
     chosen[norms.sort(descending=True, stable=True).indices[:count]] = 1
     mask = chosen.reshape(*shape[:2], 1)
     train(offsets, offset_lr, 0.0, lambda z, layer: z + (mask[layer] * offsets[layer]).to(z.device), "offsets")
-    return HeadOffsets((mask * offsets.detach()).float().cpu(), fingerprint(model))
+    values, origin = (mask * offsets.detach()).float().cpu(), Origin.of(model, task, seed=seed)
+    return HeadOffsets(values, fingerprint(model), origin)

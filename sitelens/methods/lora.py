@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_map
 
@@ -20,12 +21,18 @@ from sitelens.forward import Hook
 from sitelens.methods.common import answer_loss, answered, best_on_valid, drawn, fitting
 from sitelens.models import Model, check_fit, head_shape, resolve_model
 from sitelens.network import Passes
+from sitelens.provenance import Origin
+from sitelens.schema import check_names, checked_tensor, unpacked
 from sitelens.tasks import Task, load_task
 from sitelens.twins import hooked_here
 from sitelens.values import Count, Positive, Seed
 
 RATES = (1e-4, 3e-4, 1e-3)
 PROJECTIONS = ("q", "v")
+HALVES = {
+    "q.A": Float[Tensor, "layer rank d_in"], "q.B": Float[Tensor, "layer q_out rank"],
+    "v.A": Float[Tensor, "layer rank d_in"], "v.B": Float[Tensor, "layer v_out rank"],
+}  # fmt: skip
 
 
 @checked
@@ -39,7 +46,18 @@ class LowRank(Condition):
     weights: dict[str, Tensor]
     alpha: Count
     model: str | None = None
+    origin: Origin | None = None
     steps = "every"
+
+    def __post_init__(self) -> None:
+        check_names(self.weights, HALVES, "the adapters")
+        sizes: dict[str, int] = {}
+        for name, hint in HALVES.items():
+            if name not in self.weights:
+                raise SitelensError(f"the adapters: {name} is missing")
+            checked_tensor(self.weights[name], hint, f"the adapters: {name}", sizes)
+        if self.alpha < 1:
+            raise SitelensError(f"the adapters' alpha must be at least 1, got {self.alpha}")
 
     def fwd_hooks(self, model: Model) -> list[Hook]:
         """None: adapters are weights.
@@ -60,19 +78,22 @@ class LowRank(Condition):
         return passes
 
     def _adapters(self, model: Model) -> Adapters:
-        check_fit("the adapters", self.model, (len(self.weights["q.A"]),), model)
+        check_fit("the adapters", self.model, (len(self.weights["q.A"]),), model, self.origin)
         adapters = Adapters(model, self.weights["q.A"].shape[1], self.alpha)
         for name, layers in adapters.weights.items():
             for weight, values in zip(layers, self.weights[name], strict=True):
                 weight.data.copy_(values)
         return adapters
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.weights, {"condition": "LowRank", "alpha": self.alpha, "model": self.model}
-
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> LowRank:
-        return cls(tensors, **meta)
+        """The adapters that `state` described.
+
+        Raises:
+            SitelensError: naming the field that is not what the class declares.
+        """
+        named = {name if name.startswith("weights.") else f"weights.{name}": half for name, half in tensors.items()}
+        return unpacked(cls, meta, named, cls.__name__)
 
 
 class Adapters:
@@ -142,7 +163,7 @@ def fit(
             of the rates.
     """
     model, task = resolve_model(model), fitting(load_task(task))
-    made_for = fingerprint(model)
+    made_for, origin = fingerprint(model), Origin.of(model, task, seed=seed)
     rows = answered(task, task.train, model)
     candidates = {}
     for rate in rates:
@@ -161,5 +182,5 @@ def fit(
             answer_loss([rows[i] for i in index], passes).backward(inputs=flat)
             optimizer.step()
         weights = {name: torch.stack([w.detach().cpu() for w in layers]) for name, layers in adapters.weights.items()}
-        candidates[rate] = LowRank(weights, alpha, made_for)
+        candidates[rate] = LowRank(weights, alpha, made_for, origin)
     return candidates[best_on_valid(task, candidates, model)]

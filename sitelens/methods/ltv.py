@@ -30,6 +30,7 @@ from sitelens.models import Model, own_tokenizer, resolve_model
 from sitelens.network import Passes
 from sitelens.prefix import PrefixCache, ReadOnly
 from sitelens.prompts import draw_demonstrations, few_shot_prompt
+from sitelens.provenance import Origin
 from sitelens.tasks import Task, load_task
 from sitelens.values import Count, CountOrZero, Positive, Seed
 
@@ -103,8 +104,11 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
     layers, made_for = tuple(range(len(writes))), fingerprint(model)
+    origin = Origin.of(model, task, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
     candidates = {
-        rate: AddToStream(summed(weights.detach(), writes).float().cpu(), layers, made_for, n_trained=weights.numel())
+        rate: AddToStream(
+            summed(weights.detach(), writes).float().cpu(), layers, made_for, n_trained=weights.numel(), origin=origin
+        )
         for rate, weights in trained.items()
     }
     return candidates[best_on_valid(task, candidates, model)]

@@ -87,7 +87,7 @@ def fit(
         masks = draw(logits, n_draws, generator)
         total = torch.stack([losses(masks, prefix, i, int(valid.answer[i])) for i in range(len(valid))]).sum(0)
     best = masks[int(total.argmin())]
-    chosen = HeadSelection(best, task.name, fingerprint(model), f"MTV, {n_steps} steps, seed {seed}")
+    chosen = HeadSelection(best, task.name, fingerprint(model), f"MTV, {n_steps} steps, seed {seed}", embedding.origin)
     return PatchHeads(chosen, embedding, steps="every")
 
 

@@ -6,7 +6,7 @@ import functools
 import weakref
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from sitelens.defaults import SitelensError
 from sitelens.forward import Hook
 from sitelens.heads.common import watch
 from sitelens.models import Model, check_fit, head_shape, model_name
+from sitelens.provenance import Origin
 
 
 def stream_hook(layer: int) -> str:
@@ -80,9 +81,19 @@ class _StreamCondition(Condition):
     model: str | None = None
     steps: Steps = "every"
     n_trained: int = 0  # numbers that were trained for it
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.vectors) or any(layer < 0 for layer in self.layers):
+            raise SitelensError(f"{len(self.vectors)} vectors cannot stand after the layers {self.layers}")
+        if self.steps not in get_args(Steps) or self.n_trained < 0:
+            raise SitelensError(f"steps must be 'prompt' or 'every' and n_trained at least 0, not {self.steps!r} and "
+                                f"{self.n_trained}")  # fmt: skip
 
     def fwd_hooks(self, model: Model) -> list[Hook]:
-        check_stream(f"a {type(self).__name__}", self.model, self.vectors.shape[1], model)
+        check_stream(f"a {type(self).__name__}", self.model, self.vectors.shape[1], model, self.origin)
+        if max(self.layers) >= head_shape(model)[0]:
+            raise SitelensError(f"{model_name(model)} has no layer {max(self.layers)}")
         return [
             (stream_hook(layer), functools.partial(self._act, vector=vector))
             for layer, vector in zip(self.layers, self.vectors, strict=True)
@@ -117,10 +128,10 @@ class ReplaceStream(_StreamCondition):
         return vector.expand(last.shape)
 
 
-def check_stream(what: str, made_for: str | None, width: int, model: Model) -> None:
+def check_stream(what: str, made_for: str | None, width: int, model: Model, origin: Origin | None = None) -> None:
     """Raise SitelensError unless vectors of this width, made for the model of this fingerprint, fit `model`."""
     if width != model.cfg.d_model:
         raise SitelensError(
             f"{what} has vectors of {width} entries, {model_name(model)} has d_model {model.cfg.d_model}"
         )
-    check_fit(what, made_for, (), model)
+    check_fit(what, made_for, (), model, origin)

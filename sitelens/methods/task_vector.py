@@ -14,6 +14,7 @@ from sitelens.methods.common import best_on_valid, fitting, mean_states, prompts
 from sitelens.methods.streams import ReplaceStream, stream_hook
 from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
 from sitelens.prompts import few_shot_prompt
+from sitelens.provenance import Origin
 from sitelens.tasks import Task, load_task
 from sitelens.values import Count, CountOrZero, Seed
 
@@ -49,6 +50,8 @@ def fit(
         prompts.append(few_shot_prompt(task, shown, dummy, own_tokenizer(model)))
     layers = range(head_shape(model)[0])
     means = mean_states(prompts_of(prompts, task, model), [stream_hook(layer) for layer in layers], model)
-    made_for = fingerprint(model)
-    candidates = {layer: ReplaceStream(means[layer : layer + 1], (layer,), made_for, steps) for layer in layers}
+    made_for, origin = fingerprint(model), Origin.of(model, task, n_prompts=n_sets, n_shots=n_shots, seed=seed)
+    candidates = {
+        layer: ReplaceStream(means[layer : layer + 1], (layer,), made_for, steps, origin=origin) for layer in layers
+    }
     return candidates[best_on_valid(task, candidates, model)]

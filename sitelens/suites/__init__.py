@@ -21,7 +21,7 @@ from sitelens.labels import shared_first_tokens, warn_of_shared_first_tokens
 from sitelens.methods import checked_options
 from sitelens.methods.common import fitting
 from sitelens.metrics import METRICS, checked_metrics
-from sitelens.models import Model, context_length, own_tokenizer, resolve_model
+from sitelens.models import Model, context_length, model_name, own_tokenizer, resolve_model
 from sitelens.progress import Job, portions
 from sitelens.prompts import within_context
 from sitelens.scoring import score_conditions
@@ -120,7 +120,8 @@ def run_suite(
     if not run.frames:
         reasons = [f"{task}: {reason}" for task, reason in left_out.items() if reason != NOT_ASKED]
         raise SitelensError(f"no task of the suite {name!r} can be run: {'; '.join(reasons[:3])}")
-    scores = pd.concat(run.frames, ignore_index=True).drop(columns="seed")
+    scores = pd.concat(run.frames, ignore_index=True)
+    scores = scores.assign(model=model_name(model), training_seed=config.seed)
     scores.insert(1, "group", scores["task"].map({row["task"]: row["group"] for row in about}))
     facts = {
         "suite": name, "tasks": [task.name for task in loaded], "n_items": n_items, **measured, "metric": metric,

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class SuiteResult:
     """What a suite gave.
 
-    scores: one row per task, condition and item: task, group, condition, item, metric, score, logprob, rank.
+    scores: one row per task, condition and item: task, group, condition, seed, item, metric, score, logprob, rank,
+        model, training_seed.
     tasks: one row a task: task, group, train, valid, test (items that were used at most), dropped (items too long for
     the context, from all splits), shared (share of test items whose answer's first token is also that of another answer
     of the task), note (how it was split), digest.
@@ -64,9 +65,16 @@ class SuiteResult:
     def markdown(self) -> str:
         """The table as Markdown, like the paper's: conditions down, groups across, per cent, and what intervals are."""
         table = self.table()
+        most = table.groupby("group")["n"].max()
         cells = table.assign(
-            text=[percent(row, 1) for row in table.to_dict("records")],
-            column=[f"{row.group} ({row.tasks} task{'' if row.tasks == 1 else 's'})" for row in _rows(table)],
+            text=[
+                percent(row, 1) + (f" (n={row['n']})" if row["n"] != most[row["group"]] else "")
+                for row in table.to_dict("records")
+            ],
+            column=[
+                f"{row.group} ({row.tasks} task{'' if row.tasks == 1 else 's'}, n={most[row.group]})"
+                for row in _rows(table)
+            ],
         )
         wide = cells.pivot_table(index="condition", columns="column", values="text", aggfunc="first", sort=False)
         return markdown_table(wide) + (f"\n\n{RANGES}" if "tasks_low" in table else "")
@@ -93,8 +101,18 @@ class SuiteResult:
         with Outputs(folder) as outputs:
             outputs.write(f"{name}-tasks.csv", lambda path: write_csv(path, self.tasks, float_format="%.6g"))
             outputs.write(f"{name}.md", lambda path: write_text(path, self.markdown() + "\n"))
+            facts |= {"n_items": int(self.scores.groupby("task")["item"].nunique().max()), "data": self._data()}
             write_figure(outputs, self.figure(), self.summary(), name, formats, command, self.model, facts)
         return outputs.paths
+
+    def _data(self) -> dict[str, Any]:
+        """Digest, note and number of test items that were used of each task."""
+        used = self.scores.groupby("task")["item"].nunique().to_dict()
+        return {
+            row.task: {"digest": row.digest, "note": row.note, "n_items": int(used[row.task])}
+            for row in _rows(self.tasks)
+            if row.task in used
+        }
 
 
 def _rows(frame: pd.DataFrame) -> Iterator[Any]:
