@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from sitelens.training import train_selections as train_selections
     from sitelens.transfer import TransferMatrix as TransferMatrix
     from sitelens.transfer import transfer_matrix as transfer_matrix
+    from sitelens.verification import Verification as Verification
+    from sitelens.verification import verify as verify
 
 _HOMES = {
     "ablation": ("Ablate",),
@@ -81,6 +83,7 @@ _HOMES = {
     "training": ("TrainResult", "train_selection", "train_selections"),
     "similarity": ("HeadSimilarity", "head_similarity", "similarity_predicts_transfer"),
     "transfer": ("TransferMatrix", "transfer_matrix"),
+    "verification": ("Verification", "verify"),
 }
 _HOME_OF: dict[str, str] = {name: home for home, names in _HOMES.items() for name in names}
 

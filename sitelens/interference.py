@@ -23,7 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge import TransformerBridge, component_setup
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers.modeling_utils import AttentionInterface
 
@@ -66,7 +66,8 @@ def heard(model: TransformerBridge) -> str | None:
             if inside[attribute]:
                 for hook in list(inside[attribute].values()):
                     own = Here.inside(hook)
-                    if own.active if own is not None else kind is HookPoint or is_foreign(hook):
+                    foreign = is_foreign(hook) or (kind is HookPoint and not is_wiring(hook))
+                    if own.active if own is not None else foreign:
                         return f"{_HOOKS[attribute]} on {_usual_name(name, module, model)}"
         if kind is HookPoint:
             continue
@@ -136,6 +137,12 @@ class Here:
         if getattr(hook, "__module__", "") == HookPoint.__module__ and getattr(hook, "__closure__", None):
             inner = [cell.cell_contents for cell in hook.__closure__]
         return next((one for one in (hook, *inner) if isinstance(one, Here)), None)
+
+
+def is_wiring(hook: Any) -> bool:
+    """Whether a hook on a hook point is the bridge's own: it fires those of a part without a module (OPT's MLP)."""
+    cells = getattr(hook, "__closure__", None) or ()
+    return any(getattr(cell.cell_contents, "__module__", "") == component_setup.__name__ for cell in cells)
 
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)

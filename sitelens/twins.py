@@ -17,12 +17,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import component_setup
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.generalized_components.block import BlockBridge
 from transformer_lens.model_bridge.sources.transformers_driver import TransformersDriver
 from transformers import PreTrainedConfig
 
-from sitelens.interference import Here, is_foreign
+from sitelens.interference import Here, is_foreign, is_wiring
 from sitelens.models import Model
 
 # Model types whose wrappers have no weights of their own, and whose z reaches the output projection as attention gave
@@ -51,7 +52,12 @@ def network_twin(model: Model, attention: str = "eager") -> Any:
 
 def bridge_twin(model: Model) -> Model:
     """The whole bridge, with the hooks that are on it now; those get the modules of the model, not of the twin."""
-    return _Maker(bridged=True).module(model)
+    maker = _Maker(bridged=True)
+    twin = maker.module(model)
+    for part in maker.placeholders:
+        part._placeholder_hooks_wired = False
+        component_setup._wire_symbolic_hooks(part)
+    return twin
 
 
 def is_listened(model: Model) -> bool:
@@ -77,7 +83,8 @@ def _is_listened(module: nn.Module) -> bool:
     for name in HOOKS:
         for hook in list(facts[name].values()) if facts[name] else ():
             own = Here.inside(hook)
-            if own.active if own is not None else type(module) is HookPoint or is_foreign(hook):
+            foreign = is_foreign(hook) or (type(module) is HookPoint and not is_wiring(hook))
+            if own.active if own is not None else foreign:
                 return True
     return False
 
@@ -125,6 +132,7 @@ class _Maker:
         self.bridged, self.attention = bridged, attention
         self.made: dict[int, Any] = {}
         self.wired: set[int] = set()  # ids of hooks that a block's twin makes anew for itself
+        self.placeholders: list[Any] = []  # parts without a module, whose hook points others fire
 
     def module(self, module: nn.Module) -> Any:
         """The module's twin."""
@@ -141,13 +149,17 @@ class _Maker:
         for name, value in facts.items():
             if type(value) not in _ATOMS and name not in _TAKEN:
                 own[name] = self.value(value)
+        if facts.get("_placeholder_hooks_wired"):
+            self.placeholders.append(twin)
         own["training"] = False
         own["_buffers"] = facts["_buffers"].copy()  # some rotary embeddings replace theirs in a forward pass
         own["_modules"] = {name: child and self.module(child) for name, child in facts["_modules"].items()}
         for name in HOOKS:
             own[name] = (
                 OrderedDict(
-                    (key, self.hook(hook, module)) for key, hook in facts[name].items() if key not in self.wired
+                    (key, self.hook(hook, module))
+                    for key, hook in facts[name].items()
+                    if key not in self.wired and not is_wiring(hook)
                 )
                 if facts[name]
                 else OrderedDict()

@@ -26,7 +26,7 @@ from sitelens.tasks import builtin, task_names
 from sitelens.training import TrainConfig
 from tests import micro
 
-COMMANDS = ["run", "transfer", "compare", "suite", "figures", "tasks", "models", "cache"]
+COMMANDS = ["run", "transfer", "compare", "suite", "figures", "verify", "tasks", "models", "cache"]
 HEAVY = ("torch", "transformers", "transformer_lens", "pandas", "numpy", "plotly")
 
 

@@ -21,6 +21,7 @@ from sitelens.cli.options import (
     run_options,
     suite_options,
     transfer_options,
+    verify_options,
 )
 from sitelens.cli.parser import Parser
 from sitelens.defaults import SitelensError, SitelensWarning, settings, warned_once
@@ -131,6 +132,11 @@ def _parser() -> Parser:
     figures_options(command(
         "figures", experiments.figures, "make the figures of the paper's analyses",
         "Each with its data (.csv) and where it came from (.json) beside it.",
+    ))  # fmt: skip
+    verify_options(command(
+        "verify", experiments.verify, "check on a model what this library computes",
+        "Fast paths, head edits, attention, attribution and generation against the raw network, and which methods the "
+        "architecture supports. The exit code is 1 if something fails.",
     ))  # fmt: skip
     tasks = command("tasks", listings.tasks, "list the tasks", "With a word: those whose name contains it.")
     tasks.add_argument("pattern", nargs="?", help="part of a name")

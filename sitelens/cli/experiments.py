@@ -227,6 +227,19 @@ def suite(options: argparse.Namespace) -> None:
         print(f"\ntable, figure, their numbers and their origin are in {options.out}")
 
 
+def verify(options: argparse.Namespace) -> None:
+    from sitelens.tasks import load_task
+
+    task = load_task(options.task)  # a wrong name shows before a model is loaded
+    from sitelens.verification import verify
+
+    with settings.using(memory_budget=options.memory_budget or settings.memory_budget):
+        report = verify(_load_model(options), task=task)
+    print("\n".join(map(visible, str(report).splitlines())))
+    if not report.ok:
+        raise SitelensError(f"{report.model}: these checks fail: {', '.join(report.failures)}")
+
+
 def figures(options: argparse.Namespace) -> None:
     from sitelens.gallery import PICTURES, make_figures
 

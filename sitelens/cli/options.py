@@ -107,9 +107,20 @@ def _settings(parser: argparse.ArgumentParser) -> None:
                         help="options of a method's fit, for example LTV.steps=400")  # fmt: skip
 
 
+def verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", default="smollm2-135m",
+                        help="packaged model, hub id, folder or .gguf file")  # fmt: skip
+    parser.add_argument("--task", default="antonym", help="whose prompts are used")
+    _loading_options(parser.add_argument_group("model"))
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="smollm2-135m", help="packaged model, hub id, folder or .gguf file")
+    _loading_options(group)
+
+
+def _loading_options(group: Any) -> None:
     group.add_argument("--dtype", help="for example float32 or bfloat16 (default: the checkpoint's)")
     group.add_argument("--device", help="for example cpu or cuda (default: a GPU where there is one)")
     group.add_argument("--device-map", help="'auto' spreads the layers over all GPUs")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sitelens.defaults import SitelensError, settings
 from sitelens.fingerprints import text_config
+from sitelens.heads.norms import HeldNorm
 from sitelens.models import Model, computing_dtype, head_shape, model_dtype, model_name, z_hook
 from sitelens.network import Passes, run_tokens
 from sitelens.prefix import PrefixCache, ReadOnly
@@ -40,58 +41,12 @@ def tolerance(model: Model) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class HeldNorm:
-    """A norm with its scale held: x -> gain * (x, or x less its mean) + shift."""
-
-    gain: Float[Tensor, "row 1 d_model"]
-    shift: Float[Tensor, " d_model"]
-    centred: bool
-
-    def __call__(self, x: Float[Tensor, "*rows 1 d_model"]) -> Float[Tensor, "*rows 1 d_model"]:
-        wide = x.to(self.gain.dtype)
-        wide = wide - wide.mean(-1, keepdim=True) if self.centred else wide
-        return (wide * self.gain.to(x.device) + self.shift.to(x.device)).to(x.dtype)
-
-    @staticmethod
-    def at(norm: Any, x: Float[Tensor, "row 1 d_model"], y: Float[Tensor, "row 1 d_model"],
-           share: float) -> HeldNorm | None:  # fmt: skip
-        """The norm as it took x to y, or None if it is no norm of a known form (within `share` of the output)."""
-        weight, shift, centred = _affine_part(norm, x)
-        x, y = x.to(weight.dtype), y.to(weight.dtype)
-        scaled = weight * (x - x.mean(-1, keepdim=True) if centred else x)
-        inverse = ((y - shift) * scaled).sum(-1, keepdim=True) / scaled.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
-        held = HeldNorm(weight * inverse, shift, centred)
-        error = (held(x) - y).abs().max() / y.abs().max().clamp(min=1e-30)
-        return held if bool(error <= share) else None
-
-
-@torch.no_grad()
-def _affine_part(norm: Any, like: Tensor) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"], bool]:
-    """A norm's weight and bias, and whether it takes the mean away: found by running it, not by their names."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    width = like.shape[-1]
-    signs = torch.ones(width, dtype=dtype, device=like.device)
-    signs[1::2] = -1
-    zigzags = torch.stack([signs, signs.roll(1)])
-    if width % 2:
-        zigzags[0, -1] = zigzags[1, 0] = 0  # both have the mean zero
-    probes = 1024 * torch.cat([zigzags, -zigzags, zigzags + 1])  # so long that no epsilon counts
-    weights = {name: tensor.to(dtype) for name, tensor in norm.state_dict().items()}
-    found = torch.func.functional_call(norm, weights, (probes[:, None],))[:, 0].to(dtype)
-    up, down, raised = found.chunk(3)
-    unit = zigzags / zigzags.pow(2).mean(-1, keepdim=True).sqrt()
-    shift = ((up + down) / 2).mean(0)
-    weight = ((up - down) / 2 * unit).sum(0) / unit.pow(2).sum(0)
-    return weight, shift, bool((raised - up).abs().max() < 0.1 * weight.abs().max())
-
-
-@dataclass(frozen=True, eq=False)
 class DirectPath:
     """What reaches the logits of some prompts from the heads directly; made by `DirectPath.of`.
 
     z: what every head gives at the last token, differentiable inputs of `unembedded`.
     unembedded: what the unembedding gives; the logits are `scale` times that, or, in a model that caps its logits, what
-    is capped then.
+    is capped then (`capped`).
     norms, mlps: every norm with its scale held and what enters each MLP, by hook point.
     unknown: norms that have no known form.
     """
@@ -101,6 +56,7 @@ class DirectPath:
     z: tuple[Float[Tensor, "row 1 head d_head"], ...]
     unembedded: Float[Tensor, "row vocab"]
     scale: float
+    capped: bool
     norms: dict[str, HeldNorm]
     mlps: dict[str, Float[Tensor, "row 1 d_model"]]
     unknown: tuple[str, ...]
@@ -170,29 +126,35 @@ class DirectPath:
                 f"its norms are held ({error}). Direct logit attribution is not supported for this architecture"
             ) from error
         inputs = tuple(z[layer] for layer in sorted(z))
-        scale = _logit_scale(seen[UNEMBED].detach(), logits.detach(), model)
-        return DirectPath(prefix, model, inputs, seen[UNEMBED], scale, norms, mlps, tuple(unknown))
+        scale, capped = _logit_scale(seen[UNEMBED].detach(), logits.detach(), model)
+        return DirectPath(prefix, model, inputs, seen[UNEMBED], scale, capped, norms, mlps, tuple(unknown))
 
     def check(self) -> float:
-        """By how much all heads' contributions miss what the likeliest tokens' logits lose without any head.
+        """By how much all heads' contributions miss what the logits lose without any head, in a second forward pass.
 
-        As a share of the logits' range, against a second forward pass with z = 0.
+        Along the direction in which the logits change, as a share of the change.
 
         Raises:
             SitelensError: if it is more than `tolerance`: the architecture is not one of those that can be read so.
         """
-        likeliest = self.unembedded.argmax(-1)
-        without = self.run([torch.zeros_like(z) for z in self.z])
-        lost = past_the_mean(self.unembedded.detach(), likeliest) - past_the_mean(without, likeliest)
-        found = self.attribution(likeliest).sum((1, 2)).to(lost) / self.scale
-        spread = (self.unembedded - self.unembedded.mean(-1, keepdim=True)).detach().abs().max()
-        error = float((found - lost).abs().max() / spread)
+        wide = computing_dtype(self.model)
+        with_all = self.unembedded.detach().to(wide)
+        lost = with_all - self.run([torch.zeros_like(z) for z in self.z]).to(wide)
+        lost = lost - lost.mean(-1, keepdim=True)
+        size = lost.norm(dim=-1)
+        # Where heads write next to nothing, rounding of the logits themselves is all that could be seen.
+        least = 0.03 * (with_all - with_all.mean(-1, keepdim=True)).norm(dim=-1)
+        direction = lost / size.clamp(min=1e-30)[:, None]
+        with torch.inference_mode(False), torch.enable_grad():
+            total = (self.unembedded.to(wide) * direction).sum()
+        found = self._contributions(total).sum((1, 2)).to(size)
+        error = float(((found - size).abs() / torch.maximum(size, least).clamp(min=1e-30)).max())
         if not error <= tolerance(self.model):
             names = f" (norms of an unknown form: {', '.join(self.unknown)})" if self.unknown else ""
             raise SitelensError(
                 f"what the heads of {model_name(self.model)} write cannot be told apart from the rest: with all else "
-                f"held, their contributions miss the logits by {error:.1%} of their range{names}. Direct logit "
-                "attribution is not supported for this architecture"
+                f"held, their contributions miss the logits by {error:.1%}{names}. Direct logit attribution is not "
+                "supported for this architecture"
             )
         return error
 
@@ -202,13 +164,20 @@ class DirectPath:
         """Each head's contribution to the logit of a token, past the vocabulary's mean; with `z` instead of its own."""
         with torch.inference_mode(False), torch.enable_grad():
             total = past_the_mean(self.unembedded, tokens.to(self.unembedded.device)).sum()
+        return self.scale * self._contributions(total, z)
+
+    def _contributions(
+        self, total: Float[Tensor, ""], z: Float[Tensor, "row layer head d_head"] | None = None
+    ) -> Float[Tensor, "row layer head"]:
+        """Each head's contribution to a number that is linear in what the unembedding gives."""
+        with torch.inference_mode(False), torch.enable_grad():
             gradients = torch.autograd.grad(total, self.z, retain_graph=True)
         dtype, device = computing_dtype(self.model), self.model.cfg.device
         layers = []
         for layer, (own, gradient) in enumerate(zip(self.z, gradients, strict=True)):
             given = own.detach()[:, 0] if z is None else z[:, layer]
             layers.append((gradient[:, 0].to(device, dtype) * given.to(device, dtype)).sum(-1))
-        return self.scale * torch.stack(layers, dim=1)
+        return torch.stack(layers, dim=1)
 
     def written(self, layer: int, head: int, z: Float[Tensor, " d_head"]) -> Float[Tensor, "row vocab"]:
         """What a head adds to the logits of each prompt with the output z, past the vocabulary's mean."""
@@ -300,17 +269,17 @@ def _run(prefix: PrefixCache, model: Model, acts: list[Act], kept: int = 1) -> T
     )[:, -1:].flatten(0, 1)
 
 
-def _logit_scale(unembedded: Tensor, logits: Tensor, model: Model) -> float:
-    """The factor between what the unembedding gives and the logits; 1 where those are capped (we stay before it)."""
+def _logit_scale(unembedded: Tensor, logits: Tensor, model: Model) -> tuple[float, bool]:
+    """The factor between what the unembedding gives and the logits, and whether those are capped (then it is 1)."""
     share = tolerance(model)
     before, after = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (unembedded, logits))
     if before.shape == after.shape:
         scale = float((after * before).sum() / before.pow(2).sum().clamp(min=1e-30))
         if (after - scale * before).abs().max() <= share * after.abs().max():
-            return scale
+            return scale, False
         cap = getattr(text_config(model), "final_logit_softcapping", None)
         if cap and (after - cap * torch.tanh(before / cap)).abs().max() <= share * after.abs().max():
-            return 1.0
+            return 1.0, True
     raise SitelensError(
         f"the logits of {model_name(model)} are neither a multiple of what its unembedding gives nor a soft cap of it: "
         "direct logit attribution is not supported for this architecture"
