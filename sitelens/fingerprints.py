@@ -26,12 +26,16 @@ _BLOCK = 1 << 20  # 32-bit words of a tensor on an accelerator that are summed a
 
 @dataclass(frozen=True)
 class _Known:
-    """A fingerprint, the facts and sums of tensors that it stands for, and the SHA-256 of each tensor by its sum."""
+    """A fingerprint, the facts and sums of tensors that it stands for, and the SHA-256 of each tensor by its sum.
+
+    `weights` is a digest of the parameters alone.
+    """
 
     plain: dict[str, Any]
     sums: dict[str, str]
     digests: dict[str, str]
     fingerprint: str
+    weights: str
 
 
 _known: weakref.WeakKeyDictionary[TransformerBridge, _Known] = weakref.WeakKeyDictionary()
@@ -57,8 +61,19 @@ def fingerprint(model: TransformerBridge) -> str:
         fresh = dict(zip(new, _in_threads(content_digest, list(new.values())), strict=True))
         digests = {total: (fresh.get(total) or digests[total]) for total in sums.values()}
         named = {name: digests[total] for name, total in sums.items()}
-        known = _known[model] = _Known(facts.plain, sums, digests, digest([facts.plain, named])[:32])
+        weights = {name: named[name] for name in sums if isinstance(facts.tensors[name], torch.nn.Parameter)}
+        whole = digest([facts.plain, named])[:32]
+        known = _known[model] = _Known(facts.plain, sums, digests, whole, digest(weights)[:32])
     return known.fingerprint
+
+
+def weights_digest(model: TransformerBridge) -> str:
+    """A hexadecimal digest of the model's parameters alone: the same on every machine, whatever the library versions.
+
+    A fingerprint also covers what libraries and processors compute when a model is loaded (rotary frequencies, say).
+    """
+    fingerprint(model)
+    return _known[model].weights
 
 
 _settled: ContextVar[tuple[TransformerBridge, str] | None] = ContextVar("settled", default=None)

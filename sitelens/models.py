@@ -20,7 +20,7 @@ from sitelens.arguments import checked
 from sitelens.catalogue import how_to_get
 from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder
 from sitelens.defaults import SitelensError, SitelensWarning, warn_once
-from sitelens.fingerprints import fingerprint, text_config
+from sitelens.fingerprints import fingerprint, text_config, weights_digest
 from sitelens.loading import load_network, quiet_transformers, random_dropout
 from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
 from sitelens.sources import DEFAULT_MODEL, check_device, hub_id
@@ -227,7 +227,8 @@ def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Mo
     """Raise SitelensError unless an artifact made for the model with fingerprint `made_for` fits this one.
 
     `shape` begins with (layers, heads); None as fingerprint means made for any model of that shape. With its `origin`
-    (see `sitelens.provenance`), the same model in another precision is a warning.
+    (see `sitelens.provenance`), the same model in another precision, or the same weights under other library versions or
+    another configuration, is a warning.
     """
     expected = head_shape(model)[: len(shape)]
     if tuple(shape) != expected:
@@ -236,6 +237,10 @@ def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Mo
     if made_for is not None and made_for != fingerprint(model):
         if origin is not None and (precision := origin.other_precision(model)) is not None:
             warn_once(f"{what} was made with {precision}: numbers will differ a little", what)
+            return
+        if origin is not None and origin.weights is not None and origin.weights == weights_digest(model):
+            warn_once(f"{what} was made with the same weights under another configuration or with other versions of the "
+                      "libraries: numbers may differ a little", what)  # fmt: skip
             return
         raise SitelensError(
             f"{what} was made with another model (fingerprint {made_for[:12]}) than {model_name(model)} "

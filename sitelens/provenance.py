@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sitelens.fingerprints import fingerprint
+from sitelens.fingerprints import fingerprint, weights_digest
 from sitelens.models import Model, head_shape, model_dtype, model_name
 from sitelens.tasks import Task
 from sitelens.version import __version__
@@ -28,7 +28,7 @@ class Origin:
     """Where a selection, an embedding or a condition came from. What is not known is None.
 
     model, revision, dtype, quantize: the model's name, its commit on the hub, the dtype of its activations, and "nf4"
-        or None.
+        or None. weights: a digest of its parameters.
     task_digest, template, instruction, template_arguments: of the task, as its fields.
     n_prompts, n_shots, seed: the prompts behind the task embedding.
     created: the day (UTC). sitelens: the version.
@@ -38,6 +38,7 @@ class Origin:
     revision: str | None = None
     dtype: str | None = None
     quantize: str | None = None
+    weights: str | None = None
     task_digest: str | None = None
     template: str | None = None
     instruction: str | None = None
@@ -60,6 +61,7 @@ class Origin:
         facts = model_facts(model)
         return Origin(
             model=facts["name"], revision=facts["revision"], dtype=facts["dtype"], quantize=facts["quantize"],
+            weights=weights_digest(model),
             created=datetime.datetime.now(datetime.UTC).date().isoformat(), sitelens=__version__, **about, **prompts,
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ from sitelens import keys
 from sitelens.comparison import fit_method
 from sitelens.defaults import SitelensWarning, settings
 from sitelens.facts import BOOKKEEPING, Facts
-from sitelens.fingerprints import accelerator_sums, fingerprint, tensor_sums
+from sitelens.fingerprints import accelerator_sums, fingerprint, tensor_sums, weights_digest
 from sitelens.interference import heard
 from sitelens.keys import ResultStore, model_key
 from sitelens.models import Model, load_model
@@ -491,3 +491,19 @@ def test_the_libraries_own_hooks_do_not_count():
     bridge.original_model(TOKENS, output_hidden_states=True)
     nn.utils.parametrizations.orthogonal(bridge.blocks[0].attn.q.original_component)
     assert heard(bridge) is None
+
+
+# Artifacts from elsewhere
+
+
+def test_an_artifact_of_the_same_weights_fits_where_only_libraries_or_settings_differ() -> None:
+    here, elsewhere, other = micro.bridge("Llama"), micro.bridge("Llama"), micro.bridge("Llama", seed=1)
+    rotary = next(module for module in elsewhere.original_model.modules() if hasattr(module, "inv_freq"))
+    with torch.no_grad():
+        rotary.inv_freq[0] = torch.nextafter(rotary.inv_freq[0], torch.tensor(2.0))  # as another processor rounds
+    assert sl.fingerprint(here) != sl.fingerprint(elsewhere) and weights_digest(here) == weights_digest(elsewhere)
+    embedding = sl.embed_task(micro.task(), here, n_prompts=2, n_shots=1)
+    with pytest.warns(sl.SitelensWarning, match="same weights under another configuration or with other versions"):
+        embedding.check_fits(elsewhere)
+    with pytest.raises(sl.SitelensError, match="another model"):
+        embedding.check_fits(other)

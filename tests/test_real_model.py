@@ -15,13 +15,17 @@ from transformers import AutoModelForCausalLM
 import sitelens as sl
 from sitelens import cli
 from sitelens.defaults import settings
+from sitelens.fingerprints import weights_digest
 from sitelens.forward import HeadEdit, LastToken
 from sitelens.models import Model, own_tokenizer
 from sitelens.prefix import PrefixCache
 from sitelens.prompts import few_shot_prompts, tokenize
 from tests import micro, oracle
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*first token"),  # of real tasks many answers share theirs
+]
 ROOT = Path(__file__).parent.parent
 FV_TASKS = ("fv/antonym", "fv/country-capital", "fv/capitalize", "fv/choose_first_of_3")
 
@@ -42,7 +46,7 @@ def fv_runs(model: Model, data_folder: Path) -> dict[tuple[str, int], sl.TrainRe
 
 def test_default_model_is_what_it_says(model: Model) -> None:
     assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head) == (30, 9, 64)
-    assert sl.fingerprint(model) == "9757a0c2bc68fad61e30b018e376786e"  # these weights and no others
+    assert weights_digest(model) == "35b7c564542ab21b155823a499f9b27a"  # these weights and no others
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert own_tokenizer(model)("Q: hot\nA:")["input_ids"][0] != own_tokenizer(model).bos_token_id
 
