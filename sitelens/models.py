@@ -227,8 +227,8 @@ def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Mo
     """Raise SitelensError unless an artifact made for the model with fingerprint `made_for` fits this one.
 
     `shape` begins with (layers, heads); None as fingerprint means made for any model of that shape. With its `origin`
-    (see `sitelens.provenance`), the same model in another precision, or the same weights under other library versions or
-    another configuration, is a warning.
+    (see `sitelens.provenance`), the same model in another precision, or the same weights under other library
+    versions or another configuration, is a warning.
     """
     expected = head_shape(model)[: len(shape)]
     if tuple(shape) != expected:
@@ -239,8 +239,8 @@ def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Mo
             warn_once(f"{what} was made with {precision}: numbers will differ a little", what)
             return
         if origin is not None and origin.weights is not None and origin.weights == weights_digest(model):
-            warn_once(f"{what} was made with the same weights under another configuration or with other versions of the "
-                      "libraries: numbers may differ a little", what)  # fmt: skip
+            warn_once(f"{what} was made with the same weights under another configuration or with other versions of "
+                      "the libraries: numbers may differ a little", what)  # fmt: skip
             return
         raise SitelensError(
             f"{what} was made with another model (fingerprint {made_for[:12]}) than {model_name(model)} "
