@@ -13,7 +13,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,10 @@ from sitelens.tasks.templates import Arguments as Arguments
 from sitelens.tasks.templates import check_template as check_template
 from sitelens.tasks.templates import checked_arguments as checked_arguments
 from sitelens.tasks.templates import rewritten as rewritten
+from sitelens.values import SplitSeed, converted
 
 SPLITS = ("train", "valid", "test")
+Text = str | None
 RENDERING = 2  # of conversations by `sitelens.chat`; to be raised when their text changes
 
 
@@ -181,6 +183,9 @@ def load_task(
     Raises:
         SitelensError: for an unknown name (with the nearest ones) or a file that cannot be used (which item, why).
     """
+    input, output = (converted(key, value, str) for key, value in (("input", input), ("output", output)))
+    also, split, sep = (converted(key, value, Text) for key, value in (("also", also), ("split", split), ("sep", sep)))
+    seed = converted("seed", seed, SplitSeed | None)
     options = (input, output, also, split, sep, seed)
     given = options != ("input", "output", "also", "split", None, None)
     if isinstance(name, Task):
@@ -277,6 +282,9 @@ def _from_file(path: Path, content: dict[str, Any], seed: int) -> Task:
 
 def _from_items(name: str, content: dict[str, Any], where: str, seed: int, options: dict[str, Any]) -> Task:
     """A task from raw items: "examples", which are split here, or "train", "valid" and "test"."""
+    seed = converted("seed", seed, SplitSeed)
+    if unknown := sorted(set(options) - {field.name for field in fields(Task)}):
+        raise SitelensError(f"a task has no field {unknown[0]!r}: there are {', '.join(f.name for f in fields(Task))}")
     if "examples" in content:
         examples = parse_examples(_listed(content["examples"], where), f"{where}, ")
         _check_number(name, examples)
