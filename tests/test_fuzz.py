@@ -97,7 +97,7 @@ def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@how_many(60, 1500)
+@how_many(60, 400)
 def test_every_command_line_ends_in_an_exit_code(idle: Path, examples: int):
     @settings(max_examples=examples, **SETTINGS)
     @given(words=command_lines())

@@ -13,7 +13,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ from sitelens.tasks.templates import rewritten as rewritten
 from sitelens.values import SplitSeed, converted
 
 SPLITS = ("train", "valid", "test")
-Text = str | None
 RENDERING = 2  # of conversations by `sitelens.chat`; to be raised when their text changes
 
 
@@ -129,6 +128,8 @@ class Task:
             SitelensError: naming the item that cannot be used and why, or if there are fewer than 4 items.
         """
         items = pairs.items() if isinstance(pairs, Mapping) else pairs
+        if not isinstance(items, Iterable) or isinstance(items, str | bytes):
+            raise SitelensError(f"pairs must be a list of (input, output) pairs or a dict, not {items!r}")
         return _from_items(name, {"examples": list(items)}, f"task {name!r}", seed, {"source": "own", **options})
 
     @staticmethod
@@ -153,9 +154,7 @@ class Task:
             SitelensError: if a column is missing, for an unknown or empty split, and as `from_pairs`.
         """
         if not isinstance(frame, pd.DataFrame):
-            raise SitelensError(
-                f"from_frame takes a DataFrame, not {type(frame).__name__}; Task.from_pairs takes pairs"
-            )
+            raise SitelensError(f"from_frame takes a DataFrame, not {type(frame).__name__}; from_pairs takes pairs")
         where = f"task {name!r}"
         content = by_split(frame_rows(frame, Columns(input, output, also, split), where), where)
         return _from_items(name, content, where, seed, {"source": "own", **options})
@@ -183,8 +182,8 @@ def load_task(
     Raises:
         SitelensError: for an unknown name (with the nearest ones) or a file that cannot be used (which item, why).
     """
-    input, output = (converted(key, value, str) for key, value in (("input", input), ("output", output)))
-    also, split, sep = (converted(key, value, Text) for key, value in (("also", also), ("split", split), ("sep", sep)))
+    input, output = converted("input", input, str), converted("output", output, str)
+    also, split = converted("also", also, str | None), converted("split", split, str | None)
     seed = converted("seed", seed, SplitSeed | None)
     options = (input, output, also, split, sep, seed)
     given = options != ("input", "output", "also", "split", None, None)
@@ -208,7 +207,6 @@ def load_task(
     if found := benchmarks.find(text):
         return _benchmark(text, *found)
     known = task_names()
-    # "antonim" is near "antonym"; "fv/antonim" near "fv/antonym"
     near = difflib.get_close_matches(text, known, n=4, cutoff=0.6)
     hint = f"did you mean {', '.join(near)}?" if near else "sl.list_tasks() lists them all"
     raise SitelensError(f"unknown task {text!r}: {hint} (a file must end in {', '.join(ENDINGS)})")
@@ -283,8 +281,6 @@ def _from_file(path: Path, content: dict[str, Any], seed: int) -> Task:
 def _from_items(name: str, content: dict[str, Any], where: str, seed: int, options: dict[str, Any]) -> Task:
     """A task from raw items: "examples", which are split here, or "train", "valid" and "test"."""
     seed = converted("seed", seed, SplitSeed)
-    if unknown := sorted(set(options) - {field.name for field in fields(Task)}):
-        raise SitelensError(f"a task has no field {unknown[0]!r}: there are {', '.join(f.name for f in fields(Task))}")
     if "examples" in content:
         examples = parse_examples(_listed(content["examples"], where), f"{where}, ")
         _check_number(name, examples)

@@ -149,7 +149,7 @@ def _text(path: Path) -> str:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also a number of thousands of digits
         raise SitelensError(f"{where} is not JSON: {error}") from error
     except RecursionError as error:
         raise SitelensError(f"{where} is nested too deeply") from error

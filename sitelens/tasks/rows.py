@@ -68,7 +68,7 @@ def _parsed(path: Path, _changed: int, _size: int) -> Sequence[Row]:
 def _json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SitelensError(f"{where} is not JSON: {error}") from error
 
 
