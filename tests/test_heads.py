@@ -589,3 +589,54 @@ def test_equal_answers_cannot_be_shuffled_and_are_no_endless_search(
     _, batch = asked_by(task, gpt2, monkeypatch, n_shots=3, **options)
     assert all(answer == "bc" for text in batch.texts for _, answer in demonstrations(text)[0])
     assert len(indirect_effects(task, gpt2, n_shots=0, **options)) == len(ALL)
+
+
+# Prompts of one's own
+
+
+def test_a_text_or_a_list_of_texts_may_stand_for_a_batch(gpt2: Model) -> None:
+    batch = tokenize([Prompt(text, ()) for text in TEXTS], micro.tokenizer())
+    torch.testing.assert_close(attention(TEXTS, "L1H2, 0.1", gpt2), attention(batch, [(1, 2), (0, 1)], gpt2))
+    one = attention(TEXTS[0], ["L1H2"], gpt2)
+    frame = attention_example(TEXTS[0], "L1H2", gpt2)
+    assert frame["1.2"].tolist() == pytest.approx(one[0, 0].tolist())
+    assert frame["role"].tolist() == [FIRST, *["text"] * 5] and "".join(frame["token"]) == TEXTS[0]
+
+
+def test_attribution_on_a_text_is_that_of_the_prompt(gpt2: Model) -> None:
+    task = worded()
+    (prompt,) = prompts_of(task, 1, 2)
+    expected = head_attribution(task, gpt2, n_items=1, n_shots=2)
+    pd.testing.assert_frame_equal(head_attribution(prompt.text, gpt2, answer=prompt.answers[0]), expected)
+    likeliest = micro.tokenizer().decode([int(oracle.logits(raw("GPT2"), oracle.encode(TEXTS[0])).argmax())])
+    pd.testing.assert_frame_equal(
+        head_attribution(TEXTS[0], gpt2), head_attribution([TEXTS[0]], gpt2, answer=[likeliest])
+    )
+
+
+def test_written_tokens_and_effects_take_texts(gpt2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = worded()
+    embedding = embedding_for(gpt2, task)
+    texts = [prompt.text for prompt in embedding_prompts(task, micro.tokenizer(), 3, 2, 0)]
+    by_task, by_text = (written_tokens(embedding, "L1H3", given, gpt2) for given in (task, texts))
+    pd.testing.assert_frame_equal(by_task, by_text)
+    found, batch = asked_by(task, gpt2, monkeypatch, embedding=embedding, n_prompts=3, n_shots=2)
+    answers = [answer for answer, *_ in batch.answers]
+    again = indirect_effects(list(batch.texts), gpt2, embedding=embedding, answer=answers)
+    pd.testing.assert_frame_equal(found, again)
+
+
+def test_texts_that_cannot_be_used_are_refused(gpt2: Model) -> None:
+    task, embedding = worded(), embedding_for(gpt2, worded())
+    calls: dict[str, Callable[[], Any]] = {
+        "roles are known in a task's prompts only": lambda: attention_roles("Q: aa", None, gpt2),
+        "shows one prompt, not 2": lambda: attention_example(["Q: aa", "Q: ba"], [(0, 0)], gpt2),
+        "1 prompts and 2 answers": lambda: head_attribution("Q: aa", gpt2, answer=[" a", " b"]),
+        "a task's items have their own answers": lambda: head_attribution(task, gpt2, answer=" aa"),
+        "the effect on which answer": lambda: indirect_effects("Q: aa", gpt2, embedding=embedding),
+        "unknown task 'antonim'": lambda: head_attribution("antonim", gpt2),
+        "expected a task or a list of prompts": lambda: head_attribution([], gpt2),
+    }
+    for message, call in calls.items():
+        with pytest.raises(sl.SitelensError, match=message):
+            call()
