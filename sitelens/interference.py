@@ -23,7 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge, component_setup
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers.modeling_utils import AttentionInterface
 
@@ -63,12 +63,8 @@ def heard(model: TransformerBridge) -> str | None:
         kind = type(module)
         inside = vars(module)
         for attribute in _RUNNING_HOOKS if kind is HookPoint else _HOOKS:
-            if inside[attribute]:
-                for hook in list(inside[attribute].values()):
-                    own = Here.inside(hook)
-                    foreign = is_foreign(hook) or (kind is HookPoint and not is_wiring(hook))
-                    if own.active if own is not None else foreign:
-                        return f"{_HOOKS[attribute]} on {_usual_name(name, module, model)}"
+            if inside[attribute] and users_hooks(module, attribute):
+                return f"{_HOOKS[attribute]} on {_usual_name(name, module, model)}"
         if kind is HookPoint:
             continue
         classes.add(kind)
@@ -78,6 +74,30 @@ def heard(model: TransformerBridge) -> str | None:
         if inside.get("_compiled_call_impl") is not None:
             return f"torch.compile on {name}"
     return _replaced_code(classes) or _attention(model)
+
+
+def users_hooks(module: nn.Module, attribute: str) -> set[int]:
+    """Keys of the hooks of one kind on a module that are the user's.
+
+    Not hers are those that libraries keep on modules, and permanently on hook points; those of a `run_with_cache` that
+    another thread runs; and ours in another context.
+    """
+    hooks = list(vars(module)[attribute].items())
+    if type(module) is not HookPoint:
+        return {key for key, hook in hooks if (hook.active if isinstance(hook, Here) else is_foreign(hook))}
+    handles = {handle.hook.id: handle for handle in [*module.fwd_hooks, *module.bwd_hooks]}
+    found = set()
+    for key, hook in hooks:
+        own = Here.inside(hook)
+        if own is not None:
+            if own.active:
+                found.add(key)
+        elif key not in handles or (
+            "run_with_cache" not in getattr(handles[key].user_hook, "__qualname__", "")
+            and (not handles[key].is_permanent or is_foreign(handles[key].user_hook))
+        ):
+            found.add(key)
+    return found
 
 
 def _usual_name(name: str, module: nn.Module, model: TransformerBridge) -> str:
@@ -137,12 +157,6 @@ class Here:
         if getattr(hook, "__module__", "") == HookPoint.__module__ and getattr(hook, "__closure__", None):
             inner = [cell.cell_contents for cell in hook.__closure__]
         return next((one for one in (hook, *inner) if isinstance(one, Here)), None)
-
-
-def is_wiring(hook: Any) -> bool:
-    """Whether a hook on a hook point is the bridge's own: it fires those of a part without a module (OPT's MLP)."""
-    cells = getattr(hook, "__closure__", None) or ()
-    return any(getattr(cell.cell_contents, "__module__", "") == component_setup.__name__ for cell in cells)
 
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)

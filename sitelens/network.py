@@ -7,6 +7,8 @@ edited meanwhile are the ones that count; the model itself is never touched.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,12 +17,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from sitelens.defaults import SitelensError, bound
 from sitelens.models import Model, model_name
-from sitelens.twins import PLAIN, bridge_twin, is_listened, network_twin
+from sitelens.twins import PLAIN, bridge_twin, hooked_here, is_fixed, is_listened, network_twin
 
 
 class Passes:
@@ -34,8 +36,11 @@ class Passes:
     def __init__(self, model: Model, hooks: Sequence[tuple[str, Callable[..., Any]]] = ()) -> None:
         self.model, self.listened = model, is_listened(model)
         self.prompt: int | None = None
-        self._bridge: Model | None = None
+        self._fixed = self.listened and is_fixed(model)
+        self._twin: Model | None = None
         self._networks: dict[str, Any] = {}
+        self._hooks: list[tuple[str, Callable[..., Any]]] = []
+        self._adapters: list[Callable[[Model], list[ModuleHook]]] = []
         if hooks:
             self.install(hooks)
 
@@ -49,14 +54,22 @@ class Passes:
         """Whether the network runs without its bridge: a known type, no hook of ours, and nobody listens."""
         config: Any = self.model.original_model.config
         compatible = getattr(self.model, "compatibility_mode", False)
-        return self._bridge is None and not self.listened and not compatible and config.model_type in PLAIN
+        return self._twin is None and not self.listened and not compatible and config.model_type in PLAIN
 
-    @property
-    def bridge(self) -> Model:
-        """The bridge's twin that these passes run through from now on."""
-        if self._bridge is None:
-            self._bridge = bridge_twin(self.model)
-        return self._bridge
+    @contextmanager
+    def bridge(self) -> Iterator[Model]:
+        """The bridge to run: a twin or, where a module's `forward` was replaced, the model itself under a lock."""
+        if not self._fixed:
+            yield self._made()
+            return
+        adapted = [pair for adapters in self._adapters for pair in adapters(self.model)]
+        with _lock_of(self.model), hooked_here(self.model, self._hooks, adapted):
+            yield self.model
+
+    def _made(self) -> Model:
+        if self._twin is None:
+            self._twin = bridge_twin(self.model)
+        return self._twin
 
     def network(self, attention: str) -> Any:
         """The network's twin with this attention."""
@@ -66,8 +79,25 @@ class Passes:
 
     def install(self, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> None:
         """Add TransformerLens hooks, for good."""
-        for name, hook in hooks:
-            self.bridge.add_hook(name, hook)
+        self._hooks += hooks
+        for name, hook in () if self._fixed else hooks:
+            self._made().add_hook(name, hook)
+
+    def adapt(self, adapters: Callable[[Model], list[ModuleHook]]) -> None:
+        """Add the forward hooks that `adapters` makes for modules of a bridge, for good."""
+        self._adapters.append(adapters)
+        for module, hook in () if self._fixed else adapters(self._made()):
+            module.register_forward_hook(hook)
+
+
+ModuleHook = tuple[nn.Module, Callable[..., Any]]
+_locks: weakref.WeakKeyDictionary[Model, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock_of(model: Model) -> threading.RLock:
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())
 
 
 @dataclass
@@ -120,7 +150,8 @@ def run_tokens(
             if passes.plain:
                 result = passes.network(attention)(tokens, **options).logits
             else:
-                result = passes.bridge.forward(tokens, **options)
+                with passes.bridge() as bridge:
+                    result = bridge.forward(tokens, **options)
         except RuntimeError as error:
             if "Inference tensors cannot be saved" in str(error):
                 raise SitelensError(

@@ -17,13 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import component_setup
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.generalized_components.block import BlockBridge
 from transformer_lens.model_bridge.sources.transformers_driver import TransformersDriver
 from transformers import PreTrainedConfig
 
-from sitelens.interference import Here, is_foreign, is_wiring
+from sitelens.interference import Here, is_foreign, users_hooks
 from sitelens.models import Model
 
 # Model types whose wrappers have no weights of their own, and whose z reaches the output projection as attention gave
@@ -52,12 +51,7 @@ def network_twin(model: Model, attention: str = "eager") -> Any:
 
 def bridge_twin(model: Model) -> Model:
     """The whole bridge, with the hooks that are on it now; those get the modules of the model, not of the twin."""
-    maker = _Maker(bridged=True)
-    twin = maker.module(model)
-    for part in maker.placeholders:
-        part._placeholder_hooks_wired = False
-        component_setup._wire_symbolic_hooks(part)
-    return twin
+    return _Maker(bridged=True).module(model)
 
 
 def is_listened(model: Model) -> bool:
@@ -78,15 +72,19 @@ def _modules(model: Model) -> Iterator[nn.Module]:
 
 def _is_listened(module: nn.Module) -> bool:
     facts = module.__dict__
-    if "forward" in facts and is_foreign(facts["forward"]):
+    return _is_fixed(module) or any(facts[name] and users_hooks(module, name) for name in HOOKS)
+
+
+def is_fixed(model: Model) -> bool:
+    """Whether a module's `forward` was replaced or compiled, so that it runs the model's modules and not a twin's."""
+    return any(map(_is_fixed, _modules(model)))
+
+
+def _is_fixed(module: nn.Module) -> bool:
+    facts = module.__dict__
+    if "forward" in facts and (type(facts["forward"]) is types.FunctionType or is_foreign(facts["forward"])):
         return True
-    for name in HOOKS:
-        for hook in list(facts[name].values()) if facts[name] else ():
-            own = Here.inside(hook)
-            foreign = is_foreign(hook) or (type(module) is HookPoint and not is_wiring(hook))
-            if own.active if own is not None else foreign:
-                return True
-    return False
+    return facts.get("_compiled_call_impl") is not None or "_orig_mod" in facts["_modules"]
 
 
 @contextmanager
@@ -132,7 +130,6 @@ class _Maker:
         self.bridged, self.attention = bridged, attention
         self.made: dict[int, Any] = {}
         self.wired: set[int] = set()  # ids of hooks that a block's twin makes anew for itself
-        self.placeholders: list[Any] = []  # parts without a module, whose hook points others fire
 
     def module(self, module: nn.Module) -> Any:
         """The module's twin."""
@@ -144,34 +141,38 @@ class _Maker:
         facts, own = module.__dict__, twin.__dict__
         own.update(facts)
         if isinstance(module, BlockBridge):
-            self.wired |= {handle.id for handle in facts["_capture_hook_handles"]}
+            self.wired |= {handle.id for handle in list(facts["_capture_hook_handles"])}
             own["_capture_hooks_wired"], own["_capture_hook_handles"] = False, []
-        for name, value in facts.items():
+        for name, value in list(own.items()):  # of the copy: another thread's pass may add to the original
             if type(value) not in _ATOMS and name not in _TAKEN:
                 own[name] = self.value(value)
-        if facts.get("_placeholder_hooks_wired"):
-            self.placeholders.append(twin)
         own["training"] = False
         own["_buffers"] = facts["_buffers"].copy()  # some rotary embeddings replace theirs in a forward pass
-        own["_modules"] = {name: child and self.module(child) for name, child in facts["_modules"].items()}
+        own["_modules"] = {name: child and self.module(child) for name, child in list(facts["_modules"].items())}
         for name in HOOKS:
-            own[name] = (
-                OrderedDict(
-                    (key, self.hook(hook, module))
-                    for key, hook in facts[name].items()
-                    if key not in self.wired and not is_wiring(hook)
-                )
-                if facts[name]
-                else OrderedDict()
-            )
+            own[name] = self.hooks(module, name) if facts[name] else OrderedDict()
         return twin
 
-    def hook(self, hook: Any, module: nn.Module) -> Any:
-        """A hook of the twin of `module`: it is told of the module that it was put on."""
-        moved = self.value(hook)
-        if moved is not hook or type(module) is HookPoint or not is_foreign(hook):
-            return moved
-        return functools.partial(_told_of, hook, module)
+    def hooks(self, module: nn.Module, attribute: str) -> OrderedDict[int, Any]:
+        """The twin's hooks of one kind: the user's, which get the module that they were put on, and the libraries'."""
+        hers = users_hooks(module, attribute)
+        found: OrderedDict[int, Any] = OrderedDict()
+        for key, hook in list(vars(module)[attribute].items()):
+            if key in hers:
+                found[key] = hook if type(module) is HookPoint else functools.partial(_told_of, hook, module)
+            elif key not in self.wired and Here.inside(hook) is None and "run_with_cache" not in _names_in(hook):
+                found[key] = self.rebound(hook) if type(hook) is types.FunctionType else self.value(hook)
+        return found
+
+    def rebound(self, function: types.FunctionType) -> types.FunctionType:
+        """A library's function with the twins of the modules that it holds in its closure."""
+        held = [cell.cell_contents for cell in function.__closure__ or ()]
+        ours = [self.rebound(one) if type(one) is types.FunctionType else self.value(one) for one in held]
+        if all(one is other for one, other in zip(held, ours, strict=True)):
+            return function
+        closure = tuple(types.CellType(one) for one in ours)
+        return types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__,
+                                  closure)  # fmt: skip
 
     def value(self, value: Any) -> Any:
         """What the twin has for something that a module holds."""
@@ -207,3 +208,9 @@ class _Maker:
 
 def _told_of(hook: Callable[..., Any], module: nn.Module, _: nn.Module, *rest: Any) -> Any:
     return hook(module, *rest)
+
+
+def _names_in(hook: Any) -> str:
+    """The qualified names of a hook and of what TransformerLens wrapped in it."""
+    inner = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
+    return " ".join(str(getattr(one, "__qualname__", "")) for one in (hook, *inner))

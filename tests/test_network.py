@@ -164,3 +164,33 @@ def test_unknown_families_run_through_the_bridge() -> None:
     model = micro.bridge("Llama")
     model.original_model.config.model_type = "something-new"
     assert not Passes(model).plain
+
+
+@pytest.mark.parametrize("whose", ["network", "block"])
+def test_hooks_of_ours_act_also_where_the_user_replaced_a_forward(whose: str) -> None:
+    """Her function calls the model's own modules, which no twin can change."""
+    model = micro.bridge("Llama")
+    part: Any = model.original_model if whose == "network" else model.blocks[1].original_component
+    original = part.forward
+    part.forward = lambda *args, **options: original(*args, **options)
+    passes = Passes(model, [(z_hook(1), lambda z, hook: 0 * z)])
+    expected = model.run_with_hooks(torch.tensor([IDS]), fwd_hooks=[(z_hook(1), lambda z, hook: 0 * z)])[0, -1]
+    torch.testing.assert_close(logits_of(passes), expected)
+    assert not micro.hooks_left(model)
+
+
+def test_what_another_thread_caches_is_its_own_passes_only() -> None:
+    model = micro.bridge("GPT2")
+    seen: list[int] = []
+
+    def ours(block: Any, args: Any) -> None:
+        if not seen:
+            seen.append(1)
+            logits_of(model)  # as another thread would, in the middle of the user's pass
+
+    model.add_hook("blocks.0.hook_resid_pre", lambda x, hook: None)
+    expected = model.run_with_cache(torch.tensor([[5, 6]]))[1]
+    model.reset_hooks()
+    model.blocks[0].register_forward_pre_hook(ours)  # on the bridge: it runs inside of the user's pass
+    found = model.run_with_cache(torch.tensor([[5, 6]]))[1]
+    assert seen and all(torch.equal(found[name], expected[name]) for name in expected)

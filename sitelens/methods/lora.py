@@ -74,7 +74,7 @@ class LowRank(Condition):
 
     def _passes(self, model: Model) -> Passes:
         passes = Passes(model)
-        self._adapters(model).install(passes)
+        passes.adapt(self._adapters(model).hooks)
         return passes
 
     def _adapters(self, model: Model) -> Adapters:
@@ -120,11 +120,6 @@ class Adapters:
             for name, layer, linear in _projections(model)
         ]
 
-    def install(self, passes: Passes) -> None:
-        """Add them to passes of our own, for good."""
-        for linear, hook in self.hooks(passes.bridge):
-            linear.register_forward_hook(hook)
-
     def _add(self, linear: nn.Module, args: tuple[Tensor, ...], out: Tensor, *, name: str, layer: int) -> Tensor:
         down, up = (self.weights[f"{name}.{side}"][layer] for side in "AB")
         return (out + linear_map(linear_map(args[0].to(down.dtype), down), up) * self.scaling).to(out.dtype)
@@ -168,7 +163,7 @@ def fit(
     candidates = {}
     for rate in rates:
         adapters, passes = Adapters(model, rank, alpha), Passes(model)
-        adapters.install(passes)
+        passes.adapt(adapters.hooks)
         generator = torch.Generator().manual_seed(seed)
         for name, layers in adapters.weights.items():
             for weight in layers:  # the usual start: A uniform, B zero, so that nothing changes
