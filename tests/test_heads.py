@@ -241,7 +241,8 @@ def test_written_tokens_are_ranked_as_by_hand(family: str, model: Model) -> None
         found = written_tokens(embedding, head, task, model, n=n)
         assert found["token"].tolist() == [tokenizer.decode([i]) for i in order]
         close(torch.tensor(found["logit"].tolist()), logits[order])
-    assert written_tokens(embedding, (0, 0), task, model, n=0).empty
+    with pytest.raises(sl.SitelensError, match="n must be at least 1, got 0"):
+        written_tokens(embedding, (0, 0), task, model, n=0)
 
 
 def test_the_prompts_of_written_tokens_are_at_most_eight_of_the_embeddings(
