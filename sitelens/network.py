@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from sitelens.defaults import SitelensError, bound
-from sitelens.models import Model, model_name
+from sitelens.models import Model, model_name, own_tokenizer
 from sitelens.twins import PLAIN, bridge_twin, hooked_here, is_fixed, is_listened, network_twin
 
 
@@ -138,9 +138,11 @@ def run_tokens(
     `mask` also covers what the cache holds. `attention`: the one that the plain network is to use.
 
     Raises:
-        SitelensError: if memory runs out, or for a gradient through weights made in inference mode.
+        SitelensError: if memory runs out, for a gradient through weights made in inference mode, or a token that the
+            model does not have.
     """
     passes = Passes.of(model)
+    check_tokens(passes.model, tokens)
     # On the CPU: an index from there serves whichever device the last layer lies on.
     last = torch.empty(0, dtype=torch.long) if isinstance(kept, int) and kept == 0 else kept
     options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
@@ -163,6 +165,16 @@ def run_tokens(
         spent.forward += tokens.numel()
         spent.backward += tokens.numel() if result.requires_grad else 0
     return result
+
+
+def check_tokens(model: Model, tokens: Tensor) -> None:
+    """Raise SitelensError if tokens on the CPU are not all in the model's vocabulary (on a GPU a look would wait)."""
+    if tokens.is_cpu and tokens.numel() and (largest := int(tokens.max())) >= model.cfg.d_vocab:
+        text = own_tokenizer(model).decode([largest])
+        raise SitelensError(
+            f"the token {text!r} has the id {largest}, but {model_name(model)} has {model.cfg.d_vocab} tokens: resize "
+            "the model's embeddings to its tokenizer, or use the tokenizer that it was trained with"
+        )
 
 
 def all_positions(mask: Bool[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:

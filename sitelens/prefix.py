@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sitelens.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.models import Model
-from sitelens.network import Passes, run_right_padded
+from sitelens.network import Passes, check_tokens, run_right_padded
 from sitelens.prompts import PromptBatch
 
 
@@ -48,6 +48,8 @@ class PrefixCache:
 
         The result itself comes on top: `prefix_bytes` tells how much.
         """
+        check_tokens(model, batch.tokens)
+        check_tokens(model, batch.answer)
         device = model.cfg.device
         passes = Passes(model)
         if passes.listened:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sitelens.conditions import ZeroShot
+from sitelens.defaults import SitelensError
+from sitelens.evaluation import evaluate, generate
 from sitelens.models import Model, z_hook
 from sitelens.network import Passes, all_positions, run_tokens
+from sitelens.tasks import Example
 from sitelens.twins import bridge_twin, network_twin
 from tests import micro, oracle
 
@@ -194,3 +199,13 @@ def test_what_another_thread_caches_is_its_own_passes_only() -> None:
     model.blocks[0].register_forward_pre_hook(ours)  # on the bridge: it runs inside of the user's pass
     found = model.run_with_cache(torch.tensor([[5, 6]]))[1]
     assert seen and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_token_that_the_model_does_not_have_is_named() -> None:
+    tokenizer, task = micro.tokenizer(), micro.task()
+    tokenizer.add_tokens(["zzzz"])
+    model = micro.bridged(micro.raw("Llama"), "Llama", tokenizer)
+    with pytest.raises(SitelensError, match=r"the token 'zzzz' has the id \d+, but .* has \d+ tokens: resize"):
+        evaluate(replace(task, test=(Example("zzzz", "aa"),)), {"zero-shot": ZeroShot()}, model)
+    with pytest.raises(SitelensError, match="'zzzz' has the id"):
+        generate(["Q: zzzz\nA:"], None, model)

@@ -659,6 +659,11 @@ def test_what_is_for_files_is_refused_elsewhere():
             load_task(Task.from_pairs("own", PAIRS), **options)
 
 
+def test_an_unknown_field_is_named():
+    with pytest.raises(SitelensError, match="'own': a task has no field 'metrics'"):
+        Task.from_pairs("own", PAIRS, metrics="exact_match")
+
+
 def test_a_mapping_is_pairs():
     assert Task.from_pairs("own", dict(PAIRS)) == Task.from_pairs("own", PAIRS)
 

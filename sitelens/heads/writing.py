@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import pandas as pd
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sitelens.arguments import checked
-from sitelens.defaults import SitelensError
+from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.embedding import TaskEmbedding, embedding_prompts
 from sitelens.heads.common import checked_heads, like_prompts, per_head, task_or_texts, text_batch, valid_items
 from sitelens.heads.direct import DirectPath
@@ -103,6 +104,10 @@ def written_tokens(
     if isinstance(task, list):
         batch = text_batch(task, model)
     else:
+        measured_on = embedding.origin.task_digest if embedding.origin is not None else None
+        if measured_on not in (None, task.digest) or embedding.task != task.name:
+            warnings.warn(f"the embedding is of the task {embedding.task!r} as it was then, the prompts are of "
+                          f"{task.name!r} as it is now", SitelensWarning, stacklevel=2)  # fmt: skip
         prompts = embedding_prompts(task, tokenizer, min(8, embedding.n_prompts), embedding.n_shots, embedding.seed)
         batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
     rows = []

@@ -13,7 +13,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -281,6 +281,8 @@ def _from_file(path: Path, content: dict[str, Any], seed: int) -> Task:
 def _from_items(name: str, content: dict[str, Any], where: str, seed: int, options: dict[str, Any]) -> Task:
     """A task from raw items: "examples", which are split here, or "train", "valid" and "test"."""
     seed = converted("seed", seed, SplitSeed)
+    if unknown := sorted(options.keys() - {field.name for field in fields(Task)}):
+        raise SitelensError(f"{where}: a task has no field {unknown[0]!r}")
     if "examples" in content:
         examples = parse_examples(_listed(content["examples"], where), f"{where}, ")
         _check_number(name, examples)
