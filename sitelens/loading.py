@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from sitelens.defaults import settings
 
 # Tensors of a checkpoint that a network may leave out: masks and tables that it computes itself, and parts that have
@@ -57,17 +55,6 @@ def check_whole(report: dict[str, Any]) -> None:
         )
     if errors := report.get("error_msgs"):
         raise ValueError(str(errors[0] if not isinstance(errors, str) else errors))
-
-
-def random_dropout(network: nn.Module) -> str | None:
-    """The name of a module whose dropout is random now, in training mode and not zero; None if there is none."""
-    for name, module in network.named_modules():
-        if module.training and (
-            module.p > 0 if isinstance(module, nn.modules.dropout._DropoutNd) else
-            any(isinstance(value, float) and value > 0 for key, value in vars(module).items() if "drop" in key)
-        ):  # fmt: skip
-            return name.replace("._original_component", "")
-    return None
 
 
 def several(names: Sequence[str], most: int = 3) -> str:

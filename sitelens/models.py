@@ -21,7 +21,7 @@ from sitelens.catalogue import how_to_get
 from sitelens.conversion import PACKAGED, gguf_folder, packaged_folder
 from sitelens.defaults import SitelensError, SitelensWarning, warn_once
 from sitelens.fingerprints import fingerprint, text_config, weights_digest
-from sitelens.loading import load_network, quiet_transformers, random_dropout
+from sitelens.loading import load_network, quiet_transformers
 from sitelens.quantization import NO_8BIT, check_quantization, nf4_config, settle
 from sitelens.sources import DEFAULT_MODEL, check_device, hub_id
 from sitelens.store import digest
@@ -123,7 +123,7 @@ def resolve_model(model: str | Path | Model | None) -> Model:
         raise SitelensError(f"{model_name(model)}: {NO_8BIT}")
     if model.original_model.training:
         raise SitelensError(f"{model_name(model)} is in training mode, where dropout is random: call model.eval()")
-    if (name := random_dropout(model.original_model)) is not None:
+    if (name := _random_dropout(model.original_model)) is not None:
         raise SitelensError(f"{name} of {model_name(model)} is in training mode, where its dropout is random: "
                             "call model.eval()")  # fmt: skip
     return model
@@ -141,6 +141,17 @@ def _check_heads(model: Model) -> None:
                 f"{model_name(model)}: the output projection of layer {layer} reads {width} numbers, which "
                 f"TransformerLens does not show as {heads} heads of {d_head}: its heads cannot be patched"
             )
+
+
+def _random_dropout(network: torch.nn.Module) -> str | None:
+    """The name of a module whose dropout is random now, in training mode and not zero; None if there is none."""
+    for name, module in network.named_modules():
+        if module.training and (
+            module.p > 0 if isinstance(module, torch.nn.modules.dropout._DropoutNd) else
+            any(isinstance(value, float) and value > 0 for key, value in vars(module).items() if "drop" in key)
+        ):  # fmt: skip
+            return name.replace("._original_component", "")
+    return None
 
 
 def z_hook(layer: int) -> str:

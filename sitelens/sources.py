@@ -37,8 +37,10 @@ def hub_id(name: str) -> str:
     except ValueError:
         theirs = {other.lower(): other for names in MODEL_ALIASES.items() for other in (names[0], *names[1])}
         theirs |= {other.lower(): other for other in OFFICIAL_MODEL_NAMES}
-        near = [theirs[other] for other in difflib.get_close_matches(name.lower(), theirs, n=2, cutoff=0.8)]
+        near = difflib.get_close_matches(name.lower(), PACKAGED, n=2, cutoff=0.7)
+        near += [theirs[other] for other in difflib.get_close_matches(name.lower(), theirs, n=2, cutoff=0.8)]
         near += difflib.get_close_matches(name.lower(), [*PACKAGED, *PAPER], n=2, cutoff=0.4)
+        near = list(dict.fromkeys(near))
         raise SitelensError(
             f"unknown model {name!r}: did you mean {' or '.join(near[:2] or PACKAGED)}? "
             "Otherwise give a hub id (owner/name), a folder, or a .gguf file that exists"

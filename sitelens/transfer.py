@@ -187,6 +187,8 @@ class _Saved:
                 f"accuracy {tuple(self.accuracy.shape)} is not that of {len(self.tasks)} different tasks"
             )
         for name in ("accuracy", "zero_shot"):
+            if getattr(self, name).dtype != torch.float64:
+                raise SitelensError(f"{name} must be float64, not {getattr(self, name).dtype}")
             if not bool(((getattr(self, name) >= 0) & (getattr(self, name) <= 1)).all()):
                 raise SitelensError(f"{name} must lie between 0 and 1")
         if bool((self.n < 1).any()):

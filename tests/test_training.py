@@ -747,7 +747,9 @@ class TestUndecidedAlpha:
         def train_runs(
             runs: Sequence[Any], tasks: Any, vectors: Any, model: Any, config: TrainConfig, *rest: Any
         ) -> Any:
-            return ({"alpha": alpha, "history": torch.zeros(config.steps, 5)} for _ in runs)
+            history = torch.zeros(config.steps, 5, dtype=torch.float64)
+            history[:, 0] = torch.arange(1, config.steps + 1)
+            return ({"alpha": alpha, "history": history} for _ in runs)
 
         monkeypatch.setattr(training, "train_runs", train_runs)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sitelens.cli.options import run_options
 from sitelens.cli.outputs import kept, look_first
 from sitelens.cli.parser import Parser
+from sitelens.cli.reading import method_options, number, tasks_of, template_options, typed_command
 from sitelens.defaults import SitelensError, SitelensWarning, settings
 from sitelens.escaping import visible
 from sitelens.progress import Job
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
     from sitelens.config import TrainConfig
     from sitelens.models import Model
     from sitelens.report import RunConfig
-    from sitelens.tasks import Task
 
 
 LOAD = "load the model"
@@ -106,7 +103,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
     if not options.tasks:
         raise SitelensError("name at least one task; `sitelens tasks` lists them")
     return RunConfig(
-        tasks=tuple(options.tasks), **_template(options), model=options.model, n_prompts=options.n_prompts,
+        tasks=tuple(options.tasks), **template_options(options), model=options.model, n_prompts=options.n_prompts,
         n_shots=options.n_shots, train=_train_config(options), k=options.k, draws=options.draws,
         n_items=options.n_items or None, metrics=tuple(dict.fromkeys(options.metrics)), seed=options.seed,
     )  # fmt: skip
@@ -118,7 +115,7 @@ def _train_config(options: argparse.Namespace) -> TrainConfig:
     return TrainConfig(
         steps=options.steps, lr=options.lr, batch_size=options.batch_size, eval_every=options.eval_every,
         n_valid=options.n_valid, checkpoint=options.checkpoint, mixing=options.mixing, seed=options.train_seed,
-        init=options.init if options.init == "random" else _number(options.init, "--init"),
+        init=options.init if options.init == "random" else number(options.init, "--init"),
     )  # fmt: skip
 
 
@@ -132,7 +129,7 @@ def transfer(options: argparse.Namespace) -> None:
             from sitelens.tasks import rewritten
             from sitelens.transfer import transfer_matrix
 
-            tasks = [rewritten(task, **_template(options)) for task in tasks]
+            tasks = [rewritten(task, **template_options(options)) for task in tasks]
 
             model = _load_model(options)
         with job.rest():
@@ -146,7 +143,7 @@ def transfer(options: argparse.Namespace) -> None:
     print((100 * grid.frame).round().astype(int).rename(visible, axis=0).rename(visible, axis=1).to_string() + "\n")
     print((100 * grid.zero_shot).round().astype(int).rename(visible).rename("zero-shot").to_frame().T.to_string())
     if options.out is not None:
-        name, command = options.name, _command(options)
+        name, command = options.name, typed_command(options)
         facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "swap": options.swap,
                  "metric": options.metric, "n_prompts": options.n_prompts, "n_shots": options.n_shots,
                  "seed": options.seed, "train": asdict(train),
@@ -167,9 +164,9 @@ def compare(options: argparse.Namespace) -> None:
             from sitelens.gallery import data_facts, write_figure
             from sitelens.tasks import rewritten
 
-            tasks = [rewritten(task, **_template(options)) for task in tasks]
+            tasks = [rewritten(task, **template_options(options)) for task in tasks]
             methods = checked_methods("all" if options.methods == ["all"] else options.methods)
-            chosen = _settings(options)
+            chosen = method_options(options)
             model = _load_model(options)
             n_items = options.n_items or None
         with job.rest(), settings.using(memory_budget=options.memory_budget or settings.memory_budget):
@@ -181,7 +178,7 @@ def compare(options: argparse.Namespace) -> None:
     if options.out is not None:
         facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "metric": "first_token",
                  "seed": options.seed, "options": chosen, **data_facts(tasks, n_items)}  # fmt: skip
-        figure, command = figures.comparison(frame), _command(options)
+        figure, command = figures.comparison(frame), typed_command(options)
         with kept(options), Outputs(options.out) as outputs:
             outputs.write("comparison.md", lambda path: write_text(path, table + "\n"))
             write_figure(outputs, figure, frame, "comparison", options.formats, command, model, facts)
@@ -192,7 +189,7 @@ def suite(options: argparse.Namespace) -> None:
     look_first(options)
     with _job("suite") as job:
         with job.stage(LOAD):
-            train, chosen, n_items = _train_config(options), _settings(options), options.n_items or None
+            train, chosen, n_items = _train_config(options), method_options(options), options.n_items or None
             from sitelens.suites import NOT_ASKED, check_suite, run_suite
 
             check_suite(
@@ -223,7 +220,7 @@ def suite(options: argparse.Namespace) -> None:
         print(f"{row.task}: {row.dropped} items are too long for the context and were dropped", file=sys.stderr)
     if options.out is not None:
         with kept(options):
-            found.save(options.out, _command(options), options.formats, options.name)
+            found.save(options.out, typed_command(options), options.formats, options.name)
         print(f"\ntable, figure, their numbers and their origin are in {options.out}")
 
 
@@ -253,73 +250,3 @@ def figures(options: argparse.Namespace) -> None:
         memory_budget=options.memory_budget,
     )  # fmt: skip
     print("\n".join(map(str, written)))
-
-
-def _template(options: argparse.Namespace) -> dict[str, Any]:
-    """Template, instruction and template arguments, None where the tasks' own stay."""
-    arguments: dict[str, Any] | None = None
-    for argument in options.template_arguments or ():
-        name, sign, value = argument.partition("=")
-        if not sign:
-            raise SitelensError(f"--template-arg takes NAME=VALUE, got {argument!r}")
-        try:
-            plain = json.loads(value)
-        except (ValueError, RecursionError):
-            plain = value  # text without quotation marks
-        arguments = {**(arguments or {}), name: plain}
-    return {"template": options.template, "instruction": options.instruction, "template_arguments": arguments}
-
-
-def tasks_of(words: Sequence[str]) -> tuple[list[Task], dict[str, str]]:
-    """Tasks by name, file or suite, and which of the suites' tasks cannot be had, and why."""
-    from sitelens.tasks import SUITES, load_task, load_tasks, suite_names
-
-    found: list[Task | str] = []
-    left_out: dict[str, str] = {}
-    for word in words:
-        for name in suite_names(word) if word in SUITES else ():
-            try:
-                found.append(load_task(name))
-            except SitelensError as error:
-                left_out[name] = str(error)
-                print(f"left out: {name} ({visible(str(error))})", file=sys.stderr)
-        if word not in SUITES:
-            found.append(word)
-    return load_tasks(found), left_out
-
-
-def _settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Options of methods' fits, checked, so that a wrong one shows before a model is loaded."""
-    chosen: dict[str, dict[str, Any]] = {}
-    for setting in options.settings:
-        key, sign, value = setting.partition("=")
-        method, dot, option = key.partition(".")
-        if not (sign and dot and method and option):
-            raise SitelensError(f"--set takes METHOD.OPTION=VALUE, for example LTV.steps=400, got {setting!r}")
-        try:
-            plain = json.loads(value)
-        except (ValueError, RecursionError):
-            plain = value  # text without quotation marks
-        chosen.setdefault(method, {})[option] = plain
-    from sitelens.methods import checked_options
-
-    return checked_options(chosen)
-
-
-def _command(options: argparse.Namespace) -> str:
-    """What was typed, but for folders of this machine that change no number."""
-    words = iter(options.words)
-    kept = []
-    for word in words:
-        if word in ("--cache", "--data"):
-            next(words, None)
-        elif not word.startswith(("--cache=", "--data=")):
-            kept.append(word)
-    return f"sitelens {shlex.join(kept)}"
-
-
-def _number(text: str, option: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise SitelensError(f"{option} must be a number or 'random', not {text!r}") from None
