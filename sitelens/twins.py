@@ -82,7 +82,7 @@ def is_fixed(model: Model) -> bool:
 
 def _is_fixed(module: nn.Module) -> bool:
     facts = module.__dict__
-    if "forward" in facts and (type(facts["forward"]) is types.FunctionType or is_foreign(facts["forward"])):
+    if "forward" in facts and is_foreign(facts["forward"]):
         return True
     return facts.get("_compiled_call_impl") is not None or "_orig_mod" in facts["_modules"]
 
@@ -146,6 +146,8 @@ class _Maker:
         for name, value in list(own.items()):  # of the copy: another thread's pass may add to the original
             if type(value) not in _ATOMS and name not in _TAKEN:
                 own[name] = self.value(value)
+        if type(own.get("forward")) is types.FunctionType:  # a library's, as TransformerLens gives Falcon's linear maps
+            own["forward"] = self.rebound(own["forward"])
         own["training"] = False
         own["_buffers"] = facts["_buffers"].copy()  # some rotary embeddings replace theirs in a forward pass
         own["_modules"] = {name: child and self.module(child) for name, child in list(facts["_modules"].items())}

@@ -72,7 +72,7 @@ def rebuilt(network: Any, field: str, value: Any) -> Any:
     """The network with one field of its configuration changed, and the same weights; None where there is none."""
     config = copy.deepcopy(network.config)
     try:
-        setattr(config, field, value)
+        setattr(config.get_text_config(), field, value)
         new = type(network)(config)
         new.load_state_dict(network.state_dict())
     except Exception:  # no such value, or weights of another shape
@@ -86,7 +86,7 @@ def walk(network: Any) -> tuple[set[str], set[str]]:
     before, said = logits(network), facts(network)
     telling: set[str] = set()
     unseen: set[str] = set()
-    for field, value in list(vars(network.config).items()):
+    for field, value in list(vars(network.config.get_text_config()).items()):
         if field.startswith("_"):
             continue
         for other in others(value):
