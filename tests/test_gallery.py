@@ -48,7 +48,12 @@ def test_the_figures_name_tasks_that_exist() -> None:
     assert {task for picture in PICTURES.values() for task in picture.tasks} <= set(builtin.names())
 
 
-@pytest.mark.parametrize("name", PICTURES)
+QUICK = ("transfer", "soft-hard", "alpha-histogram", "training-curves")  # the others train for seconds
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PICTURES]
+)
 @pytest.mark.filterwarnings("ignore:the shared alpha")
 def test_a_figure_is_made_with_its_data_and_its_origin(
     name: str, tiny: Model, task_files: list[str], tmp_path: Path

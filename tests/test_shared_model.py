@@ -393,6 +393,7 @@ def test_a_failing_call_leaves_all_as_it_was(name: str, monkeypatch: pytest.Monk
         CALLS[name](model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
@@ -450,6 +451,7 @@ def test_dropout_in_training_mode_is_noticed_in_any_module(family: str) -> None:
 # Interrupts
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_does_no_harm(llama: Model) -> None:
     """Ctrl-C at every line of the passes, and of what puts the user's own hooks on and off."""
     ids = oracle.encode("ab cd ef")

@@ -137,8 +137,21 @@ STUDIES: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any], list[str],
 generic = pytest.mark.filterwarnings("ignore:the shared alpha:sitelens.SitelensWarning")
 
 
+LONG = (
+    "initialisation_distances",
+    "initialisations",
+    "prompt_counts",
+    "mixing",
+    "checkpoints",
+    "task_agnostic",
+    "seed_variance",
+)
+
+
 @generic
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in STUDIES]
+)
 def test_a_study_has_its_columns_and_the_same_numbers_again(
     name: str, model: Model, tasks: list[sl.Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "OPT, norms behind": ("OPTForCausalLM", _OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}, "held"),
     "DeepSeek 3, wide values": ("DeepseekV3ForCausalLM", _MLA | {"q_lora_rank": 8, "v_head_dim": 12}, "heads of 8"),
 }
-FAST = ["Gemma 2", "GPT-OSS", "OLMo", "Granite", "Cohere", "BLOOM", "MPT", "OPT", "GLM-4", "Nemotron", "DeepSeek 3"]
+FAST = ["Gemma 2", "GPT-OSS", "Granite", "BLOOM"]
 
 PROJECTION = re.compile(r"(attn|attention)\.(c_proj|out_proj|o_proj|dense)$|attn\.attention\.out_proj$")
 MLP = re.compile(r"\.(mlp|ffn|feed_forward|fc1|block_sparse_moe)$")
