@@ -153,7 +153,7 @@ def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
              "60", "--eval-every", "20", "--n-valid", "10", "--n-items", "20", "--no-progress"]  # fmt: skip
     assert cli.main([*words, "--out", str(tmp_path / "first")]) == 0
     first = capsys.readouterr().out
-    assert "| condition | abstractive (2 tasks) | extractive (1 task) | all (3 tasks) |" in first
+    assert "| condition | abstractive (2 tasks, n=40) | extractive (1 task, n=20) | all (3 tasks, n=60) |" in first
     means = pd.read_csv(tmp_path / "first" / "suite-builtin.csv").set_index(["task", "condition"])["mean"]
     assert means["choose_first_of_3", "10-shot"] > 0.8 and means["choose_first_of_3", "SITE"] > 0.8
     assert means["choose_first_of_3", "zero-shot"] < 0.2
@@ -189,7 +189,7 @@ def test_the_readmes_example_runs_as_printed(model: Model, tmp_path: Path, monke
     (tmp_path / "figures").mkdir()
     monkeypatch.chdir(tmp_path)
     shown: list[go.Figure] = []
-    monkeypatch.setattr(go.Figure, "show", lambda figure: shown.append(figure))
+    monkeypatch.setattr(sl.figures.Figure, "show", lambda figure: shown.append(figure))
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
     scores, grid = names["scores"], names["grid"]
