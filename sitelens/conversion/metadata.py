@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from sitelens.conversion.keys import GO_ON, Metadata
 from sitelens.conversion.rope import rope_parameters
 from sitelens.defaults import SitelensError
-
-GO_ON = "Load the original Hugging Face checkpoint instead"
 
 
 @dataclass(frozen=True)
@@ -93,39 +92,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "swin_norm": (False,), "attention.output_scale": (1,), "expert_group_count": (0, 1), "expert_weights_norm": (),
     "attention.temperature_length": (0,), "attention.temperature_scale": (0,),
 }  # fmt: skip
-
-
-class Metadata:
-    """The metadata of a GGUF file, and which of its architecture's keys have been read."""
-
-    def __init__(self, name: str, values: Mapping[str, Any]) -> None:
-        self.name, self.values = name, values
-        self.arch = str(values.get("general.architecture", ""))
-        self.unread = {key.removeprefix(f"{self.arch}.") for key in values if key.startswith(f"{self.arch}.")}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The architecture's value, a list of equal numbers as one; read from now on."""
-        self.unread.discard(key)
-        value = self.values.get(f"{self.arch}.{key}", default)
-        if isinstance(value, list) and value and all(one == value[0] for one in value):
-            return value[0]
-        if isinstance(value, list):
-            raise self.refused(key, value, "is not the same in all layers")
-        return value
-
-    def need(self, key: str) -> Any:
-        """A value without which there is no model."""
-        if (value := self.get(key)) is None:
-            raise SitelensError(f"{self.name} has no metadata {self.arch}.{key}")
-        return value
-
-    def refused(self, key: str, value: Any, why: str) -> SitelensError:
-        """The error for a key that this library cannot honor."""
-        shown = f"{str(value)[:60]}..." if len(str(value)) > 60 else value
-        return SitelensError(
-            f"{self.name}: its metadata {self.arch}.{key} = {shown} {why}: the converted model would compute something "
-            f"else. {GO_ON}"
-        )
 
 
 def config_of(name: str, values: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], factors: Any) -> Any:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from sitelens.conversion.keys import Metadata
 from sitelens.defaults import SitelensError
-
-if TYPE_CHECKING:
-    from sitelens.conversion.metadata import Metadata
 
 FREQUENCIES = "rope_freqs.weight"  # what llama.cpp divides each frequency by: Llama 3.1 to 3.3
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # the same, by length: Phi 3 and 4
