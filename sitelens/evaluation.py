@@ -11,19 +11,18 @@ from typing import Any
 import pandas as pd
 
 from sitelens.arguments import checked
-from sitelens.conditions import Condition, Patch, ZeroShot, checked_conditions
+from sitelens.conditions import Condition, ZeroShot, checked_conditions
 from sitelens.decoding import end_tokens
 from sitelens.defaults import SitelensError, settings, warned_once
 from sitelens.fingerprints import unchanged
 from sitelens.labels import label_tokens, warn_of_shared_first_tokens
 from sitelens.metrics import Metric, Output, Target, answer_end, check_answers, checked_metrics
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
-from sitelens.predictions import Predictor
+from sitelens.predictions import Predictor, as_patches
 from sitelens.progress import tracked
 from sitelens.prompts import Prompt, PromptBatch, after_answer, few_shot_prompts, tokenize
 from sitelens.summary import ECHO
 from sitelens.tasks import Example, Task, load_task
-from sitelens.twins import is_listened
 from sitelens.values import Count, Seed
 
 COLUMNS = ("task", "condition", "seed", "item", "input", "answer", "predicted", "metric", "score", "logprob", "rank")
@@ -70,19 +69,14 @@ def evaluate(
     generating = any(metric.generates for metric in chosen_metrics)
     scoring = _Scoring(task, items, chosen, chosen_metrics, model, seed)
     budget, new_tokens = settings.budget(memory_budget), max_new_tokens if generating else 0
-    groups: dict[int, tuple[dict[str, Patch], dict[str, Condition]]] = {}  # by the number of demonstrations
+    groups: dict[int, dict[str, Condition]] = {}  # by the number of demonstrations
+    for name, condition in conditions.items():
+        groups.setdefault(condition.n_shots, {})[name] = condition
     rows: dict[tuple[str, str], list[tuple[Any, ...]]] = {}  # by metric and condition
     bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}", progress=progress)
-    listened = is_listened(model)  # then prompts are run whole, under one condition after the other
     with unchanged(model):  # each condition asks whether it fits
-        for name, condition in conditions.items():
-            patched, hooked = groups.setdefault(condition.n_shots, ({}, {}))
-            patch = condition.patch(model)
-            if patch is None or listened or (generating and condition.steps == "every"):
-                hooked[name] = condition
-            else:
-                patched[name] = patch
-        for n_shots, (patched, hooked) in groups.items():
+        parts = {n_shots: as_patches(group, model, generating) for n_shots, group in groups.items()}
+        for n_shots, (patches, others) in parts.items():
             prompts = few_shot_prompts(task, items, n_shots, scoring.tokenizer, seed, split, chosen)
             where = f"task {task.name!r}, {n_shots} shots"
             batch = tokenize(prompts, scoring.tokenizer, context_length(model), where, new_tokens)
@@ -91,8 +85,8 @@ def evaluate(
             predictor = Predictor(
                 model, batch, budget, scoring.where, new_tokens, scoring.ends, complete, scoring.labels
             )
-            outputs = predictor.patched(patched, lambda n: _advance(bar, n))
-            outputs |= predictor.hooked(hooked, lambda n: _advance(bar, n))
+            outputs = predictor.patched(patches, lambda n: _advance(bar, n))
+            outputs |= predictor.hooked(others, lambda n: _advance(bar, n))
             for name, found in outputs.items():
                 rows |= {(metric.name, name): scoring.rows(name, metric, found, targets) for metric in chosen_metrics}
     next(bar, None)
@@ -163,11 +157,8 @@ def generate(
         max_new_tokens,
         complete=lambda _, text: end is not None and end.search(text.lstrip()) is not None,
     )
-    patch = condition.patch(model)
-    if patch is None or is_listened(model) or condition.steps == "every":
-        outputs = predictor.hooked({"": condition}, lambda _: None)
-    else:
-        outputs = predictor.patched({"": patch}, lambda _: None)
+    patches, others = as_patches({"": condition}, model, generating=True)
+    outputs = predictor.patched(patches, lambda _: None) | predictor.hooked(others, lambda _: None)
     said = [out.text.lstrip() for out in outputs[""]]
     return [(end.split(text, maxsplit=1)[0] if end else text).strip() for text in said]
 

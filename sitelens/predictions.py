@@ -30,6 +30,28 @@ from sitelens.prompts import PromptBatch
 from sitelens.twins import is_listened
 
 
+def as_patches(
+    conditions: Mapping[str, Condition], model: Model, generating: bool
+) -> tuple[dict[str, Patch], dict[str, Condition]]:
+    """The conditions that can run as rows over a shared prefix, as last-token edits; and the others.
+
+    Where the user listens, prompts run whole, under one condition after the other.
+
+    Raises:
+        SitelensError: if a condition was made for another model.
+    """
+    listened = is_listened(model)
+    patches: dict[str, Patch] = {}
+    others: dict[str, Condition] = {}
+    for name, condition in conditions.items():
+        patch = condition.patch(model)
+        if patch is None or listened or (generating and condition.steps == "every"):
+            others[name] = condition
+        else:
+            patches[name] = patch
+    return patches, others
+
+
 class Predictor:
     """Runs a batch of prompts under conditions.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sitelens.fingerprints import fingerprint, weights_digest
+from sitelens.fingerprints import fingerprint, unchanged, weights_digest
 from sitelens.models import Model, head_shape, model_dtype, model_name
 from sitelens.tasks import Task
 from sitelens.version import __version__
@@ -58,10 +58,11 @@ class Origin:
                 "task_digest": task.digest, "template": task.template, "instruction": task.instruction,
                 "template_arguments": tuple(task.template_arguments),
             }  # fmt: skip
-        facts = model_facts(model)
+        with unchanged(model):  # which reads the weights once
+            facts, weights = model_facts(model), weights_digest(model)
         return Origin(
             model=facts["name"], revision=facts["revision"], dtype=facts["dtype"], quantize=facts["quantize"],
-            weights=weights_digest(model),
+            weights=weights,
             created=datetime.datetime.now(datetime.UTC).date().isoformat(), sitelens=__version__, **about, **prompts,
         )  # fmt: skip
 

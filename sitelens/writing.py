@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sitelens.defaults import SitelensError, SitelensWarning
 from sitelens.escaping import csv_text
+from sitelens.folders import reason
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,18 +129,18 @@ def check_folder(folder: str | Path) -> None:
             made.append(place)
         write_bytes(path / TEMPORARY.replace("*", f"probe-{secrets.token_hex(4)}"), bytes(PROBE_BYTES)).unlink()
     except (OSError, ValueError) as error:
-        raise SitelensError(f"cannot write to the folder {str(folder)!r}: {reason(error)}") from error
+        raise SitelensError(f"cannot write to the folder {str(folder)!r}: {why_not_written(error)}") from error
     finally:
         for place in reversed(made):
             with contextlib.suppress(OSError):  # another process has put something there
                 place.rmdir()
 
 
-def reason(error: Exception) -> str:
+def why_not_written(error: Exception) -> str:
     """Why a file could not be written, in a few words."""
     if isinstance(error, FileExistsError | NotADirectoryError):
         return f"{error.filename} is a file, not a folder"
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    return reason(error)
 
 
 class Outputs:
@@ -166,7 +167,7 @@ class Outputs:
         except SitelensError as error:
             self.missing[name] = str(error).removeprefix(f"{name} ")
         except OSError as error:
-            self.missing[name] = f"cannot be written: {reason(error)}"
+            self.missing[name] = f"cannot be written: {why_not_written(error)}"
         else:
             self.missing.pop(name, None)
             if path not in self.paths:

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from sitelens.defaults import SitelensError
 from sitelens.escaping import visible
-from sitelens.writing import reason, write_bytes, write_text
+from sitelens.writing import why_not_written, write_bytes, write_text
 
 STATIC = ("png", "svg", "pdf")
 FORMATS = ("html", *STATIC)
@@ -53,7 +53,7 @@ def save(figure: go.Figure, path: str | Path) -> Path:
     except (OSError, ValueError) as error:
         if isinstance(error, SitelensError):
             raise
-        raise SitelensError(f"{path.name} cannot be written: {reason(error)}") from error
+        raise SitelensError(f"{path.name} cannot be written: {why_not_written(error)}") from error
 
 
 def check_formats(formats: Iterable[str]) -> list[str]:
@@ -122,7 +122,7 @@ def _start(path: str) -> str | None:
         except subprocess.TimeoutExpired:
             return f"no answer in {START_SECONDS} seconds"
         except OSError as error:
-            return reason(error)
+            return why_not_written(error)
     if done.returncode == 0:
         return None
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()

@@ -6,7 +6,6 @@ from collections import Counter
 
 from sitelens.arguments import checked
 from sitelens.conditions import FewShot
-from sitelens.defaults import SitelensError
 from sitelens.methods.common import MAX_TRAIN, fitting
 from sitelens.models import Model, context_length, own_tokenizer, resolve_model
 from sitelens.prompts import few_shot_prompt, item_sizes
@@ -30,8 +29,6 @@ def fit(
     Raises:
         SitelensError: for a task without training or validation items, or a limit below 0.
     """
-    if limit is not None and limit < 0:
-        raise SitelensError(f"limit must be at least 0, got {limit}")
     model, task = resolve_model(model), load_task(task)
     fitting(task)  # is it a task to fit anything to?
     tokenizer = own_tokenizer(model)
