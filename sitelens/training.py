@@ -146,7 +146,7 @@ def train_jobs(
         for job in jobs:
             for _, embedding in job.members:
                 embedding.check_fits(model)
-        store = ResultStore(model, [task for job in jobs for task, _ in job.members])
+        store = ResultStore(model, tasks)
         specs = [_spec(job, store.key) for job in jobs]
         shape = head_shape(model)[:2]
         results = [
