@@ -100,7 +100,10 @@ class PinnedFiles:
         pooch.utils.get_logger().setLevel("WARNING")
 
         def retrieved(place: Path) -> tuple[Path, bytes]:
-            path = Path(pooch.retrieve(url, self._known_hash(name, folder), fname=f"{name}.json", path=place))
+            # Read whole, so that the connection is closed even where the server refuses.
+            whole = pooch.HTTPDownloader(stream=False)
+            known = self._known_hash(name, folder)
+            path = Path(pooch.retrieve(url, known, fname=f"{name}.json", path=place, downloader=whole))
             share(path)  # pooch makes it private
             return path, read_bytes(path)
 
