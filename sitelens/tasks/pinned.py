@@ -101,7 +101,7 @@ class PinnedFiles:
 
         def retrieved(place: Path) -> tuple[Path, bytes]:
             # Read whole, so that the connection is closed even where the server refuses.
-            whole = pooch.HTTPDownloader(stream=False)
+            whole: Any = pooch.HTTPDownloader(stream=False)
             known = self._known_hash(name, folder)
             path = Path(pooch.retrieve(url, known, fname=f"{name}.json", path=place, downloader=whole))
             share(path)  # pooch makes it private
