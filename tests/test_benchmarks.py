@@ -445,7 +445,7 @@ def test_bbh_is_downloaded_from_its_commit_with_its_checksum(
 ):
     asked: list[tuple[str, str]] = []
 
-    def retrieve(url: str, known_hash: str, fname: str, path: Path) -> str:
+    def retrieve(url: str, known_hash: str, fname: str, path: Path, **_: Any) -> str:
         asked.append((url, known_hash))
         path.mkdir(parents=True)
         return str(shutil.copy(data_folder / "bbh" / "navigate.json", path / fname))
