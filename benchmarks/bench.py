@@ -21,12 +21,12 @@ import torch
 
 import sitelens as sl
 from benchmarks.plain import Plain
-from sitelens.decoding import end_tokens
-from sitelens.defaults import settings
-from sitelens.embedding import embedding_prompts
-from sitelens.models import Model, context_length, own_tokenizer
-from sitelens.prompts import few_shot_prompts, tokenize
-from sitelens.training_loop import Run
+from sitelens.conditions.embedding import embedding_prompts
+from sitelens.engine.decoding import end_tokens
+from sitelens.engine.prompts import few_shot_prompts, tokenize
+from sitelens.methods.site.loop import Run
+from sitelens.models.model import Model, context_length, own_tokenizer
+from sitelens.settings import settings
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = (
@@ -65,7 +65,7 @@ class Ground:
     def load() -> Ground:
         from transformers import AutoModelForCausalLM
 
-        from sitelens.conversion import packaged_folder
+        from sitelens.models.gguf.converted import packaged_folder
 
         model = sl.load_model()
         raw = AutoModelForCausalLM.from_pretrained(packaged_folder("smollm2-135m"), dtype=torch.float32).eval()
@@ -192,7 +192,7 @@ def grid(ground: Ground) -> Iterator[Figure]:
 
 def sample(ground: Ground, task: sl.Task, n: int) -> list[tuple[list[int], Collection[int]]]:
     """The prompts of the items that `evaluate` takes for n_items, and their accepted answers."""
-    from sitelens.evaluation import sample_items
+    from sitelens.evaluation.evaluate import sample_items
 
     every = ground.prompts(task, "test", len(task.test))
     return [(every[i][0], every[i][2]) for i in sample_items(task, "test", n, 0)]

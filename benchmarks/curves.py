@@ -21,10 +21,10 @@ from plotly.subplots import make_subplots
 
 import sitelens as sl
 from benchmarks.bench import RESULTS, machine, padded, seconds
-from sitelens.defaults import settings
+from sitelens.engine.prompts import few_shot_prompts, tokenize
 from sitelens.figures.style import COLOURS, DOUBLE, styled
-from sitelens.models import Model, head_shape, own_tokenizer
-from sitelens.prompts import few_shot_prompts, tokenize
+from sitelens.models.model import Model, head_shape, own_tokenizer
+from sitelens.settings import settings
 
 BUDGET = "512MiB"
 CONFIG = sl.TrainConfig(steps=20, eval_every=10, n_valid=16)

@@ -17,10 +17,10 @@ import torch
 
 import sitelens as sl
 from benchmarks.bench import RESULTS, machine
-from sitelens.forward import HeadEdit, LastToken
-from sitelens.models import own_tokenizer
-from sitelens.prefix import PrefixCache
-from sitelens.prompts import few_shot_prompts, tokenize
+from sitelens.engine.forward import HeadEdit, LastToken
+from sitelens.engine.prefix import PrefixCache
+from sitelens.engine.prompts import few_shot_prompts, tokenize
+from sitelens.models.model import own_tokenizer
 
 REPEATS = 21
 KINDS = {

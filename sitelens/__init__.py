@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sitelens.settings import settings as settings  # at once: its module bears the same name
 from sitelens.version import __version__
 
 if TYPE_CHECKING:
@@ -16,81 +17,83 @@ if TYPE_CHECKING:
     from sitelens import heads as heads
     from sitelens import methods as methods
     from sitelens import studies as studies
-    from sitelens.ablation import Ablate as Ablate
-    from sitelens.catalogue import list_models as list_models
-    from sitelens.comparison import by_method as by_method
-    from sitelens.comparison import compare as compare
-    from sitelens.comparison import comparison_scores as comparison_scores
-    from sitelens.comparison import comparison_table as comparison_table
-    from sitelens.conditions import Condition as Condition
-    from sitelens.conditions import FewShot as FewShot
-    from sitelens.conditions import PatchHeads as PatchHeads
-    from sitelens.conditions import ZeroShot as ZeroShot
-    from sitelens.config import TrainConfig as TrainConfig
-    from sitelens.defaults import SitelensError as SitelensError
-    from sitelens.defaults import SitelensWarning as SitelensWarning
-    from sitelens.defaults import settings as settings
-    from sitelens.embedding import TaskEmbedding as TaskEmbedding
-    from sitelens.embedding import embed_task as embed_task
-    from sitelens.evaluation import echo as echo
-    from sitelens.evaluation import evaluate as evaluate
-    from sitelens.evaluation import generate as generate
-    from sitelens.fingerprints import fingerprint as fingerprint
+    from sitelens.conditions.ablation import Ablate as Ablate
+    from sitelens.conditions.base import Condition as Condition
+    from sitelens.conditions.embedding import TaskEmbedding as TaskEmbedding
+    from sitelens.conditions.embedding import embed_task as embed_task
+    from sitelens.conditions.patching import PatchHeads as PatchHeads
+    from sitelens.conditions.prompting import FewShot as FewShot
+    from sitelens.conditions.prompting import ZeroShot as ZeroShot
+    from sitelens.conditions.selection import HeadSelection as HeadSelection
+    from sitelens.errors import SitelensError as SitelensError
+    from sitelens.errors import SitelensWarning as SitelensWarning
+    from sitelens.evaluation.evaluate import echo as echo
+    from sitelens.evaluation.evaluate import evaluate as evaluate
+    from sitelens.evaluation.evaluate import generate as generate
+    from sitelens.evaluation.summary import summarize as summarize
+    from sitelens.methods.site.config import TrainConfig as TrainConfig
+    from sitelens.methods.site.train import TrainResult as TrainResult
+    from sitelens.methods.site.train import train_selection as train_selection
+    from sitelens.methods.site.train import train_selections as train_selections
     from sitelens.metrics import METRICS as METRICS
     from sitelens.metrics import Metric as Metric
-    from sitelens.models import Model as Model
-    from sitelens.models import load_model as load_model
-    from sitelens.report import RunConfig as RunConfig
-    from sitelens.report import RunReport as RunReport
-    from sitelens.report import run as run
-    from sitelens.selection import HeadSelection as HeadSelection
-    from sitelens.similarity import HeadSimilarity as HeadSimilarity
-    from sitelens.similarity import head_similarity as head_similarity
-    from sitelens.similarity import similarity_predicts_transfer as similarity_predicts_transfer
-    from sitelens.suites import SuiteResult as SuiteResult
-    from sitelens.suites import run_suite as run_suite
-    from sitelens.summary import summarize as summarize
+    from sitelens.models.catalogue import list_models as list_models
+    from sitelens.models.fingerprints import fingerprint as fingerprint
+    from sitelens.models.loading import load_model as load_model
+    from sitelens.models.model import Model as Model
+    from sitelens.reports.comparison import by_method as by_method
+    from sitelens.reports.comparison import compare as compare
+    from sitelens.reports.comparison import comparison_scores as comparison_scores
+    from sitelens.reports.comparison import comparison_table as comparison_table
+    from sitelens.reports.run import RunConfig as RunConfig
+    from sitelens.reports.run import RunReport as RunReport
+    from sitelens.reports.run import run as run
+    from sitelens.reports.suite import SuiteResult as SuiteResult
+    from sitelens.reports.suite import run_suite as run_suite
+    from sitelens.reports.verification.verify import Verification as Verification
+    from sitelens.reports.verification.verify import verify as verify
+    from sitelens.studies.similarity import HeadSimilarity as HeadSimilarity
+    from sitelens.studies.similarity import head_similarity as head_similarity
+    from sitelens.studies.similarity import similarity_predicts_transfer as similarity_predicts_transfer
+    from sitelens.studies.transfer import TransferMatrix as TransferMatrix
+    from sitelens.studies.transfer import transfer_matrix as transfer_matrix
     from sitelens.tasks import Example as Example
     from sitelens.tasks import Task as Task
     from sitelens.tasks import list_tasks as list_tasks
     from sitelens.tasks import load_task as load_task
     from sitelens.tasks import load_tasks as load_tasks
-    from sitelens.training import TrainResult as TrainResult
-    from sitelens.training import train_selection as train_selection
-    from sitelens.training import train_selections as train_selections
-    from sitelens.transfer import TransferMatrix as TransferMatrix
-    from sitelens.transfer import transfer_matrix as transfer_matrix
-    from sitelens.verification import Verification as Verification
-    from sitelens.verification import verify as verify
 
 _HOMES = {
-    "ablation": ("Ablate",),
-    "comparison": ("by_method", "compare", "comparison_scores", "comparison_table"),
-    "conditions": ("Condition", "FewShot", "PatchHeads", "ZeroShot"),
-    "config": ("TrainConfig",),
-    "catalogue": ("list_models",),
-    "embedding": ("TaskEmbedding", "embed_task"),
-    "evaluation": ("echo", "evaluate", "generate"),
-    "fingerprints": ("fingerprint",),
+    "conditions.ablation": ("Ablate",),
+    "conditions.base": ("Condition",),
+    "conditions.embedding": ("TaskEmbedding", "embed_task"),
+    "conditions.patching": ("PatchHeads",),
+    "conditions.prompting": ("FewShot", "ZeroShot"),
+    "conditions.selection": ("HeadSelection",),
+    "errors": ("SitelensError", "SitelensWarning"),
+    "evaluation.evaluate": ("echo", "evaluate", "generate"),
+    "evaluation.summary": ("summarize",),
+    "methods.site.config": ("TrainConfig",),
+    "methods.site.train": ("TrainResult", "train_selection", "train_selections"),
     "metrics": ("METRICS", "Metric"),
-    "models": ("Model", "load_model"),
-    "report": ("RunConfig", "RunReport", "run"),
-    "selection": ("HeadSelection",),
-    "defaults": ("SitelensError", "SitelensWarning", "settings"),
-    "suites": ("SuiteResult", "run_suite"),
-    "summary": ("summarize",),
+    "models.catalogue": ("list_models",),
+    "models.fingerprints": ("fingerprint",),
+    "models.loading": ("load_model",),
+    "models.model": ("Model",),
+    "reports.comparison": ("by_method", "compare", "comparison_scores", "comparison_table"),
+    "reports.run": ("RunConfig", "RunReport", "run"),
+    "reports.suite": ("SuiteResult", "run_suite"),
+    "reports.verification.verify": ("Verification", "verify"),
+    "studies.similarity": ("HeadSimilarity", "head_similarity", "similarity_predicts_transfer"),
+    "studies.transfer": ("TransferMatrix", "transfer_matrix"),
     "tasks": ("Example", "Task", "list_tasks", "load_task", "load_tasks"),
-    "training": ("TrainResult", "train_selection", "train_selections"),
-    "similarity": ("HeadSimilarity", "head_similarity", "similarity_predicts_transfer"),
-    "transfer": ("TransferMatrix", "transfer_matrix"),
-    "verification": ("Verification", "verify"),
 }
 _HOME_OF: dict[str, str] = {name: home for home, names in _HOMES.items() for name in names}
 
 # Modules whose functions are called by their names: sl.studies.costs.
 _ROOMS = ("figures", "heads", "methods", "studies")
 
-__all__ = ["__version__", *_ROOMS, *sorted(_HOME_OF)]
+__all__ = ["__version__", "settings", *_ROOMS, *sorted(_HOME_OF)]
 
 
 def __getattr__(name: str) -> Any:

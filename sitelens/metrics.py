@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sitelens.defaults import SitelensError
+from sitelens.errors import SitelensError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

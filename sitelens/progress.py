@@ -14,7 +14,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sitelens.defaults import bound, settings
+from sitelens.contexts import bound
+from sitelens.settings import settings
 
 Item = TypeVar("Item")
 BEFORE_THE_PLAN = 0.05  # the share of the bar for stages whose costs are not known yet

@@ -28,11 +28,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from sitelens.defaults import SitelensError, SitelensWarning, settings
-from sitelens.folders import make_folder, read_bytes, reason, remove, size_of, warn_once
-from sitelens.schema import parsed_json, unpacked
+from sitelens.checks.schema import parsed_json, unpacked
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.files.folders import make_folder, read_bytes, reason, remove, size_of, warn_once
+from sitelens.files.writing import write_bytes
+from sitelens.settings import settings
 from sitelens.version import __version__
-from sitelens.writing import write_bytes
 
 Value = TypeVar("Value")
 
@@ -64,7 +65,7 @@ class Artifact:
         return str(self.path or f"the {self.kind}")
 
     def made(self, kind: type[Value], **more: Any) -> Value:
-        """The dataclass that tensors and meta describe, with `more` beside them (see `sitelens.schema`).
+        """The dataclass that tensors and meta describe, with `more` beside them (see `sitelens.checks.schema`).
 
         Raises:
             SitelensError: naming the file and the field that is not what the dataclass declares.

@@ -12,8 +12,10 @@ import jaxtyping
 import pytest
 import torch
 
-from sitelens.defaults import SitelensError, settings
-from sitelens.models import Model, default_model
+from sitelens.errors import SitelensError
+from sitelens.models.loading import default_model
+from sitelens.models.model import Model
+from sitelens.settings import settings
 from tests import micro
 
 torch.set_num_threads(1)  # for models this small more threads only wait for each other

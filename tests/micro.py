@@ -14,10 +14,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from sitelens.models import Model, _tokenizers
-from sitelens.network import run_tokens
+from sitelens.engine.network import run_tokens
+from sitelens.engine.twins import network_twin
+from sitelens.models.model import Model, _tokenizers
 from sitelens.tasks import Task
-from sitelens.twins import network_twin
 from tests import paper
 from tests.paper import WINDOW
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import sitelens as sl
-from sitelens.conditions import Condition
-from sitelens.models import Model, head_shape
+from sitelens.conditions.base import Condition
+from sitelens.models.model import Model, head_shape
 from tests import micro, oracle, zoo
 
 HEADS = [(0, 1), (1, 0), (1, 3)]
@@ -74,7 +74,7 @@ def test_ablation_is_that_of_the_raw_model(family: str, kind: Any, positions: An
 
 
 def sl_prompts(item: int) -> Any:
-    from sitelens.prompts import few_shot_prompts
+    from sitelens.engine.prompts import few_shot_prompts
 
     return few_shot_prompts(TASK, [TASK.test[item]], 1, micro.tokenizer(), 0, "test", [item])
 

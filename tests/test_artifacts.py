@@ -22,18 +22,18 @@ from torch import Tensor
 
 import sitelens as sl
 from sitelens import store
-from sitelens.conditions import Condition
-from sitelens.forward import Hook
+from sitelens.conditions.base import Condition
+from sitelens.conditions.registry import HOMES
+from sitelens.conditions.streams import AddToStream, ReplaceStream
+from sitelens.engine.forward import Hook
+from sitelens.evaluation.cached import score_conditions
 from sitelens.methods.i2cl import LinearCombination
 from sitelens.methods.icv import InContextVector
 from sitelens.methods.lofit import HeadOffsets
 from sitelens.methods.lora import LowRank
-from sitelens.methods.streams import AddToStream, ReplaceStream
-from sitelens.models import Model
-from sitelens.provenance import Origin
-from sitelens.registry import HOMES
-from sitelens.report import RunConfig
-from sitelens.scoring import score_conditions
+from sitelens.models.model import Model
+from sitelens.models.provenance import Origin
+from sitelens.reports.run import RunConfig
 from sitelens.store import Artifact
 from tests import micro
 
@@ -291,7 +291,7 @@ def test_all_of_sitelens_own_conditions_load_in_a_fresh_process(tmp_path: Path):
         condition.save(tmp_path / f"{place}.safetensors")
     code = (
         "import sys\n"
-        "from sitelens.conditions import Condition\n"
+        "from sitelens import Condition\n"
         "print(*(type(Condition.load(path)).__name__ for path in sys.argv[1:]))"
     )
     paths = [str(tmp_path / f"{place}.safetensors") for place in range(len(CONDITIONS))]

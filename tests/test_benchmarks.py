@@ -18,8 +18,9 @@ import datasets
 import pooch
 import pytest
 
-from sitelens import folders
-from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.files import folders
+from sitelens.settings import settings
 from sitelens.tasks import (
     QA_TEMPLATE,
     SPLITS,

@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 
-from sitelens import catalogue, list_models
-from sitelens.catalogue import NF4_BYTES, PAPER, how_to_get, weight_bytes
-from sitelens.conversion import PACKAGED
-from sitelens.defaults import settings
-from sitelens.models import Model
+from sitelens import list_models
+from sitelens.models import catalogue
+from sitelens.models.catalogue import NF4_BYTES, PAPER, how_to_get, weight_bytes
+from sitelens.models.gguf.converted import PACKAGED
+from sitelens.models.model import Model
+from sitelens.settings import settings
 from tests.paper import CONFIGS
 
 FACTS = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads"}

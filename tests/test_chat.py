@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sitelens.defaults import SitelensError, SitelensWarning
-from sitelens.labels import shared_first_tokens
-from sitelens.methods.common import answered
-from sitelens.prompts import Prompt, few_shot_prompt, item_sizes, tokenize
+from sitelens.engine.prompts import Prompt, few_shot_prompt, item_sizes, tokenize
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.evaluation.labels import shared_first_tokens
+from sitelens.methods.items import answered
 from sitelens.tasks import Example, Task, checked_arguments, rewritten
 from tests import micro
 

@@ -16,14 +16,18 @@ import pytest
 import torch
 
 import sitelens
-from sitelens import cli, folders, models, report, tasks
+from sitelens import tasks
 from sitelens.cli import experiments, main
-from sitelens.conversion import PACKAGED
-from sitelens.defaults import SitelensError
-from sitelens.report import RunConfig
+from sitelens.cli.command import command_parser
+from sitelens.errors import SitelensError
+from sitelens.files import folders
+from sitelens.methods.site.train import TrainConfig
+from sitelens.models import loading
+from sitelens.models.gguf.converted import PACKAGED
+from sitelens.reports import run as report
+from sitelens.reports.run import RunConfig
 from sitelens.store import Artifact, default_store
 from sitelens.tasks import builtin, task_names
-from sitelens.training import TrainConfig
 from tests import micro
 
 COMMANDS = ["run", "transfer", "compare", "suite", "figures", "verify", "tasks", "models", "cache"]
@@ -46,7 +50,7 @@ def words(value: list[str] | str) -> str:
 
 
 def config_of(*arguments: str) -> RunConfig:
-    return experiments.run_config(cli._parser().parse_args(["run", *arguments]))
+    return experiments.run_config(command_parser().parse_args(["run", *arguments]))
 
 
 def recorded(path: Path, config: RunConfig) -> Path:
@@ -406,7 +410,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def fail(*_: Any, **__: Any) -> None:
         pytest.fail("training was reached")
 
-    monkeypatch.setattr(models, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_model", load_model)
     monkeypatch.setattr(report, "train_selections", fail)
     return asked
 

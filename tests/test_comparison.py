@@ -11,10 +11,10 @@ from scipy.stats import binomtest
 
 import sitelens as sl
 from sitelens import figures
-from sitelens.comparison import COSTS, NAMES, by_method, checked_methods, compare, comparison_table, fit_method
-from sitelens.defaults import SitelensError
+from sitelens.errors import SitelensError
 from sitelens.methods import METHODS
-from sitelens.models import Model, head_shape
+from sitelens.models.model import Model, head_shape
+from sitelens.reports.comparison import COSTS, NAMES, by_method, checked_methods, compare, comparison_table, fit_method
 from tests import micro
 from tests.test_methods import SMALL, TASK
 

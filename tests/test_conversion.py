@@ -25,12 +25,16 @@ import pytest
 import torch
 import transformers
 
-from sitelens import conversion, folders, list_models
-from sitelens.conversion import PACKAGED, PackagedModel, gguf_folder, packaged_folder
-from sitelens.conversion.metadata import config_of
-from sitelens.defaults import SitelensError, SitelensWarning, settings
-from sitelens.loading import load_network
-from sitelens.models import load_model, own_tokenizer
+from sitelens import list_models
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.files import folders
+from sitelens.models.gguf import converted as conversion
+from sitelens.models.gguf.converted import PACKAGED, PackagedModel, gguf_folder, packaged_folder
+from sitelens.models.gguf.metadata import config_of
+from sitelens.models.loading import load_model
+from sitelens.models.model import own_tokenizer
+from sitelens.models.networks import load_network
+from sitelens.settings import settings
 from tests import gguf_files
 
 TOKENS = torch.arange(3, 63)[None]  # longer than the sliding windows

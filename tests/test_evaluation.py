@@ -19,15 +19,16 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import sitelens as sl
-from sitelens.conditions import Condition, PatchHeads
-from sitelens.decoding import decode
-from sitelens.embedding import TaskEmbedding
-from sitelens.evaluation import COLUMNS
-from sitelens.fingerprints import fingerprint
-from sitelens.forward import Hook, full_logits
-from sitelens.models import Model, head_shape
-from sitelens.prompts import Prompt, PromptBatch, draw_demonstrations, few_shot_prompts, tokenize
-from sitelens.summary import answers_from_counts
+from sitelens.conditions.base import Condition
+from sitelens.conditions.embedding import TaskEmbedding
+from sitelens.conditions.patching import PatchHeads
+from sitelens.engine.decoding import decode
+from sitelens.engine.forward import Hook, full_logits
+from sitelens.engine.prompts import Prompt, PromptBatch, draw_demonstrations, few_shot_prompts, tokenize
+from sitelens.evaluation.evaluate import COLUMNS
+from sitelens.evaluation.summary import answers_from_counts
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.model import Model, head_shape
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
 

@@ -13,17 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sitelens.conditions import PatchHeads
-from sitelens.decoding import decode
-from sitelens.defaults import SitelensError, settings
-from sitelens.embedding import TaskEmbedding, embed_task, embedding_prompts
-from sitelens.forward import HeadEdit, LastToken, capture_z, full_logits
-from sitelens.memory import chunks, prefix_bytes
-from sitelens.models import Model, head_shape, z_hook
-from sitelens.network import Passes, all_positions, run_tokens
-from sitelens.prefix import PrefixCache, ReadOnly
-from sitelens.prompts import Prompt, PromptBatch, tokenize
-from sitelens.selection import HeadSelection
+from sitelens.conditions.embedding import TaskEmbedding, embed_task, embedding_prompts
+from sitelens.conditions.patching import PatchHeads
+from sitelens.conditions.selection import HeadSelection
+from sitelens.engine.decoding import decode
+from sitelens.engine.forward import HeadEdit, LastToken, capture_z, full_logits
+from sitelens.engine.memory import chunks, prefix_bytes
+from sitelens.engine.network import Passes, all_positions, run_tokens
+from sitelens.engine.prefix import PrefixCache, ReadOnly
+from sitelens.engine.prompts import Prompt, PromptBatch, tokenize
+from sitelens.errors import SitelensError
+from sitelens.models.model import Model, head_shape, z_hook
+from sitelens.settings import settings
 from tests import micro, oracle
 
 # Tokens of the prompts in a batch: across the sliding window, at its edge, inside it, and one token only.

@@ -18,8 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sitelens as sl
-from sitelens import cli, gallery, models
-from sitelens.models import Model
+from sitelens import cli
+from sitelens.cli.command import command_parser
+from sitelens.models import loading
+from sitelens.models.model import Model
+from sitelens.reports import gallery
 from sitelens.tasks.files import ENDINGS
 from tests import micro
 
@@ -56,7 +59,7 @@ WORDS = st.one_of(ODD, ODD, st.text(max_size=12))
 
 def options_of(command: str) -> list[str]:
     """Every option that a command takes."""
-    parser: Any = cli._parser()
+    parser: Any = command_parser()
     [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return sorted(commands.choices[command]._option_string_actions)
 
@@ -86,7 +89,7 @@ def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     def stop(*_: Any, **__: Any) -> None:
         raise sl.SitelensError("a model would be loaded")
 
-    for module in (models, gallery):
+    for module in (loading, gallery):
         monkeypatch.setattr(module, "load_model", stop)
     monkeypatch.setattr("sitelens.cli.listings._clear", stop)
     monkeypatch.setattr("sitelens.figures.missing_tool", lambda formats: None)

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 
 import sitelens as sl
-from sitelens import gallery, models
 from sitelens.cli import main
-from sitelens.config import TrainConfig
-from sitelens.gallery import PICTURES, make_figures
-from sitelens.models import Model
+from sitelens.methods.site.config import TrainConfig
+from sitelens.models import loading
+from sitelens.models.model import Model
+from sitelens.reports import gallery
+from sitelens.reports.gallery import PICTURES, make_figures
 from sitelens.tasks import builtin
 from tests import micro
 
@@ -27,7 +28,7 @@ SMALL = TrainConfig(steps=4, eval_every=2, n_valid=4)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Model:
     """A micro model in place of any other."""
     model = micro.bridge("Llama")
-    monkeypatch.setattr(models, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(gallery, "load_model", lambda *_, **__: model)
     return model
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import sitelens as sl
-from sitelens.defaults import settings
-from sitelens.embedding import TaskEmbedding, embedding_prompts
+from sitelens.conditions.embedding import TaskEmbedding, embedding_prompts
+from sitelens.engine.memory import prefix_bytes
+from sitelens.engine.prompts import Prompt, few_shot_prompts, tokenize
 from sitelens.heads import (
     ROLES,
     attention,
@@ -34,9 +35,8 @@ from sitelens.heads import (
     induction_scores,
     written_tokens,
 )
-from sitelens.memory import prefix_bytes
-from sitelens.models import Model
-from sitelens.prompts import Prompt, few_shot_prompts, tokenize
+from sitelens.models.model import Model
+from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
 

@@ -19,7 +19,7 @@ from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
 from sitelens import figures
-from sitelens.escaping import visible
+from sitelens.files.escaping import visible
 from tests.test_figures import BINS, leaves, rows
 
 RUN = "document.title='run'"

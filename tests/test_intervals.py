@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as t_distribution
 
-from sitelens.intervals import (
+from sitelens.evaluation.intervals import (
     Interval,
     Strata,
     difference_over_items,

@@ -15,15 +15,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import sitelens as sl
-from sitelens import keys
-from sitelens.comparison import fit_method
-from sitelens.defaults import SitelensWarning, settings
-from sitelens.facts import BOOKKEEPING, Facts
-from sitelens.fingerprints import accelerator_sums, fingerprint, tensor_sums, weights_digest
-from sitelens.interference import heard
-from sitelens.keys import ResultStore, model_key
-from sitelens.models import Model, load_model
-from sitelens.scoring import score_conditions
+from sitelens.engine import keys
+from sitelens.engine.keys import ResultStore, model_key
+from sitelens.errors import SitelensWarning
+from sitelens.evaluation.cached import score_conditions
+from sitelens.models.facts import BOOKKEEPING, Facts
+from sitelens.models.fingerprints import accelerator_sums, fingerprint, tensor_sums, weights_digest
+from sitelens.models.interference import heard
+from sitelens.models.loading import load_model
+from sitelens.models.model import Model
+from sitelens.reports.comparison import fit_method
+from sitelens.settings import settings
 from tests import micro
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 40, 41, 42, 43]])

@@ -19,20 +19,23 @@ from torch.utils._pytree import tree_leaves
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers.cache_utils import DynamicCache
 
-from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
-from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensWarning, settings
-from sitelens.embedding import TaskEmbedding, embed_task
-from sitelens.evaluation import evaluate
-from sitelens.forward import HeadEdit, LastToken, capture_z, full_logits
-from sitelens.memory import forward_bytes, prefix_bytes, step_cost
+from sitelens.conditions.base import Condition
+from sitelens.conditions.embedding import TaskEmbedding, embed_task
+from sitelens.conditions.patching import PatchHeads
+from sitelens.conditions.prompting import FewShot, ZeroShot
+from sitelens.conditions.selection import HeadSelection
+from sitelens.engine.forward import HeadEdit, LastToken, capture_z, full_logits
+from sitelens.engine.memory import forward_bytes, prefix_bytes, step_cost
+from sitelens.engine.prefix import PrefixCache
+from sitelens.engine.prompts import Prompt, PromptBatch, tokenize
+from sitelens.errors import SitelensWarning
+from sitelens.evaluation.evaluate import evaluate
 from sitelens.methods import METHODS
-from sitelens.models import Model, _tokenizers
-from sitelens.prefix import PrefixCache
-from sitelens.prompts import Prompt, PromptBatch, tokenize
-from sitelens.selection import HeadSelection
+from sitelens.methods.site.config import TrainConfig
+from sitelens.methods.site.train import train_selections
+from sitelens.models.model import Model, _tokenizers
+from sitelens.settings import settings
 from sitelens.tasks import Example, Task
-from sitelens.training import train_selections
 from tests import micro
 
 MIB = 2**20

@@ -18,17 +18,19 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 import sitelens as sl
-from sitelens.conditions import Condition, PatchHeads
-from sitelens.defaults import SitelensError, settings
-from sitelens.fingerprints import fingerprint
+from sitelens.conditions.base import Condition
+from sitelens.conditions.patching import PatchHeads
+from sitelens.conditions.streams import AddToStream, ReplaceStream
+from sitelens.engine.network import Passes, counted_tokens
+from sitelens.errors import SitelensError
 from sitelens.methods import METHODS, common, i2cl, icv, lofit, ltv, mtv
 from sitelens.methods.i2cl import LinearCombination, cosine
 from sitelens.methods.icv import InContextVector
 from sitelens.methods.lofit import MAX_GRAD_NORM, HeadOffsets
 from sitelens.methods.lora import Adapters, LowRank
-from sitelens.methods.streams import AddToStream, ReplaceStream
-from sitelens.models import Model, head_shape
-from sitelens.network import Passes, counted_tokens
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.model import Model, head_shape
+from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
 from tests.paper import CONFIGS
@@ -383,7 +385,7 @@ def test_the_policy_learns_which_head_matters() -> None:
 
 def test_weighted_writes_add_up_to_what_the_heads_write(model: Model) -> None:
     """All weights one, and z a prompt's own: the attention layer's output, behind its norm if any, less its bias."""
-    from sitelens.forward import capture_z
+    from sitelens.engine.forward import capture_z
     from sitelens.heads.writing import written
 
     batch = common.zero_shot(TASK, TASK.train[:1], model)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sitelens as sl
-from sitelens.labels import first_tokens
+from sitelens.engine.prompts import after_answer
+from sitelens.evaluation.labels import first_tokens
 from sitelens.metrics import METRICS, Metric, Output, Target, answer_end, checked_metrics
-from sitelens.models import Model
-from sitelens.prompts import after_answer
+from sitelens.models.model import Model
 from sitelens.tasks import QA_TEMPLATE, Example, Task
 from tests import micro
 
@@ -199,7 +199,7 @@ def test_a_metric_of_ones_own_is_a_value(llama: Model):
 
 
 def test_a_metric_of_ones_own_is_never_taken_from_the_cache(llama: Model):
-    from sitelens.scoring import score_conditions
+    from sitelens.evaluation.cached import score_conditions
 
     for value in (True, False):
         own = Metric("mine", lambda output, target, value=value: value)

@@ -20,12 +20,15 @@ from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-from sitelens import fingerprints, models
-from sitelens.defaults import SitelensError, SitelensWarning, settings
-from sitelens.embedding import embed_task
-from sitelens.fingerprints import fingerprint
-from sitelens.models import _tokenizers, check_fit, load_model, own_tokenizer, resolve_model, tokenization
-from sitelens.sources import check_device, hub_id
+from sitelens.conditions.embedding import embed_task
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.models import fingerprints
+from sitelens.models import model as models
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.loading import load_model, resolve_model
+from sitelens.models.model import _tokenizers, check_fit, own_tokenizer, tokenization
+from sitelens.models.sources import check_device, hub_id
+from sitelens.settings import settings
 from tests import micro
 
 TOKENS = torch.arange(20, 60)[None]

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sitelens.conditions import ZeroShot
-from sitelens.defaults import SitelensError
-from sitelens.evaluation import evaluate, generate
-from sitelens.models import Model, z_hook
-from sitelens.network import Passes, all_positions, run_tokens
+from sitelens.conditions.prompting import ZeroShot
+from sitelens.engine.network import Passes, all_positions, run_tokens
+from sitelens.engine.twins import bridge_twin, network_twin
+from sitelens.errors import SitelensError
+from sitelens.evaluation.evaluate import evaluate, generate
+from sitelens.models.model import Model, z_hook
 from sitelens.tasks import Example
-from sitelens.twins import bridge_twin, network_twin
 from tests import micro, oracle
 
 IDS = oracle.encode("ab cd ef")

@@ -15,12 +15,14 @@ import pandas as pd
 import pytest
 
 import sitelens as sl
-from sitelens import gallery, models, writing
 from sitelens.cli import main
-from sitelens.escaping import text_of_csv
-from sitelens.report import RunConfig, RunReport, run
-from sitelens.summary import markdown_table
-from sitelens.writing import MissingOutputWarning, file_name
+from sitelens.evaluation.summary import markdown_table
+from sitelens.files import writing
+from sitelens.files.escaping import text_of_csv
+from sitelens.files.writing import MissingOutputWarning, file_name
+from sitelens.models import loading
+from sitelens.reports import gallery
+from sitelens.reports.run import RunConfig, RunReport, run
 from tests import micro
 
 SMALL = ["--n-prompts", "2", "--n-shots", "1", "--steps", "2", "--n-items", "2", "--draws", "1", "--k", "1"]
@@ -36,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         names.append(name)
         return micro.bridge("Llama")
 
-    monkeypatch.setattr(models, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_model", load_model)
     monkeypatch.setattr(gallery, "load_model", load_model)
     return names
 
@@ -122,7 +124,7 @@ def test_a_full_disk_after_the_work_costs_no_result(
         checked.append(path)
         return write(path, data)
 
-    for place in ("sitelens.writing", "sitelens.store", "sitelens.figures.saving"):
+    for place in ("sitelens.files.writing", "sitelens.store", "sitelens.figures.saving"):
         monkeypatch.setattr(f"{place}.write_bytes", fail)
     files = [task_file(tmp_path, name, name) for name in ("one", "two")]
     options = {"compare": ["--methods", "zero-shot", "--n-items", "2"], "transfer": SMALL[:-4]}.get(command, SMALL)

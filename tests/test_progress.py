@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from sitelens import progress
-from sitelens.defaults import settings
 from sitelens.progress import Job, duration, portion, portions, tracked
+from sitelens.settings import settings
 
 
 class Clock:

@@ -12,8 +12,7 @@ import torch
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
-from sitelens.defaults import SitelensError, SitelensWarning
-from sitelens.prompts import (
+from sitelens.engine.prompts import (
     Prompt,
     PromptBatch,
     draw_demonstrations,
@@ -22,6 +21,7 @@ from sitelens.prompts import (
     prompt_parts,
     tokenize,
 )
+from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.tasks import QA_TEMPLATE, Example, Task
 from tests import micro
 

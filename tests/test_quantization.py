@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import sitelens as sl
-from sitelens import quantization
-from sitelens.defaults import settings
-from sitelens.forward import HeadEdit, LastToken, full_logits
-from sitelens.models import Model, fingerprint, load_model, resolve_model
-from sitelens.prefix import PrefixCache
-from sitelens.prompts import Prompt, tokenize
+from sitelens.engine.forward import HeadEdit, LastToken, full_logits
+from sitelens.engine.prefix import PrefixCache
+from sitelens.engine.prompts import Prompt, tokenize
+from sitelens.models import quantization
+from sitelens.models.catalogue import PAPER
+from sitelens.models.loading import load_model, resolve_model
+from sitelens.models.model import Model, fingerprint
+from sitelens.settings import settings
 from tests import micro, oracle, paper
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -207,5 +209,5 @@ def test_an_edit_follows_the_device_of_each_layer() -> None:
 
 
 def test_the_papers_models_are_packed_where_the_paper_packs_them() -> None:
-    packed = {name.split("/")[1] for name, spec in sl.catalogue.PAPER.items() if spec.quantize}
+    packed = {name.split("/")[1] for name, spec in PAPER.items() if spec.quantize}
     assert {name for name in paper.CONFIGS if any(name in one for one in packed)} == set(PACKED)

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 import sitelens as sl
 from sitelens import cli
-from sitelens.defaults import settings
-from sitelens.fingerprints import weights_digest
-from sitelens.forward import HeadEdit, LastToken
-from sitelens.models import Model, own_tokenizer
-from sitelens.prefix import PrefixCache
-from sitelens.prompts import few_shot_prompts, tokenize
+from sitelens.engine.forward import HeadEdit, LastToken
+from sitelens.engine.prefix import PrefixCache
+from sitelens.engine.prompts import few_shot_prompts, tokenize
+from sitelens.models.fingerprints import weights_digest
+from sitelens.models.model import Model, own_tokenizer
+from sitelens.settings import settings
 from tests import micro, oracle
 
 pytestmark = [

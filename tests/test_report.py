@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 import sitelens as sl
 from sitelens.cli import _parser
 from sitelens.cli.experiments import run_config
-from sitelens.provenance import provenance
-from sitelens.records import changes, run_command, warn_of_changes
-from sitelens.report import RunConfig, RunReport, run
+from sitelens.models.provenance import provenance
+from sitelens.reports.records import changes, run_command, warn_of_changes
+from sitelens.reports.run import RunConfig, RunReport, run
 from tests import micro
 
 SMALL = sl.TrainConfig(steps=6, eval_every=3, n_valid=4)

@@ -16,8 +16,9 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 import sitelens as sl
-from sitelens import figures, writing
+from sitelens import figures
 from sitelens.figures import saving
+from sitelens.files import writing
 
 FIGURE = figures.alpha_heatmap(np.eye(2), "a < b")
 

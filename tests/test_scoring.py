@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import sitelens as sl
-from sitelens.conditions import Condition
-from sitelens.defaults import settings
-from sitelens.embedding import TaskEmbedding
-from sitelens.forward import Hook
-from sitelens.models import Model
-from sitelens.scoring import KEPT, score_conditions
+from sitelens.conditions.base import Condition
+from sitelens.conditions.embedding import TaskEmbedding
+from sitelens.engine.forward import Hook
+from sitelens.evaluation.cached import KEPT, score_conditions
+from sitelens.models.model import Model
+from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 from tests import micro
 

@@ -16,10 +16,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sitelens.defaults import SitelensError
-from sitelens.embedding import TaskEmbedding
-from sitelens.fingerprints import fingerprint
-from sitelens.selection import HeadSelection
+from sitelens.conditions.embedding import TaskEmbedding
+from sitelens.conditions.selection import HeadSelection
+from sitelens.errors import SitelensError
+from sitelens.models.fingerprints import fingerprint
 from sitelens.store import DamagedArtifactError
 from tests import micro
 
@@ -149,7 +149,7 @@ class TestBinary:
 
 class TestRandom:
     @quick
-    @hypothesis.given(selections_with_k(), st.integers())
+    @hypothesis.given(selections_with_k(), st.integers(-(2**62), 2**62))
     def test_the_draw_knows_nothing_of_alpha(self, drawn: tuple[HeadSelection, int], seed: int) -> None:
         selection, k = drawn
         other = HeadSelection(1 - selection.alpha, "another", "model")

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from sitelens import cli
-from sitelens.defaults import SitelensError, bound, settings
+from sitelens.contexts import bound
+from sitelens.errors import SitelensError
+from sitelens.settings import settings
 from tests import interruption
 
 

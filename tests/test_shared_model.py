@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 import sitelens as sl
-from sitelens import conditions, forward, network, prefix, twins
-from sitelens.conditions import PatchHeads
-from sitelens.interference import Here
+from sitelens.conditions import base as conditions
+from sitelens.conditions.patching import PatchHeads
+from sitelens.conditions.streams import AddToStream
+from sitelens.engine import forward, network, prefix, twins
 from sitelens.methods.lora import Adapters, LowRank
-from sitelens.methods.streams import AddToStream
-from sitelens.models import Model, z_hook
+from sitelens.models.interference import Here
+from sitelens.models.model import Model, z_hook
 from sitelens.tasks import Task
 from tests import interruption, micro, oracle
 
 # What is computed under hooks of the user's is not cached, and this is said.
-pytestmark = pytest.mark.filterwarnings("ignore:.*neither taken from the cache:sitelens.defaults.SitelensWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*neither taken from the cache:sitelens.errors.SitelensWarning")
 TASK = micro.task(n=30)
 CONFIG = sl.TrainConfig(steps=3, eval_every=2, n_valid=4)
 SMALL: dict[str, dict[str, Any]] = {

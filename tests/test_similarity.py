@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import sitelens as sl
-from sitelens import similarity
-from sitelens.models import Model
-from sitelens.similarity import (
+from sitelens.models.model import Model
+from sitelens.studies import similarity
+from sitelens.studies.similarity import (
     MEASURES,
     HeadSimilarity,
     alpha_similarity,

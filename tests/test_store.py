@@ -22,7 +22,7 @@ import torch
 from hypothesis import strategies as st
 
 from sitelens import store as store_module
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.store import Artifact, DamagedArtifactError, Store, canonical_json, default_store, digest
 
 DTYPES = [

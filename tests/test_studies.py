@@ -16,16 +16,18 @@ import torch
 from scipy.stats import spearmanr
 
 import sitelens as sl
-from sitelens import figures, scoring, studies, training
-from sitelens.conditions import Condition
-from sitelens.defaults import settings
+from sitelens import figures, studies
+from sitelens.conditions.base import Condition
+from sitelens.evaluation import cached as scoring
 from sitelens.heads import attention_roles, indirect_effects, induction_scores
-from sitelens.models import Model
+from sitelens.methods.site import train as training
+from sitelens.methods.site.train import TrainResult
+from sitelens.models.model import Model
+from sitelens.settings import settings
 from sitelens.store import default_store
 from sitelens.studies import heads as heads_study
 from sitelens.studies import patching
 from sitelens.studies.common import Prepared, head_counts_up_to
-from sitelens.training import TrainResult
 from tests import micro
 
 CONFIG = sl.TrainConfig(steps=4, eval_every=2, n_valid=4, lr=1.0, seed=1)

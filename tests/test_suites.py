@@ -19,12 +19,14 @@ import pandas as pd
 import pytest
 
 import sitelens as sl
-from sitelens import progress, suites, training_state
-from sitelens.defaults import SitelensError, SitelensWarning
-from sitelens.labels import shared_first_tokens
-from sitelens.models import Model
-from sitelens.prompts import few_shot_prompts, item_sizes, within_context
-from sitelens.suites import run_suite
+from sitelens import progress
+from sitelens.engine.prompts import few_shot_prompts, item_sizes, within_context
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.evaluation.labels import shared_first_tokens
+from sitelens.methods.site import state as training_state
+from sitelens.models.model import Model
+from sitelens.reports import suite as suites
+from sitelens.reports.suite import run_suite
 from sitelens.tasks import Task
 from tests import micro
 

@@ -25,7 +25,8 @@ import pooch
 import pytest
 import requests
 
-from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.settings import settings
 from sitelens.tasks import (
     QA_TEMPLATE,
     SPLITS,

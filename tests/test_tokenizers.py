@@ -9,10 +9,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import sitelens as sl
-from sitelens.defaults import SitelensError, SitelensWarning
-from sitelens.prompts import Prompt, few_shot_prompt, tokenize
+from sitelens.engine.prompts import Prompt, few_shot_prompt, tokenize
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.models.tokenizers import added, continuation, encode, spans
 from sitelens.tasks import QA_TEMPLATE, Example, Task
-from sitelens.tokenizers import added, continuation, encode, spans
 from tests import micro
 
 

@@ -17,18 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sitelens import training, training_loop, training_state
-from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, SitelensWarning, settings
-from sitelens.embedding import TaskEmbedding, embed_task
-from sitelens.forward import HeadEdit, LastToken, full_logits
-from sitelens.memory import prefix_bytes
-from sitelens.models import Model
-from sitelens.prefix import PrefixCache
-from sitelens.prompts import PromptBatch, few_shot_prompts, tokenize
+from sitelens.conditions.embedding import TaskEmbedding, embed_task
+from sitelens.engine.forward import HeadEdit, LastToken, full_logits
+from sitelens.engine.memory import prefix_bytes
+from sitelens.engine.prefix import PrefixCache
+from sitelens.engine.prompts import PromptBatch, few_shot_prompts, tokenize
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.methods.site import loop as training_loop
+from sitelens.methods.site import state as training_state
+from sitelens.methods.site import train as training
+from sitelens.methods.site.config import TrainConfig
+from sitelens.methods.site.train import TrainJob, TrainResult, train_jobs, train_selection, train_selections
+from sitelens.models.model import Model
+from sitelens.settings import settings
 from sitelens.store import Store, default_store
 from sitelens.tasks import Example, Task
-from sitelens.training import TrainJob, TrainResult, train_jobs, train_selection, train_selections
 from tests import micro, oracle
 
 Results = dict[tuple[str, int], TrainResult]

@@ -15,11 +15,12 @@ from scipy.cluster.hierarchy import cophenet
 from scipy.spatial.distance import squareform
 
 import sitelens as sl
-from sitelens import scoring, transfer
-from sitelens.fingerprints import fingerprint
-from sitelens.models import Model
+from sitelens.evaluation import cached as scoring
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.model import Model
+from sitelens.studies import transfer
+from sitelens.studies.transfer import Swap
 from sitelens.tasks import list_tasks
-from sitelens.transfer import Swap
 from tests import micro
 
 TASKS = [micro.task(name, step=step) for name, step in (("one", 1), ("two", 2), ("three", 3))]

@@ -12,13 +12,14 @@ import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import sitelens as sl
-from sitelens import prefix
 from sitelens.cli import main
-from sitelens.forward import HeadEdit
+from sitelens.engine import prefix
+from sitelens.engine.forward import HeadEdit
+from sitelens.engine.prompts import tokenize
 from sitelens.heads.direct import DirectPath
-from sitelens.models import Model
-from sitelens.prompts import tokenize
-from sitelens.verification import CHECKS, FAILS, OK, UNSUPPORTED, checks, subject, verify
+from sitelens.models.model import Model
+from sitelens.reports.verification import checks, subject
+from sitelens.reports.verification.verify import CHECKS, FAILS, OK, UNSUPPORTED, verify
 from tests import micro, zoo
 
 architectures = [pytest.param(name, marks=[] if name in zoo.FAST else pytest.mark.slow) for name in zoo.ZOO]

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 
 import sitelens as sl
-from sitelens import writing
-from sitelens.escaping import csv_text, figure_text, markdown_text, text_of_csv, visible
-from sitelens.writing import (
+from sitelens.files import writing
+from sitelens.files.escaping import csv_text, figure_text, markdown_text, text_of_csv, visible
+from sitelens.files.writing import (
     MissingOutputWarning,
     Outputs,
     check_file_name,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sitelens as sl
+from sitelens.engine.prompts import few_shot_prompts, tokenize
 from sitelens.heads import (
     ROLES,
     SINK,
@@ -20,8 +21,7 @@ from sitelens.heads import (
 from sitelens.heads.writing import written
 from sitelens.methods.i2cl import LinearCombination
 from sitelens.methods.icv import InContextVector
-from sitelens.models import head_shape
-from sitelens.prompts import few_shot_prompts, tokenize
+from sitelens.models.model import head_shape
 from tests import micro, zoo
 
 architectures = [pytest.param(name, marks=[] if name in zoo.FAST else pytest.mark.slow) for name in zoo.ZOO]

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sitelens.models import Model
+from sitelens.models.model import Model
 from tests import micro
 
 B: dict[str, Any] = {

@@ -12,15 +12,16 @@ from sitelens.cli.options import run_options
 from sitelens.cli.outputs import kept, look_first
 from sitelens.cli.parser import Parser
 from sitelens.cli.reading import method_options, number, tasks_of, template_options, typed_command
-from sitelens.defaults import SitelensError, SitelensWarning, settings
-from sitelens.escaping import visible
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.files.escaping import visible
+from sitelens.files.writing import Outputs, write_text
 from sitelens.progress import Job
-from sitelens.writing import Outputs, write_text
+from sitelens.settings import settings
 
 if TYPE_CHECKING:
-    from sitelens.config import TrainConfig
-    from sitelens.models import Model
-    from sitelens.report import RunConfig
+    from sitelens.methods.site.config import TrainConfig
+    from sitelens.models.model import Model
+    from sitelens.reports.run import RunConfig
 
 
 LOAD = "load the model"
@@ -53,8 +54,8 @@ def run(options: argparse.Namespace) -> None:
                 warnings.simplefilter("ignore", SitelensWarning)
                 rendering = config.template, config.instruction, config.template_arguments
                 tasks = [rewritten(task, *rendering) for task in load_tasks(config.tasks)]  # errors before a model
-            from sitelens.records import read_record, recorded_precision, warn_of_changes
-            from sitelens.report import run
+            from sitelens.reports.records import read_record, recorded_precision, warn_of_changes
+            from sitelens.reports.run import run
 
             if options.again is not None:
                 for name, value in recorded_precision(read_record(options.again), vars(options)).items():
@@ -81,7 +82,7 @@ def _job(label: str) -> Job:
 
 
 def _load_model(options: argparse.Namespace, name: str | None = None) -> Model:
-    from sitelens.models import load_model
+    from sitelens.models.loading import load_model
 
     return load_model(
         name or options.model, dtype=options.dtype, device=options.device, device_map=options.device_map,
@@ -90,7 +91,7 @@ def _load_model(options: argparse.Namespace, name: str | None = None) -> Model:
 
 
 def run_config(options: argparse.Namespace) -> RunConfig:
-    from sitelens.report import RunConfig
+    from sitelens.reports.run import RunConfig
 
     if options.again is not None:
         plain = Parser()
@@ -110,7 +111,7 @@ def run_config(options: argparse.Namespace) -> RunConfig:
 
 
 def _train_config(options: argparse.Namespace) -> TrainConfig:
-    from sitelens.config import TrainConfig
+    from sitelens.methods.site.config import TrainConfig
 
     return TrainConfig(
         steps=options.steps, lr=options.lr, batch_size=options.batch_size, eval_every=options.eval_every,
@@ -125,9 +126,9 @@ def transfer(options: argparse.Namespace) -> None:
         with job.stage(LOAD):
             train = _train_config(options)
             tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
-            from sitelens.gallery import data_facts, write_figure
+            from sitelens.reports.gallery import data_facts, write_figure
+            from sitelens.studies.transfer import transfer_matrix
             from sitelens.tasks import rewritten
-            from sitelens.transfer import transfer_matrix
 
             tasks = [rewritten(task, **template_options(options)) for task in tasks]
 
@@ -160,8 +161,8 @@ def compare(options: argparse.Namespace) -> None:
         with job.stage(LOAD):
             tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
             from sitelens import figures
-            from sitelens.comparison import checked_methods, compare, comparison_table
-            from sitelens.gallery import data_facts, write_figure
+            from sitelens.reports.comparison import checked_methods, compare, comparison_table
+            from sitelens.reports.gallery import data_facts, write_figure
             from sitelens.tasks import rewritten
 
             tasks = [rewritten(task, **template_options(options)) for task in tasks]
@@ -190,7 +191,7 @@ def suite(options: argparse.Namespace) -> None:
     with _job("suite") as job:
         with job.stage(LOAD):
             train, chosen, n_items = _train_config(options), method_options(options), options.n_items or None
-            from sitelens.suites import NOT_ASKED, check_suite, run_suite
+            from sitelens.reports.suite import NOT_ASKED, check_suite, run_suite
 
             check_suite(
                 options.suite,
@@ -228,7 +229,7 @@ def verify(options: argparse.Namespace) -> None:
     from sitelens.tasks import load_task
 
     task = load_task(options.task)  # a wrong name shows before a model is loaded
-    from sitelens.verification import verify
+    from sitelens.reports.verification.verify import verify
 
     with settings.using(memory_budget=options.memory_budget or settings.memory_budget):
         report = verify(_load_model(options), task=task)
@@ -238,7 +239,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def figures(options: argparse.Namespace) -> None:
-    from sitelens.gallery import PICTURES, make_figures
+    from sitelens.reports.gallery import PICTURES, make_figures
 
     if options.list:
         print("\n".join(f"{name:<26}{picture.caption}" for name, picture in PICTURES.items()))

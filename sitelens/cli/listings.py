@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from sitelens.defaults import SitelensError, settings
+from sitelens.errors import SitelensError
+from sitelens.settings import settings
 
 
 def tasks(options: argparse.Namespace) -> None:
@@ -26,7 +27,7 @@ def tasks(options: argparse.Namespace) -> None:
 
 
 def models(options: argparse.Namespace) -> None:
-    from sitelens.catalogue import list_models
+    from sitelens.models.catalogue import list_models
 
     print(list_models().drop(columns="get").to_string(index=False))
     print(
@@ -44,8 +45,8 @@ def cache(options: argparse.Namespace) -> None:
     if options.clear is not None:
         _clear(options.clear, options.models)
         return
-    from sitelens.conversion import converted_models
-    from sitelens.folders import leftovers, size_of
+    from sitelens.files.folders import leftovers, size_of
+    from sitelens.models.gguf.converted import converted_models
 
     store, root = default_store(), settings.cache()
     entries = store.entries()
@@ -72,8 +73,8 @@ def cache(options: argparse.Namespace) -> None:
 
 def _clear(kind: str, models: bool) -> None:
     """Remove what was asked for and what killed runs left; say what went, how much, and what stayed."""
-    from sitelens.conversion import clear_models, converted_models
-    from sitelens.folders import size_of, sweep
+    from sitelens.files.folders import size_of, sweep
+    from sitelens.models.gguf.converted import clear_models, converted_models
     from sitelens.store import default_store
 
     store, root = default_store(), settings.cache()

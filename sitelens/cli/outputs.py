@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sitelens.defaults import SitelensError, settings
-from sitelens.writing import check_file_name, check_folder
+from sitelens.errors import SitelensError
+from sitelens.files.writing import check_file_name, check_folder
+from sitelens.settings import settings
 
 
 def look_first(options: argparse.Namespace) -> None:
@@ -33,11 +34,11 @@ def look_first(options: argparse.Namespace) -> None:
                     f"sitelens: note: {', '.join(static)} {problem}; all else is written", file=sys.stderr, flush=True
                 )
     if getattr(options, "device", None) is not None or getattr(options, "device_map", None) is not None:
-        from sitelens.sources import check_device
+        from sitelens.models.sources import check_device
 
         check_device(options.device, options.device_map)
     if getattr(options, "quantize", None) is not None:
-        from sitelens.quantization import check_quantization
+        from sitelens.models.quantization import check_quantization
 
         check_quantization(options.quantize)
 

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sitelens.escaping import visible
+from sitelens.files.escaping import visible
 
 
 class Parser(argparse.ArgumentParser):

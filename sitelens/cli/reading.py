@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sitelens.defaults import SitelensError
-from sitelens.escaping import visible
+from sitelens.errors import SitelensError
+from sitelens.files.escaping import visible
 
 if TYPE_CHECKING:
     from sitelens.tasks import Task

@@ -10,8 +10,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sitelens.escaping import figure_text
 from sitelens.figures.style import COLOURS, DASHES, DOUBLE, SINGLE, Figure, legend_height, styled, text_width, wrapped
+from sitelens.files.escaping import figure_text
 
 SHARE: dict[str, Any] = {"range": [-0.03, 1.03], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
 GAP = 26  # pixels between rows of panels

@@ -11,7 +11,6 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from scipy.cluster.hierarchy import dendrogram
 
-from sitelens.escaping import figure_text
 from sitelens.figures.style import (
     COLOURS,
     DIVERGING,
@@ -24,6 +23,7 @@ from sitelens.figures.style import (
     styled,
     text_width,
 )
+from sitelens.files.escaping import figure_text
 
 CELL = 12  # pixels of a cell in a map of heads
 TREE = 60  # pixels of a dendrogram

@@ -18,9 +18,9 @@ import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
 
-from sitelens.defaults import SitelensError
-from sitelens.escaping import visible
-from sitelens.writing import why_not_written, write_bytes, write_text
+from sitelens.errors import SitelensError
+from sitelens.files.escaping import visible
+from sitelens.files.writing import why_not_written, write_bytes, write_text
 
 STATIC = ("png", "svg", "pdf")
 FORMATS = ("html", *STATIC)

@@ -10,7 +10,6 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sitelens.escaping import figure_text
 from sitelens.figures.charts import SHARE, dots, histogram, lines, marker
 from sitelens.figures.style import (
     COLOURS,
@@ -23,6 +22,7 @@ from sitelens.figures.style import (
     styled,
     text_width,
 )
+from sitelens.files.escaping import figure_text
 
 ACCURACY = "First-token accuracy"
 LOSS = "Cross-entropy (nats)"

@@ -12,8 +12,8 @@ from typing import Any
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from sitelens.defaults import SitelensError
-from sitelens.escaping import figure_text, visible
+from sitelens.errors import SitelensError
+from sitelens.files.escaping import figure_text, visible
 
 Number = float | int
 SINGLE, DOUBLE = 336, 692  # pixels: 89 and 183 mm, a journal's one and two columns at 96 pixels an inch

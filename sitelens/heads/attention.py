@@ -17,25 +17,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sitelens.arguments import checked
-from sitelens.defaults import SitelensError
-from sitelens.heads.common import (
-    all_heads,
-    checked_heads,
-    like_prompts,
-    per_head,
-    task_or_texts,
-    text_batch,
-    valid_items,
-    watch,
-)
-from sitelens.memory import MAX_TOKENS
-from sitelens.models import Model, context_length, head_shape, model_dtype, model_name, own_tokenizer, resolve_model
-from sitelens.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, prompt_parts, tokenize
-from sitelens.selection import Heads
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, CountOrZero, Seed
+from sitelens.conditions.selection import Heads
+from sitelens.engine.capture import like_prompts, watch
+from sitelens.engine.memory import MAX_TOKENS
+from sitelens.engine.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, prompt_parts, tokenize
+from sitelens.errors import SitelensError
+from sitelens.heads.inputs import all_heads, checked_heads, per_head, task_or_texts, text_batch, valid_items
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, context_length, head_shape, model_dtype, model_name, own_tokenizer
+from sitelens.models.tokenizers import added, spans
 from sitelens.tasks import Example, Task
-from sitelens.tokenizers import added, spans
-from sitelens.values import Count, CountOrZero, Seed
 
 FIRST = "first token"  # where a head looks that looks at nothing: a role of its own
 ROLES = (FIRST, "demonstration input", "demonstration answer", "query", "template")

@@ -19,13 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sitelens.defaults import SitelensError, settings
-from sitelens.fingerprints import text_config
+from sitelens.engine.network import Passes, run_tokens
+from sitelens.engine.prefix import PrefixCache, ReadOnly
+from sitelens.engine.prompts import PromptBatch
+from sitelens.errors import SitelensError
 from sitelens.heads.norms import HeldNorm
-from sitelens.models import Model, computing_dtype, head_shape, model_dtype, model_name, z_hook
-from sitelens.network import Passes, run_tokens
-from sitelens.prefix import PrefixCache, ReadOnly
-from sitelens.prompts import PromptBatch
+from sitelens.models.fingerprints import text_config
+from sitelens.models.model import Model, computing_dtype, head_shape, model_dtype, model_name, z_hook
+from sitelens.settings import settings
 
 NORM = re.compile(r"((?:blocks\.\d+\.)?ln\w*)\.hook_in")
 UNEMBED = "unembed.hook_out"

@@ -10,19 +10,21 @@ import pandas as pd
 import torch
 from einops import rearrange
 
-from sitelens.arguments import checked
-from sitelens.defaults import SitelensError, settings
-from sitelens.embedding import TaskEmbedding
-from sitelens.forward import HeadEdit, LastToken, check_finite
-from sitelens.heads.common import per_head, task_or_texts, text_batch, valid_items
-from sitelens.labels import warn_of_shared_first_tokens
-from sitelens.memory import chunks, crossed, prefix_bytes, step_cost
-from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
-from sitelens.prefix import PrefixCache
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, CountOrZero, Seed
+from sitelens.conditions.embedding import TaskEmbedding
+from sitelens.engine.forward import HeadEdit, LastToken, check_finite
+from sitelens.engine.memory import chunks, crossed, prefix_bytes, step_cost
+from sitelens.engine.prefix import PrefixCache
+from sitelens.engine.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, tokenize
+from sitelens.errors import SitelensError
+from sitelens.evaluation.labels import warn_of_shared_first_tokens
+from sitelens.heads.inputs import per_head, task_or_texts, text_batch, valid_items
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, computing_dtype, context_length, head_shape, own_tokenizer
 from sitelens.progress import tracked
-from sitelens.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, tokenize
+from sitelens.settings import settings
 from sitelens.tasks import Example, Task
-from sitelens.values import Count, CountOrZero, Seed
 
 
 @checked

@@ -11,17 +11,19 @@ from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
-from sitelens.arguments import checked
-from sitelens.defaults import SitelensError, SitelensWarning
-from sitelens.embedding import TaskEmbedding, embedding_prompts
-from sitelens.heads.common import checked_heads, like_prompts, per_head, task_or_texts, text_batch, valid_items
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, CountOrZero, Seed
+from sitelens.conditions.embedding import TaskEmbedding, embedding_prompts
+from sitelens.conditions.selection import Head
+from sitelens.engine.capture import like_prompts
+from sitelens.engine.prompts import PromptBatch, few_shot_prompts, tokenize
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.heads.direct import DirectPath
-from sitelens.labels import warn_of_shared_first_tokens
-from sitelens.models import Model, computing_dtype, context_length, head_shape, own_tokenizer, resolve_model
-from sitelens.prompts import PromptBatch, few_shot_prompts, tokenize
-from sitelens.selection import Head
+from sitelens.heads.inputs import checked_heads, per_head, task_or_texts, text_batch, valid_items
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, computing_dtype, context_length, head_shape, own_tokenizer
 from sitelens.tasks import Task
-from sitelens.values import Count, CountOrZero, Seed
 
 
 @checked

@@ -12,21 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sitelens.arguments import arguments_of
-from sitelens.conditions import Condition
-from sitelens.defaults import SitelensError
-from sitelens.methods import (
-    function_vector,
-    i2cl,
-    icv,
-    lofit,
-    lora,
-    ltv,
-    many_shot,
-    mtv,
-    site,
-    task_vector,
-)
+from sitelens.checks.arguments import arguments_of
+from sitelens.conditions.base import Condition
+from sitelens.errors import SitelensError
+from sitelens.methods import function_vector, i2cl, icv, lofit, lora, ltv, many_shot, mtv, task_vector
+from sitelens.methods.site import method as site
 
 
 @dataclass(frozen=True)

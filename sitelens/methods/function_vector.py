@@ -9,23 +9,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sitelens.arguments import checked
-from sitelens.conditions import Steps
-from sitelens.defaults import SitelensError, warned_once
-from sitelens.embedding import TaskEmbedding
-from sitelens.fingerprints import fingerprint
-from sitelens.forward import check_finite, full_logits
-from sitelens.heads.common import like_prompts
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, CountOrZero, Seed
+from sitelens.conditions.base import Steps
+from sitelens.conditions.embedding import TaskEmbedding
+from sitelens.conditions.streams import AddToStream
+from sitelens.engine.capture import like_prompts
+from sitelens.engine.forward import check_finite, full_logits
+from sitelens.engine.network import Passes
+from sitelens.engine.prompts import PromptBatch, few_shot_prompts
+from sitelens.errors import SitelensError, warned_once
 from sitelens.heads.effects import indirect_effects
 from sitelens.heads.writing import written
-from sitelens.methods.common import best_on_valid, fitting, prompts_of
-from sitelens.methods.streams import AddToStream
-from sitelens.models import Model, head_shape, own_tokenizer, resolve_model, z_hook
-from sitelens.network import Passes
-from sitelens.prompts import PromptBatch, few_shot_prompts
-from sitelens.provenance import Origin
+from sitelens.methods.items import fitting, prompts_of
+from sitelens.methods.validation import best_on_valid
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, head_shape, own_tokenizer, z_hook
+from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
-from sitelens.values import Count, CountOrZero, Seed
 
 
 @checked

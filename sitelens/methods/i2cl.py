@@ -12,19 +12,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sitelens.arguments import checked
-from sitelens.conditions import Condition
-from sitelens.defaults import SitelensError, warned_once
-from sitelens.fingerprints import fingerprint
-from sitelens.forward import Hook
-from sitelens.methods.common import drawn, fitting, mean_states, next_loss, prompts_of, zero_shot
-from sitelens.methods.streams import Part, check_stream, output_hooks
-from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
-from sitelens.network import Passes
-from sitelens.prompts import Prompt, few_shot_prompt
-from sitelens.provenance import Origin
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, Positive, Seed, Share
+from sitelens.conditions.base import Condition
+from sitelens.conditions.streams import Part, check_stream, output_hooks
+from sitelens.engine.capture import mean_states
+from sitelens.engine.forward import Hook
+from sitelens.engine.network import Passes
+from sitelens.engine.prompts import Prompt, few_shot_prompt
+from sitelens.errors import SitelensError, warned_once
+from sitelens.methods.items import drawn, fitting, prompts_of, zero_shot
+from sitelens.methods.losses import next_loss
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, head_shape, own_tokenizer
+from sitelens.models.provenance import Origin
 from sitelens.tasks import Example, Task, load_task
-from sitelens.values import Count, Positive, Seed, Share
 
 MODULES: tuple[Part, Part] = ("attn", "mlp")
 START = (0.1, 1.0)  # a and b

@@ -12,17 +12,20 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sitelens.arguments import checked
-from sitelens.conditions import Condition
-from sitelens.fingerprints import fingerprint
-from sitelens.forward import Hook
-from sitelens.methods.common import best_on_valid, drawn, fitting, prompts_of, states
-from sitelens.methods.streams import check_stream, output_hooks, stream_hook
-from sitelens.models import Model, head_shape, resolve_model
-from sitelens.prompts import Prompt
-from sitelens.provenance import Origin
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, Seed
+from sitelens.conditions.base import Condition
+from sitelens.conditions.streams import check_stream, output_hooks, stream_hook
+from sitelens.engine.capture import states
+from sitelens.engine.forward import Hook
+from sitelens.engine.prompts import Prompt
+from sitelens.methods.items import drawn, fitting, prompts_of
+from sitelens.methods.validation import best_on_valid
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, head_shape
+from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
-from sitelens.values import Count, Seed
 
 STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 

@@ -12,16 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sitelens.arguments import checked
-from sitelens.conditions import Condition
-from sitelens.fingerprints import fingerprint
-from sitelens.forward import Hook
-from sitelens.methods.common import answer_loss, answered, drawn, fitting
-from sitelens.models import Model, check_fit, computing_dtype, head_shape, resolve_model, z_hook
-from sitelens.network import Passes
-from sitelens.provenance import Origin
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, Positive, Seed
+from sitelens.conditions.base import Condition
+from sitelens.engine.forward import Hook
+from sitelens.engine.network import Passes
+from sitelens.methods.items import answered, drawn, fitting
+from sitelens.methods.losses import answer_loss
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, check_fit, computing_dtype, head_shape, z_hook
+from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
-from sitelens.values import Count, Positive, Seed
 
 MAX_GRAD_NORM = 1.0
 

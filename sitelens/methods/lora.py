@@ -13,19 +13,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear as linear_map
 
-from sitelens.arguments import checked
-from sitelens.conditions import Condition
-from sitelens.defaults import SitelensError, warned_once
-from sitelens.fingerprints import fingerprint
-from sitelens.forward import Hook
-from sitelens.methods.common import answer_loss, answered, best_on_valid, drawn, fitting
-from sitelens.models import Model, check_fit, head_shape, resolve_model
-from sitelens.network import Passes
-from sitelens.provenance import Origin
-from sitelens.schema import check_names, checked_tensor, unpacked
+from sitelens.checks.arguments import checked
+from sitelens.checks.schema import check_names, checked_tensor, unpacked
+from sitelens.checks.values import Count, Positive, Seed
+from sitelens.conditions.base import Condition
+from sitelens.engine.forward import Hook
+from sitelens.engine.network import Passes
+from sitelens.engine.twins import hooked_here
+from sitelens.errors import SitelensError, warned_once
+from sitelens.methods.items import answered, drawn, fitting
+from sitelens.methods.losses import answer_loss
+from sitelens.methods.validation import best_on_valid
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, check_fit, head_shape
+from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
-from sitelens.twins import hooked_here
-from sitelens.values import Count, Positive, Seed
 
 RATES = (1e-4, 3e-4, 1e-3)
 PROJECTIONS = ("q", "v")

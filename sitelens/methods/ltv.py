@@ -16,23 +16,26 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sitelens.arguments import checked
-from sitelens.defaults import settings, warned_once
-from sitelens.embedding import embed_task, embedding_prompts
-from sitelens.fingerprints import fingerprint
-from sitelens.forward import Hook, check_finite, last_logits
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, CountOrZero, Positive, Seed
+from sitelens.conditions.embedding import embed_task, embedding_prompts
+from sitelens.conditions.streams import AddToStream, stream_hook
+from sitelens.engine.forward import Hook, check_finite, last_logits
+from sitelens.engine.memory import chunks, prefix_bytes, step_cost
+from sitelens.engine.network import Passes
+from sitelens.engine.prefix import PrefixCache, ReadOnly
+from sitelens.engine.prompts import draw_demonstrations, few_shot_prompt
+from sitelens.errors import warned_once
 from sitelens.heads.effects import shuffled_labels
 from sitelens.heads.writing import written
-from sitelens.memory import chunks, prefix_bytes, step_cost
-from sitelens.methods.common import best_on_valid, drawn, fitting, prompts_of
-from sitelens.methods.streams import AddToStream, stream_hook
-from sitelens.models import Model, own_tokenizer, resolve_model
-from sitelens.network import Passes
-from sitelens.prefix import PrefixCache, ReadOnly
-from sitelens.prompts import draw_demonstrations, few_shot_prompt
-from sitelens.provenance import Origin
+from sitelens.methods.items import drawn, fitting, prompts_of
+from sitelens.methods.validation import best_on_valid
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, own_tokenizer
+from sitelens.models.provenance import Origin
+from sitelens.settings import settings
 from sitelens.tasks import Task, load_task
-from sitelens.values import Count, CountOrZero, Positive, Seed
 
 RATES = (1e-3, 1e-2, 1e-1)
 

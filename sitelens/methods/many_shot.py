@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from sitelens.arguments import checked
-from sitelens.conditions import FewShot
-from sitelens.methods.common import MAX_TRAIN, fitting
-from sitelens.models import Model, context_length, own_tokenizer, resolve_model
-from sitelens.prompts import few_shot_prompt, item_sizes
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import CountOrZero, Seed
+from sitelens.conditions.prompting import FewShot
+from sitelens.engine.prompts import few_shot_prompt, item_sizes
+from sitelens.methods.items import MAX_TRAIN, fitting
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, context_length, own_tokenizer
 from sitelens.tasks import Task, load_task
-from sitelens.values import CountOrZero, Seed
 
 ROOM = 32  # tokens kept for the answer
 

@@ -10,18 +10,21 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sitelens.arguments import checked
-from sitelens.conditions import PatchHeads
-from sitelens.defaults import settings, warned_once
-from sitelens.embedding import embed_task
-from sitelens.fingerprints import fingerprint
-from sitelens.forward import HeadEdit, LastToken, check_finite
-from sitelens.methods.common import MAX_VALID, fitting, zero_shot
-from sitelens.models import Model, computing_dtype, head_shape, resolve_model
-from sitelens.prefix import PrefixCache
-from sitelens.selection import HeadSelection
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, CountOrZero, Positive, Seed
+from sitelens.conditions.embedding import embed_task
+from sitelens.conditions.patching import PatchHeads
+from sitelens.conditions.selection import HeadSelection
+from sitelens.engine.forward import HeadEdit, LastToken, check_finite
+from sitelens.engine.prefix import PrefixCache
+from sitelens.errors import warned_once
+from sitelens.methods.items import fitting, zero_shot
+from sitelens.methods.validation import MAX_VALID
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, computing_dtype, head_shape
+from sitelens.settings import settings
 from sitelens.tasks import Task, load_task
-from sitelens.values import Count, CountOrZero, Positive, Seed
 
 FLOOR = 1e-3  # of a head's chance in training, and added to the standard deviation of the losses
 

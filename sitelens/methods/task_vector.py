@@ -6,17 +6,20 @@ import random
 
 import torch
 
-from sitelens.arguments import checked
-from sitelens.conditions import Steps
-from sitelens.defaults import SitelensError
-from sitelens.fingerprints import fingerprint
-from sitelens.methods.common import best_on_valid, fitting, mean_states, prompts_of
-from sitelens.methods.streams import ReplaceStream, stream_hook
-from sitelens.models import Model, head_shape, own_tokenizer, resolve_model
-from sitelens.prompts import few_shot_prompt
-from sitelens.provenance import Origin
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, CountOrZero, Seed
+from sitelens.conditions.base import Steps
+from sitelens.conditions.streams import ReplaceStream, stream_hook
+from sitelens.engine.capture import mean_states
+from sitelens.engine.prompts import few_shot_prompt
+from sitelens.errors import SitelensError
+from sitelens.methods.items import fitting, prompts_of
+from sitelens.methods.validation import best_on_valid
+from sitelens.models.fingerprints import fingerprint
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, head_shape, own_tokenizer
+from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
-from sitelens.values import Count, CountOrZero, Seed
 
 
 @checked

@@ -8,18 +8,19 @@ from typing import Any, TypedDict
 
 import pandas as pd
 
-from sitelens.arguments import checked
-from sitelens.conditions import Condition, PatchHeads
-from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError
-from sitelens.embedding import TaskEmbedding, embedded
-from sitelens.models import Model, head_shape
-from sitelens.scoring import score_conditions
-from sitelens.selection import HeadSelection
-from sitelens.summary import summarize
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, Seed
+from sitelens.conditions.base import Condition
+from sitelens.conditions.embedding import TaskEmbedding, embedded
+from sitelens.conditions.patching import PatchHeads
+from sitelens.conditions.selection import HeadSelection
+from sitelens.errors import SitelensError
+from sitelens.evaluation.cached import score_conditions
+from sitelens.evaluation.summary import summarize
+from sitelens.methods.site.config import TrainConfig
+from sitelens.methods.site.train import TrainResult, train_selections
+from sitelens.models.model import Model, head_shape
 from sitelens.tasks import Task, load_tasks
-from sitelens.training import TrainResult, train_selections
-from sitelens.values import Count, Seed
 
 Facts = Mapping[str, Any]
 

@@ -10,19 +10,23 @@ from typing import Any, Unpack
 
 import pandas as pd
 
-from sitelens.arguments import checked
-from sitelens.conditions import Condition, FewShot, PatchHeads, ZeroShot
-from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, settings, warned_once
-from sitelens.embedding import embed_task
-from sitelens.evaluation import evaluate
-from sitelens.folders import scratch_folder
-from sitelens.models import Model, resolve_model
-from sitelens.network import counted_tokens
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, CountOrZero
+from sitelens.conditions.base import Condition
+from sitelens.conditions.embedding import embed_task
+from sitelens.conditions.patching import PatchHeads
+from sitelens.conditions.prompting import FewShot, ZeroShot
+from sitelens.engine.network import counted_tokens
+from sitelens.errors import SitelensError, warned_once
+from sitelens.evaluation.evaluate import evaluate
+from sitelens.files.folders import scratch_folder
+from sitelens.methods.site.config import TrainConfig
+from sitelens.methods.site.train import train_selection
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model
+from sitelens.settings import settings
 from sitelens.studies.common import Options, Sample
 from sitelens.tasks import Task, load_task
-from sitelens.training import train_selection
-from sitelens.values import Count, CountOrZero
 
 
 @checked

@@ -9,14 +9,15 @@ import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom, mannwhitneyu, rankdata
 
-from sitelens.arguments import checked
-from sitelens.config import TrainConfig
-from sitelens.defaults import warned_once
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, CountOrZero
+from sitelens.errors import warned_once
 from sitelens.heads import attention_roles, indirect_effects, induction_scores
-from sitelens.models import Model, head_shape, resolve_model
+from sitelens.methods.site.config import TrainConfig
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, head_shape
 from sitelens.studies.common import Options, Sample, checked_counts, prepare
 from sitelens.tasks import Task
-from sitelens.values import Count, CountOrZero
 
 
 @checked

@@ -9,16 +9,18 @@ from typing import Unpack
 
 import pandas as pd
 
-from sitelens.arguments import checked
-from sitelens.conditions import Condition, FewShot, ZeroShot
-from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, SitelensWarning, warned_once
-from sitelens.models import Model, resolve_model
-from sitelens.selection import HeadSelection
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import CountOrZero, Share
+from sitelens.conditions.base import Condition
+from sitelens.conditions.prompting import FewShot, ZeroShot
+from sitelens.conditions.selection import HeadSelection
+from sitelens.errors import SitelensError, SitelensWarning, warned_once
+from sitelens.methods.site.config import TrainConfig
+from sitelens.methods.site.train import train_selections
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model
 from sitelens.studies.common import Facts, Options, Sample, checked_counts, measure, prepare, some_tasks
 from sitelens.tasks import Task
-from sitelens.training import train_selections
-from sitelens.values import CountOrZero, Share
 
 THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 GENERIC = 0.02  # a shared alpha this near to the tasks' own is worth a warning

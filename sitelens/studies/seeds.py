@@ -9,14 +9,15 @@ from typing import Unpack
 import numpy as np
 import pandas as pd
 
-from sitelens.conditions import PatchHeads
-from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, warned_once
-from sitelens.embedding import embed_task
-from sitelens.models import Model, resolve_model
+from sitelens.conditions.embedding import embed_task
+from sitelens.conditions.patching import PatchHeads
+from sitelens.errors import SitelensError, warned_once
+from sitelens.methods.site.config import TrainConfig
+from sitelens.methods.site.train import TrainJob, train_jobs
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model
 from sitelens.studies.common import Options, Sample, measure, some_tasks
 from sitelens.tasks import Task
-from sitelens.training import TrainJob, train_jobs
 
 
 @warned_once()

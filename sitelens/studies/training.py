@@ -10,19 +10,21 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sitelens.arguments import checked
-from sitelens.conditions import FewShot, PatchHeads
-from sitelens.config import TrainConfig
-from sitelens.defaults import SitelensError, warned_once
-from sitelens.embedding import TaskEmbedding, embed_task
-from sitelens.forward import Mixing
-from sitelens.models import Model, resolve_model
-from sitelens.selection import HeadSelection
-from sitelens.similarity import alpha_similarity
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, CountOrZero, Seed
+from sitelens.conditions.embedding import TaskEmbedding, embed_task
+from sitelens.conditions.patching import PatchHeads
+from sitelens.conditions.prompting import FewShot
+from sitelens.conditions.selection import HeadSelection
+from sitelens.engine.forward import Mixing
+from sitelens.errors import SitelensError, warned_once
+from sitelens.methods.site.config import TrainConfig
+from sitelens.methods.site.train import TrainJob, TrainResult, train_jobs
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model
 from sitelens.studies.common import Options, Sample, measure, prepare, some_tasks
+from sitelens.studies.similarity import alpha_similarity
 from sitelens.tasks import Task, load_task
-from sitelens.training import TrainJob, TrainResult, train_jobs
-from sitelens.values import Count, CountOrZero, Seed
 
 BINS = 20  # of a histogram of alpha
 INITS: tuple[float | Literal["random"], ...] = (0.1, 0.3, 0.5, 0.7, 0.9, "random")

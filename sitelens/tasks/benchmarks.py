@@ -24,11 +24,12 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from sitelens.defaults import SitelensError, SitelensWarning, settings
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.files.writing import write_text
+from sitelens.settings import settings
 from sitelens.tasks.examples import Example
 from sitelens.tasks.pinned import PinnedFiles
 from sitelens.tasks.rows import file_rows, hub_rows, local_file
-from sitelens.writing import write_text
 
 Parts = dict[str, tuple[Example, ...]]
 """Items by the name that upstream gives a split: train, development and test, or the only one."""

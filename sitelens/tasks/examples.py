@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sitelens.defaults import SitelensError, SitelensWarning
+from sitelens.errors import SitelensError, SitelensWarning
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sitelens.defaults import SitelensError
+from sitelens.errors import SitelensError
 
 TABLES = {".csv": None, ".tsv": "\t", ".tab": "\t"}  # the separator that the ending implies
 LINES = (".jsonl", ".ndjson")

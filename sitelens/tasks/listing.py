@@ -8,7 +8,7 @@ from functools import partial
 
 import pandas as pd
 
-from sitelens.defaults import SitelensError
+from sitelens.errors import SitelensError
 from sitelens.tasks import benchmarks, builtin, function_vectors
 
 SUITES: dict[str, Callable[[], list[str]]] = {

@@ -15,10 +15,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sitelens.defaults import SitelensError, SitelensWarning, settings
-from sitelens.folders import CANNOT_WRITE, read_bytes, share, warn_once, work_folder
-from sitelens.folders import reason as why
-from sitelens.writing import write_text
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.files.folders import CANNOT_WRITE, read_bytes, share, warn_once, work_folder
+from sitelens.files.folders import reason as why
+from sitelens.files.writing import write_text
+from sitelens.settings import settings
 
 
 @dataclass(frozen=True)

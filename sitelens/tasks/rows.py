@@ -8,8 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sitelens.defaults import SitelensError, settings
-from sitelens.folders import read_bytes, unreadable
+from sitelens.errors import SitelensError
+from sitelens.files.folders import read_bytes, unreadable
+from sitelens.settings import settings
 
 Row = tuple[str, Any]
 """Where a row stands, to begin an error's text with, and what stands there."""

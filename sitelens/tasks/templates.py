@@ -6,7 +6,7 @@ import datetime
 from dataclasses import replace
 from typing import Any
 
-from sitelens.defaults import SitelensError
+from sitelens.errors import SitelensError
 
 QA_TEMPLATE = "Q: {input}\nA: {output}\n\n"
 CLOCK = "strftime_now"  # what chat templates call for today's date

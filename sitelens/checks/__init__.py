@@ -1,0 +1,1 @@
+"""Values, arguments and files checked against type hints at the door."""

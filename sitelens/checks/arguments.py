@@ -1,0 +1,167 @@
+"""Arguments checked at the door: `checked` wraps public functions and dataclasses, and reads their annotations.
+
+Each argument becomes what `sitelens.checks.values` makes of it, or the call is a SitelensError of one line before
+anything is computed. Names that a function does not take are answered with the nearest ones.
+"""
+
+from __future__ import annotations
+
+import collections.abc as abc
+import difflib
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+from sitelens.checks.values import UnusableValueError, converted
+from sitelens.errors import SitelensError
+
+T = TypeVar("T")
+
+
+class Arguments:
+    """What a function or dataclass takes: its parameters, and what their annotations say.
+
+    also: a dataclass whose fields the function takes as further keywords.
+    """
+
+    def __init__(self, target: Callable[..., Any], also: type | None = None) -> None:
+        self.name = target.__name__
+        self.prefix = f"{self.name}." if inspect.isclass(target) else ""
+        function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+        self.signature = inspect.signature(function)
+        parameters = self.signature.parameters.values()
+        self.hints: dict[str, Any] = {}
+        self.positional: list[str] = []
+        self.open = False  # whether any keyword is taken
+        place = vars(sys.modules[target.__module__])
+        for parameter in parameters:
+            hint = _resolved(parameter.annotation, place)
+            if parameter.kind is parameter.VAR_KEYWORD:
+                unpacked = get_args(hint)[0] if get_origin(hint) is typing.Unpack else None
+                if unpacked is None:
+                    self.open = also is None
+                else:
+                    origin = vars(sys.modules[unpacked.__module__])
+                    self.hints |= {key: _resolved(value, origin) for key, value in unpacked.__annotations__.items()}
+            elif parameter.kind is not parameter.VAR_POSITIONAL:
+                self.hints[parameter.name] = hint
+                if parameter.kind is not parameter.KEYWORD_ONLY and parameter.name != "self":
+                    self.positional.append(parameter.name)
+        if also is not None:
+            self.hints = {**arguments_of(also).hints, **self.hints}
+        self.hints.pop("self", None)
+
+    def bound(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional arguments and keywords as plain values.
+
+        Raises:
+            SitelensError: for a missing, superfluous or unknown argument, and one that cannot be used.
+        """
+        for name in keywords:
+            if name not in self.hints and not self.open:
+                raise SitelensError(f"{self.name} takes no argument {name!r}: {_nearest(name, self.hints)}")
+        try:
+            bound = self.signature.bind(*args, **keywords)
+        except TypeError as error:
+            order = f" ({', '.join(self.positional)} come in this order)" if len(self.positional) > 1 else ""
+            raise SitelensError(f"{self.name}: {error}{order}") from None
+        for name, value in bound.arguments.items():
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                bound.arguments[name] = {key: self._converted(key, each) for key, each in value.items()}
+            elif name in self.hints:
+                bound.arguments[name] = self._converted(name, value)
+        return bound.args, bound.kwargs
+
+    def options(self, title: str, values: Mapping[str, Any], reserved: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Keywords of a call that is yet to come, as plain values.
+
+        title: what messages call the function; reserved: parameters that are given otherwise.
+
+        Raises:
+            SitelensError: for an unknown option, with the nearest ones, or a value that cannot be used.
+        """
+        known = [name for name in self.hints if name not in reserved]
+        for name in values:
+            if name in reserved or (name not in known and not self.open):
+                raise SitelensError(f"{title} has no option {str(name)!r}: {_nearest(str(name), known)}")
+        return {name: converted(f"{title}.{name}", value, self.hints.get(name, Any)) for name, value in values.items()}
+
+    def _converted(self, name: str, value: Any) -> Any:
+        try:
+            return converted(self.prefix + name, value, self.hints.get(name, Any))
+        except UnusableValueError:
+            raise
+        except SitelensError as error:
+            if name not in self.positional or not _is_misplaced(value):
+                raise
+            order = f"{self.name}({', '.join(self.positional)})"
+            raise SitelensError(f"{error}; the order is {order}, or give arguments by name") from None
+
+
+@typing.overload
+def checked(target: T, *, also: type | None = None) -> T: ...
+@typing.overload
+def checked(*, also: type) -> Callable[[T], T]: ...
+def checked(target: Any = None, *, also: type | None = None) -> Any:
+    """Decorate a public function, or a dataclass, so that its arguments are checked by their annotations first.
+
+    also: a dataclass whose fields the function takes as further keywords.
+    """
+    if target is None:
+        return lambda target: checked(target, also=also)
+    is_class = inspect.isclass(target)
+    function = target.__init__ if is_class else target
+    arguments: list[Arguments] = []
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **keywords: Any) -> Any:
+        if not arguments:  # at the first call: annotations may name what is defined further down
+            arguments.append(Arguments(target, also))
+        args, keywords = arguments[0].bound(args, keywords)
+        return function(*args, **keywords)
+
+    if is_class:
+        wrapper.__no_type_check__ = True  # type: ignore[attr-defined] # it takes more than its annotations say
+        target.__init__ = wrapper
+        return target
+    wrapper.also = also  # type: ignore[attr-defined]
+    return wrapper
+
+
+@functools.cache
+def arguments_of(target: Callable[..., Any]) -> Arguments:
+    """What a function or dataclass takes, decorated or not."""
+    if inspect.isclass(target):
+        return Arguments(target)
+    return Arguments(inspect.unwrap(target), getattr(target, "also", None))
+
+
+def _is_misplaced(value: Any) -> bool:
+    """Whether a value is of a kind that has an argument of its own: a model, a condition, a configuration."""
+    return type(value).__module__.split(".")[0] in ("sitelens", "transformer_lens")
+
+
+def _resolved(annotation: Any, place: Mapping[str, Any]) -> Any:
+    """What an annotation means; Any where that is known to type checkers only."""
+    if annotation is inspect.Parameter.empty:
+        return Any
+    annotation = getattr(annotation, "__forward_arg__", annotation)
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        hint = eval(annotation, dict(place))
+    except NameError:
+        return Any
+    return Any if getattr(hint, "__module__", "").startswith("jaxtyping") else hint
+
+
+def _nearest(name: str, known: abc.Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"there are {', '.join(known)}" if known else "it takes none"

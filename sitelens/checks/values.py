@@ -1,0 +1,303 @@
+"""One value brought to the plain Python value that an annotation asks for, or refused in one line.
+
+What is taken beside the annotated type itself:
+
+- numbers of numpy, pandas and torch, and whole floats for whole numbers, become Python's int and float, so that they
+  make the same cache keys, seeds and JSON as plain numbers do;
+- arrays, ranges, Series and other iterables stand for a list; one text, or one task, stands for a list of one;
+- a class with `_from_argument` is made from what that takes, for example a TrainConfig from a dict of its fields.
+"""
+
+from __future__ import annotations
+
+import collections.abc as abc
+import math
+import os
+import struct
+import types
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from sitelens.errors import SitelensError
+
+
+@dataclass(frozen=True)
+class Between:
+    """A range for a number: at least `low`, at most `high`; `open_ends` leaves out the ends themselves.
+
+    words: what messages say of the range, where its ends would not be read.
+    """
+
+    low: int | float | None = None
+    high: int | float | None = None
+    open_ends: bool = False
+    words: str = ""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise SitelensError for a number outside of the range, and for one that is not finite."""
+        under = self.low is not None and (value <= self.low if self.open_ends else value < self.low)
+        over = self.high is not None and (value >= self.high if self.open_ends else value > self.high)
+        if under or over or not math.isfinite(value):
+            raise UnusableValueError(f"{name} must {self._said(under)}, got {_shown(value)}")
+
+    def _said(self, under: bool) -> str:
+        if self.words:
+            return f"be {self.words}"
+        if self.open_ends and self.high is None:
+            return "be positive"
+        if self.low is not None and self.high is not None:
+            ends = f"between {self.low} and {self.high}" if self.open_ends else f"in [{self.low}, {self.high}]"
+            return f"lie {ends}"
+        return f"be at least {self.low}" if under or self.high is None else f"be at most {self.high}"
+
+
+class UnusableValueError(SitelensError):
+    """A value of the right kind that cannot be used: a number outside of its range, a text that cannot be written."""
+
+
+Count = Annotated[int, Between(1)]
+CountOrZero = Annotated[int, Between(0)]
+Positive = Annotated[float, Between(0, None, open_ends=True)]
+Share = Annotated[float, Between(0, 1)]
+Seed = Annotated[int, Between(-(2**63), 2**63 - 1, words="a whole number of at most 63 bits")]
+SplitSeed = Annotated[int, Between(0, 2**32 - 1)]  # what NumPy's RandomState takes
+
+
+def converted(name: str, value: Any, hint: Any) -> Any:
+    """`value` as its annotation wants it; `name` is what messages call it.
+
+    Raises:
+        SitelensError: if it cannot be.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any or isinstance(hint, str | TypeVar):
+        return value
+    if origin is Annotated:
+        value = _as_class(name, value, float) if parts[0] is float else converted(name, value, parts[0])
+        for rule in parts[1:]:
+            if isinstance(rule, Between):
+                rule.check(name, value)
+        return value
+    if hint is float:
+        return _finite(name, _as_class(name, value, hint))
+    if origin in (Union, types.UnionType):
+        return _one_of(name, value, parts)
+    if origin is Literal:
+        for part in parts:
+            if (type(part) is type(value) and part == value) or (isinstance(part, str) and str_of(value) == part):
+                return part
+    elif origin is not None and isinstance(origin, type) and issubclass(origin, abc.Mapping):
+        if isinstance(value, abc.Mapping):
+            return {converted(f"a name in {name}", key, parts[0]): converted(f"{name}[{key!r}]", each, parts[1])
+                    for key, each in value.items()}  # fmt: skip
+    elif origin is not None and isinstance(origin, type) and issubclass(origin, abc.Iterable):
+        return _several(name, value, hint)
+    elif origin in (abc.Callable, type):
+        if callable(value):
+            return value
+    elif isinstance(hint, type):
+        return _as_class(name, value, hint)
+    else:
+        return value
+    raise _refusal(name, value, hint)
+
+
+def str_of(value: Any) -> str | None:
+    """A text as Python's own str, or None for anything else."""
+    return str(value) if isinstance(value, str) else None
+
+
+def _one_of(name: str, value: Any, parts: tuple[Any, ...]) -> Any:
+    """The value as the first kind of a union that takes it; those that it is of already come first."""
+    if value is None and types.NoneType in parts:
+        return None
+    plain = [part for part in parts if isinstance(part, type) and type(value) is part]
+    reasons = []
+    for part in [*plain, *(part for part in parts if part not in plain)]:
+        try:
+            return converted(name, value, part)
+        except SitelensError as error:
+            reasons.append(error)
+    for reason in reasons:
+        if isinstance(reason, UnusableValueError):
+            raise reason
+    inside = [reason for reason in reasons if str(reason).startswith(f"{name}[")]  # it names the item that is wrong
+    if inside:
+        raise inside[0]
+    raise _refusal(name, value, Union[parts])  # noqa: UP007
+
+
+def _several(name: str, value: Any, hint: Any) -> Any:
+    """A list or tuple of converted items."""
+    parts = get_args(hint)
+    item = parts[0] if parts else Any
+    make = tuple if get_origin(hint) is tuple else list
+    if len(parts) == 2 and get_origin(hint) is tuple and parts[1] is not Ellipsis:
+        return value
+    if hasattr(value, "tolist") and not isinstance(value, str):  # of numpy, pandas and torch
+        value = value.tolist() if getattr(value, "ndim", 1) else value.item()
+    alone = isinstance(value, str | os.PathLike) or not isinstance(value, abc.Iterable)
+    if isinstance(value, bytes | abc.Mapping) or (alone and _is_number(value)) or value is None:
+        raise _refusal(name, value, hint)
+    if alone:
+        try:
+            return make([converted(name, value, item)])
+        except UnusableValueError:
+            raise
+        except SitelensError:
+            raise _refusal(name, value, hint) from None
+    items: Any = value
+    return make(converted(f"{name}[{place}]", each, item) for place, each in enumerate(items))
+
+
+def _as_class(name: str, value: Any, kind: type) -> Any:
+    value = value if kind is bool or isinstance(value, kind) else _plain(value)
+    if kind is bool and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    if kind is int and _is_number(value) and math.isfinite(value) and int(value) == value:
+        return int(value)
+    if kind is float and _is_number(value):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    if kind is str and isinstance(value, str | os.PathLike):
+        return _text(name, str(value))
+    if kind in (int, float, bool, str):
+        raise _refusal(name, value, kind)
+    if isinstance(value, kind):
+        return value
+    if (make := getattr(kind, "_from_argument", None)) is not None and (made := make(value)) is not None:
+        return made
+    raise _refusal(name, value, kind)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy, pandas or torch as Python's own; anything else as it is."""
+    if not hasattr(value, "item") or getattr(value, "ndim", None) != 0:
+        return value
+    try:
+        plain = value.item()
+    except (TypeError, ValueError, RuntimeError):
+        return value
+    return _shortest(plain) if isinstance(plain, float) and str(value.dtype).endswith("float32") else plain
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal number that a 32-bit float stands for: 0.1, not 0.10000000149011612."""
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return next((short for short in candidates if struct.pack("f", short) == struct.pack("f", value)), value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise UnusableValueError(f"{name} must be a finite number, got {value}")
+    return value
+
+
+def tensor(name: str, value: Any, axes: str) -> Any:
+    """Numbers as a tensor of floats on the CPU, without gradient; lists, arrays, DataFrames and whole numbers, too.
+
+    axes: the names of its axes, for example "layer head".
+
+    Raises:
+        SitelensError: for anything that is no such tensor.
+    """
+    import torch
+
+    try:
+        found = value if isinstance(value, torch.Tensor) else torch.tensor(getattr(value, "to_numpy", lambda: value)())
+        found = (found.to_dense() if found.layout is not torch.strided else found).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        found = None
+    if (
+        found is None
+        or found.is_complex()
+        or found.is_quantized
+        or found.ndim != len(axes.split())
+        or not found.numel()
+    ):
+        kind = _shown(value) if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+        raise SitelensError(f"{name} must be numbers of shape [{axes}], not {kind}")
+    return found if found.is_floating_point() else found.float()
+
+
+def _text(name: str, value: str) -> str:
+    """A text as Python's own str, which can be written to a file.
+
+    Raises:
+        SitelensError: for half of a surrogate pair.
+    """
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UnusableValueError(f"{name} must be text that can be written as UTF-8, not {value!r}: it holds half of a "
+                            "surrogate pair") from None  # fmt: skip
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: what it is, where it is short, or else its kind."""
+    if isinstance(value, str | bytes | int | float | list | tuple | dict | os.PathLike) or value is None:
+        try:
+            text = repr(value)
+        except Exception:  # whatever the repr of an item raises
+            return type(value).__name__
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    kind = type(value)
+    if kind.__module__.startswith("transformers"):
+        return f"a {kind.__name__} of transformers"
+    return _with_article(kind.__name__) if not isinstance(value, type) else f"the class {value.__name__}"
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False", types.NoneType: "None"}
+
+
+def _refusal(name: str, value: Any, hint: Any) -> SitelensError:
+    *others, last = dict.fromkeys(_said(hint))
+    text = f"{name} must be {', '.join(others) + ' or ' if others else ''}{last}, not {_shown(value)}"
+    kind = type(value)
+    if kind.__module__.startswith("transformers") and "TransformerBridge" in text:
+        text += ": load_model(folder or hub id), or wrap it with TransformerLens's build_bridge_from_module"
+    elif isinstance(value, type):
+        text += f": write {value.__name__}()"
+    elif _is_number(value) and any(get_origin(part) is abc.Sequence for part in [hint, *get_args(hint)]):
+        text += f": write [{value}]"
+    return SitelensError(text)
+
+
+def _said(hint: Any) -> list[str]:
+    """What a hint stands for, in words."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _said(parts[0])
+    if origin in (Union, types.UnionType):
+        words = [word for part in parts if part is not types.NoneType for word in _said(part)]
+        if "a TransformerBridge" in words:
+            words = ["a model's name", "a TransformerBridge"]
+        return [*words, "None"] if types.NoneType in parts else words
+    if origin is Literal:
+        return [repr(part) for part in parts]
+    if origin is not None and isinstance(origin, type) and issubclass(origin, abc.Mapping):
+        return [f"a dict of names and {'values' if parts[1] is Any else _plural(parts[1])}"]
+    if origin is not None and isinstance(origin, type) and issubclass(origin, abc.Iterable):
+        return [f"a list of {_plural(parts[0])}" if parts else "a list"]
+    if hint in _NAMES:
+        return [_NAMES[hint]]
+    if isinstance(hint, type):
+        return [_with_article(hint.__name__)]
+    return ["a function"] if origin is abc.Callable else ["something else"]
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def _plural(hint: Any) -> str:
+    words = {"a whole number": "whole numbers", "a number": "numbers", "a text": "texts"}
+    return " or ".join(words.get(word, f"{word.split(' ', 1)[-1]}s" if word.startswith(("a ", "an ")) else word)
+                       for word in dict.fromkeys(_said(hint)))  # fmt: skip

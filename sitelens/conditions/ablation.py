@@ -1,0 +1,100 @@
+"""Ablation: heads switched off, as a condition. The edit is that of patching, with zero or a mean as its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.checks.arguments import checked
+from sitelens.checks.schema import conform, unpacked
+from sitelens.checks.values import CountOrZero
+from sitelens.conditions.base import Patch, Positions, Steps
+from sitelens.conditions.embedding import TaskEmbedding
+from sitelens.conditions.patching import HeadPatch
+from sitelens.conditions.selection import Heads, HeadSelection, head_pairs, parsed_heads
+from sitelens.errors import SitelensError
+from sitelens.models.model import Model, check_fit, head_shape
+
+Kind = Literal["zero", "mean"]
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class Ablate(HeadPatch):
+    """Some heads switched off: their z is replaced by zero, or by a mean over other prompts.
+
+    The edit is that of `PatchHeads` with another source: z <- (1 - m) z + m s, with m = 1 at `heads` and s = 0 or
+    `reference`. Heads are (10, 6) or "L10H6", any number of them, or a boolean mask; with a HeadSelection m is its
+    alpha.
+
+    kind: "zero" or "mean".
+    reference: for "mean", mean z as `embed_task` measures it on a task's prompts, or a tensor `[layer head d_head]`.
+    positions: "last" for the last prompt token only, "all" for every position of the prompt.
+    n_shots: demonstrations in the prompt.
+    steps: "prompt", or "every" for the decoding steps, too (default: "every" at all positions, else "prompt").
+
+    Raises:
+        SitelensError: for heads, a kind, a reference or positions that cannot be used.
+    """
+
+    heads: Heads | HeadSelection
+    kind: Kind = "zero"
+    reference: TaskEmbedding | Float[Tensor, "layer head d_head"] | None = None
+    positions: Positions = "last"
+    n_shots: CountOrZero = 0
+    steps: Steps | None = None  # type: ignore[assignment] # None only until __post_init__
+
+    def __post_init__(self) -> None:
+        if self.steps is None:
+            object.__setattr__(self, "steps", "every" if self.positions == "all" else "prompt")
+        if (self.kind == "mean") != (self.reference is not None):
+            raise SitelensError(
+                "mean ablation needs a reference: Ablate(heads, 'mean', sl.embed_task(task, model))"
+                if self.reference is None
+                else "zero ablation takes no reference: write kind='mean'"
+            )
+        if not isinstance(self.reference, TaskEmbedding | Tensor | None):
+            raise SitelensError(
+                "the reference is a TaskEmbedding, as sl.embed_task(task, model) makes it, or a tensor "
+                f"[layer head d_head], not {type(self.reference).__name__}"
+            )
+        if not isinstance(self.heads, HeadSelection | Tensor):
+            object.__setattr__(self, "heads", tuple(parsed_heads(self.heads)))
+
+    def head_patch(self, model: Model) -> Patch:
+        layers, heads, d_head = head_shape(model)
+        if isinstance(self.heads, HeadSelection):
+            self.heads.check_fits(model)
+            mask = self.heads.alpha
+        else:
+            mask = torch.zeros(layers, heads)
+            for layer, head in head_pairs(self.heads, layers, heads):
+                mask[layer, head] = 1
+        if isinstance(self.reference, TaskEmbedding):
+            self.reference.check_fits(model)
+            return Patch(mask, self.reference.mean_z)
+        if self.reference is None:
+            return Patch(mask, torch.zeros(layers, heads, d_head))
+        check_fit("the reference of an ablation", None, tuple(self.reference.shape), model)
+        return Patch(mask, self.reference)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Which heads, the reference, and what is known of both."""
+        if isinstance(self.heads, Tensor):
+            return replace(self, heads=parsed_heads(self.heads)).state()
+        return super().state()
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Ablate:
+        """The ablation that `state` described.
+
+        Raises:
+            SitelensError: naming the field that is not what the class declares.
+        """
+        if "heads.alpha" not in tensors:
+            conform(meta.get("heads"), tuple[tuple[int, int], ...], "heads")
+        return unpacked(cls, meta, tensors, cls.__name__)

@@ -1,0 +1,225 @@
+"""Conditions: what a task is evaluated under, from plain prompting to patched heads.
+
+Few-shot prompting changes the prompt, the others install hooks or swap weights while a prompt is run. A condition
+that touches the last prompt token only also gives `patch()`, and the evaluator then runs it as rows of one batch
+over a shared prefix.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.checks.schema import packed, unpacked
+from sitelens.checks.values import CountOrZero, converted
+from sitelens.conditions import registry
+from sitelens.engine.forward import HeadEdit, Hook, Mixing
+from sitelens.engine.network import Passes
+from sitelens.engine.twins import hooked_here
+from sitelens.errors import SitelensError
+from sitelens.models.model import Model, computing_dtype
+from sitelens.store import Artifact, canonical_json
+
+Positions = Literal["last", "all"]
+Steps = Literal["prompt", "every"]
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """An edit of every head: alpha, the vectors mixed in, and how (see `HeadEdit.mix`)."""
+
+    alpha: Float[Tensor, "layer head"]
+    vectors: Float[Tensor, "layer head d_head"]
+    mixing: Mixing = "convex"
+
+    def edit(self, model: Model, everywhere: bool = False) -> HeadEdit:
+        """As one row for `model`, on its device; of the last token, or of all positions."""
+        dtype, device = computing_dtype(model), model.cfg.device
+        alpha, vectors = self.alpha.to(device, dtype), self.vectors.to(device, dtype)
+        return HeadEdit.mix(alpha[None], vectors[None], self.mixing, everywhere)
+
+
+class Condition(ABC):
+    """What a task is evaluated under.
+
+    n_shots: demonstrations in the prompt, drawn anew for each item.
+    positions: "last" if nothing before the last prompt token is touched, so that its prefix can be shared with other
+    conditions; "all" otherwise.
+    steps: "prompt" if only the prompt's forward pass is touched, "every" if each decoding step is, too.
+    """
+
+    n_shots: int = 0
+    positions: Positions = "all"
+    steps: Steps = "prompt"
+    kinds: ClassVar[dict[str, type[Condition]]] = registry.KINDS
+    saved_as: ClassVar[str] = ""
+
+    def __init_subclass__(cls, saved_as: str | None = None, **options: Any) -> None:
+        """Registers the class under the name that its saved conditions bear: "MODULE:CLASS", or `saved_as`.
+
+        Raises:
+            SitelensError: if another class has that name.
+        """
+        super().__init_subclass__(**options)
+        cls.saved_as = registry.register(cls, saved_as)
+
+    @abstractmethod
+    def fwd_hooks(self, model: Model) -> list[Hook]:
+        """TransformerLens hooks for a `run_with_hooks` of one's own: they act at every forward pass they see.
+
+        Prompts must be left-padded, so that each ends at position -1.
+
+        Raises:
+            SitelensError: if this condition was made for another model.
+        """
+
+    def patch(self, model: Model) -> Patch | None:
+        """The last-token edit that is all this condition does while a prompt is run, or None if it does more.
+
+        Raises:
+            SitelensError: if this condition was made for another model.
+        """
+        return None
+
+    @contextmanager
+    def applied(self, model: Model) -> Iterator[None]:
+        """In effect for one prompt forward pass and the decoding that follows it, run by this thread or async task.
+
+        Passes that others run on the same model meanwhile are not touched. Hooks that are to act on the prompt only
+        (`steps` is "prompt") fall silent after their first call.
+
+        Raises:
+            SitelensError: if this condition was made for another model.
+        """
+        hooks = self.fwd_hooks(model)
+        if self.steps == "prompt":
+            hooks = [(name, _once(hook)) for name, hook in hooks]
+        with hooked_here(model, hooks):
+            yield
+
+    def _passes(self, model: Model) -> Passes:
+        """Passes of our own with this condition in effect, each over the prompts or tokens that follow it."""
+        passes = Passes(model)
+        passes.install([(name, self._hook(hook, passes)) for name, hook in self.fwd_hooks(model)])
+        return passes
+
+    def _hook(self, own: Any, passes: Passes) -> Any:
+        """A hook of this condition for passes over a prompt and then token by token, or over whole texts that grow."""
+        step_by_step = own if self.steps == "every" else _once(own)
+
+        def act(tensor: Tensor, hook: Any = None) -> Tensor | None:
+            length = passes.prompt
+            if length is None or (self.steps == "every" and self.positions == "all"):
+                return step_by_step(tensor, hook=hook)
+            for end in [length] if self.steps == "prompt" else range(length, tensor.shape[1] + 1):
+                new = own(tensor[:, :end], hook=hook)
+                tensor = tensor if new is None else torch.cat([new, tensor[:, end:]], dim=1)
+            return tensor
+
+        return act
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a safetensors file from which `Condition.load` makes it again, on any machine.
+
+        Raises:
+            SitelensError: for a condition of one's own whose fields are neither tensors nor plain JSON.
+        """
+        tensors, meta = self.state()
+        try:
+            canonical_json(meta)
+        except (TypeError, ValueError) as error:
+            raise SitelensError(f"{type(self).__name__} cannot be saved: it must define state ({error})") from error
+        return Artifact("condition", {}, tensors, meta).save(path)
+
+    @staticmethod
+    def load(path: str | Path) -> Condition:
+        """Read any saved condition.
+
+        Raises:
+            SitelensError: if there is no such file, it is damaged, it holds something else, or a class of one's own
+                that it needs is not imported.
+        """
+        artifact = Artifact.load(path, "condition")
+        return Condition.remade(artifact.tensors, artifact.meta, artifact.where)
+
+    @staticmethod
+    def remade(tensors: dict[str, Tensor], meta: Any, where: str = "the condition") -> Condition:
+        """The condition of any known kind that `state` described.
+
+        Raises:
+            SitelensError: naming `where` it stood, if its kind is not known or it is no such condition.
+        """
+        name = meta.get("condition") if isinstance(meta, dict) else None
+        if not isinstance(name, str):
+            raise SitelensError(f"{where}: the kind of condition must be text, not {name!r}")
+        kind: type[Condition] = registry.kind_of(name, where)
+        rest = {key: value for key, value in meta.items() if key != "condition"}
+        try:
+            return kind.from_state(dict(tensors), rest)
+        except (SitelensError, TypeError, KeyError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            what = "" if isinstance(error, SitelensError) else f"no {kind.__name__} can be made of it: "
+            raise SitelensError(f"{where}: {what}{error}") from error
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain JSON (with the key "condition") that `from_state` takes: by default, a dataclass's fields.
+
+        Conditions with fields of other kinds say themselves how they are saved.
+        """
+        tensors, meta = packed(self) if is_dataclass(self) else ({}, {})
+        return tensors, {"condition": self.saved_as, **meta}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
+        """The condition that `state` described: by default, its fields checked against their type hints.
+
+        Raises:
+            SitelensError: naming the field that is not what the class declares.
+        """
+        if is_dataclass(cls):
+            return unpacked(cls, meta, tensors, cls.__name__)
+        return cls(**tensors, **meta)
+
+
+@contextmanager
+def in_effect(condition: Condition, model: Model) -> Iterator[Passes]:
+    """Passes with a condition in effect; a class's own `applied` is heeded."""
+    kinds = type(condition).__mro__
+    applied, passes = (next(kind for kind in kinds if name in vars(kind)) for name in ("applied", "_passes"))
+    if kinds.index(applied) < kinds.index(passes):
+        with condition.applied(model):
+            yield Passes(model)
+    else:
+        yield condition._passes(model)
+
+
+def checked_conditions(conditions: Mapping[str, Condition] | Condition) -> dict[str, Condition]:
+    """Conditions by name; a single one is called by its kind.
+
+    Raises:
+        SitelensError: if there is none, or for `steps`, `positions` or `n_shots` that mean nothing.
+    """
+    named = {type(conditions).__name__: conditions} if isinstance(conditions, Condition) else dict(conditions)
+    if not named:
+        raise SitelensError("give at least one condition, for example {'zero-shot': sl.ZeroShot()}")
+    for name, condition in named.items():
+        for field, kind in (("steps", Steps), ("positions", Positions), ("n_shots", CountOrZero)):
+            converted(f"{field} of the condition {name!r}", getattr(condition, field), kind)
+    return named
+
+
+def _once(hook: Any) -> Any:
+    remaining = iter([hook])
+
+    def first_call_only(tensor: Tensor, hook: Any = None) -> Any:
+        act = next(remaining, None)
+        return None if act is None else act(tensor, hook=hook)
+
+    return first_call_only

@@ -1,0 +1,154 @@
+"""Task embeddings: the mean of every head's z at the last token of few-shot prompts (SITE, step 1)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.checks.arguments import checked
+from sitelens.checks.schema import packed
+from sitelens.checks.values import Count, CountOrZero, Seed, tensor
+from sitelens.engine.forward import capture_z
+from sitelens.engine.keys import ResultStore
+from sitelens.engine.memory import MAX_TOKENS, chunks, forward_bytes
+from sitelens.engine.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
+from sitelens.errors import SitelensError
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, check_fit, context_length, head_shape, own_tokenizer
+from sitelens.models.provenance import Origin
+from sitelens.progress import portions, tracked
+from sitelens.settings import settings
+from sitelens.store import Artifact
+from sitelens.tasks import Task, load_task
+
+ALGORITHM = 1  # to be raised when the numbers change
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class TaskEmbedding:
+    """What a model's heads write, on average, where a few-shot prompt of the task asks for an answer.
+
+    mean_z: in the units of the output projection's input, on the CPU, float32 or wider.
+    task: its name; model: the fingerprint of the model (None: any of this shape).
+    n_prompts, n_shots, seed: how it was measured; origin: the model and the task behind it, where they are known.
+
+    Raises:
+        SitelensError: for a mean_z that is no `[layer head d_head]` tensor of finite floats, or a negative number.
+    """
+
+    mean_z: Float[Tensor, "layer head d_head"]
+    task: str
+    model: str | None
+    n_prompts: Count
+    n_shots: CountOrZero
+    seed: Seed
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean_z", tensor("mean_z", self.mean_z, "layer head d_head"))
+
+    def check_fits(self, model: Model) -> None:
+        """Raise SitelensError unless this embedding was made with `model`."""
+        check_fit(f"the embedding of {self.task!r}", self.model, tuple(self.mean_z.shape), model, self.origin)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a safetensors file with all that is known of it."""
+        return Artifact("embedding", {}, *packed(self)).save(path)
+
+    @staticmethod
+    def load(path: str | Path) -> TaskEmbedding:
+        """Read a saved embedding.
+
+        Raises:
+            SitelensError: if there is no such file, or it is damaged or holds something else.
+        """
+        return Artifact.load(path, "embedding").made(TaskEmbedding)
+
+
+@checked
+@torch.inference_mode(False)
+def embed_task(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    n_prompts: Count = 50,
+    n_shots: CountOrZero = 10,
+    seed: Seed = 0,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> TaskEmbedding:
+    """The task's embedding: mean z over `n_prompts` prompts of `n_shots` demonstrations and one query.
+
+    Each prompt draws its n_shots + 1 different training items anew (paper: M=50, N=10). Cached on disk.
+
+    Raises:
+        SitelensError: for an unknown task or model, too few training items, or prompts longer than the context.
+    """
+    task, model = load_task(task), resolve_model(model)
+    store = ResultStore(model, [task])
+    spec = {
+        "algorithm": ALGORITHM, "task": task.name, "items": task.digest, **store.key,
+        "n_prompts": n_prompts, "n_shots": n_shots, "seed": seed,
+    }  # fmt: skip
+
+    def read(artifact: Artifact) -> TaskEmbedding:
+        embedding = artifact.made(TaskEmbedding)
+        if tuple(embedding.mean_z.shape) != head_shape(model):
+            raise SitelensError(f"{artifact.where}: mean_z has the shape {tuple(embedding.mean_z.shape)}")
+        return embedding
+
+    if (kept := store.get("embedding", spec, read)) is not None:
+        return kept
+    if len(task.train) < n_shots + 1:
+        raise SitelensError(f"task {task.name!r} has too few training items for {n_shots} shots and a query: "
+                            f"{len(task.train)} items")  # fmt: skip
+    prompts = embedding_prompts(task, own_tokenizer(model), n_prompts, n_shots, seed)
+    batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
+    cost = functools.partial(forward_bytes, model)
+    parts = chunks(batch.lengths, cost, settings.budget(memory_budget), max_tokens=MAX_TOKENS)
+    z = torch.empty(n_prompts, *head_shape(model), dtype=torch.float64)
+    for index in tracked(parts, f"embed {task.name}", progress=progress):
+        z[index] = capture_z(batch.rows(index), model).double().cpu()
+    if not torch.isfinite(z).all():
+        raise SitelensError(f"task {task.name!r}: the model's head outputs are not finite (dtype {model.cfg.dtype})")
+    mean_z = z.mean(0).to(torch.float32)
+    origin = Origin.of(model, task, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
+    embedding = TaskEmbedding(mean_z, task.name, spec["model"], n_prompts, n_shots, seed, origin)
+    store.put(Artifact("embedding", spec, *packed(embedding)))
+    return embedding
+
+
+def embedded(
+    tasks: Iterable[Task], model: Model, given: Mapping[str, TaskEmbedding] | None = None, **options: Any
+) -> dict[str, TaskEmbedding]:
+    """Each task's embedding by its name: the given one, or else `embed_task` of it with `options`.
+
+    Raises:
+        SitelensError: as `embed_task`, and if a given one comes from another model.
+    """
+    tasks = list(tasks)
+    made = dict(given or {})
+    for task, part in portions([task for task in tasks if task.name not in made]):
+        with part:
+            made[task.name] = embed_task(task, model, **options)
+    embeddings = {task.name: made[task.name] for task in tasks}
+    for embedding in embeddings.values():
+        embedding.check_fits(model)
+    return embeddings
+
+
+def embedding_prompts(task: Task, tokenizer: Any, n_prompts: int, n_shots: int, seed: int) -> list[Prompt]:
+    """The prompts that `embed_task` averages over."""
+    prompts = []
+    for i in range(n_prompts):
+        *demonstrations, query = draw_demonstrations(task, n_shots + 1, None, seed, "embedding", i)
+        prompts.append(few_shot_prompt(task, demonstrations, query, tokenizer))
+    return prompts

@@ -1,0 +1,83 @@
+"""Task injection: the heads' z mixed with a task embedding."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sitelens.checks.arguments import checked
+from sitelens.checks.schema import unpacked
+from sitelens.checks.values import CountOrZero
+from sitelens.conditions.base import Condition, Patch, Positions, Steps
+from sitelens.conditions.embedding import TaskEmbedding
+from sitelens.conditions.selection import HeadSelection
+from sitelens.engine.forward import Hook, Mixing
+from sitelens.errors import SitelensError
+from sitelens.models.model import Model
+
+
+class HeadPatch(Condition):
+    """A mask of heads and what is mixed in there, at the last prompt token or at all positions."""
+
+    positions: Positions = "last"
+
+    @abstractmethod
+    def head_patch(self, model: Model) -> Patch:
+        """The mask and the vectors, checked against `model`."""
+
+    def patch(self, model: Model) -> Patch | None:
+        patch = self.head_patch(model)
+        return patch if self.positions == "last" else None
+
+    def fwd_hooks(self, model: Model) -> list[Hook]:
+        return self.head_patch(model).edit(model, everywhere=self.positions == "all").hooks()
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class PatchHeads(HeadPatch):
+    """Task injection: the heads' z at the last prompt token is mixed with the task embedding by alpha.
+
+    Soft, hard, random, high-alpha, low-alpha, task-agnostic and cross-task patching differ only in `selection`
+    and `embedding` (SITE, step 3). `mixing` is "convex", as published, or "additive"; `steps` is "prompt", as
+    published, or "every" to act at every decoding step, too.
+
+    Raises:
+        SitelensError: if selection and embedding come from different models.
+    """
+
+    positions = "last"
+    selection: HeadSelection
+    embedding: TaskEmbedding
+    mixing: Mixing = "convex"
+    n_shots: CountOrZero = 0
+    steps: Steps = "prompt"
+
+    def __post_init__(self) -> None:
+        shapes = tuple(self.selection.alpha.shape), tuple(self.embedding.mean_z.shape)
+        made_for = {self.selection.model, self.embedding.model} - {None}
+        origin = self.selection.origin
+        one_model = len(made_for) < 2 or (origin is not None and origin.same_model(self.embedding.origin))
+        if shapes[0] != shapes[1][:2] or not one_model:
+            raise SitelensError(
+                f"the selection of {self.selection.task!r} {shapes[0]} and the embedding of {self.embedding.task!r} "
+                f"{shapes[1]} come from different models"
+            )
+
+    def head_patch(self, model: Model) -> Patch:
+        self.selection.check_fits(model)
+        self.embedding.check_fits(model)
+        return Patch(self.selection.alpha, self.embedding.mean_z, self.mixing)
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> PatchHeads:
+        """The patch that `state` described.
+
+        Raises:
+            SitelensError: naming the field that is not what the class declares.
+        """
+        older = {"alpha": "selection.alpha", "mean_z": "embedding.mean_z"}  # as the first edition named them
+        return unpacked(cls, meta, {older.get(name, name): tensor for name, tensor in tensors.items()}, cls.__name__)

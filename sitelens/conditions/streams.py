@@ -1,0 +1,137 @@
+"""Conditions at the residual stream: vectors added after layers, or a layer's state replaced, at the last token."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.checks.arguments import checked
+from sitelens.conditions.base import Condition, Steps
+from sitelens.engine.capture import watch
+from sitelens.engine.forward import Hook
+from sitelens.errors import SitelensError
+from sitelens.models.model import Model, check_fit, head_shape, model_name
+from sitelens.models.provenance import Origin
+
+
+def stream_hook(layer: int) -> str:
+    """The residual stream after a layer, `[batch pos d_model]`."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+Part = Literal["attn", "mlp"]
+INNER: dict[Part, str] = {"attn": "o", "mlp": "out"}
+_outputs: weakref.WeakKeyDictionary[Model, dict[Part, list[str]]] = weakref.WeakKeyDictionary()
+
+
+def output_hooks(part: Part, model: Model) -> list[str]:
+    """Where the output of each layer's attention or MLP passes before it is added to the residual stream.
+
+    Some architectures add the stream inside of the module (both in BLOOM, the MLP in MPT): there it is the output of
+    the module's last projection. Which do is seen in one forward pass over two tokens.
+
+    Raises:
+        SitelensError: if a module adds the stream and shows no output of its own.
+    """
+    if model not in _outputs:
+        _outputs[model] = {name: _found_outputs(name, model) for name in INNER}
+    return _outputs[model][part]
+
+
+def _found_outputs(part: Part, model: Model) -> list[str]:
+    layers = head_shape(model)[0]
+    outer = [f"blocks.{layer}.{part}.hook_out" for layer in range(layers)]
+    inner = [f"blocks.{layer}.{part}.{INNER[part]}.hook_out" for layer in range(layers)]
+    # What holds the whole stream: the block's output behind an MLP, what enters the second norm behind attention.
+    whole = [f"blocks.{layer}.{'hook_out' if part == 'mlp' else 'ln2.hook_in'}" for layer in range(layers)]
+    seen: dict[str, Tensor] = {}
+    points = [name for name in (*outer, *inner, *whole) if name in model.hook_dict]
+    watch(torch.tensor([[0, 1]]), model, {name: functools.partial(seen.__setitem__, name) for name in points})
+    found = []
+    for out, own, stream in zip(outer, inner, whole, strict=True):
+        adds = out in seen and stream in seen and _alike(seen[out], seen[stream])
+        if adds and (own not in seen or _alike(seen[own], seen[stream])):
+            raise SitelensError(
+                f"{out} of {model_name(model)} is the whole residual stream, and what the {part} adds to it is not "
+                "shown: this method does not support the architecture"
+            )
+        found.append(own if adds else out)
+    return found
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one - other).abs().max() <= 1e-5 * other.abs().max())
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class _StreamCondition(Condition):
+    """Vectors for the residual stream after some layers; `model` is the fingerprint of the model they are for."""
+
+    positions = "last"
+    vectors: Float[Tensor, "layer d_model"]
+    layers: tuple[int, ...]
+    model: str | None = None
+    steps: Steps = "every"
+    n_trained: int = 0  # numbers that were trained for it
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.vectors) or any(layer < 0 for layer in self.layers):
+            raise SitelensError(f"{len(self.vectors)} vectors cannot stand after the layers {self.layers}")
+        if self.steps not in get_args(Steps) or self.n_trained < 0:
+            raise SitelensError(f"steps must be 'prompt' or 'every' and n_trained at least 0, not {self.steps!r} and "
+                                f"{self.n_trained}")  # fmt: skip
+
+    def fwd_hooks(self, model: Model) -> list[Hook]:
+        check_stream(f"a {type(self).__name__}", self.model, self.vectors.shape[1], model, self.origin)
+        if max(self.layers) >= head_shape(model)[0]:
+            raise SitelensError(f"{model_name(model)} has no layer {max(self.layers)}")
+        return [
+            (stream_hook(layer), functools.partial(self._act, vector=vector))
+            for layer, vector in zip(self.layers, self.vectors, strict=True)
+        ]
+
+    def _act(self, x: Tensor, hook: Any = None, *, vector: Tensor) -> Tensor:
+        last = self.changed(x[:, -1:], vector.to(x.device))
+        return torch.cat([x[:, :-1], last.to(x.dtype)], dim=1)
+
+    @abstractmethod
+    def changed(self, last: Tensor, vector: Tensor) -> Tensor:
+        """What becomes of the last token's state `[batch 1 d_model]`."""
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class AddToStream(_StreamCondition):
+    """x <- x + vector at the last token, after each of `layers` (function vectors; learnable task vectors)."""
+
+    def changed(self, last: Tensor, vector: Tensor) -> Tensor:
+        return last.to(vector.dtype) + vector
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class ReplaceStream(_StreamCondition):
+    """x <- vector at the last token, after each of `layers` (task vectors)."""
+
+    steps: Steps = "prompt"
+
+    def changed(self, last: Tensor, vector: Tensor) -> Tensor:
+        return vector.expand(last.shape)
+
+
+def check_stream(what: str, made_for: str | None, width: int, model: Model, origin: Origin | None = None) -> None:
+    """Raise SitelensError unless vectors of this width, made for the model of this fingerprint, fit `model`."""
+    if width != model.cfg.d_model:
+        raise SitelensError(
+            f"{what} has vectors of {width} entries, {model_name(model)} has d_model {model.cfg.d_model}"
+        )
+    check_fit(what, made_for, (), model, origin)

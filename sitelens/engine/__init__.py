@@ -1,0 +1,1 @@
+"""The fast path: prompts as tokens, one forward pass, shared prefixes, edits of heads."""

@@ -1,0 +1,146 @@
+"""Cache keys: all that decides a result of a model, and the store behind them.
+
+A key names the model's fingerprint and its tokenizer, and the setting: versions, autocast, precision, the bridge's own
+switches. What no key can name (see `sitelens.models.interference`) closes the store for as long as it lasts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sitelens.engine.prompts import few_shot_prompt
+from sitelens.errors import SitelensWarning
+from sitelens.models.facts import Facts, bridge_facts, modules_of, rotary_state
+from sitelens.models.fingerprints import fingerprint, tensor_sums
+from sitelens.models.interference import heard, heard_in_tokenizer
+from sitelens.models.model import Model, model_name, own_tokenizer, tokenization
+from sitelens.store import Artifact, default_store, digest
+from sitelens.tasks import Task
+
+ALGORITHM = 1  # of prompts, tokenization and forward passes: to be raised when any number that is kept changes
+_LIBRARIES = ("torch", "transformers", "transformer_lens")
+_FLAGS = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction",
+          "fp32_precision")  # fmt: skip
+
+
+STRETCHED = "rotary"  # in keys of models whose rotary embedding longer prompts have stretched, which lasts
+
+
+Modules = Sequence[tuple[str, nn.Module]]
+
+
+class ResultStore:
+    """Where results of a model for some tasks are kept: the default store, or nowhere while something is heard.
+
+    key: what the spec of each of them must hold.
+    open: whether results may be taken from the store; where not, a warning has said why.
+    """
+
+    def __init__(self, model: Model, tasks: Sequence[Task] = ()) -> None:
+        self._model, self._tasks = model, tuple(tasks)
+        self.open = not _is_heard(model)
+        self.key = model_key(model, self._tasks)
+
+    def get(self, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None = None) -> Any:
+        """The stored artifact, or what `read` makes of it; None if there is none."""
+        return default_store().get(kind, spec, read) if self.open else None
+
+    def put(self, artifact: Artifact) -> None:
+        """Keep an artifact, unless the model or its setting is not what it was when its computation began."""
+        if not self.open or _is_heard(self._model):
+            return
+        now = model_key(self._model, self._tasks)
+        if all(now.get(name) == self.key.get(name) for name in now.keys() | self.key if name != STRETCHED):
+            default_store().put(artifact)
+
+
+def model_key(model: Model, tasks: Sequence[Task] = ()) -> dict[str, str]:
+    """What of a model, its setting and the rendering of chat prompts decides a result of these tasks."""
+    modules = list(modules_of(model))
+    surroundings = digest(setting(model, modules))[:32]
+    key = {"model": fingerprint(model), "tokenizer": tokenization(model), "setting": surroundings}
+    if chats := [task for task in tasks if task.template == "chat"]:
+        key["rendering"] = digest([_rendering(task, model) for task in chats])[:32]
+    if stretched := _rotary(modules):
+        key[STRETCHED] = digest(stretched)[:32]
+    return key
+
+
+def setting(model: Model, modules: Modules) -> dict[str, Any]:
+    """What a result depends on beside the model itself, as plain JSON.
+
+    Versions of the libraries that compute; default dtype, autocast, precision of matrix products; the attention
+    implementation; the bridge's switches and its compatibility mode. Devices and numbers of threads are left out: they
+    make differences of rounding.
+    """
+    facts = bridge_facts(model, modules)
+    classes = {type(module) for _, module in modules}
+    roots = {kind.__module__.split(".")[0] for kind in classes}
+    return {
+        "algorithm": ALGORITHM,
+        "versions": {name: _version(name) for name in sorted(roots.union(_LIBRARIES))},
+        "numbers": _numbers(model),
+        "attention": getattr(model.original_model.config, "_attn_implementation", None),
+        "bridge": [facts.plain, tensor_sums(facts.tensors)],
+    }
+
+
+def _numbers(model: Model) -> list[Any]:
+    device = torch.device(model.cfg.device or "cpu").type
+    kinds = sorted({device, "cpu"})
+    casts = [[kind, torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))] for kind in kinds]
+    casts = [cast[:2] if not cast[1] else cast for cast in casts]  # a dtype that is not in use plays no part
+    flags = [
+        str(getattr(backend, flag, None)).replace("none", "ieee")  # what PyTorch computes with where nothing is set
+        for backend in (torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn)
+        for flag in _FLAGS
+    ]
+    return [str(torch.get_default_dtype()), casts, torch.get_float32_matmul_precision(), flags]
+
+
+def _rotary(modules: Modules) -> list[Any]:
+    state = Facts()
+    for name, module in modules:
+        rotary_state(name, module, state)
+    return [state.plain, tensor_sums(state.tensors)] if state.plain else []
+
+
+def _rendering(task: Task, model: Model) -> list[str]:
+    """Two chat prompts of a task, whose template may write today's date into them."""
+    items = [*task.train, *task.valid, *task.test][:2]
+    if not items:
+        return []
+    prompts = [few_shot_prompt(task, items[:n], items[-1], own_tokenizer(model)) for n in (0, 1)]
+    return [prompt.text for prompt in prompts]
+
+
+@functools.cache
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+_named: weakref.WeakKeyDictionary[Model, set[str]] = weakref.WeakKeyDictionary()
+
+
+def _is_heard(model: Model) -> bool:
+    """Whether something changes the model's computation that a key cannot name; a warning names it once."""
+    what = heard(model) or heard_in_tokenizer(own_tokenizer(model))
+    if what is not None and what not in _named.setdefault(model, set()):
+        _named[model].add(what)
+        warnings.warn(
+            f"{what} may change what {model_name(model)} computes: while it is there, results are computed with it and "
+            "are neither taken from the cache nor put there",
+            SitelensWarning, stacklevel=3,
+        )  # fmt: skip
+    return what is not None

@@ -1,0 +1,110 @@
+"""What fits: rows split into chunks that stay within the memory budget, and how much a row needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sitelens.engine.network import Passes
+from sitelens.models.model import Model, model_dtype
+
+MAX_ROWS = 64  # of one last-token batch: past this the time per row no longer falls
+MAX_TOKENS = 2048  # of one full forward, likewise
+
+
+def chunks(
+    lengths: Sequence[int],
+    cost: Callable[[int], int],
+    budget: int,
+    max_rows: int = 10**9,
+    max_tokens: int = 10**9,
+    same_length: bool = False,
+) -> list[list[int]]:
+    """Split rows into chunks of like length: shortest first, each within the budget when padded (or one row).
+
+    `cost` is the bytes that one row of a given length needs. With `same_length` no chunk needs any padding.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    parts: list[list[int]] = []
+    for i in order:
+        rows = len(parts[-1]) + 1 if parts else 0
+        fits = not (same_length and parts and lengths[parts[-1][0]] != lengths[i])
+        fits = fits and rows <= max_rows and rows * lengths[i] <= max_tokens and rows * cost(lengths[i]) <= budget
+        if parts and fits:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def crossed(
+    lengths: Sequence[int], variants: int, cost: Callable[[int], int], budget: int
+) -> list[tuple[list[int], list[int]]]:
+    """Split rows, each in every variant, into chunks (rows, variants) of all pairs of the two, as `chunks` does.
+
+    Many rows in all variants where these fit, one row in some of its variants where not.
+    """
+    if variants <= MAX_ROWS and variants * cost(max(lengths)) <= budget:
+        together = chunks(lengths, lambda length: variants * cost(length), budget, max_rows=MAX_ROWS // variants)
+        return [(rows, list(range(variants))) for rows in together]
+    return [
+        ([row], which)
+        for row, length in enumerate(lengths)
+        for which in chunks([length] * variants, cost, budget, max_rows=MAX_ROWS)
+    ]
+
+
+def prefix_bytes(model: Model, length: int) -> int:
+    """Bytes that one prompt of `length` tokens takes in a PrefixCache."""
+    config = model.cfg
+    kv_heads = getattr(config, "n_key_value_heads", None) or config.n_heads
+    return 2 * config.n_layers * kv_heads * config.d_head * _itemsize(model) * max(length - 1, 0)
+
+
+def forward_bytes(model: Model, length: int) -> int:
+    """Bytes that one row of a full forward without gradient needs at most while it runs, its prefix included."""
+    config = model.cfg
+    wide = 8 * config.d_model + 6 * config.n_heads * config.d_head + 4 * _d_mlp(model)
+    attention = ((config.n_layers + 5) * config.n_heads + 2) * length  # the bridge keeps every layer's weights
+    return prefix_bytes(model, length + 1) + length * (wide + attention) * max(4, _itemsize(model))
+
+
+def step_cost(of: Model | Passes, gradient: bool, hooked: bool = False) -> Callable[[int], int]:
+    """What one row of a last-token step needs at a given length: its share of the prefix, activations, logits.
+
+    hooked: hooks will be installed while it runs, so that it goes through the bridge.
+    """
+    passes = Passes.of(of)
+    model = passes.model
+    if passes.listened:  # whole prompts are run
+        times = model.cfg.n_layers if gradient else 1
+        return lambda length: times * forward_bytes(model, length) + logits_bytes(model)
+    config, itemsize = model.cfg, _itemsize(model)
+    layers = config.n_layers if gradient else 1
+    fixed = 16 * config.d_model + 10 * config.n_heads * config.d_head + 8 * _d_mlp(model)
+    own = config.n_layers * config.n_heads * config.d_head * (3 if gradient else 1)
+    bridged = hooked or not passes.plain
+
+    def cost(length: int) -> int:
+        layer = prefix_bytes(model, length + 1) // itemsize // config.n_layers
+        if bridged:  # keys and values are copied, put together with the token's own, and repeated for each query head
+            layer = 2 * layer + config.n_heads * (2 * config.d_head + 6) * length
+        else:  # attention reads those of the chosen prompts, one layer after the other
+            layer += 5 * config.n_heads * length
+        copied = prefix_bytes(model, length) if bridged else 0
+        return (layers * (layer + fixed) + own) * max(4, itemsize) + copied + logits_bytes(model)
+
+    return cost
+
+
+def logits_bytes(model: Model) -> int:
+    """Bytes that one row's logits take with what is computed from them."""
+    return 5 * model.cfg.d_vocab * max(4, _itemsize(model))
+
+
+def _d_mlp(model: Model) -> int:
+    experts = getattr(model.cfg, "experts_per_token", None) or 1
+    return (model.cfg.d_mlp or 4 * model.cfg.d_model) * experts
+
+
+def _itemsize(model: Model) -> int:
+    return model_dtype(model).itemsize

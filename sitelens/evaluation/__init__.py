@@ -1,0 +1,1 @@
+"""Scores of tasks under conditions, and statistics of them."""

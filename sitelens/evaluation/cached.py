@@ -1,0 +1,159 @@
+"""Scores kept on disk: `evaluate` for what asks the same again.
+
+Only conditions and metrics that sitelens itself defines are kept; what one of a user's own does may depend on more than
+its fields.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sitelens.checks.schema import conform, parsed_json
+from sitelens.conditions.base import Condition
+from sitelens.engine.decoding import end_tokens
+from sitelens.engine.keys import ResultStore
+from sitelens.errors import SitelensError, warned_once
+from sitelens.evaluation.evaluate import COLUMNS, evaluate
+from sitelens.evaluation.labels import warn_of_shared_first_tokens
+from sitelens.metrics import METRICS, Metric, checked_metrics
+from sitelens.models.model import Model, own_tokenizer
+from sitelens.store import Artifact, content_digest, digest
+from sitelens.tasks import Task
+
+ALGORITHM = 3  # to be raised when the numbers or what is kept change
+NUMBERS = ("item", "score", "logprob", "rank")
+TEXTS = ("input", "answer", "predicted")
+KEPT = [name for name in COLUMNS if name not in TEXTS]
+
+
+@warned_once()
+def score_conditions(
+    task: Task,
+    conditions: Mapping[str, Condition],
+    model: Model,
+    *,
+    split: str = "test",
+    n_items: int | None = None,
+    metrics: Sequence[str | Metric] = ("first_token",),
+    seed: int = 0,
+    with_echo: bool | None = None,
+    texts: bool = False,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """The rows of `evaluate`, taken from the cache where they are known; input, answer and predicted with `texts` only.
+
+    All conditions are kept as one entry, so that an analysis over many of them reads one file.
+
+    Raises:
+        SitelensError: as `evaluate`.
+    """
+    options: dict[str, Any] = {
+        "split": split, "n_items": n_items, "metrics": metrics, "seed": seed, "with_echo": with_echo,
+        "memory_budget": memory_budget, "progress": progress,
+    }  # fmt: skip
+    chosen = checked_metrics(metrics)
+    columns = list(COLUMNS) if texts else KEPT
+    own = any(type(condition).__module__.split(".")[0] != "sitelens" for condition in conditions.values())
+    if own or any(METRICS.get(metric.name) is not metric for metric in chosen):
+        return evaluate(task, conditions, model, **options)[columns]
+    store = ResultStore(model, [task])
+    spec = {
+        "algorithm": ALGORITHM, "task": task.name, "items": task.digest, **store.key, "split": split,
+        "n_items": n_items, "metrics": [metric.name for metric in chosen], "seed": seed, "with_echo": with_echo,
+        "conditions": [[name, _digest(condition)] for name, condition in conditions.items()],
+    }  # fmt: skip
+    if any(metric.generates for metric in chosen):
+        spec["ends"] = sorted(end_tokens(model, own_tokenizer(model)))
+    if not all(metric.generates for metric in chosen):
+        warn_of_shared_first_tokens([task], model)
+    frame = store.get("scores", spec, functools.partial(_frame, task=task, split=split, seed=seed))
+    if frame is None:
+        frame = evaluate(task, conditions, model, **options)
+        store.put(_artifact(frame, spec))
+    return frame[columns]
+
+
+def _artifact(frame: pd.DataFrame, spec: dict[str, Any]) -> Artifact:
+    """Scores as an artifact; input and answer are the task's own and not kept."""
+    labels = {name: list(dict.fromkeys(frame[name])) for name in ("condition", "metric")}
+    tensors = {name: torch.tensor(frame[name].to_numpy()) for name in NUMBERS}
+    for name, values in labels.items():
+        tensors[name] = torch.tensor([values.index(value) for value in frame[name]])
+    said = json.dumps(list(frame["predicted"])).encode()
+    tensors["predicted"] = torch.from_numpy(np.frombuffer(said, dtype=np.uint8).copy())
+    return Artifact("scores", spec, tensors, labels)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What conditions and metrics are called, as it is kept."""
+
+    condition: tuple[str, ...]
+    metric: tuple[str, ...]
+
+
+def _frame(kept: Artifact, task: Task, split: str, seed: int) -> pd.DataFrame:
+    """The rows of `evaluate` that an artifact holds.
+
+    Raises:
+        SitelensError: if it holds something else.
+    """
+    tensors, items = kept.tensors, task.split(split)
+    labels = conform(kept.meta, _Labels, kept.where)
+    if set(tensors) != {*NUMBERS, *vars(labels), "predicted"}:
+        raise SitelensError(f"{kept.where} holds the tensors {', '.join(sorted(tensors))}")
+    said = tensors["predicted"]
+    if said.dtype != torch.uint8 or said.ndim != 1:
+        raise SitelensError(f"{kept.where}: predicted must be text as bytes, not {said.dtype} {tuple(said.shape)}")
+    what = f"{kept.where}: predicted"
+    texts = conform(parsed_json(said.numpy().tobytes(), what), tuple[str | None, ...], what)
+    for name, top in (("item", len(items)), ("score", 2), ("condition", len(labels.condition)),
+                      ("metric", len(labels.metric))):  # fmt: skip
+        one = tensors[name]
+        if one.dtype != torch.int64 or tuple(one.shape) != (len(texts),) or not bool(((one >= 0) & (one < top)).all()):
+            raise SitelensError(f"{kept.where}: {name} must be {len(texts)} integers from 0 to {top - 1}")
+    _check_likelihoods(tensors["logprob"], tensors["rank"], len(texts), kept.where)
+    frame = pd.DataFrame({name: tensors[name].numpy() for name in NUMBERS})
+    for name, values in vars(labels).items():
+        frame[name] = [values[i] for i in tensors[name].tolist()]
+    chosen = [items[i] for i in tensors["item"].tolist()]
+    frame = frame.assign(
+        task=task.name, seed=seed, input=[item.input for item in chosen], answer=[item.output for item in chosen],
+        predicted=list(texts),
+    )  # fmt: skip
+    return frame[list(COLUMNS)]
+
+
+def _check_likelihoods(logprob: Tensor, rank: Tensor, n: int, where: str) -> None:
+    """Raise SitelensError unless these are n log-probabilities and ranks, both missing in the same rows."""
+    for name, one in (("logprob", logprob), ("rank", rank)):
+        if one.dtype not in (torch.float64, torch.int64) or tuple(one.shape) != (n,):
+            raise SitelensError(f"{where}: {name} must be {n} numbers, not {one.dtype} {tuple(one.shape)}")
+    missing = torch.isnan(logprob)
+    ranks = rank[~torch.isnan(rank)]
+    if logprob.dtype != torch.float64 or bool((logprob > 1e-3).any() or torch.isinf(logprob).any()):
+        raise SitelensError(f"{where}: logprob must be finite and at most 0")
+    if not torch.equal(missing, torch.isnan(rank)) or bool((ranks < 1).any() or (ranks != ranks.round()).any()):
+        raise SitelensError(f"{where}: rank must be a whole number from 1 on where there is a logprob")
+
+
+def _digest(condition: Condition) -> str:
+    """All of a condition that decides a score: not where it came from."""
+    tensors, meta = condition.state()
+    return digest([{name: content_digest(tensor) for name, tensor in tensors.items()}, _plain(meta)])[:32]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items() if name not in ("origin", "provenance")}
+    return value

@@ -1,0 +1,264 @@
+"""Evaluation: a task under conditions, scored item by item. What each metric compares stands in `sitelens.metrics`."""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import Count, Seed
+from sitelens.conditions.base import Condition, checked_conditions
+from sitelens.conditions.prompting import ZeroShot
+from sitelens.engine.decoding import end_tokens
+from sitelens.engine.prompts import Prompt, PromptBatch, after_answer, few_shot_prompts, tokenize
+from sitelens.errors import SitelensError, warned_once
+from sitelens.evaluation.labels import label_tokens, warn_of_shared_first_tokens
+from sitelens.evaluation.predictions import Predictor, as_patches
+from sitelens.evaluation.summary import ECHO
+from sitelens.metrics import Metric, Output, Target, answer_end, check_answers, checked_metrics
+from sitelens.models.fingerprints import unchanged
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, context_length, own_tokenizer
+from sitelens.progress import tracked
+from sitelens.settings import settings
+from sitelens.tasks import Example, Task, load_task
+
+COLUMNS = ("task", "condition", "seed", "item", "input", "answer", "predicted", "metric", "score", "logprob", "rank")
+
+
+@checked
+@warned_once()
+def evaluate(
+    task: Task | str,
+    conditions: Mapping[str, Condition] | Condition,
+    model: Model | str | None = None,
+    *,
+    split: str = "test",
+    n_items: Count | None = None,
+    metrics: Sequence[str | Metric] = ("first_token",),
+    seed: Seed = 0,
+    max_new_tokens: Count = 20,
+    with_echo: bool | None = None,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Scores of a task under each condition: one row per item, condition and metric.
+
+    `conditions` are by name; a single condition is called by its kind ("ZeroShot").
+
+    Columns: task, condition, seed, item (its index in the split), input, answer, predicted, metric, score (0 or 1),
+    logprob (nats) and rank (1 is the most likely) of the preferred answer's first token. `n_items` takes a sample
+    that depends on seed and task only; `seed` also decides the demonstrations. The split is never filtered.
+
+    `metrics` are names of `sitelens.metrics.METRICS` or `Metric`s of one's own. `with_echo` adds rows of the condition
+    "echo" (answering with the query itself) for every metric; by default they stand beside prefix_match only.
+
+    Raises:
+        SitelensError: for unknown metrics or splits, no items, an answer that a metric cannot score, a condition made
+            for another model, or logits that are not finite.
+    """
+    task, conditions, model = load_task(task), checked_conditions(conditions), resolve_model(model)
+    chosen_metrics = checked_metrics(metrics)
+    echoed = [m for m in chosen_metrics if (m.name == "prefix_match" if with_echo is None else with_echo)]
+    if ECHO in conditions and echoed:
+        raise SitelensError(f"no condition may be called {ECHO!r}: rows of the echo baseline have that name")
+    chosen = sample_items(task, split, n_items, seed)
+    items = [task.split(split)[i] for i in chosen]
+    generating = any(metric.generates for metric in chosen_metrics)
+    scoring = _Scoring(task, items, chosen, chosen_metrics, model, seed)
+    budget, new_tokens = settings.budget(memory_budget), max_new_tokens if generating else 0
+    groups: dict[int, dict[str, Condition]] = {}  # by the number of demonstrations
+    for name, condition in conditions.items():
+        groups.setdefault(condition.n_shots, {})[name] = condition
+    rows: dict[tuple[str, str], list[tuple[Any, ...]]] = {}  # by metric and condition
+    bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}", progress=progress)
+    with unchanged(model):  # each condition asks whether it fits
+        parts = {n_shots: as_patches(group, model, generating) for n_shots, group in groups.items()}
+        for n_shots, (patches, others) in parts.items():
+            prompts = few_shot_prompts(task, items, n_shots, scoring.tokenizer, seed, split, chosen)
+            where = f"task {task.name!r}, {n_shots} shots"
+            batch = tokenize(prompts, scoring.tokenizer, context_length(model), where, new_tokens)
+            targets = scoring.targets(batch)
+            complete = functools.partial(scoring.complete, targets)
+            predictor = Predictor(
+                model, batch, budget, scoring.where, new_tokens, scoring.ends, complete, scoring.labels
+            )
+            outputs = predictor.patched(patches, lambda n: _advance(bar, n))
+            outputs |= predictor.hooked(others, lambda n: _advance(bar, n))
+            for name, found in outputs.items():
+                rows |= {(metric.name, name): scoring.rows(name, metric, found, targets) for metric in chosen_metrics}
+    next(bar, None)
+    frames = [row for metric in chosen_metrics for name in conditions for row in rows[metric.name, name]]
+    frames += scoring.echo(echoed)
+    return pd.DataFrame(frames, columns=list(COLUMNS))
+
+
+@checked
+def echo(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    split: str = "test",
+    n_items: Count | None = None,
+    metrics: Sequence[str | Metric] = ("prefix_match",),
+    seed: Seed = 0,
+) -> pd.DataFrame:
+    """The echo baseline: the scores of answering with the query itself, as `evaluate` gives them.
+
+    logprob and rank are missing: no model is run (first_token compares the first tokens of query and answer).
+    """
+    task, model = load_task(task), resolve_model(model)
+    chosen_metrics = checked_metrics(metrics)
+    chosen = sample_items(task, split, n_items, seed)
+    items = [task.split(split)[i] for i in chosen]
+    scoring = _Scoring(task, items, chosen, chosen_metrics, model, seed, warn=False)
+    return pd.DataFrame(scoring.echo(chosen_metrics), columns=list(COLUMNS))
+
+
+@checked
+def generate(
+    prompts: Sequence[str] | str,
+    condition: Condition | None = None,
+    model: Model | str | None = None,
+    *,
+    max_new_tokens: Count = 20,
+    stop: str | Sequence[str] | None = "\n",
+    memory_budget: int | str | None = None,
+) -> list[str]:
+    """Greedy continuations of prompts as they stand, white space stripped, special tokens left out.
+
+    `condition` says what is patched (its `n_shots` plays no part here). A text ends at the end of text, after
+    `max_new_tokens`, or before any text of `stop`, for example what a template writes after an answer (newlines before
+    the first word do not count).
+
+    Raises:
+        SitelensError: if a prompt is empty or too long, the condition was made for another model, or logits are not
+            finite.
+    """
+    model = resolve_model(model)
+    if isinstance(prompts, str):
+        raise SitelensError(f"prompts must be a list of texts: write generate([{prompts!r}])")
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    if not all(isinstance(text, str) and text for text in stops):
+        raise SitelensError(f"stop must be a text, a list of texts that are not empty, or None, not {stop!r}")
+    if not prompts:
+        return []
+    (condition,) = checked_conditions(condition or ZeroShot()).values()
+    tokenizer = own_tokenizer(model)
+    end = re.compile("|".join(map(re.escape, stops))) if stops else None
+    texts = [Prompt(text, ()) for text in prompts]
+    predictor = Predictor(
+        model,
+        tokenize(texts, tokenizer, context_length(model), new_tokens=max_new_tokens),
+        settings.budget(memory_budget),
+        lambda _, row: f"prompt {row + 1} ({prompts[row][:60]!r})",
+        max_new_tokens,
+        complete=lambda _, text: end is not None and end.search(text.lstrip()) is not None,
+    )
+    patches, others = as_patches({"": condition}, model, generating=True)
+    outputs = predictor.patched(patches, lambda _: None) | predictor.hooked(others, lambda _: None)
+    said = [out.text.lstrip() for out in outputs[""]]
+    return [(end.split(text, maxsplit=1)[0] if end else text).strip() for text in said]
+
+
+def sample_items(task: Task, split: str, n_items: int | None, seed: int) -> list[int]:
+    """Indices of a split's items: all of them, or a sample of `n_items` in rising order."""
+    total = len(task.split(split))
+    if total == 0:
+        raise SitelensError(f"task {task.name!r} has no {split} items")
+    if n_items is None or n_items >= total:
+        return list(range(total))
+    if n_items < 1:
+        raise SitelensError(f"n_items must be at least 1, got {n_items}")
+    return sorted(random.Random(f"sitelens/items/{task.name}/{split}/{seed}").sample(range(total), n_items))
+
+
+class _Scoring:
+    """Some items of a task and the metrics that score them."""
+
+    def __init__(
+        self, task: Task, items: Sequence[Example], places: Sequence[int], metrics: Sequence[Metric], model: Model,
+        seed: int, warn: bool = True,
+    ) -> None:  # fmt: skip
+        self.task, self.items, self.places, self.metrics, self.seed = task, items, places, metrics, seed
+        self.tokenizer = own_tokenizer(model)
+        for item in items:
+            check_answers(metrics, item.answers, task.case_sensitive, f"task {task.name!r}, input {item.input!r}")
+        if warn and not all(metric.generates for metric in metrics):
+            warn_of_shared_first_tokens([task], model)
+        uses_labels = any(metric.uses_labels for metric in metrics)
+        self.labels = label_tokens(task, self.tokenizer) if uses_labels else []
+        self.ends, self.end = end_tokens(model, self.tokenizer), None
+        if any(metric.generates for metric in metrics):
+            tail, opening = after_answer(task, self.tokenizer)
+            one_line = not any("\n" in answer.strip() for item in _all_items(task) for answer in item.answers)
+            special = self._special(tail) if task.template == "chat" else None
+            if special is None:
+                self.end = answer_end(tail, opening, one_line=one_line)
+            else:
+                self.ends.add(special)
+
+    def _special(self, tail: str) -> int | None:
+        """The special token with which a chat template ends an answer."""
+        ids = self.tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
+        known = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
+
+    def targets(self, batch: PromptBatch) -> list[Target]:
+        """What counts as right for each item, with the first tokens of its answers after these prompts."""
+        texts = {token: self.tokenizer.decode([token]) for row in batch.accepted for token in row}
+        return [
+            Target(
+                answers=item.answers, tokens=tokens, token_texts=tuple(texts[token] for token in tokens),
+                case_sensitive=self.task.case_sensitive, end=self.end,
+            )
+            for item, tokens in zip(self.items, batch.accepted, strict=True)
+        ]  # fmt: skip
+
+    def complete(self, targets: Sequence[Target], place: int, text: str) -> bool:
+        """Whether a text that is being generated already decides every score."""
+        return all(metric.complete(text, targets[place]) for metric in self.metrics if metric.generates)
+
+    def where(self, condition: str, row: int) -> str:
+        """An item under a condition, for messages."""
+        return (f"task {self.task.name!r}, condition {condition!r}, item {self.places[row]} "
+                f"({self.items[row].input[:60]!r})")  # fmt: skip
+
+    def rows(
+        self, condition: str, metric: Metric, outputs: Iterable[Output], targets: Iterable[Target]
+    ) -> list[tuple[Any, ...]]:
+        """Rows of `evaluate`."""
+        return [
+            (self.task.name, condition, self.seed, place, item.input, item.output, metric.predicted(out, target),
+             metric.name, int(bool(metric.score(out, target))), out.logprob, out.rank)
+            for place, item, out, target in zip(self.places, self.items, outputs, targets, strict=True)
+        ]  # fmt: skip
+
+    def echo(self, metrics: Sequence[Metric]) -> list[tuple[Any, ...]]:
+        """Rows of answering with the query itself."""
+        if not metrics:
+            return []
+        where = f"task {self.task.name!r}"
+        batch = tokenize(few_shot_prompts(self.task, self.items, 0, self.tokenizer), self.tokenizer, None, where)
+        queries = [Example(item.input, item.input) for item in self.items]
+        said = tokenize(few_shot_prompts(self.task, queries, 0, self.tokenizer), self.tokenizer, None, where)
+        outputs = []
+        for item, token in zip(self.items, said.answer.tolist(), strict=True):
+            text, label = self.tokenizer.decode([token]), token if token in self.labels else -1
+            outputs.append(Output(token=token, token_text=text, label=label, label_text=text, text=item.input))
+        targets = self.targets(batch)
+        return [row for metric in metrics for row in self.rows(ECHO, metric, outputs, targets)]
+
+
+def _all_items(task: Task) -> Iterable[Example]:
+    return (item for split in (task.train, task.valid, task.test) for item in split)
+
+
+def _advance(bar: Any, rows: int) -> None:
+    for _ in range(rows):
+        next(bar, None)

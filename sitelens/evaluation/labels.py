@@ -1,0 +1,111 @@
+"""A task's answers as labels: their first tokens, which of them share one, and the warning about that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from sitelens.engine.prompts import answer_tokens, few_shot_prompt, prompt_tokens
+from sitelens.errors import SitelensError, not_yet_warned, warn_once
+from sitelens.models.model import Model, own_tokenizer
+from sitelens.tasks import Task
+
+# Below this share of items, shared first tokens move a score by less than the interval of 100 items does.
+SHARED = 0.05
+AT_ONCE = 3  # tasks with a warning of their own; more share one
+OPEN = 0.5  # with more different answers than this share of the items, they are no closed set of labels
+
+_known: WeakKeyDictionary[Any, dict[str, tuple[float, str] | None]] = WeakKeyDictionary()
+
+
+def first_tokens(task: Task, tokenizer: Any) -> dict[str, int]:
+    """The first token of every different answer (`output`) of a task, all splits, after its zero-shot prompt."""
+    items = {item.output: item for split in (task.train, task.valid, task.test) for item in split}
+    prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items.values()]
+    ids = prompt_tokens(prompts, tokenizer)
+    pairs = [(i, prompt.answers[0]) for i, prompt in enumerate(prompts)]
+    tokens = (answer for answer, _ in answer_tokens(prompts, ids, pairs, tokenizer))
+    return {output: answer[0] for output, answer in zip(items, tokens, strict=True) if answer}
+
+
+def shared_first_tokens(task: Task, tokenizer: Any) -> set[str]:
+    """The answers of a task whose first token is also that of another of its answers."""
+    return {output for outputs in _sharing(first_tokens(task, tokenizer)) for output in outputs}
+
+
+def label_tokens(task: Task, tokenizer: Any) -> list[int]:
+    """The first tokens of all answers of a task, each once, for the metric label_token.
+
+    Warns if the answers are no closed set of labels.
+
+    Raises:
+        SitelensError: if all answers begin with the same token, so that there is nothing to tell apart.
+    """
+    first = first_tokens(task, tokenizer)
+    tokens = sorted(set(first.values()))
+    labels = ", ".join(map(repr, list(first)[:3]))
+    if len(tokens) < 2:
+        text = f"task {task.name!r}: all answers ({labels}) begin with the token {tokenizer.decode(tokens)!r}"
+        raise SitelensError(f"{text}: label_token cannot tell them apart; exact_match can")
+    n_items = sum(len(task.split(split)) for split in ("train", "valid", "test"))
+    if len(first) > OPEN * n_items:
+        text = (f"task {task.name!r} has {len(first)} different answers in {n_items} items ({labels}, ...): "
+              "label_token is for tasks with a few labels; here it chooses from the list of all answers")  # fmt: skip
+        warn_once(text, f"labels of {task.name}")
+    return tokens
+
+
+def warn_of_shared_first_tokens(tasks: Iterable[Task], model: Model) -> None:
+    """Warn if first tokens cannot tell the answers of at least 5% of a task's items apart.
+
+    Within `warned_once`, once per task; of more than three tasks one warning tells. The threshold is low because scores
+    are too high by up to this share; it is not zero because among hundreds of words a few always begin alike.
+    """
+    listed = list({task.name: task for task in tasks}.values())
+    texts = {f"shared first tokens of {task.name}": _shared(task, own_tokenizer(model)) for task in listed}
+    affected = {key: found for key, found in texts.items() if found is not None and not_yet_warned(key)}
+    if len(affected) <= AT_ONCE:
+        for key, (_, text) in affected.items():
+            warn_once(text, key)
+        return
+    worst = sorted(affected.items(), key=lambda entry: -entry[1][0])[:AT_ONCE]
+    names = ", ".join(f"{key.removeprefix('shared first tokens of ')} {share:.0%}" for key, (share, _) in worst)
+    warn_once(
+        f"in {len(affected)} of {len(listed)} tasks, answers share their first token with another answer of the task "
+        f"(most: {names} of items): first-token scores and training cannot tell these apart, exact_match can",
+        *affected,
+    )
+
+
+def _shared(task: Task, tokenizer: Any) -> tuple[float, str] | None:
+    """The share of items whose answers share a first token, and a text that says so; None where too few do.
+
+    Remembered for each tokenizer and task.
+    """
+    known = _known.setdefault(tokenizer, {})
+    if task.digest not in known:
+        known[task.digest] = None
+        first = first_tokens(task, tokenizer)
+        groups = _sharing(first)
+        shared = {output for outputs in groups for output in outputs}
+        items = [item for split in ("train", "valid", "test") for item in task.split(split)]
+        n_shared = sum(item.output in shared for item in items)
+        if shared and n_shared >= SHARED * len(items):
+            one, other = max(groups, key=len)[:2]
+            text = (
+                f"task {task.name!r}: {len(shared)} of {len(first)} answers ({n_shared} of {len(items)} items) share "
+                f"their first token with another answer, for example {one!r} and {other!r} "
+                f"({tokenizer.decode([first[one]])!r}): first-token scores and training cannot tell these apart, "
+                "exact_match can"
+            )
+            known[task.digest] = n_shared / len(items), text
+    return known[task.digest]
+
+
+def _sharing(first: dict[str, int]) -> list[list[str]]:
+    """The groups of two or more answers with the same first token."""
+    by_token: dict[int, list[str]] = {}
+    for output, token in first.items():
+        by_token.setdefault(token, []).append(output)
+    return [outputs for outputs in by_token.values() if len(outputs) > 1]

@@ -1,0 +1,176 @@
+"""Prompts under conditions: the most likely next tokens and, where wanted, greedy continuations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from sitelens.conditions.base import Condition, Patch, in_effect
+from sitelens.engine.decoding import decode, end_tokens
+from sitelens.engine.forward import HeadEdit, LastToken, check_finite, full_logits, last_logits
+from sitelens.engine.memory import (
+    MAX_ROWS,
+    MAX_TOKENS,
+    chunks,
+    crossed,
+    forward_bytes,
+    logits_bytes,
+    prefix_bytes,
+    step_cost,
+)
+from sitelens.engine.network import Passes
+from sitelens.engine.prefix import PrefixCache
+from sitelens.engine.prompts import PromptBatch
+from sitelens.engine.twins import is_listened
+from sitelens.metrics import Output
+from sitelens.models.model import Model, own_tokenizer
+
+
+def as_patches(
+    conditions: Mapping[str, Condition], model: Model, generating: bool
+) -> tuple[dict[str, Patch], dict[str, Condition]]:
+    """The conditions that can run as rows over a shared prefix, as last-token edits; and the others.
+
+    Where the user listens, prompts run whole, under one condition after the other.
+
+    Raises:
+        SitelensError: if a condition was made for another model.
+    """
+    listened = is_listened(model)
+    patches: dict[str, Patch] = {}
+    others: dict[str, Condition] = {}
+    for name, condition in conditions.items():
+        patch = condition.patch(model)
+        if patch is None or listened or (generating and condition.steps == "every"):
+            others[name] = condition
+        else:
+            patches[name] = patch
+    return patches, others
+
+
+class Predictor:
+    """Runs a batch of prompts under conditions.
+
+    where: names a condition and a prompt (its place in the batch) in messages.
+    max_new_tokens: that are generated; 0 for next tokens only.
+    ends, complete: it ends at one of these tokens (None: the model's own), or where `complete(place, text)` says so.
+    labels: tokens among which the most likely one is asked for.
+    """
+
+    def __init__(
+        self, model: Model, batch: PromptBatch, budget: int, where: Callable[[str, int], str], max_new_tokens: int = 0,
+        ends: Collection[int] | None = None, complete: Callable[[int, str], bool] = lambda place, text: False,
+        labels: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self.model, self.batch, self.budget, self.where, self.complete = model, batch, budget, where, complete
+        self.tokenizer, self.max_new_tokens = own_tokenizer(model), max_new_tokens
+        self.ends = end_tokens(model, self.tokenizer) if ends is None else ends
+        self.labels = torch.tensor(labels, dtype=torch.long)
+        self.listened = is_listened(model)  # then `hooked` is for all conditions, and runs prompts whole
+
+    def patched(self, patches: Mapping[str, Patch], advance: Callable[[int], None]) -> dict[str, list[Output]]:
+        """Conditions that touch the last token only, as rows of one batch over a shared prefix."""
+        if not patches:
+            return {}
+        names = list(patches)
+        edits = HeadEdit.stack([patch.edit(self.model) for patch in patches.values()])
+        found: list[list[Output | None]] = [[None] * len(self.batch) for _ in patches]
+        share = self.budget // 3  # the prefixes, what is computed, and what decoding keeps
+        with torch.no_grad(), LastToken(self.model) as last_token:
+            for index in chunks(self.batch.lengths, functools.partial(prefix_bytes, self.model), share):
+                part = self.batch.rows(index)
+                prefix = PrefixCache.of(part, self.model, share)
+                for items, which in crossed(part.lengths, len(patches), self._step_cost(), share):
+                    some = prefix.rows(torch.tensor(items), repeats=len(which))
+                    edit = edits.rows(torch.tensor(which * len(items), device=edits.keep.device))
+                    cache = None
+                    if self.max_new_tokens:
+                        logits, cache = last_token.step(some, edit)
+                    else:
+                        logits = last_token(some, edit)
+                    pairs = [(i, c) for i in items for c in which]
+                    labels = [(names[c], index[i]) for i, c in pairs]
+                    chosen = part.rows([i for i, _ in pairs])
+                    outputs = self._outputs(logits, chosen, cache, some.mask, labels, last_token.passes)
+                    for (i, c), out in zip(pairs, outputs, strict=True):
+                        found[c][index[i]] = out
+                    advance(len(pairs))
+        return {name: [out for out in row if out] for name, row in zip(patches, found, strict=True)}
+
+    def hooked(self, conditions: Mapping[str, Condition], advance: Callable[[int], None]) -> dict[str, list[Output]]:
+        """Any condition: whole prompts run, and decoded, while it is applied.
+
+        Those that leave all but the last token alone share its prefix and run that token only.
+        """
+        found: dict[str, list[Output | None]] = {name: [None] * len(self.batch) for name in conditions}
+        share = self.budget // 2  # the other half is for what decoding keeps
+        for index in chunks(
+            self.batch.lengths, self._full_cost, share, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, same_length=True
+        ):
+            part = self.batch.rows(index)
+            prefix: PrefixCache | None = None
+            for name, condition in conditions.items():
+                shared = condition.positions == "last" and not self.listened
+                if shared and prefix is None:
+                    prefix = PrefixCache.of(part, self.model, share)
+                with torch.no_grad(), in_effect(condition, self.model) as passes:
+                    if shared and prefix is not None:
+                        logits, cache = last_logits(prefix, passes)
+                    else:
+                        cache = DynamicCache()
+                        logits = full_logits(part, passes, cache)
+                    labels = [(name, i) for i in index]
+                    outputs = self._outputs(logits, part, cache, part.mask.to(logits.device), labels, passes)
+                for i, out in zip(index, outputs, strict=True):
+                    found[name][i] = out
+                advance(len(index))
+        return {name: [out for out in row if out] for name, row in found.items()}
+
+    def _full_cost(self, length: int) -> int:
+        """Bytes of one row of whole prompts with its logits."""
+        return forward_bytes(self.model, length) + logits_bytes(self.model)
+
+    def _step_cost(self) -> Callable[[int], int]:
+        """Bytes of one row: its step, and a copy of its prefix that grows while it is decoded."""
+        step, new = step_cost(self.model, gradient=False), self.max_new_tokens
+        return lambda length: step(length) + (3 * prefix_bytes(self.model, length + new) if new else 0)
+
+    def _outputs(
+        self, logits: Tensor, batch: PromptBatch, cache: DynamicCache | None, mask: Tensor,
+        rows: Sequence[tuple[str, int]], passes: Passes,
+    ) -> list[Output]:  # fmt: skip
+        """`rows` are the condition and the place among the prompts of each row of the batch."""
+
+        def where(row: int) -> str:
+            return self.where(*rows[row])
+
+        check_finite(logits, where)
+        likeliest = logits.argmax(-1).tolist()
+        if (batch.answer >= 0).all():
+            answer = batch.answer.to(logits.device)[:, None]
+            said = logits.gather(1, answer)
+            ranks = (1 + (logits > said).sum(-1)).tolist()
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            logprobs = (said[:, 0].to(wide) - logits.to(wide).logsumexp(-1)).tolist()
+        else:  # prompts without known answers
+            logprobs = ranks = [float("nan")] * len(batch)
+        labels = [-1] * len(batch)
+        if len(self.labels):
+            labels = self.labels[logits[:, self.labels.to(logits.device)].argmax(-1).cpu()].tolist()
+        texts = [""] * len(batch)
+        if cache is not None and self.max_new_tokens:
+            whole = batch.tokens.to(mask.device) if self.listened else None
+            texts = decode(
+                passes, logits, cache, mask, self.tokenizer, self.max_new_tokens, self.ends,
+                lambda row, text: self.complete(rows[row][1], text), where, whole,
+            )  # fmt: skip
+        words = {token: self.tokenizer.decode([token]) for token in {*likeliest, *labels} if token >= 0}
+        return [
+            Output(token=token, token_text=words[token], label=label, label_text=words.get(label, ""), text=text,
+                   logprob=logprob, rank=rank)
+            for token, label, text, logprob, rank in zip(likeliest, labels, texts, logprobs, ranks, strict=True)
+        ]  # fmt: skip

@@ -1,0 +1,259 @@
+"""Summaries: scores of `evaluate` in, means with 95% intervals and paired differences out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.evaluation.intervals import (
+    Strata,
+    difference_over_items,
+    difference_over_tasks,
+    mean_over_items,
+    mean_over_tasks,
+)
+from sitelens.files.escaping import markdown_text
+
+ECHO = "echo"
+REPEATS = ("seed", "prompt_seed", "training_seed", "draw")  # columns that tell answers to the same item apart
+RANGES = "95% intervals: over items of these tasks; where there are two, the second is over tasks like these as well."
+
+
+def summarize(
+    scores: pd.DataFrame, *, by: Sequence[str] = ("task", "condition", "metric"), against: str | None = None
+) -> pd.DataFrame:
+    """Mean score and 95% intervals of every group of `evaluate`'s rows. Tasks weigh the same, and items within a task.
+
+    Columns: those of `by`; mean, low, high (shares); n (rows); interval, what low and high range over:
+
+    - "wilson": items, of one task where each was answered once (Wilson's interval);
+    - "items": items of these tasks;
+    - "items and seeds" (or draws, training seeds, repeats): items of these tasks, and seeds. Rows of the same item are
+      told apart by the columns seed, prompt_seed, training_seed and draw, else by their order. With a single seed, an
+      interval does not cover how seeds differ.
+
+    Where a group has several tasks, also tasks_low and tasks_high: over tasks like these, and their items and seeds.
+
+    With `against`, the name of a condition, also difference, difference_low and difference_high (and
+    difference_tasks_low, difference_tasks_high), over the items that were answered under both conditions. These
+    columns are empty for `against` itself and the echo. `sitelens.evaluation.intervals` says how intervals are
+    computed, and their simulated coverage.
+
+    Raises:
+        SitelensError: if there are no rows, a column is missing or given twice, a score is missing or outside [0, 1],
+            rows of several metrics or models would be mixed, or no condition is called `against`, or none of its items
+            is shared.
+
+    Warns:
+        SitelensWarning: for rows that are exact copies, counted once, and for items left out of a difference.
+    """
+    columns = _checked_columns(scores, by, against)
+    answers = _without_copies(scores.assign(score=_checked_scores(scores)))
+    groups = {_key(key): group for key, group in answers.groupby(columns, sort=False, dropna=False, observed=True)}
+    for column in {"metric", "model"} & set(answers.columns) - set(columns):
+        for group in groups.values():
+            if group[column].nunique() > 1:
+                names = ", ".join(map(str, group[column].unique()))
+                raise SitelensError(f"rows of several {column}s ({names}) have no mean in common: add {column!r} to "
+                                    f"by, or choose the rows of one {column}")  # fmt: skip
+    tables = {key: _Answers.of(group) for key, group in groups.items()}
+    rows = []
+    for key, table in tables.items():
+        values = dict(zip(columns, key, strict=True))
+        row = values | _mean(table) | {"n": len(groups[key]), "interval": table.interval}
+        row |= {name: row.pop(name) for name in ("tasks_low", "tasks_high") if name in row}
+        if against is not None and values["condition"] not in (against, ECHO):
+            other = tables.get(tuple(against if name == "condition" else value for name, value in values.items()))
+            if other is not None:
+                row |= _difference(table, other, f"{values['condition']} against {against}")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def answers_from_counts(cells: pd.DataFrame, share: str) -> pd.DataFrame:
+    """One row per answer behind rows that hold a share of right answers and their number `n`, each item answered once.
+
+    The other columns stay; item and score are added. `summarize` of them gives what it would give of the scores.
+
+    Raises:
+        SitelensError: if a share of n is no whole number of answers, as with several seeds or draws.
+    """
+    cells = cells.reset_index(drop=True)
+    hits = cells[share] * cells["n"]
+    wrong = (hits - hits.round()).abs() > 0.01
+    if wrong.any():
+        row = cells[wrong].iloc[0]
+        raise SitelensError(f"{share} {row[share]:.6g} of n = {row['n']} answers is no whole number of right ones")
+    rows = cells.loc[cells.index.repeat(cells["n"])].reset_index(names="cell")
+    rows["item"] = rows.groupby("cell").cumcount()
+    rows["score"] = (rows["item"] < rows["cell"].map(hits.round())).astype(float)
+    return rows.drop(columns=["cell", share, "n"])
+
+
+def percent(row: Mapping[Any, Any], digits: int = 0, mean: str = "mean") -> str:
+    """The mean of a summary's row with its interval, in per cent: "41 [38, 44]"; after it, that over tasks if any."""
+
+    def between(low: str, high: str) -> str:
+        return f" [{100 * row[low]:.{digits}f}, {100 * row[high]:.{digits}f}]"
+
+    tasks = between("tasks_low", "tasks_high") if not pd.isna(row.get("tasks_low", np.nan)) else ""
+    return f"{100 * row[mean]:.{digits}f}{between('low', 'high')}{tasks}"
+
+
+def markdown_table(cells: pd.DataFrame) -> str:
+    """Texts as a Markdown table, rows named by the index, whose name stands in the corner; missing ones are empty.
+
+    Texts are shown as they are, whatever Markdown or HTML they hold.
+    """
+    lines: list[list[Any]] = [[cells.index.name or "", *cells.columns]]
+    lines += [[name, *row.fillna("")] for name, row in cells.iterrows()]
+    first, *rest = [f"| {' | '.join(map(markdown_text, line))} |" for line in lines]
+    return "\n".join([first, f"| {' | '.join(['---'] * len(lines[0]))} |", *rest])
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """A group's scores: items (index: task, item) by repeats (columns), NaN where an item has no answer.
+
+    names: what tells repeats of an item apart, in the plural.
+    """
+
+    scores: pd.DataFrame
+    names: tuple[str, ...]
+
+    @staticmethod
+    def of(group: pd.DataFrame) -> _Answers:
+        names = [name for name in REPEATS if name in group and group[name].nunique(dropna=False) > 1]
+        rows = group[["task", "item", "score"]].assign(repeat="")
+        for name in names:
+            rows["repeat"] += group[name].map(_label) + "/"
+        order = rows.groupby(["task", "item", "repeat"], observed=True).cumcount()
+        if order.any():
+            names.append("repeat")
+            rows["repeat"] += order.astype(str)
+        table = rows.set_index(["task", "item", "repeat"])["score"].unstack("repeat")
+        return _Answers(table, tuple(f"{name.replace('_', ' ')}s" for name in names))
+
+    @property
+    def tasks(self) -> int:
+        return self.scores.index.get_level_values("task").nunique()
+
+    @property
+    def interval(self) -> str:
+        """What an interval ranges over, without tasks."""
+        if self.scores.shape[1] == 1:
+            return "wilson" if self.tasks == 1 else "items"
+        several = self.scores.notna().groupby(level="task", observed=True).any().sum(axis=1) > 1
+        if not several.any():
+            return "items"
+        return " and ".join(filter(None, [", ".join(["items", *self.names[:-1]]), self.names[-1]]))
+
+    @property
+    def strata(self) -> Strata:
+        index, values = self.scores.index, self.scores.to_numpy(float)
+        task, _ = pd.factorize(index.get_level_values("task"))
+        place = pd.Series(task).groupby(task).cumcount().to_numpy()
+        table = np.full((task.max() + 1, place.max() + 1, values.shape[1]), np.nan)
+        table[task, place] = values
+        return Strata.of(table)
+
+
+def _mean(answers: _Answers) -> dict[str, float]:
+    strata = answers.strata
+    mean, low, high = map(float, mean_over_items(strata))
+    found = {"mean": mean, "low": low, "high": high}
+    if answers.tasks > 1:
+        _, found["tasks_low"], found["tasks_high"] = map(float, mean_over_tasks(strata))
+    return found
+
+
+def _difference(a: _Answers, b: _Answers, what: str) -> dict[str, float]:
+    """The mean of a - b over the items that both have."""
+    index = a.scores.index.intersection(b.scores.index)
+    alone = len(a.scores) + len(b.scores) - 2 * len(index)
+    if index.empty:
+        raise SitelensError("the conditions to compare were not evaluated on the same items")
+    if alone:
+        warnings.warn(f"{what}: {alone} items were answered under one of the two conditions only, and are left out of "
+                      f"the difference; {len(index)} are in it", SitelensWarning, stacklevel=3)  # fmt: skip
+    left, right = a.scores.loc[index], b.scores.loc[index]
+    if set(left.columns) == set(right.columns):
+        both = left.notna() & right[left.columns].notna()
+        paired = bool((both.any(axis=1)).all())
+        values = left - right[left.columns]
+    else:
+        paired = left.shape[1] == 1 or right.shape[1] == 1
+        values = left.sub(right.iloc[:, 0], axis=0) if right.shape[1] == 1 else -right.sub(left.iloc[:, 0], axis=0)
+    if paired:
+        strata = _Answers(values, a.names).strata
+    else:  # other seeds on each side
+        means = (left.mean(axis=1) - right.mean(axis=1)).to_frame()
+        sides = _Answers(left, a.names).strata, _Answers(right, b.names).strata
+        strata = _Answers(means, ()).strata.with_repeats_of(*sides)
+    mean, low, high = map(float, difference_over_items(strata))
+    found = {"difference": mean, "difference_low": low, "difference_high": high}
+    if index.get_level_values("task").nunique() > 1:
+        _, found["difference_tasks_low"], found["difference_tasks_high"] = map(float, difference_over_tasks(strata))
+    return found
+
+
+def _checked_columns(scores: pd.DataFrame, by: Sequence[str], against: str | None) -> list[str]:
+    if not isinstance(scores, pd.DataFrame):
+        raise SitelensError(f"scores must be a DataFrame as evaluate returns it, not {type(scores).__name__}")
+    if isinstance(by, str):
+        raise SitelensError(f"by must be a list of column names: write ({by!r},)")
+    columns = list(by)
+    twice = [name for name in dict.fromkeys(columns) if columns.count(name) > 1]
+    twice += [name for name in dict.fromkeys(scores.columns) if list(scores.columns).count(name) > 1]
+    if twice:
+        raise SitelensError(f"the column {twice[0]!r} is given twice")
+    if not columns:
+        raise SitelensError("by must name a column at least, for example ('task', 'condition')")
+    missing = {*columns, "score", "item", "task"} - set(scores.columns)
+    if missing or scores.empty:
+        named = f"no column {', '.join(sorted(map(str, missing)))}; there are: {', '.join(map(str, scores.columns))}"
+        raise SitelensError(f"nothing to summarize: {named if missing else 'no rows'}")
+    if against is not None and ("condition" not in columns or against not in set(scores["condition"])):
+        there = scores["condition"].unique() if "condition" in scores else []
+        raise SitelensError(f"no condition {against!r} to compare with, or 'condition' is not in by; "
+                            f"there are: {', '.join(map(str, there))}")  # fmt: skip
+    return columns
+
+
+def _checked_scores(scores: pd.DataFrame) -> pd.Series:
+    values = pd.to_numeric(scores["score"], errors="coerce").astype(float)
+    wrong = ~values.between(0, 1) | scores["task"].isna() | scores["item"].isna()
+    if wrong.any():
+        row = scores[wrong].iloc[0]
+        raise SitelensError(f"every row needs a task, an item and a score from 0 to 1; {wrong.sum()} lack one; first "
+                            f"task {row['task']!r}, item {row['item']}, score {row['score']}")  # fmt: skip
+    return values
+
+
+def _without_copies(scores: pd.DataFrame) -> pd.DataFrame:
+    """Each row once. Without their logprob, rows of the same item can be like each other by chance."""
+    if "logprob" not in scores:
+        return scores
+    copies = scores.astype({name: str for name in scores.columns if scores[name].dtype == object}).duplicated()
+    if copies.any():
+        warnings.warn(f"{copies.sum()} rows are exact copies of others (the same scores twice in one table?), and are "
+                      "counted once", SitelensWarning, stacklevel=3)  # fmt: skip
+    return scores[~copies]
+
+
+def _key(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A group's key with None for what is missing, so that it equals itself."""
+    return tuple(None if pd.isna(value) else value for value in key)
+
+
+def _label(value: Any) -> str:
+    """A seed as text, the same whatever number type its column has."""
+    if pd.isna(value):
+        return "-"
+    return f"{value:g}" if isinstance(value, int | float | np.number) and abs(value) < 1e6 else str(value)

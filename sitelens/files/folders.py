@@ -1,0 +1,295 @@
+"""Folders and files that processes and users share: whole or absent, locked while they are made, swept afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sitelens.errors import SitelensError, SitelensWarning
+
+WORK = ".sitelens-work-"  # what the names of work folders begin with
+CANNOT_WRITE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.EIO,
+    errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG,
+}  # fmt: skip
+SAY_AFTER, GIVE_UP_AFTER = 5.0, 3600.0  # seconds of waiting for a lock
+BEING_MADE = 60.0  # seconds that a work folder may be without its lock
+OLD = 24 * 3600.0  # seconds after which work that cannot be locked counts as abandoned
+_warned: set[tuple[str, str]] = set()
+
+
+def warn_once(place: Path, text: str) -> None:
+    """A SitelensWarning, once a process for each place and text."""
+    if (key := (str(place), text)) not in _warned:
+        _warned.add(key)
+        warnings.warn(text, SitelensWarning, stacklevel=3)
+
+
+def reason(error: BaseException) -> str:
+    """Why the system refused, in its own words, without the path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made where it is missing, also behind a link that leads nowhere; permissions follow the umask."""
+    if not path.is_dir():
+        Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content, read once and so of one version, whoever replaces the file meanwhile.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        SitelensError: if there is one that cannot be read; that does not make it a damaged one.
+    """
+    for retry in (True, False):  # a network file system says ESTALE where a file was replaced: the name is good again
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(error.errno, reason(error), str(path)) from error
+        except OSError as error:
+            if error.errno != errno.ESTALE or not retry:
+                raise unreadable(path, error) from error
+    raise AssertionError
+
+
+def unreadable(path: Path, error: OSError) -> SitelensError:
+    """The error for a file that is there and cannot be read."""
+    what = "it is a folder, not a file" if error.errno == errno.EISDIR else reason(error)
+    return SitelensError(f"{path} cannot be read: {what}. It was left as it is; try again when it can be read")
+
+
+def share(path: Path) -> None:
+    """Give a file, or all in a folder, the permissions that the umask leaves: libraries make some private."""
+    mask = _umask()
+    for place in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        with contextlib.suppress(OSError):
+            if not place.is_symlink():
+                place.chmod((0o777 if place.is_dir() else 0o666) & ~mask)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; what cannot be looked at counts nothing."""
+    total = 0
+    with contextlib.suppress(OSError):
+        if stat.S_ISREG(path.lstat().st_mode):
+            return path.lstat().st_size
+    for folder, _, files in os.walk(path, onerror=None):
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to), or a folder with all that is in it, as far as that is allowed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+# Locks
+
+
+@contextmanager
+def locked(path: Path, purpose: str) -> Iterator[bool]:
+    """One process at a time within, the others wait; yields whether the lock could be had.
+
+    A lock saves work done twice; what is made under it is whole without it, too. So where the file system has no
+    locks, or the file cannot be opened, the work goes on with a False. A lock file that nobody holds does not matter,
+    however old: the system lets go of a lock when its process ends.
+
+    Raises:
+        SitelensError: after an hour of waiting.
+    """
+    descriptor = _opened(path)
+    started, said, held = time.monotonic(), False, False
+    try:
+        while descriptor is not None and not held:
+            held = _try_lock(descriptor)
+            if held is None:
+                break
+            waited = time.monotonic() - started
+            if not held and waited > GIVE_UP_AFTER:
+                raise SitelensError(
+                    f"another process ({_holder(path)}) has been {purpose} for an hour and holds the lock {path}: "
+                    "end that process, or use another cache folder (SITELENS_CACHE)"
+                )
+            if not held and waited > SAY_AFTER and not said:
+                print(f"sitelens: waiting for another process ({_holder(path)}) that is {purpose}; its lock is {path}",
+                      file=sys.stderr)  # fmt: skip
+                said = True
+            if not held:
+                time.sleep(0.05)
+        if held and descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()}{_host()}\n".encode())
+        yield bool(held)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)  # which lets go of the lock
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds a lock; True where that cannot be known but the file is old."""
+    descriptor = _opened(path, create=False)
+    if descriptor is None:
+        return _age(path) > OLD
+    try:
+        free = _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+    return _age(path) > OLD if free is None else free
+
+
+def _opened(path: Path, create: bool = True) -> int | None:
+    """A descriptor to lock with; reading is enough where a file of another user may not be written."""
+    flags = getattr(os, "O_CLOEXEC", 0)
+    with contextlib.suppress(OSError):
+        if create:
+            make_folder(path.parent)
+        return os.open(path, os.O_RDWR | flags | (os.O_CREAT if create else 0), 0o666)
+    with contextlib.suppress(OSError):
+        return os.open(path, os.O_RDONLY | flags)
+    return None
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Whether the lock was had now; None where there are no locks."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES) else None
+    return True
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        if text := path.read_text("utf-8", errors="replace").strip():
+            return text.splitlines()[0][:80]
+    return "its number is not known"
+
+
+def _host() -> str:
+    import socket
+
+    return f" on {name}" if (name := socket.gethostname()) else ""
+
+
+# Work
+
+
+@contextmanager
+def work_folder(parent: Path | None = None) -> Iterator[Path]:
+    """An empty folder for the time within, in `parent` or else where the system keeps temporary files.
+
+    A lock in it says that it is in use: `sweep` removes those of processes that were killed.
+    """
+    base = Path(tempfile.gettempdir()) if parent is None else make_folder(parent)
+    folder = base / f"{WORK}{secrets.token_hex(6)}"
+    folder.mkdir(mode=0o700 if parent is None else 0o777)
+    try:
+        with locked(folder / ".lock", "at work"):
+            yield folder
+    finally:
+        remove(folder)
+
+
+@contextmanager
+def scratch_folder(cache: Path) -> Iterator[Path]:
+    """An empty folder for the time within: in the cache folder, or where temporary files go if that cannot be written.
+
+    What killed processes left there is swept.
+    """
+    sweep(cache)
+    parent: Path | None = cache
+    try:
+        make_folder(cache)
+        if not os.access(cache, os.W_OK):
+            parent = None
+    except OSError:
+        parent = None
+    with work_folder(parent) as folder:
+        yield folder
+
+
+def sweep(parent: Path, ours: Path | None = None) -> int:
+    """Remove what killed processes left in `parent`. Returns its bytes.
+
+    `ours` is the lock of a model that this process holds.
+    """
+    removed = 0
+    for folder in leftovers(parent, ours):
+        removed += size_of(folder)
+        remove(folder)
+    return removed
+
+
+def leftovers(parent: Path, ours: Path | None = None) -> list[Path]:
+    """The folders that `sweep` would remove: work folders whose lock is free, and those of sitelens 0.1.
+
+    These had no lock of their own, so they go where no model in `parent` is being converted.
+    """
+    try:
+        places = [place for place in parent.iterdir() if place.is_dir() and not place.is_symlink()]
+    except OSError:
+        return []
+    abandoned = [
+        place for place in places
+        if place.name.startswith(WORK)
+        and (is_free(place / ".lock") if (place / ".lock").exists() else _age(place) > BEING_MADE)
+    ]  # fmt: skip
+    older = [place for place in places if _is_of_first_edition(place)]
+    if older and all(lock == ours or is_free(lock) for lock in parent.glob("gguf-*.lock")):
+        abandoned += older
+    return abandoned
+
+
+def _is_of_first_edition(place: Path) -> bool:
+    if re.fullmatch(r"gguf-[0-9a-f]{16}\..+\.tmp", place.name):
+        return True
+    return bool(re.fullmatch(r"tmp[a-z0-9_]{8}", place.name)) and (
+        next(place.glob("*.gguf"), None) is not None or next(place.glob("*/*.whl"), None) is not None
+    )
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _umask() -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o022)  # there is no other way to ask
+    os.umask(mask)
+    return mask

@@ -1,0 +1,217 @@
+"""Files written whole or not at all, under names that any file system takes, and what could not be written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import re
+import secrets
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.files.escaping import csv_text
+from sitelens.files.folders import reason
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LONGEST_NAME = 120  # bytes of a name without its ending: file systems take 255 with it, some encrypted ones 143
+PROBE_BYTES = 1 << 16
+TEMPORARY = ".sitelens-*.tmp"  # a file that is being written
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*`$%#]')  # by Windows, or with a meaning in shells and addresses
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)(\.|$)", re.IGNORECASE)  # devices of Windows
+
+
+class MissingOutputWarning(SitelensWarning):
+    """A file that was asked for could not be written; all others were."""
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write a file atomically: readers see the old one or all of the new one, and a failure leaves the old one.
+
+    The folder is made where it is missing; permissions are those that the umask gives. Returns the path.
+
+    Raises:
+        OSError: if it cannot be written; no temporary file is left.
+    """
+    path = Path(path)
+    target = path.resolve() if path.is_symlink() else path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / TEMPORARY.replace("*", secrets.token_hex(8))
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            _sync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text as UTF-8, as `write_bytes` does; a lone surrogate, which UTF-8 lacks, as its escape."""
+    return write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_csv(path: str | Path, frame: pd.DataFrame, **options: Any) -> Path:
+    """Write a frame as CSV without its index, as `write_bytes` does.
+
+    Cells and column names that a spreadsheet would run as a formula begin with an apostrophe (`csv_text`); numbers
+    stay as they are. `options` are those of `DataFrame.to_csv`.
+    """
+    plain = frame.rename(columns=lambda name: csv_text(name) if isinstance(name, str) else name)
+    for place, kind in enumerate(frame.dtypes):
+        if kind.kind == "O":
+            cells = [csv_text(cell) if isinstance(cell, str) else cell for cell in frame.iloc[:, place]]
+            plain.isetitem(place, cells)
+    buffer = io.StringIO(newline="")
+    plain.to_csv(buffer, index=False, lineterminator="\n", **options)
+    return write_text(path, buffer.getvalue())
+
+
+def file_name(name: str) -> str:
+    """A name for a file without its ending, from any text: `name` itself where that can be one.
+
+    "/" becomes "-", as in "fv/antonym". Any other change (letters that a file system refuses or that lead out of the
+    folder, names of Windows devices, more than 120 bytes) is followed by a digest of `name`, so that two names that
+    differ keep files that differ. Within one folder, use `file_names`.
+    """
+    plain = unicodedata.normalize("NFC", name)
+    parts = plain.split("/")
+    if len(parts) == 2 and all(part and _as_file(part) == part for part in parts):
+        plain = "-".join(parts)
+    changed = _as_file(plain)
+    return changed if changed == plain else _with_digest(changed, name)
+
+
+def file_names(names: Iterable[str]) -> dict[str, str]:
+    """`file_name` of each name, all different, also where a file system takes "A" for "a"."""
+    found = {name: file_name(name) for name in names}
+    folded = [_folded(file) for file in found.values()]
+    return {
+        name: file if folded.count(_folded(file)) == 1 else _with_digest(file, name) for name, file in found.items()
+    }
+
+
+def check_file_name(name: Any, what: str) -> str:
+    """The name, if files can be called that in every folder.
+
+    Raises:
+        SitelensError: if not; `what` is what the name was given as.
+    """
+    if not isinstance(name, str) or file_name(name) != unicodedata.normalize("NFC", name):
+        hint = f", for example {file_name(name)!r}" if isinstance(name, str) and name else ""
+        raise SitelensError(f"{what} must be a plain file name without its ending{hint}; got {name!r}")
+    return name
+
+
+def check_folder(folder: str | Path) -> None:
+    """Try whether files can be written to a folder, which is made for that and removed again where it is missing.
+
+    Raises:
+        SitelensError: if not, with the reason.
+    """
+    made: list[Path] = []
+    try:
+        path = Path(folder)
+        missing = [path, *path.parents]
+        for place in reversed(missing[: next((i for i, p in enumerate(missing) if p.exists()), len(missing))]):
+            place.mkdir(exist_ok=True)
+            made.append(place)
+        write_bytes(path / TEMPORARY.replace("*", f"probe-{secrets.token_hex(4)}"), bytes(PROBE_BYTES)).unlink()
+    except (OSError, ValueError) as error:
+        raise SitelensError(f"cannot write to the folder {str(folder)!r}: {why_not_written(error)}") from error
+    finally:
+        for place in reversed(made):
+            with contextlib.suppress(OSError):  # another process has put something there
+                place.rmdir()
+
+
+def why_not_written(error: Exception) -> str:
+    """Why a file could not be written, in a few words."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{error.filename} is a file, not a folder"
+    return reason(error)
+
+
+class Outputs:
+    """The files of one result, in one folder: each is written by itself, and one that fails does not stop the others.
+
+    To be used in a `with` block. At its end a `MissingOutputWarning` says what is missing and why.
+
+    paths: what was written. missing: what was not, and why.
+
+    Raises:
+        SitelensError: at the end of the block, if nothing could be written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.paths: list[Path] = []
+        self.missing: dict[str, str] = {}
+
+    def write(self, name: str, writer: Callable[[Path], object]) -> None:
+        """Have `writer` write the file `name`."""
+        path = self.folder / name
+        try:
+            writer(path)
+        except SitelensError as error:
+            self.missing[name] = str(error).removeprefix(f"{name} ")
+        except OSError as error:
+            self.missing[name] = f"cannot be written: {why_not_written(error)}"
+        else:
+            self.missing.pop(name, None)
+            if path not in self.paths:
+                self.paths.append(path)
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None or not self.missing:
+            return
+        why: dict[str, list[str]] = {}
+        for name, text in self.missing.items():
+            why.setdefault(text, []).append(name)
+        texts = "; ".join(f"{', '.join(names)} {text}" for text, names in why.items())
+        if not self.paths:
+            raise SitelensError(f"nothing was written to {self.folder}: {texts}")
+        warnings.warn(f"not everything was written to {self.folder}: {texts}", MissingOutputWarning, stacklevel=3)
+
+
+def _as_file(name: str) -> str:
+    """What a file may be called that should have this name."""
+    shown = (letter if letter == " " or unicodedata.category(letter)[0] not in "CZ" else "-" for letter in name)
+    plain = _FORBIDDEN.sub("-", "".join(shown)).rstrip(" .")
+    plain = re.sub(r"^[\s.~-]+", lambda match: "_" * bool(match), plain)
+    plain = f"_{plain}" if _RESERVED.match(plain) else plain
+    return plain.encode()[:LONGEST_NAME].decode(errors="ignore") or "unnamed"
+
+
+def _with_digest(file: str, name: str) -> str:
+    """A changed name with a digest of what it was, still short enough."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{file.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
+
+
+def _folded(file: str) -> str:
+    return unicodedata.normalize("NFKC", file).casefold()
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network and user-space file systems have none
+            raise

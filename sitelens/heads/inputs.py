@@ -1,0 +1,81 @@
+"""What the files of this folder share: which heads, which prompts (also one's own), and hooks that only look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.conditions.selection import Heads, head_pairs
+from sitelens.engine.prompts import Prompt, PromptBatch, tokenize
+from sitelens.errors import SitelensError
+from sitelens.models.model import Model, context_length, head_shape, own_tokenizer
+from sitelens.tasks import ENDINGS, Example, Task, load_task
+
+
+def checked_heads(heads: Heads, model: Model) -> list[tuple[int, int]]:
+    """The heads as (layer, head).
+
+    Raises:
+        SitelensError: as `head_pairs`.
+    """
+    return head_pairs(heads, *head_shape(model)[:2])
+
+
+def task_or_texts(given: Task | str | Sequence[str]) -> Task | list[str]:
+    """The task, or prompts of one's own in its place: a list of texts, or one text with white space.
+
+    No name of a task has white space, and the name of a task's file ends in .json, .csv or the like.
+
+    Raises:
+        SitelensError: as `load_task`.
+    """
+    if isinstance(given, str):
+        own = any(map(str.isspace, given)) and not given.lower().endswith(ENDINGS)
+        return [given] if own else load_task(given)
+    if isinstance(given, Task):
+        return given
+    if not given or not all(isinstance(text, str) for text in given):
+        raise SitelensError(f"expected a task or a list of prompts, not {given!r}")
+    return list(given)
+
+
+def text_batch(texts: Sequence[str], model: Model, answer: str | Sequence[str] | None = None) -> PromptBatch:
+    """Prompts as they stand, with one answer for all or one for each, as it continues them (" cold").
+
+    Raises:
+        SitelensError: if a text is empty or too long, or the number of answers is another.
+    """
+    answers = [answer] * len(texts) if answer is None or isinstance(answer, str) else list(answer)
+    if len(answers) != len(texts):
+        raise SitelensError(
+            f"there are {len(texts)} prompts and {len(answers)} answers: give one for all, or one for each"
+        )
+    prompts = [Prompt(text, () if one is None else (one,)) for text, one in zip(texts, answers, strict=True)]
+    return tokenize(prompts, own_tokenizer(model), context_length(model))
+
+
+def all_heads(model: Model) -> list[tuple[int, int]]:
+    """Every head of a model, by layer."""
+    layers, heads, _ = head_shape(model)
+    return [(layer, head) for layer in range(layers) for head in range(heads)]
+
+
+def per_head(values: Float[Tensor, "layer head"], name: str) -> pd.DataFrame:
+    """One row a head: layer, head, and the value under `name`."""
+    layers, heads = values.shape
+    index = [(layer, head) for layer in range(layers) for head in range(heads)]
+    return pd.DataFrame(index, columns=["layer", "head"]).assign(**{name: values.flatten().tolist()})
+
+
+def valid_items(task: Task) -> tuple[Example, ...]:
+    """The validation items.
+
+    Raises:
+        SitelensError: if there is none.
+    """
+    if not task.valid:
+        raise SitelensError(f"task {task.name!r} has no valid items")
+    return task.valid

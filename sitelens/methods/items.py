@@ -1,0 +1,66 @@
+"""What the methods share: training items, mean states, gradients through prompts and answers, the choice on valid."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sitelens.engine.prompts import PromptBatch, answer_tokens, few_shot_prompt, few_shot_prompts, tokenize
+from sitelens.errors import SitelensError
+from sitelens.evaluation.labels import warn_of_shared_first_tokens
+from sitelens.models.model import Model, context_length, own_tokenizer
+from sitelens.tasks import Example, Task
+
+MAX_TRAIN = 200  # training items that any method may see
+
+
+def fitting(task: Task) -> Task:
+    """The task with at most 200 training items, the same for every method.
+
+    Raises:
+        SitelensError: if there are no training or no validation items.
+    """
+    for split in ("train", "valid"):
+        if not task.split(split):
+            raise SitelensError(f"task {task.name!r} has no {split} items")
+    if len(task.train) <= MAX_TRAIN:
+        return task
+    rng = random.Random(f"sitelens/fitting/{task.name}")
+    return replace(task, train=tuple(task.train[i] for i in sorted(rng.sample(range(len(task.train)), MAX_TRAIN))))
+
+
+def zero_shot(task: Task, items: Sequence[Example], model: Model) -> PromptBatch:
+    """Prompts without demonstrations; warns where first tokens cannot tell the task's answers apart."""
+    warn_of_shared_first_tokens([task], model)
+    return prompts_of(few_shot_prompts(task, items, 0, own_tokenizer(model)), task, model)
+
+
+def prompts_of(prompts: Sequence[Any], task: Task, model: Model) -> PromptBatch:
+    """Prompts as tokens, checked against the model's context."""
+    return tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
+
+
+def drawn(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[list[int]]:
+    """Places of the items in each of `steps` batches, every item once before any comes again."""
+    rng = random.Random(f"sitelens/batches/{key}")
+    queue: list[int] = []
+    for _ in range(steps):
+        while len(queue) < size:
+            more = list(range(len(items)))
+            rng.shuffle(more)
+            queue += more
+        yield queue[:size]
+        del queue[:size]
+
+
+def answered(task: Task, items: Sequence[Example], model: Model) -> list[tuple[list[int], int]]:
+    """Token ids of each zero-shot prompt with its whole answer behind it, and how many of them are the answer's."""
+    tokenizer = own_tokenizer(model)
+    prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items]
+    batch = prompts_of(prompts, task, model)
+    ids = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
+    first = [(i, prompt.answers[0]) for i, prompt in enumerate(prompts)]
+    answers = [answer for answer, _ in answer_tokens(prompts, ids, first, tokenizer)]
+    return [(asked + answer, len(answer)) for asked, answer in zip(ids, answers, strict=True)]

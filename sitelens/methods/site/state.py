@@ -1,0 +1,102 @@
+"""What a training remembers: its history and best alphas, and the state from which an interrupted one goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.errors import SitelensError
+from sitelens.methods.site.config import TrainConfig
+from sitelens.store import Artifact, default_store
+
+ALGORITHM = 1  # of training, to be raised when the numbers change
+ALGORITHM_RANDOM_INIT = 2  # of training from a random start; likewise, and raised with the other
+KEEP_SECONDS = 10  # between two writings of a training's state
+HISTORY = ("step", "loss", "valid_loss", "mean_alpha", "share_binary")
+
+
+class Record:
+    """What is remembered of a training: the history, and each run's alpha at the checkpoint that is kept."""
+
+    def __init__(self, runs: int, config: TrainConfig, alpha: Float[Tensor, "run layer head"]) -> None:
+        self.history = torch.full((config.steps, runs, len(HISTORY)), torch.nan, dtype=torch.float64)
+        self.best = torch.full((runs,), torch.inf, dtype=torch.float64)
+        self.alpha = alpha
+        self._keep_last = config.checkpoint == "last"
+
+    def step(self, step: int, loss: Float[Tensor, " run"], alpha: Float[Tensor, "run layer head"]) -> None:
+        now = self.history[step]
+        now[:, 0], now[:, 1], now[:, 3] = step + 1, loss, alpha.mean((1, 2))
+        now[:, 4] = ((alpha <= 0.1) | (alpha >= 0.9)).double().mean((1, 2))
+
+    def validation(self, step: int, loss: Float[Tensor, " run"], alpha: Float[Tensor, "run layer head"]) -> None:
+        self.history[step, :, 2] = loss
+        better = torch.ones_like(loss, dtype=torch.bool) if self._keep_last else loss < self.best
+        self.best = torch.where(better, loss, self.best)
+        self.alpha = torch.where(rearrange(better, "run -> run 1 1").to(alpha.device), alpha, self.alpha)
+
+
+class State:
+    """All that a training goes on from, kept as an artifact while it lasts."""
+
+    def __init__(self, keys: Sequence[str], logits: Tensor, optimizer: torch.optim.Adam, record: Record) -> None:
+        self._spec = {"algorithm": ALGORITHM, "runs": list(keys)}
+        self._known = all(keys)
+        self._logits, self._optimizer, self._record = logits, optimizer, record
+        self._saved = time.monotonic()
+
+    def restore(self) -> int:
+        """Take up what was kept; how many steps that were."""
+        kept = default_store().get("training", self._spec, self._checked) if self._known else None
+        if kept is None:
+            return 0
+        with torch.no_grad():
+            self._logits.copy_(kept.tensors["logits"])
+        names = ("step", "exp_avg", "exp_avg_sq")
+        self._optimizer.state[self._logits] = {
+            name: kept.tensors[name].to(self._logits.device if name != "step" else "cpu") for name in names
+        }
+        self._record.history, self._record.best = kept.tensors["history"], kept.tensors["best"]
+        self._record.alpha = kept.tensors["alpha"].to(self._logits.device)
+        return int(kept.meta["steps"])
+
+    def _checked(self, kept: Artifact) -> Artifact:
+        record, like = self._record, self._logits
+        expected = {"logits": like, "exp_avg": like, "exp_avg_sq": like, "alpha": record.alpha, "best": record.best,
+                    "history": record.history, "step": torch.empty(())}  # fmt: skip
+        steps = kept.meta.get("steps")
+        if type(steps) is not int or not 0 < steps < len(record.history) or set(kept.meta) != {"steps"}:
+            raise SitelensError(f"{kept.where}: steps must be between 0 and {len(record.history)}, not {steps!r}")
+        if set(kept.tensors) != set(expected):
+            raise SitelensError(f"{kept.where} holds the tensors {', '.join(sorted(kept.tensors))}")
+        for name, tensor in expected.items():
+            one = kept.tensors[name]
+            gaps = name in ("history", "best")  # steps that are to come, losses that are not known yet
+            if (one.shape, one.dtype) != (tensor.shape, tensor.dtype) or not (gaps or torch.isfinite(one).all()):
+                raise SitelensError(f"{kept.where}: {name} is not what this training keeps")
+        if (
+            not bool(((kept.tensors["alpha"] >= 0) & (kept.tensors["alpha"] <= 1)).all())
+            or kept.tensors["step"] != steps
+        ):
+            raise SitelensError(f"{kept.where}: alpha or step is not what this training keeps")
+        return kept
+
+    def keep(self, steps: int) -> None:
+        """Write it down, unless that was done only some seconds ago."""
+        if not self._known or steps == len(self._record.history) or time.monotonic() - self._saved < KEEP_SECONDS:
+            return
+        record = self._record
+        tensors = {"logits": self._logits, "history": record.history, "best": record.best, "alpha": record.alpha}
+        default_store().put(
+            Artifact("training", self._spec, tensors | self._optimizer.state[self._logits], {"steps": steps})
+        )
+        self._saved = time.monotonic()
+
+    def forget(self) -> None:
+        """Remove it: the training has ended and its results are kept."""
+        default_store().remove("training", self._spec)

@@ -1,0 +1,252 @@
+"""Soft head selection: alpha trained by gradient on zero-shot prompts (SITE, step 2), cached run by run."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sitelens.checks.arguments import checked
+from sitelens.checks.schema import checked_tensor, packed
+from sitelens.checks.values import Seed
+from sitelens.conditions.embedding import TaskEmbedding, embedded
+from sitelens.conditions.selection import HeadSelection
+from sitelens.engine.keys import ResultStore
+from sitelens.errors import SitelensError, SitelensWarning, warned_once
+from sitelens.evaluation.labels import warn_of_shared_first_tokens
+from sitelens.methods.site.config import TrainConfig
+from sitelens.methods.site.loop import Run, train_runs
+from sitelens.methods.site.state import ALGORITHM, ALGORITHM_RANDOM_INIT, HISTORY
+from sitelens.models.fingerprints import unchanged
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, head_shape
+from sitelens.models.provenance import Origin
+from sitelens.settings import settings
+from sitelens.store import Artifact, content_digest, digest
+from sitelens.tasks import Task, load_tasks
+
+FEW_BINARY = 0.5  # a share of near-binary alphas below this is worth a warning
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """A trained selection and how it came about.
+
+    history: one row a step: step (from 1), loss (nats, of that step's items), valid_loss (NaN where not measured),
+    mean_alpha, share_binary (alpha within 0.1 of 0 or 1).
+    """
+
+    selection: HeadSelection
+    history: pd.DataFrame
+    config: TrainConfig
+
+    @property
+    def best_step(self) -> int:
+        """The step of the lowest validation loss."""
+        return int(self.history["step"].iloc[self.history["valid_loss"].argmin()])
+
+
+@checked
+def train_selection(
+    task: Task | str,
+    model: Model | str | None = None,
+    *,
+    embedding: TaskEmbedding | None = None,
+    config: TrainConfig | None = None,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> TrainResult:
+    """Train alpha for one task. Without `embedding`, `embed_task(task, model)` is used. Cached on disk.
+
+    Raises:
+        SitelensError: for bad input, an embedding of another model, or a loss that is not a number.
+    """
+    config = config or TrainConfig()
+    task = load_tasks([task])[0]
+    embeddings = None if embedding is None else {task.name: embedding}
+    options = {"memory_budget": memory_budget, "progress": progress}
+    results = train_selections([task], model, embeddings=embeddings, seeds=(config.seed,), config=config, **options)
+    return results[task.name, config.seed]
+
+
+@checked
+def train_selections(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    embeddings: Mapping[str, TaskEmbedding] | None = None,
+    seeds: Sequence[Seed] = (0,),
+    config: TrainConfig | None = None,
+    shared: bool = False,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> dict[tuple[str, int], TrainResult]:
+    """Train alpha for every task and seed, all in one batch; the numbers are those of training one by one.
+
+    `embeddings` maps task names to embeddings (default: `embed_task` of each). With `shared`, one alpha a seed is
+    trained for all tasks together, each with its own embedding (task-agnostic alpha); every task's entry is then
+    that one result. `config.seed` gives way to `seeds`. Results are cached on disk.
+
+    Raises:
+        SitelensError: as `train_selection`.
+    """
+    config, model = config or TrainConfig(), resolve_model(model)
+    loaded = load_tasks(tasks)
+    if not loaded or not seeds or len(set(seeds)) < len(seeds):
+        raise SitelensError("give at least one task, and seeds that differ")
+    options: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
+    _check_splits(loaded)
+    vectors = embedded(loaded, model, embeddings, **options)
+    members = [(task, vectors[task.name]) for task in loaded]
+    groups = [tuple(members)] if shared else [(member,) for member in members]
+    jobs = [TrainJob(group, replace(config, seed=seed)) for group in groups for seed in seeds]
+    results = train_jobs(jobs, model, **options)
+    return {
+        (task.name, job.config.seed): result
+        for job, result in zip(jobs, results, strict=True)
+        for task, _ in job.members
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class TrainJob:
+    """One alpha to be trained: for a task with an embedding or, shared, for several of them."""
+
+    members: tuple[tuple[Task, TaskEmbedding], ...]
+    config: TrainConfig
+
+
+@checked
+@warned_once()
+@torch.inference_mode(False)
+def train_jobs(
+    jobs: Sequence[TrainJob],
+    model: Model | str | None = None,
+    *,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> list[TrainResult]:
+    """Train any mixture of tasks, embeddings and configurations; results in the order of the jobs, cached on disk.
+
+    Jobs whose configurations differ in seed and init only train in one batch.
+
+    Raises:
+        SitelensError: as `train_selection`.
+    """
+    model = resolve_model(model)
+    tasks = [task for job in jobs for task, _ in job.members]
+    _check_splits(tasks)
+    warn_of_shared_first_tokens(tasks, model)
+    with unchanged(model):
+        for job in jobs:
+            for _, embedding in job.members:
+                embedding.check_fits(model)
+        store = ResultStore(model, tasks)
+        specs = [_spec(job, store.key) for job in jobs]
+        shape = head_shape(model)[:2]
+        results = [
+            store.get("selection", spec, functools.partial(_result, config=job.config, shape=shape))
+            for spec, job in zip(specs, jobs, strict=True)
+        ]
+        batches: dict[TrainConfig, list[int]] = {}
+        for i, job in enumerate(jobs):
+            if results[i] is None:
+                batches.setdefault(replace(job.config, seed=0, init=0.5), []).append(i)
+        for config, batch in batches.items():
+            keys = [digest(specs[i]) if store.open else "" for i in batch]
+            runs, used, vectors = _runs([jobs[i] for i in batch], keys)
+            trained = train_runs(runs, used, vectors, model, config, settings.budget(memory_budget), progress)
+            for i, tensors in zip(batch, trained, strict=True):
+                job, how = jobs[i], jobs[i].config
+                selection = HeadSelection(
+                    tensors["alpha"], specs[i]["task"], specs[i]["model"],
+                    f"SITE, {how.checkpoint} of {how.steps} steps, seed {how.seed}", _origin(job, model),
+                )  # fmt: skip
+                _, meta = packed(selection)
+                artifact = Artifact("selection", specs[i], tensors, {n: meta[n] for n in ("provenance", "origin")})
+                store.put(artifact)
+                results[i] = _result(artifact, how, shape)
+    for result in results:
+        _warn_if_undecided(result)
+    return results
+
+
+def _check_splits(tasks: Iterable[Task]) -> None:
+    for task in tasks:
+        if not task.train or not task.valid:
+            raise SitelensError(f"task {task.name!r} has no {'valid' if task.train else 'train'} items")
+
+
+def _runs(jobs: Sequence[TrainJob], keys: Sequence[str]) -> tuple[list[Run], list[Task], list[TaskEmbedding]]:
+    """Jobs as runs over lists in which each task and each embedding stands once."""
+    tasks: dict[tuple[str, str], tuple[int, Task]] = {}
+    vectors: dict[int, tuple[int, TaskEmbedding]] = {}
+    runs = []
+    for job, key in zip(jobs, keys, strict=True):
+        members = []
+        for task, embedding in job.members:
+            place, _ = tasks.setdefault((task.name, task.digest), (len(tasks), task))
+            members.append((place, vectors.setdefault(id(embedding), (len(vectors), embedding))[0]))
+        runs.append(Run(tuple(members), job.config.seed, job.config.init, key))
+    return runs, [task for _, task in tasks.values()], [embedding for _, embedding in vectors.values()]
+
+
+def _spec(job: TrainJob, key: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "algorithm": ALGORITHM_RANDOM_INIT if job.config.init == "random" else ALGORITHM,
+        "task": "+".join(task.name for task, _ in job.members),
+        "items": [task.digest for task, _ in job.members],
+        **key, "config": asdict(job.config),
+        "embeddings": [content_digest(embedding.mean_z) for _, embedding in job.members],
+    }  # fmt: skip
+
+
+def _origin(job: TrainJob, model: Model) -> Origin | None:
+    """Where a selection comes from: model and task now, and the prompts of its embedding."""
+    origins = []
+    for task, embedding in job.members:
+        prompts = {name: getattr(embedding, name) for name in ("n_prompts", "n_shots", "seed")}
+        origins.append(Origin.of(model, task, **prompts))
+    return Origin.shared(origins)
+
+
+def _result(artifact: Artifact, config: TrainConfig, shape: tuple[int, int]) -> TrainResult:
+    """What an artifact of the store holds.
+
+    Raises:
+        SitelensError: if that is no training of this configuration.
+    """
+    if "provenance" not in artifact.meta:
+        raise SitelensError(f"{artifact.where}: provenance is missing")
+    history = artifact.tensors.get("history", torch.empty(0))
+    selection = HeadSelection.of(artifact)
+    checked_tensor(history, Float[Tensor, "step column"], f"{artifact.where}: history", finite=False)
+    steps = history[:, HISTORY.index("step")]
+    known = torch.isfinite(history).all(0) | torch.tensor([name == "valid_loss" for name in HISTORY])
+    if (
+        tuple(history.shape) != (config.steps, len(HISTORY))
+        or not known.all()
+        or steps.tolist() != list(range(1, config.steps + 1))
+    ):
+        raise SitelensError(f"{artifact.where}: history is none of {config.steps} steps")
+    if tuple(selection.alpha.shape) != shape:
+        raise SitelensError(f"{artifact.where}: alpha has the shape {tuple(selection.alpha.shape)}")
+    frame = pd.DataFrame(history.numpy(), columns=list(HISTORY)).astype({"step": int})
+    return TrainResult(selection, frame, config)
+
+
+def _warn_if_undecided(result: TrainResult) -> None:
+    share, selection = result.selection.share_binary, result.selection
+    if share < FEW_BINARY and result.config.steps >= TrainConfig().steps:
+        warnings.warn(
+            f"task {selection.task!r}, seed {result.config.seed}: only {share:.0%} of alpha is within 0.1 of 0 or 1 "
+            "after training; more steps may help, or the task gives a conflicting signal",
+            SitelensWarning, stacklevel=3,
+        )  # fmt: skip

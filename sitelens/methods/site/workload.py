@@ -1,0 +1,41 @@
+"""How much work the parts of an experiment are, for progress bars and estimates of the time left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sitelens.engine.prompts import item_sizes
+from sitelens.methods.site.config import TrainConfig
+from sitelens.models.model import Model, own_tokenizer
+from sitelens.tasks import Task
+
+STEP_TOKENS = 25  # prompt tokens that cost as much as one training step over a computed prefix
+FIT_TOKENS = 50_000  # a guess for a method's fit
+
+
+def workload(
+    tasks: Sequence[Task], model: Model, *, n_prompts: int, n_shots: int, n_items: int | None, config: TrainConfig
+) -> dict[str, dict[str, float]]:
+    """By task name, the rough cost of "embed", "train", "prompt" (zero-shot and few-shot) and "patch", in tokens."""
+    return {task.name: _of_task(task, model, n_prompts, n_shots, n_items, config) for task in tasks}
+
+
+def total(work: dict[str, dict[str, float]], *parts: str) -> float:
+    """The cost of these parts over all tasks."""
+    return sum(costs[part] for costs in work.values() for part in parts)
+
+
+def _of_task(
+    task: Task, model: Model, n_prompts: int, n_shots: int, n_items: int | None, config: TrainConfig
+) -> dict[str, float]:
+    tokenizer: Any = own_tokenizer(model)
+    sizes = item_sizes(task.train[:50], task, tokenizer) or [1]
+    item = sum(sizes) / len(sizes)
+    n_test = min(len(task.test), n_items or len(task.test))
+    return {
+        "embed": n_prompts * item * (n_shots + 1),
+        "train": config.steps * config.batch_size * (item + STEP_TOKENS),
+        "prompt": n_test * item * (n_shots + 2),
+        "patch": n_test * item,
+    }

@@ -1,0 +1,1 @@
+"""Models: where weights and tokenizers come from, and what identifies a model."""

@@ -1,0 +1,190 @@
+"""Names in, frozen TransformerBridge out."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module, detect_tokenizer_bos_eos
+
+from sitelens.checks.arguments import checked
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.models.catalogue import how_to_get
+from sitelens.models.gguf.converted import PACKAGED, gguf_folder, packaged_folder
+from sitelens.models.model import Model, _tokenizers, head_shape, model_name, z_hook
+from sitelens.models.networks import load_network, quiet_transformers
+from sitelens.models.quantization import NO_8BIT, check_quantization, nf4_config, settle
+from sitelens.models.sources import DEFAULT_MODEL, check_device, hub_id
+from sitelens.models.tokenizers import first_line
+
+_loading = threading.RLock()  # transformers sets torch's default dtype, which is the process's, while it loads
+
+
+@checked
+@torch.inference_mode(False)  # nothing could be trained through weights made there
+def load_model(
+    name: str | Path | Model | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: Any = None,
+    device_map: Any = None,
+    quantize: str | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """A model with frozen weights and TransformerLens hook points.
+
+    `name` is a packaged model (default: "smollm2-135m"), a hub id, a name that TransformerLens knows ("gpt2",
+    "pythia-70m"), a local folder, a .gguf file, or a TransformerBridge, which is returned as it is. `dtype` defaults to
+    float32 for GGUF weights and to the checkpoint's own otherwise; `device` to a GPU where there is one. `device_map`
+    ("auto", or as transformers takes it) spreads the layers over several devices. `quantize="nf4"` loads 4-bit weights
+    as the paper does for its large models (bitsandbytes, NF4, double quantisation, computing in bfloat16 or in
+    `dtype`). Python code that a model brings along is run with `trust_remote_code` only, and a warning says so.
+
+    Raises:
+        SitelensError: for an unknown model (with the nearest names), weights that cannot be had (with the command that
+            gets them), a model that brings code, a device that is not there, a quantisation that is not to be trusted,
+            or both `device` and `device_map`.
+    """
+    if isinstance(name, TransformerBridge):
+        return name
+    if device is not None and device_map is not None:
+        raise SitelensError("give device or device_map, not both")
+    name = DEFAULT_MODEL if name is None else str(name)
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise SitelensError(f"unknown dtype {dtype!r}; write for example 'float32' or 'bfloat16'")
+        dtype = found
+    check_device(device, device_map)
+    packed = None
+    if quantize is not None:
+        check_quantization(quantize)
+        dtype = dtype or torch.bfloat16
+        packed = nf4_config(dtype)
+    if name in PACKAGED:
+        folder, dtype = packaged_folder(name), dtype or torch.float32
+    elif name.endswith(".gguf"):
+        folder, dtype = gguf_folder(Path(name).expanduser()), dtype or torch.float32
+    elif name and Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+    else:
+        folder = name = hub_id(name)
+    place = device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    if packed is not None and device_map is None:
+        device_map = {"": place}  # packed while it is loaded, where it is to lie
+    if trust_remote_code:
+        warnings.warn(f"Python code that comes with the model {name} is run, if it brings any (trust_remote_code)",
+                      SitelensWarning, stacklevel=2)  # fmt: skip
+    options = {
+        "dtype": dtype or "auto", "device_map": device_map, "quantization_config": packed,
+        "trust_remote_code": bool(trust_remote_code),
+    }  # fmt: skip
+    return _boot(folder, name, options, place)
+
+
+@functools.cache
+def _default_model() -> Model:
+    return load_model()
+
+
+def default_model() -> Model:
+    """The packaged default model, loaded once a process."""
+    with _loading:
+        return _default_model()
+
+
+def resolve_model(model: str | Path | Model | None) -> Model:
+    """The model that an optional argument means: None is the default model, a name is loaded.
+
+    Raises:
+        SitelensError: as `load_model`, and for a bridge without per-head z hooks or in training mode.
+    """
+    if model is None:
+        return default_model()
+    if not isinstance(model, TransformerBridge):
+        return load_model(model)
+    if z_hook(0) not in model.hook_dict:
+        raise SitelensError(f"{model_name(model)} has no hook point {z_hook(0)}: its heads cannot be patched")
+    _check_heads(model)
+    if getattr(model.original_model, "is_loaded_in_8bit", False):
+        raise SitelensError(f"{model_name(model)}: {NO_8BIT}")
+    if model.original_model.training:
+        raise SitelensError(f"{model_name(model)} is in training mode, where dropout is random: call model.eval()")
+    if (name := _random_dropout(model.original_model)) is not None:
+        raise SitelensError(f"{name} of {model_name(model)} is in training mode, where its dropout is random: "
+                            "call model.eval()")  # fmt: skip
+    return model
+
+
+def _check_heads(model: Model) -> None:
+    """Raise SitelensError if the output projections read anything but n_heads vectors of d_head numbers."""
+    _, heads, d_head = head_shape(model)
+    blocks: Any = model.blocks
+    for layer, block in enumerate(blocks):
+        projection = getattr(getattr(block, "attn", None), "o", None)
+        width = getattr(getattr(projection, "original_component", None), "in_features", heads * d_head)
+        if width != heads * d_head:
+            raise SitelensError(
+                f"{model_name(model)}: the output projection of layer {layer} reads {width} numbers, which "
+                f"TransformerLens does not show as {heads} heads of {d_head}: its heads cannot be patched"
+            )
+
+
+def _random_dropout(network: torch.nn.Module) -> str | None:
+    """The name of a module whose dropout is random now, in training mode and not zero; None if there is none."""
+    for name, module in network.named_modules():
+        if module.training and (
+            module.p > 0 if isinstance(module, torch.nn.modules.dropout._DropoutNd) else
+            any(isinstance(value, float) and value > 0 for key, value in vars(module).items() if "drop" in key)
+        ):  # fmt: skip
+            return name.replace("._original_component", "")
+    return None
+
+
+def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -> Model:
+    from transformers import AutoTokenizer
+
+    try:
+        with _loading, quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options["trust_remote_code"])
+            network = load_network(folder, **options)
+            if options["device_map"] is None:
+                network = network.to(device)
+            network.eval()
+            if any(weight.is_meta for weight in network.parameters()):
+                raise ValueError("its layers do not fit into the devices' memory (offloaded layers cannot be patched): "
+                                 "use more GPUs, quantize='nf4', or a smaller dtype")  # fmt: skip
+        if options["quantization_config"] is not None:
+            settle(network)
+        model = build_bridge_from_module(
+            network, type(network).__name__, hf_config=network.config, model_name=name,
+            device=str(network.get_input_embeddings().weight.device),
+        )  # fmt: skip
+    except Exception as error:  # each library below us raises its own kinds for what is no model
+        reason = first_line(error)
+        if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
+            raise SitelensError(
+                f"the model {name!r} brings Python code of its own, which sitelens does not run: {reason} (read that "
+                "code and, if you trust it, give load_model(..., trust_remote_code=True) or --trust-remote-code)"
+            ) from error
+        command = (
+            f"get it with `{how_to_get(name)}`" if folder == name else "is it a folder of a causal language model?"
+        )
+        raise SitelensError(
+            f"the model {name!r} could not be loaded: {reason} ({command}; a gated or private model needs "
+            "`hf auth login` and its licence accepted on its hub page; without a network, give a local folder or use a "
+            "packaged model: " + ", ".join(PACKAGED) + ")"
+        ) from error
+    model.requires_grad_(False)  # after the bridge is built: it makes new parameters where q, k and v are fused
+    # Set only now: a tokenizer given to the builder is reloaded with a BOS token that the model may not know.
+    model.tokenizer = tokenizer
+    cfg = model.cfg
+    cfg.tokenizer_prepends_bos, cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
+    cfg.default_prepend_bos = cfg.tokenizer_prepends_bos
+    _tokenizers[model] = model.tokenizer, tokenizer
+    return resolve_model(model)

@@ -1,0 +1,76 @@
+"""4-bit weights, as the paper loads its large models: NF4 with double quantisation, by bitsandbytes."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from sitelens.errors import SitelensError
+
+NO_8BIT = (
+    "8-bit weights are refused: bitsandbytes rounds activations by what else is in the batch, so that the logits of a "
+    "cached prefix and those of the whole prompt differ by more than a unit; use quantize='nf4', or bfloat16"
+)
+
+
+def check_quantization(name: str) -> None:
+    """Raise SitelensError unless `name` is "nf4" and bitsandbytes is installed."""
+    if name in ("int8", "8bit", "8-bit", "llm.int8"):
+        raise SitelensError(NO_8BIT)
+    if name != "nf4":
+        near = " did you mean 'nf4'?" if difflib.get_close_matches(name.lower(), ["nf4"], cutoff=0.3) else ""
+        raise SitelensError(f"unknown quantisation {name!r}:{near} 'nf4' is the only one (4-bit, as in the paper)")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SitelensError("quantize='nf4' needs bitsandbytes: pip install 'sitelens[quantized]'")
+
+
+def nf4_config(dtype: torch.dtype) -> Any:
+    """The paper's 4-bit settings, computing in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def settle(network: nn.Module) -> None:
+    """Finish what bitsandbytes' loading leaves: experts in 4 bits, too, and weights that stay as they are.
+
+    transformers 5 keeps the experts of a layer fused in tensors that the loading passes over. They are packed where
+    they lie, so that loading needs the memory of the unpacked experts once. They are unpacked a layer at a time,
+    forward and, once more, backward: what is kept for the gradient are a layer's inputs.
+    On some processors a first forward pass without gradient would repack the weights with scales rounded to bfloat16:
+    other numbers than those of a pass with gradient, and other weights than were fingerprinted. That is turned off.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    for name, module in network.named_modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        fused = [key for key, weight in module.named_parameters(recurse=False) if weight.ndim == 3]
+        if fused and name.rpartition(".")[2] == "experts":
+            for key in fused:
+                replace_parameter_4bit(module, key, compress_statistics=True, quant_type="nf4")
+            experts: Any = module
+            experts.forward = functools.partial(_unpacked_anew, experts.forward)
+
+
+def _unpacked_anew(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Run `forward` so that no unpacked weight is kept for the gradient; each is unpacked once a run."""
+
+    def run(*inputs: Any) -> Tensor:
+        with parametrize.cached():
+            return forward(*inputs)
+
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return checkpoint(run, *inputs, use_reentrant=False)
+    return run(*inputs)

@@ -1,0 +1,106 @@
+"""What a model's name means where it is neither packaged nor a file, and whether a device is there."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES, get_official_model_name
+
+from sitelens.errors import SitelensError
+from sitelens.models.catalogue import PAPER
+from sitelens.models.gguf.converted import PACKAGED
+
+DEFAULT_MODEL = "smollm2-135m"
+OWNERS = {  # ids without an owner, and as what the hub lists them today
+    "distilgpt2": "distilbert/distilgpt2",
+    **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+}
+
+
+def hub_id(name: str) -> str:
+    """The hub id that a name means: an owner/name as it is, or what TransformerLens calls so.
+
+    Raises:
+        SitelensError: for any other name, with the nearest ones.
+    """
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return next((official for official, others in MODEL_ALIASES.items() if name in others), name)
+    if re.fullmatch(r"[\w.-]+", name) and _at_hand(name):
+        return name  # the hub knows some models by a name without an owner
+    try:
+        official = get_official_model_name(name)
+    except ValueError:
+        theirs = {other.lower(): other for names in MODEL_ALIASES.items() for other in (names[0], *names[1])}
+        theirs |= {other.lower(): other for other in OFFICIAL_MODEL_NAMES}
+        near = difflib.get_close_matches(name.lower(), PACKAGED, n=2, cutoff=0.7)
+        near += [theirs[other] for other in difflib.get_close_matches(name.lower(), theirs, n=2, cutoff=0.8)]
+        near += difflib.get_close_matches(name.lower(), [*PACKAGED, *PAPER], n=2, cutoff=0.4)
+        near = list(dict.fromkeys(near))
+        raise SitelensError(
+            f"unknown model {name!r}: did you mean {' or '.join(near[:2] or PACKAGED)}? "
+            "Otherwise give a hub id (owner/name), a folder, or a .gguf file that exists"
+        ) from None
+    if official.startswith("llama-"):  # TransformerLens's names for weights that lie on no hub
+        raise SitelensError(f"{official} are weights that Meta hands out: convert them with transformers and give the "
+                            "folder, or take for example huggyllama/llama-7b")  # fmt: skip
+    owned = OWNERS.get(official)
+    return owned if owned is not None and not _at_hand(official) and _at_hand(owned) else official
+
+
+def _at_hand(name: str) -> bool:
+    """Whether a hub id's configuration has been downloaded."""
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _near(name: str) -> list[str]:
+    """At most two models whose names are like `name`: packaged ones and the paper's first, then TransformerLens's."""
+    short = [alias for aliases in MODEL_ALIASES.values() for alias in aliases]
+    for names, cutoff in (((*PACKAGED, *PAPER), 0.6), ((*OFFICIAL_MODEL_NAMES, *short), 0.75)):
+        known = {other.lower(): other for other in names}
+        near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=cutoff)
+        if near:
+            return [known[other] for other in near]
+    return [DEFAULT_MODEL]
+
+
+def check_device(device: Any, device_map: Any = None) -> None:
+    """Raise SitelensError for a device that does not exist, here or anywhere."""
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        places = []
+    elif isinstance(device_map, Mapping):
+        places = [place for place in device_map.values() if place != "disk"]
+    else:
+        places = [] if device_map is None else [device_map]
+    for place in places if device is None else [device, *places]:
+        try:
+            wanted = torch.device(place)
+        except (RuntimeError, TypeError, ValueError):
+            raise SitelensError(f"unknown device {place!r}: {_devices()}") from None
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if wanted.type in ("cuda", "mps") and not there[wanted.type]:
+            built = torch.backends.cuda.is_built() if wanted.type == "cuda" else torch.backends.mps.is_built()
+            reason = "torch finds no such GPU, or no driver" if built else "this torch is built without it"
+            raise SitelensError(f"there is no device {str(place)!r} here ({reason}): {_devices()}")
+        if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+            raise SitelensError(f"there is no device {str(place)!r} here: {_devices()}")
+        if wanted.type not in there and not _works(wanted):
+            raise SitelensError(f"a model cannot be computed on the device {str(place)!r} here: {_devices()}")
+
+
+def _devices() -> str:
+    """The devices that there are, in words."""
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return f"there is {', '.join([*there, 'mps'] if torch.backends.mps.is_available() else there)}"
+
+
+def _works(device: torch.device) -> bool:
+    """Whether a number that is put on a device can be had back: not from "meta", nor where there is no such device."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        return False

@@ -1,0 +1,305 @@
+"""compare: ways of adapting a model to a task, side by side, with what each costs."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sitelens.checks.arguments import checked
+from sitelens.checks.schema import check_names, unpacked
+from sitelens.checks.values import Count, Seed
+from sitelens.conditions import embedding
+from sitelens.conditions.base import Condition
+from sitelens.conditions.prompting import FewShot, ZeroShot
+from sitelens.engine.keys import ResultStore
+from sitelens.engine.network import counted_tokens
+from sitelens.errors import SitelensError, warned_once
+from sitelens.evaluation import cached as scoring
+from sitelens.evaluation.evaluate import evaluate
+from sitelens.evaluation.labels import warn_of_shared_first_tokens
+from sitelens.evaluation.summary import RANGES, answers_from_counts, markdown_table, percent, summarize
+from sitelens.files.folders import scratch_folder
+from sitelens.methods import METHODS, checked_options
+from sitelens.methods.items import fitting
+from sitelens.methods.site import state as training_state
+from sitelens.models.fingerprints import unchanged
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, model_name
+from sitelens.progress import Job
+from sitelens.settings import settings
+from sitelens.store import Artifact
+from sitelens.tasks import Task, load_tasks
+
+ALGORITHM = 1  # of prompting; the methods have their own
+PROMPTING = {"zero-shot": ZeroShot(), "10-shot": FewShot(10)}
+NAMES = (*PROMPTING, *METHODS)
+COSTS = ("trained", "forward_tokens", "backward_tokens", "fit_seconds", "seconds_per_prompt")
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A method's condition for a task, and what fitting it cost.
+
+    trained: numbers that were trained; forward_tokens, backward_tokens: tokens that went through the model, choices on
+    valid and padding included; fit_seconds: of this machine.
+    """
+
+    condition: Condition
+    trained: int
+    forward_tokens: int
+    backward_tokens: int
+    fit_seconds: float
+
+
+def fit_method(
+    name: str, task: Task, model: Model, *, seed: int = 0, options: Mapping[str, Any] | None = None
+) -> Fitted:
+    """The fitted method, kept on disk; fitted with an empty cache, so that its cost is its own.
+
+    Raises:
+        SitelensError: for an unknown method, and as the method's own `fit`.
+    """
+    (name,) = checked_methods([name])
+    options = checked_options({name: options} if options else None).get(name)
+    if name in PROMPTING:
+        return Fitted(PROMPTING[name], 0, 0, 0, 0.0)
+    store = ResultStore(model, [task])
+    spec = _spec(name, task, store.key, seed, options)
+    fitted = store.get("method", spec, _fitted)
+    if fitted is None:
+        started = time.perf_counter()
+        with scratch_folder(settings.cache()) as folder, settings.using(cache_dir=folder), counted_tokens() as spent:
+            condition = METHODS[name].fit(task, model, seed=seed, **(options or {}))
+        cost = {
+            "trained": METHODS[name].trained(condition), "forward_tokens": spent.forward,
+            "backward_tokens": spent.backward, "fit_seconds": time.perf_counter() - started,
+        }  # fmt: skip
+        tensors, meta = condition.state()
+        kept = Artifact("method", spec, tensors, {"state": meta, "cost": cost})
+        store.put(kept)
+        fitted = _fitted(kept)
+    return fitted
+
+
+def _fitted(kept: Artifact) -> Fitted:
+    """The fitted method that an artifact holds.
+
+    Raises:
+        SitelensError: if it holds something else.
+    """
+    check_names(kept.meta, ("state", "cost"), kept.where)
+    condition = Condition.remade(kept.tensors, kept.meta.get("state"), kept.where)
+    return Fitted(condition, **vars(unpacked(_Cost, kept.meta.get("cost"), {}, f"{kept.where}: cost")))
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What a fit cost, as it is kept."""
+
+    trained: int
+    forward_tokens: int
+    backward_tokens: int
+    fit_seconds: float
+
+    def __post_init__(self) -> None:
+        if any(value < 0 for value in vars(self).values()):
+            raise SitelensError("costs are not negative")
+
+
+@checked
+@warned_once()
+def compare(
+    tasks: Iterable[Task | str],
+    methods: Sequence[str] | Literal["all"] = "all",
+    model: Model | str | None = None,
+    *,
+    n_items: Count | None = 100,
+    seed: Seed = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """Every task under every method: accuracy and what it cost. One row a task and method.
+
+    Columns: task, method, accuracy (first token, full vocabulary, unfiltered test items), low, high (95%), n, trained
+    (numbers), forward_tokens, backward_tokens (of fitting, choices on valid included), fit_seconds, seconds_per_prompt
+    (of a test prompt, in batches), model, seed, training_seed. All methods see the same splits and template and at most
+    200 training items. `options` are further arguments of a method's fit, by its name: {"LTV": {"steps": 400}}. Every
+    cell is kept on disk, so that an interrupted comparison goes on where it was. Seconds are of the machine that
+    fitted.
+
+    Raises:
+        SitelensError: for an unknown method or option, and as each method's fit.
+    """
+    rows: list[dict[str, Any]] = []
+    for fitted, scores, seconds in _cells(tasks, methods, model, n_items, seed, options, progress):
+        found = summarize(scores).iloc[0]
+        rows.append({
+            "task": found["task"], "method": found["condition"], "accuracy": found["mean"], "low": found["low"],
+            "high": found["high"], "n": int(found["n"]), "trained": fitted.trained,
+            "forward_tokens": fitted.forward_tokens, "backward_tokens": fitted.backward_tokens,
+            "fit_seconds": fitted.fit_seconds, "seconds_per_prompt": seconds / int(found["n"]),
+            **scores[["model", "seed", "training_seed"]].iloc[0],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@checked
+@warned_once()
+def comparison_scores(
+    tasks: Iterable[Task | str],
+    methods: Sequence[str] | Literal["all"] = "all",
+    model: Model | str | None = None,
+    *,
+    n_items: Count | None = 100,
+    seed: Seed = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """The answers behind `compare`, from which paired differences come: `summarize(scores, against="SITE")`.
+
+    One row per task, condition (the method) and item, with metric, score, model, seed and training_seed.
+
+    Raises:
+        SitelensError: as `compare`.
+    """
+    cells = _cells(tasks, methods, model, n_items, seed, options, progress)
+    return pd.concat([scores for _, scores, _ in cells], ignore_index=True)
+
+
+def by_method(frame: pd.DataFrame) -> pd.DataFrame:
+    """Means over the tasks of `compare`'s rows, one row per method in the frame's order.
+
+    Columns: method, tasks (how many there are), accuracy, low, high (95%, over items of these tasks: `summarize`),
+    tasks_low, tasks_high (over tasks as well; where there are several), and the means of the costs.
+
+    Raises:
+        SitelensError: if an accuracy is no share of n items.
+    """
+    columns = ["task", "method", "accuracy", "n", *frame.columns.intersection(["model", "seed", "training_seed"])]
+    answers = answers_from_counts(frame[columns], "accuracy")
+    means = summarize(answers, by=("method",)).set_index("method").drop(columns=["n", "interval"])
+    grouped = frame.groupby("method", sort=False)
+    means = means.rename(columns={"mean": "accuracy"}).join(grouped[list(COSTS)].mean())
+    means.insert(0, "tasks", grouped["task"].nunique())
+    return means.reset_index()
+
+
+def comparison_table(frame: pd.DataFrame) -> str:
+    """`compare`'s rows as two Markdown tables: accuracy in per cent with 95% intervals, a row per task; mean costs."""
+    means = by_method(frame).set_index("method")
+    average = means.reset_index().assign(task=f"mean of {means['tasks'].max()}")
+    cells = pd.concat([frame, average], ignore_index=True)
+    cells["text"] = [percent(row, mean="accuracy") for row in cells.to_dict("records")]
+    scores = cells.pivot_table(index="task", columns="method", values="text", aggfunc="first", sort=False)
+    counts = frame.groupby("task", sort=False)["n"].max()
+    accuracies = scores.iloc[-1]
+    scores.insert(0, "n", [str(counts.get(task, counts.sum())) for task in scores.index])
+    costs = means[list(COSTS)]
+    texts = pd.DataFrame({
+        "accuracy": accuracies.reindex(means.index),
+        "trained parameters": [f"{value:,.0f}" for value in costs["trained"]],
+        "forward tokens": [f"{value:,.0f}" for value in costs["forward_tokens"]],
+        "backward tokens": [f"{value:,.0f}" for value in costs["backward_tokens"]],
+        "seconds to fit": [f"{value:,.0f}" for value in costs["fit_seconds"]],
+        "seconds a test prompt": [f"{value:.3f}" for value in costs["seconds_per_prompt"]],
+    }).rename_axis("method")  # fmt: skip
+    ranges = f"{RANGES}\n\n" if "tasks_low" in cells else ""
+    return f"{markdown_table(scores)}\n\n{ranges}{markdown_table(texts)}"
+
+
+def checked_methods(names: Sequence[str] | Literal["all"]) -> list[str]:
+    """The names, each once.
+
+    Raises:
+        SitelensError: for an unknown one, with the nearest names.
+    """
+    if isinstance(names, str) and names == "all":
+        return list(NAMES)
+    names = [names] if isinstance(names, str) else names
+    for name in names:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name.upper(), NAMES, n=2, cutoff=0.3) or list(NAMES)
+            raise SitelensError(f"unknown method {name!r}: did you mean {' or '.join(near)}?")
+    return list(dict.fromkeys(names))
+
+
+def _cells(
+    tasks: Iterable[Task | str], methods: Sequence[str] | Literal["all"], model: Model | str | None,
+    n_items: int | None, seed: int, options: Mapping[str, Mapping[str, Any]] | None, progress: bool | None,
+) -> Iterator[tuple[Fitted, pd.DataFrame, float]]:  # fmt: skip
+    """Each task under each method: the fitted method, its scores, and the seconds that they took."""
+    names = checked_methods(methods)
+    options = checked_options(options)
+    loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
+    warn_of_shared_first_tokens(loaded, model)
+    cells = {f"{task.name}, {name}": (task, name) for task in loaded for name in names}
+    with Job("compare", list(cells), progress) as job:
+        job.plan(dict.fromkeys(cells, 1.0))
+        for stage, (task, name) in cells.items():
+            chosen = options.get(name)
+            with job.stage(stage), unchanged(model):
+                fitted = fit_method(name, task, model, seed=seed, options=chosen)
+                scores, seconds = _scored(name, fitted, task, model, n_items, seed, chosen)
+            yield fitted, scores, seconds
+
+
+def _scored(
+    name: str, fitted: Fitted, task: Task, model: Model, n_items: int | None, seed: int, options: Any
+) -> tuple[pd.DataFrame, float]:
+    """Scores on test, and the seconds that they took."""
+    store = ResultStore(model, [task])
+    spec = _spec(name, task, store.key, seed, options) | {"n_items": n_items}
+    read = functools.partial(_kept_scores, n_items=n_items, task=task)
+    kept = store.get("comparison", spec, read)
+    if kept is None:
+        started = time.perf_counter()
+        scores = evaluate(task, {name: fitted.condition}, model, n_items=n_items, seed=seed, progress=False)
+        seconds = time.perf_counter() - started
+        tensors = {column: torch.tensor(scores[column].to_numpy()) for column in ("item", "score")}
+        artifact = Artifact("comparison", spec, tensors, {"seconds": seconds})
+        store.put(artifact)
+        kept = read(artifact)
+    columns = {column: getattr(kept, column).numpy() for column in ("item", "score")}
+    about = {"task": task.name, "condition": name, "metric": "first_token", "seed": seed,
+             "training_seed": seed, "model": model_name(model)}  # fmt: skip
+    return pd.DataFrame(columns).assign(**about), kept.seconds
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """A method's scores on a task, as they are kept."""
+
+    item: Int[Tensor, " item"]
+    score: Int[Tensor, " item"]
+    seconds: float
+
+
+def _kept_scores(kept: Artifact, n_items: int | None, task: Task) -> _Scores:
+    scores = kept.made(_Scores)
+    expected = len(task.test) if n_items is None else min(n_items, len(task.test))
+    in_range = (scores.item >= 0) & (scores.item < len(task.test)) & (scores.score >= 0) & (scores.score <= 1)
+    if len(set(scores.item.tolist())) != expected or not bool(in_range.all()) or scores.seconds < 0:
+        raise SitelensError(f"{kept.where} does not hold a score of each of {expected} items")
+    return scores
+
+
+def _spec(
+    name: str, task: Task, key: Mapping[str, str], seed: int, options: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """All that decides what a method gives; it rests on embeddings, training and evaluation, whose numbers stand by."""
+    own = METHODS[name].algorithm if name in METHODS else ALGORITHM
+    algorithm = [own, embedding.ALGORITHM, training_state.ALGORITHM, scoring.ALGORITHM]
+    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in (options or {}).items()}
+    return {
+        "algorithm": algorithm, "method": name, "task": task.name, "items": task.digest,
+        **key, "seed": seed, "options": plain,
+    }  # fmt: skip

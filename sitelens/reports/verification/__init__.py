@@ -1,0 +1,1 @@
+"""What holds on a model, checked against the raw network."""

@@ -1,0 +1,116 @@
+"""A model under examination: its prompts, the raw network, and by how much numbers may differ."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sitelens.engine.prompts import PromptBatch, few_shot_prompts, tokenize
+from sitelens.engine.twins import network_twin
+from sitelens.errors import SitelensError
+from sitelens.heads.direct import tolerance
+from sitelens.models.model import Model, computing_dtype, context_length, model_dtype, model_name, own_tokenizer
+from sitelens.tasks import Task
+
+SHOTS = (3, 2, 1)  # demonstrations of the prompts, which so differ in length
+NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: the error and its limit where numbers were compared, and words."""
+
+    detail: str = ""
+    error: float = float("nan")
+    limit: float = float("nan")
+    right: bool = True
+
+    @property
+    def holds(self) -> bool:
+        return self.right and (math.isnan(self.limit) or self.error <= self.limit)
+
+
+@dataclass(eq=False)
+class Subject:
+    """A model under examination, the prompts, and what the raw network makes of them."""
+
+    model: Model
+    task: Task
+    seed: int
+
+    @cached_property
+    def batch(self) -> PromptBatch:
+        tokenizer, items = own_tokenizer(self.model), self.task.valid[: len(SHOTS)]
+        prompts = [
+            few_shot_prompts(self.task, [item], shots, tokenizer, self.seed, "valid", [place])[0]
+            for place, (item, shots) in enumerate(zip(items, SHOTS, strict=False))
+        ]
+        return tokenize(prompts, tokenizer, context_length(self.model), f"task {self.task.name!r}", NEW_TOKENS)
+
+    @cached_property
+    def ids(self) -> list[Int[Tensor, "1 pos"]]:
+        """Each prompt alone."""
+        rows = zip(self.batch.tokens, self.batch.mask, strict=True)
+        return [tokens[mask][None].to(self.model.cfg.device) for tokens, mask in rows]
+
+    @cached_property
+    def names(self) -> dict[int, list[str]]:
+        """The names that the modules which the bridge wraps have in the raw network, by the module's id."""
+        found: dict[int, list[str]] = {}
+        for name, module in self.model.original_model.named_modules(remove_duplicate=False):
+            found.setdefault(id(module), []).append(name.replace("._original_component", ""))
+        return found
+
+    def module(self, network: Any, point: str) -> nn.Module:
+        """The raw network's module at one of the bridge's components."""
+        wrapped: Any = self.model.get_submodule(point)
+        for name in self.names.get(id(wrapped.original_component), []):
+            try:
+                return network.get_submodule(name)
+            except AttributeError:
+                continue
+        raise SitelensError(f"{point} of {model_name(self.model)} is not found in the raw network")
+
+    def raw(self, attention: str = "eager") -> Any:
+        """The raw network."""
+        return network_twin(self.model, attention)
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "row vocab"]:
+        """Of the raw network."""
+        network = self.raw()
+        with torch.no_grad():
+            return torch.cat([network(ids, use_cache=False).logits[:, -1] for ids in self.ids]).to(self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return computing_dtype(self.model)
+
+    @cached_property
+    def limit(self) -> float:
+        """By how much, as a share of the scale, numbers may differ."""
+        if model_dtype(self.model) in (torch.float32, torch.float64):
+            return tolerance(self.model)
+        mask = self.batch.mask.to(self.model.cfg.device)
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        network, tokens = self.raw(), self.batch.tokens.to(self.model.cfg.device)
+        with torch.no_grad():
+            padded = network(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+        noise = distance(padded.to(self.dtype), self.logits)
+        spacing = torch.finfo(model_dtype(self.model)).eps
+        return min(2 * tolerance(self.model), 4 * max(spacing, 0.0 if math.isnan(noise) else noise))
+
+    def compared(self, found: Tensor, expected: Tensor, detail: str = "") -> Finding:
+        return Finding(detail, distance(found.to(self.dtype), expected.to(self.dtype)), self.limit)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the expected values' spread about their mean."""
+    scale = (expected - expected.mean(-1, keepdim=True)).abs().max().clamp(min=1e-30)
+    return float((found.to(expected) - expected).abs().max() / scale)

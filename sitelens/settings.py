@@ -1,0 +1,161 @@
+"""What a user sets once: memory, progress bars, folders."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
+
+import platformdirs
+
+from sitelens.contexts import bound
+from sitelens.errors import SitelensError
+
+Value = TypeVar("Value")
+
+_using: ContextVar[Mapping[str, Any]] = ContextVar("using", default=MappingProxyType({}))
+
+
+def _checked_size(name: str, value: Any) -> int | str:
+    if isinstance(value, str):
+        size = parse_bytes(value)
+    else:
+        try:
+            size = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            size = -1
+        value = size if size > 0 else value
+    if size <= 0:
+        raise SitelensError(f"{name} must be a positive number of bytes, got {value!r} (for example '2GiB')")
+    return value
+
+
+def _checked_switch(name: str, value: Any) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise SitelensError(f"{name} must be True, False or None, got {value!r}")
+    return value
+
+
+def _checked_folder(name: str, value: Any) -> str | Path | None:
+    if value is not None and (not isinstance(value, (str, Path)) or not str(value)):
+        raise SitelensError(f"{name} must be a folder (a text or a Path) or None, got {value!r}")
+    return value
+
+
+class _Setting(Generic[Value]):
+    """One setting: its value in the innermost `using` block of this context, or else the process's."""
+
+    def __init__(self, default: Value, check: Callable[[str, Any], Value]) -> None:
+        self.default, self.check, self.name = default, check, ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Value:
+        overridden = _using.get()
+        return overridden[self.name] if self.name in overridden else vars(instance).get(self.name, self.default)
+
+    def __set__(self, instance: Any, value: Value) -> None:
+        vars(instance)[self.name] = self.check(self.name, value)
+
+
+class Settings:
+    """Defaults for every call; `sl.settings` is the one instance.
+
+    `sl.settings.progress = False` holds for the whole process; `with sl.settings.using(progress=False):` holds for the
+    block, in its own thread or async task only (threads started inside it see the process's values), and wins over
+    assignments meanwhile. An unknown name or a bad value is a SitelensError at once.
+
+    memory_budget: extra bytes that training and evaluation may take beside the weights, an int or "2GiB".
+    progress: True, False, or None for bars only where a person is looking (a terminal or a notebook).
+    cache_dir: where artifacts and converted models lie; None means SITELENS_CACHE or the user's cache folder.
+    data_dir: a folder with data sets in their upstream layout; None means SITELENS_DATA, or download.
+    """
+
+    memory_budget = _Setting[int | str]("2GiB", _checked_size)
+    progress = _Setting[bool | None](None, _checked_switch)
+    cache_dir = _Setting[str | Path | None](None, _checked_folder)
+    data_dir = _Setting[str | Path | None](None, _checked_folder)
+
+    def using(self, **values: Any) -> AbstractContextManager[None]:
+        """The named settings at these values for a `with` block, in its own thread or async task only.
+
+        Raises:
+            SitelensError: for an unknown name or a bad value.
+        """
+        checked = {name: self._setting(name).check(name, value) for name, value in values.items()}
+        return bound(_using, {**_using.get(), **checked})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._setting(name).__set__(self, value)
+
+    def __repr__(self) -> str:
+        return f"Settings({', '.join(f'{name}={getattr(self, name)!r}' for name in self._settings())})"
+
+    @classmethod
+    def _settings(cls) -> dict[str, _Setting[Any]]:
+        return {name: value for name, value in vars(cls).items() if isinstance(value, _Setting)}
+
+    @classmethod
+    def _setting(cls, name: str) -> _Setting[Any]:
+        known = cls._settings()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(known)}"
+            raise SitelensError(f"there is no setting {name!r}: {hint}")
+        return known[name]
+
+    def budget(self, override: int | str | None = None) -> int:
+        """The memory budget in bytes, `override` first.
+
+        Raises:
+            SitelensError: if it is not a positive size.
+        """
+        value = self.memory_budget if override is None else _checked_size("memory_budget", override)
+        return parse_bytes(value) if isinstance(value, str) else int(value)
+
+    def cache(self) -> Path:
+        """The cache folder (it need not exist yet)."""
+        chosen = self.cache_dir or os.environ.get("SITELENS_CACHE")
+        return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("sitelens"))
+
+    def data(self) -> Path | None:
+        """The local data folder, or None where data sets are to be downloaded.
+
+        Raises:
+            SitelensError: if a folder is named that is not there.
+        """
+        chosen = self.data_dir or os.environ.get("SITELENS_DATA")
+        if not chosen:
+            return None
+        folder = Path(chosen).expanduser()
+        if not folder.is_dir():
+            raise SitelensError(f"the data folder {folder} does not exist (SITELENS_DATA or sl.settings.data_dir)")
+        return folder
+
+
+settings = Settings()
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a size like "2GiB", "512 MB" or "1e9".
+
+    Raises:
+        SitelensError: if the text is no size.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    try:
+        number = float(match.group(1)) if match else float("nan")
+    except ValueError:
+        number = float("nan")
+    if match is None or number != number:
+        raise SitelensError(f"cannot read {text!r} as a size; write it like '2GiB' or '512MB'")
+    base = 1024 if match.group(3) else 1000
+    return int(number * base ** " kmgt".index(match.group(2) or " "))

@@ -1,0 +1,257 @@
+"""Similarity of head selections between tasks, its ceiling and floor, and whether it predicts transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+from scipy.stats import rankdata
+
+from sitelens import figures
+from sitelens.checks.arguments import checked
+from sitelens.checks.values import CountOrZero, Seed
+from sitelens.conditions.embedding import TaskEmbedding
+from sitelens.conditions.selection import HeadSelection
+from sitelens.errors import SitelensError
+from sitelens.methods.site.config import TrainConfig
+from sitelens.methods.site.train import train_selections
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, head_shape, model_name
+from sitelens.studies.transfer import TransferMatrix
+from sitelens.tasks import Task, kinds_of, load_tasks
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+MEASURES = ("pearson", "spearman", "jaccard")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSimilarity:
+    """How alike the head selections of tasks are.
+
+    pairs: one row per measure, pair of tasks and pair of training seeds: measure, a, b, seed_a, seed_b, similarity.
+    Pairs of a task with itself are under different seeds. floor: one row per measure and permutation: measure,
+    permuted ("heads": all of them; "within layers": the layers' profile is kept), similarity.
+    k: heads in each task's top-k set, for jaccard.
+    """
+
+    pairs: pd.DataFrame
+    floor: pd.DataFrame
+    tasks: tuple[str, ...]
+    k: Mapping[str, int]
+    model: str
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    @checked
+    def frame(self, measure: str = "pearson") -> pd.DataFrame:
+        """Tasks by tasks, means over pairs of seeds; on the diagonal a task with itself (NaN under one seed)."""
+        rows = self.pairs[self.pairs["measure"] == _known(measure)]
+        means = rows.groupby(["a", "b"])["similarity"].mean()
+        values = [[means.get((a, b), means.get((b, a), np.nan)) for b in self.tasks] for a in self.tasks]
+        return pd.DataFrame(values, list(self.tasks), list(self.tasks), dtype=float)
+
+    def summary(self) -> pd.DataFrame:
+        """One row a measure: the mean between tasks, the ceiling (a task under another seed) and the floors.
+
+        floor_heads and floor_layers are means over permutations, with the 97.5% quantiles beside them.
+        """
+        rows = []
+        for measure in MEASURES:
+            here = self.pairs[self.pairs["measure"] == measure]
+            same = here["a"] == here["b"]
+            row = {"measure": measure, "between tasks": here.loc[~same, "similarity"].mean(),
+                   "ceiling": here.loc[same, "similarity"].mean()}  # fmt: skip
+            for permuted, column in (("heads", "floor_heads"), ("within layers", "floor_layers")):
+                null = self.floor[(self.floor["measure"] == measure) & (self.floor["permuted"] == permuted)]
+                row |= {column: null["similarity"].mean(), f"{column}_97.5%": null["similarity"].quantile(0.975)}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    @checked
+    def heatmap(self, measure: str = "pearson", title: str | None = None) -> go.Figure:
+        """Tasks by tasks in clustered order with the dendrogram; colours fixed to [-1, 1], or [0, 1] for jaccard."""
+        frame = self.frame(measure)
+        distance = 1 - frame.fillna(0).to_numpy()  # a constant alpha is like nothing
+        np.fill_diagonal(distance, 0)
+        tree = linkage(squareform(distance, checks=False), "average")
+        names = [frame.columns[i] for i in leaves_list(tree)]
+        label = {"pearson": "Pearson r", "spearman": "Spearman rho", "jaccard": "Jaccard index"}[measure]
+        return figures.transfer_heatmap(
+            frame.loc[names, names], f"Similarity of heads: {self.model}" if title is None else title, label,
+            groups=self.groups or None, tree=tree, axes=("", ""), between="and",
+            limits=(0.0, 1.0) if measure == "jaccard" else (-1.0, 1.0),
+        )  # fmt: skip
+
+
+@checked
+def head_similarity(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    seeds: Sequence[Seed] = (0, 1),
+    k: CountOrZero | None = None,
+    config: TrainConfig | None = None,
+    embeddings: Mapping[str, TaskEmbedding] | None = None,
+    n_permutations: CountOrZero = 1000,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> HeadSimilarity:
+    """Similarity of the alphas of every two tasks, trained under every seed: Pearson, Spearman and top-k Jaccard.
+
+    Pearson's r is centred; all alphas are mostly near 0 or 1, so read it beside the others. `k` heads are the top
+    ones of each alpha (default: as many as have alpha > 0.5). The ceiling is the same task under another seed, the
+    floor permutations of the heads of one alpha.
+
+    Raises:
+        SitelensError: for fewer than two tasks, a k larger than the number of heads, and as `train_selections`.
+    """
+    loaded, model = load_tasks(tasks), resolve_model(model)
+    if len(loaded) < 2:
+        raise SitelensError(f"similarity needs at least two tasks, got {len(loaded)}")
+    layers, heads, _ = head_shape(model)
+    if k is not None and not 0 < k <= layers * heads:
+        raise SitelensError(f"k must lie in 1 to {layers * heads}, the number of heads; got {k}")
+    results = train_selections(
+        loaded, model, seeds=seeds, config=config, embeddings=embeddings, memory_budget=memory_budget,
+        progress=progress,
+    )  # fmt: skip
+    selections = {key: result.selection for key, result in results.items()}
+    names = tuple(task.name for task in loaded)
+    return HeadSimilarity(
+        _pairs(selections, names, seeds, k), _floor(list(selections.values()), k, n_permutations), names,
+        {name: selections[name, seeds[0]].default_k if k is None else k for name in names}, model_name(model),
+        kinds_of(names),
+    )  # fmt: skip
+
+
+@checked
+def alpha_similarity(
+    a: HeadSelection, b: HeadSelection, measure: str = "pearson", k: CountOrZero | None = None
+) -> float:
+    """How alike two alphas are, over all heads: Pearson's r, Spearman's rho, or the Jaccard index of the top k.
+
+    Raises:
+        SitelensError: if they have different shapes, or for an unknown measure.
+    """
+    if a.alpha.shape != b.alpha.shape:
+        raise SitelensError(
+            f"selections of shapes {tuple(a.alpha.shape)} and {tuple(b.alpha.shape)} cannot be compared"
+        )
+    return _compare(_vector(a, _known(measure), k), _vector(b, measure, k), measure)
+
+
+@checked
+def similarity_predicts_transfer(
+    similarity: HeadSimilarity, grid: TransferMatrix, *, n_permutations: CountOrZero = 10_000, seed: Seed = 0
+) -> pd.DataFrame:
+    """Whether tasks with like heads transfer: one row per measure, with `r`, `p`, cells and permutations.
+
+    r correlates similarity with normalised transfer over the off-diagonal cells where that is known. Cells that
+    share a task are not independent, so p comes from the quadratic assignment procedure (Krackhardt 1988): rows and
+    columns of one matrix permuted together. Two-sided.
+
+    Raises:
+        SitelensError: if the two hold different tasks, or fewer than three.
+    """
+    names = list(grid.frame.columns)
+    if set(names) != set(similarity.tasks):
+        raise SitelensError("the similarity and the transfer matrix hold different tasks")
+    if len(names) < 3:
+        raise SitelensError(f"a correlation over pairs needs at least three tasks, got {len(names)}")
+    transfer = grid.normalized().to_numpy()
+    rows: list[dict[str, Any]] = []
+    for measure in MEASURES:
+        r, p, cells = qap(similarity.frame(measure).loc[names, names].to_numpy(), transfer, n_permutations, seed)
+        rows.append({"measure": measure, "r": r, "p": p, "cells": cells, "permutations": n_permutations})
+    return pd.DataFrame(rows)
+
+
+def qap(x: np.ndarray, y: np.ndarray, n_permutations: int = 10_000, seed: int = 0) -> tuple[float, float, int]:
+    """Correlation of two square matrices off the diagonal, its two-sided p under joint permutations, and the cells.
+
+    Cells where either is NaN are left out, of x wherever they are permuted to. r and p are NaN where what is left of
+    x or y does not vary.
+    """
+    n = len(x)
+    off_diagonal = ~np.eye(n, dtype=bool)
+    rng = np.random.default_rng(seed)
+
+    def r(order: np.ndarray) -> tuple[float, int]:
+        moved = x[np.ix_(order, order)]
+        known = off_diagonal & ~np.isnan(moved) & ~np.isnan(y)
+        return _correlation(moved[known], y[known]), int(known.sum())
+
+    observed, cells = r(np.arange(n))
+    if np.isnan(observed):
+        return observed, observed, cells
+    # One whose r is not defined counts as at least as large.
+    as_large = sum(not abs(r(rng.permutation(n))[0]) < abs(observed) - 1e-12 for _ in range(n_permutations))
+    return observed, (1 + as_large) / (1 + n_permutations), cells
+
+
+def _known(measure: str) -> str:
+    if measure not in MEASURES:
+        raise SitelensError(f"unknown measure {measure!r}; one of {', '.join(MEASURES)}")
+    return measure
+
+
+def _vector(selection: HeadSelection, measure: str, k: int | None) -> np.ndarray:
+    """What a measure compares: alpha, its ranks, or which heads are the top ones."""
+    alpha = selection.alpha.flatten().double().numpy()
+    if measure == "pearson":
+        return alpha
+    return rankdata(alpha) if measure == "spearman" else selection.top(k).alpha.flatten().double().numpy()
+
+
+def _compare(a: np.ndarray, b: np.ndarray, measure: str) -> float:
+    if measure == "jaccard":
+        either = float(np.maximum(a, b).sum())
+        return float(np.minimum(a, b).sum()) / either if either else float("nan")
+    return _correlation(a, b)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's r; NaN where a side does not vary (its standard deviation need not be quite 0)."""
+    if not (a != a[:1]).any() or not (b != b[:1]).any():
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _pairs(
+    selections: Mapping[tuple[str, int], HeadSelection], names: Sequence[str], seeds: Sequence[int], k: int | None
+) -> pd.DataFrame:
+    rows = []
+    for measure in MEASURES:
+        vectors = {key: _vector(selection, measure, k) for key, selection in selections.items()}
+        for i, a in enumerate(names):
+            for b in names[i:]:
+                for seed_a in seeds:
+                    for seed_b in seeds:
+                        if a == b and seed_a >= seed_b:
+                            continue
+                        value = _compare(vectors[a, seed_a], vectors[b, seed_b], measure)
+                        rows.append((measure, a, b, seed_a, seed_b, value))
+    return pd.DataFrame(rows, columns=["measure", "a", "b", "seed_a", "seed_b", "similarity"])
+
+
+def _floor(selections: Sequence[HeadSelection], k: int | None, n_permutations: int) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    shape = tuple(selections[0].alpha.shape)
+    shuffles: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "heads": rng.permutation,
+        "within layers": lambda vector: rng.permuted(vector.reshape(shape), axis=1).flatten(),
+    }
+    rows = []
+    for measure in MEASURES:
+        vectors = [_vector(selection, measure, k) for selection in selections]
+        for permuted, shuffle in shuffles.items():
+            for _ in range(n_permutations):
+                i, j = rng.choice(len(vectors), 2, replace=False)
+                rows.append((measure, permuted, _compare(vectors[i], shuffle(vectors[j]), measure)))
+    return pd.DataFrame(rows, columns=["measure", "permuted", "similarity"])

@@ -1,0 +1,280 @@
+"""Transfer between tasks: how well one task's heads, or embedding, serve another task (paper: inter-task patching)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from sitelens import figures
+from sitelens.checks.arguments import checked
+from sitelens.checks.schema import packed
+from sitelens.checks.values import Count, CountOrZero, Seed, Share
+from sitelens.conditions.base import Condition
+from sitelens.conditions.embedding import TaskEmbedding, embedded
+from sitelens.conditions.patching import PatchHeads
+from sitelens.conditions.prompting import ZeroShot
+from sitelens.conditions.selection import HeadSelection
+from sitelens.errors import SitelensError, warned_once
+from sitelens.evaluation.cached import score_conditions
+from sitelens.evaluation.labels import warn_of_shared_first_tokens
+from sitelens.methods.site.config import TrainConfig
+from sitelens.methods.site.train import train_selections
+from sitelens.methods.site.workload import total, workload
+from sitelens.metrics import METRICS, checked_metrics
+from sitelens.models.fingerprints import unchanged
+from sitelens.models.loading import resolve_model
+from sitelens.models.model import Model, model_name
+from sitelens.models.provenance import Origin
+from sitelens.progress import Job, portions
+from sitelens.store import Artifact
+from sitelens.tasks import Task, kinds_of, load_tasks
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Swap = Literal["heads", "embedding", "both"]
+SMALLEST_GAIN = 0.05  # of a task's own heads; below it a share of the gain means nothing
+
+
+@dataclass(frozen=True, eq=False)
+class TransferMatrix:
+    """Accuracy of every target task (columns) with what was swapped in from every source task (rows).
+
+    frame: shares; zero_shot: each target's accuracy without a patch; n: its test items.
+    swap: what comes from the source: "heads" (alpha), "embedding", or "both". metric, model: as evaluated.
+    groups: each task's kind, for figures. origin: the model and the prompts behind it, where they are known.
+    """
+
+    frame: pd.DataFrame
+    zero_shot: pd.Series
+    n: pd.Series
+    swap: Swap
+    metric: str
+    model: str
+    groups: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin | None = None
+
+    @property
+    def own(self) -> pd.Series:
+        """Each target's accuracy with its own heads and embedding (the diagonal)."""
+        return pd.Series({name: self.frame.loc[name, name] for name in self.frame.columns}, dtype=float)
+
+    def normalized(self) -> pd.DataFrame:
+        """Each cell as a share of the target's own gain over zero-shot; NaN where that gain is under 5 points."""
+        gain = self.own - self.zero_shot
+        return self.frame.sub(self.zero_shot, axis=1).div(gain.where(gain >= SMALLEST_GAIN), axis=1)
+
+    def clustered(self) -> TransferMatrix:
+        """Rows and columns in one order in which similar tasks stand together: the leaves of `tree()`."""
+        names = [self.frame.columns[i] for i in leaves_list(self.tree())]
+        return replace(self, frame=self.frame.loc[names, names], zero_shot=self.zero_shot[names], n=self.n[names])
+
+    def tree(self) -> np.ndarray:
+        """A scipy linkage of the tasks: average linkage on 1 - the mean of both directions' normalised transfer.
+
+        Transfer that is not known, because the target's own gain is under 5 points, counts as none.
+        """
+        share = self.normalized().fillna(0).clip(0, 1).to_numpy()
+        distance = 1 - (share + share.T) / 2
+        np.fill_diagonal(distance, 0)
+        return linkage(squareform(distance), "average")
+
+    @checked
+    def clusters(self, share: Share = 0.5) -> list[list[str]]:
+        """Tasks that share what was swapped: the branches of `tree()` cut where tasks keep this share of the gain.
+
+        Each task is in one cluster, maybe alone; the largest come first, tasks and equals in the tree's order.
+
+        Raises:
+            SitelensError: for a share outside [0, 1].
+        """
+        if not 0 <= share <= 1:
+            raise SitelensError(f"share must lie in [0, 1], got {share}")
+        labels = fcluster(self.tree(), 1 - share, "distance")
+        found: dict[int, list[str]] = {}
+        for i in leaves_list(self.tree()):
+            found.setdefault(int(labels[i]), []).append(str(self.frame.columns[i]))
+        return sorted(found.values(), key=len, reverse=True)
+
+    def long(self) -> pd.DataFrame:
+        """One row a cell: source, target, accuracy, zero_shot, own, n."""
+        rows = self.frame.rename_axis("source").reset_index().melt("source", var_name="target", value_name="accuracy")
+        facts = {"zero_shot": self.zero_shot, "own": self.own, "n": self.n}
+        return rows.assign(**{name: rows["target"].map(values) for name, values in facts.items()})
+
+    @checked
+    def heatmap(
+        self,
+        title: str | None = None,
+        *,
+        values: Literal["accuracy", "share"] = "accuracy",
+        order: Literal["clustered", "given"] = "clustered",
+    ) -> go.Figure:
+        """Sources by targets, colours fixed to [0, 1], kinds of tasks at the side, the numbers in the hover.
+
+        values: accuracy, or `normalized()`, in which targets that are hard even with their own heads show as well as
+        easy ones (empty where it is not known). order: clustered, with the dendrogram above; or as given.
+        """
+        title = f"Transfer of {self.swap}: {self.model}" if title is None else title
+        shown = self.clustered() if order == "clustered" else self
+        flat = shown.frame * 0
+        hover = {
+            "share of the own gain": shown.normalized(),
+            "zero-shot": flat + shown.zero_shot,
+            "own heads": flat + shown.own,
+        }
+        known = [name for name in shown.frame.columns if name in self.groups]
+        axes = {"heads": "Source of the heads", "embedding": "Source of the embedding"}
+        cells, label = shown.frame, f"{self.metric.replace('_', ' ')} accuracy"
+        if values == "share":
+            cells, label = hover.pop("share of the own gain"), "share of the target's own gain"
+            hover = {"accuracy": shown.frame, **hover}
+        return figures.transfer_heatmap(
+            cells, title, label, groups=self.groups if known else None,
+            tree=self.tree() if order == "clustered" else None, hover=hover,
+            axes=(axes.get(self.swap, "Source of heads and embedding"), "Target task"),
+        )  # fmt: skip
+
+    def save(self, path: str | Path) -> Path:
+        """Write to a safetensors file with its metadata."""
+        saved = _Saved(
+            torch.tensor(self.frame.to_numpy(float)), torch.tensor(self.zero_shot.to_numpy(float)),
+            torch.tensor(self.n.to_numpy(int)), tuple(self.frame.columns), self.swap, self.metric, self.model,
+            dict(self.groups), self.origin,
+        )  # fmt: skip
+        return Artifact("transfer", {}, *packed(saved)).save(path)
+
+    @staticmethod
+    def load(path: str | Path) -> TransferMatrix:
+        """Read a saved matrix.
+
+        Raises:
+            SitelensError: if there is no such file, or it is damaged or holds something else.
+        """
+        kept = Artifact.load(path, "transfer").made(_Saved)
+        names = list(kept.tasks)
+        frame = pd.DataFrame(kept.accuracy.numpy(), index=names, columns=names)
+        facts = {name: getattr(kept, name) for name in ("swap", "metric", "model", "groups", "origin")}
+        return TransferMatrix(
+            frame, pd.Series(kept.zero_shot.numpy(), names), pd.Series(kept.n.numpy(), names), **facts
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Saved:
+    """A matrix as it is saved."""
+
+    accuracy: Float[Tensor, "source target"]
+    zero_shot: Float[Tensor, " target"]
+    n: Int[Tensor, " target"]
+    tasks: tuple[str, ...]
+    swap: Swap
+    metric: str
+    model: str
+    groups: dict[str, str]
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        if tuple(self.accuracy.shape) != (len(self.tasks),) * 2 or len(set(self.tasks)) < len(self.tasks):
+            raise SitelensError(
+                f"accuracy {tuple(self.accuracy.shape)} is not that of {len(self.tasks)} different tasks"
+            )
+        for name in ("accuracy", "zero_shot"):
+            if getattr(self, name).dtype != torch.float64:
+                raise SitelensError(f"{name} must be float64, not {getattr(self, name).dtype}")
+            if not bool(((getattr(self, name) >= 0) & (getattr(self, name) <= 1)).all()):
+                raise SitelensError(f"{name} must lie between 0 and 1")
+        if bool((self.n < 1).any()):
+            raise SitelensError("n must be at least 1")
+
+
+@checked
+@warned_once()
+def transfer_matrix(
+    tasks: Iterable[Task | str],
+    model: Model | str | None = None,
+    *,
+    swap: Swap = "heads",
+    n_items: Count | None = 100,
+    split: str = "test",
+    metric: str = "first_token",
+    n_prompts: Count = 50,
+    n_shots: CountOrZero = 10,
+    config: TrainConfig | None = None,
+    seed: Seed = 0,
+    embeddings: Mapping[str, TaskEmbedding] | None = None,
+    selections: Mapping[str, HeadSelection] | None = None,
+    memory_budget: int | str | None = None,
+    progress: bool | None = None,
+) -> TransferMatrix:
+    """Every task's heads (or embedding, or both) on every task. Missing embeddings and selections are made first.
+
+    "heads" keeps the target's embedding and takes the source's alpha (paper: inter-task patching), "embedding" the
+    other way round. All sources of a target share its prefixes, and a finished target is kept in the cache. `seed`
+    decides prompts and items, `config.seed` the training. `embeddings` and `selections` stand in for those that
+    would be made, by task name.
+
+    Raises:
+        SitelensError: for fewer than two tasks, an unknown swap, an artifact of another model, and as the functions
+            it calls.
+    """
+    if swap not in get_args(Swap):
+        raise SitelensError(f"unknown swap {swap!r}; one of {', '.join(get_args(Swap))}")
+    loaded, model, config = load_tasks(tasks), resolve_model(model), config or TrainConfig()
+    checked_metrics(metric)
+    if len(loaded) < 2:
+        raise SitelensError(f"a transfer matrix needs at least two tasks, got {len(loaded)}")
+    shared: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
+    if not METRICS[metric].generates:
+        warn_of_shared_first_tokens(loaded, model)
+    work = workload(loaded, model, n_prompts=n_prompts, n_shots=n_shots, n_items=n_items, config=config)
+    with unchanged(model), Job(f"transfer of {swap}", ["embed", "train", "evaluate"], progress) as job:
+        job.plan({"embed": total(work, "embed"), "train": total(work, "train"),
+                  "evaluate": total(work, "patch") * (1 + len(loaded) / 4)})  # fmt: skip
+        with job.stage("embed"):
+            settled = embedded(loaded, model, embeddings, n_prompts=n_prompts, n_shots=n_shots, seed=seed, **shared)
+        alphas = dict(selections or {})
+        missing = [task for task in loaded if task.name not in alphas]
+        with job.stage("train"):
+            if missing:
+                seeds = (config.seed,)
+                runs = train_selections(missing, model, embeddings=settled, seeds=seeds, config=config, **shared)
+                alphas |= {task.name: runs[task.name, config.seed].selection for task in missing}
+        names = [task.name for task in loaded]
+        for name in names:
+            alphas[name].check_fits(model)
+        options: dict[str, Any] = {"split": split, "n_items": n_items, "metrics": (metric,), "seed": seed}
+        columns: dict[str, pd.Series] = {}
+        zero_shot: dict[str, float] = {}
+        n: dict[str, int] = {}
+        with job.stage("evaluate"):
+            for target, part in portions(loaded):
+                with part:
+                    conditions: dict[str, Condition] = {
+                        f"from {source}": PatchHeads(
+                            alphas[source if swap != "embedding" else target.name],
+                            settled[source if swap != "heads" else target.name],
+                            config.mixing,
+                        )
+                        for source in names
+                    }
+                    scores = score_conditions(
+                        target, conditions | {"zero-shot": ZeroShot()}, model, **options, **shared
+                    )
+                    means = scores.groupby("condition")["score"].mean()
+                    columns[target.name] = means[[f"from {source}" for source in names]].set_axis(names)
+                    zero_shot[target.name], n[target.name] = float(means["zero-shot"]), int(scores["item"].nunique())
+    frame = pd.DataFrame(columns)
+    origin = Origin.of(model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
+    name = model_name(model)
+    return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, name, kinds_of(names), origin)

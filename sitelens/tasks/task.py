@@ -1,0 +1,188 @@
+"""A task: pairs of an input and its answer, split into train, valid and test."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from sitelens.checks.values import SplitSeed, converted
+from sitelens.errors import SitelensError
+from sitelens.metrics import METRICS
+from sitelens.tasks.examples import Example, check_text, parse_examples, warn_about_repeats
+from sitelens.tasks.files import SPLIT_SEED, Columns, by_split, frame_rows
+from sitelens.tasks.files import function_vectors_split as function_vectors_split
+from sitelens.tasks.listing import SUITES as SUITES
+from sitelens.tasks.listing import group_of as group_of
+from sitelens.tasks.listing import kinds_of as kinds_of
+from sitelens.tasks.listing import list_tasks as list_tasks
+from sitelens.tasks.listing import suite_names as suite_names
+from sitelens.tasks.listing import task_names as task_names
+from sitelens.tasks.templates import CLOCK as CLOCK
+from sitelens.tasks.templates import QA_TEMPLATE as QA_TEMPLATE
+from sitelens.tasks.templates import Arguments as Arguments
+from sitelens.tasks.templates import check_template as check_template
+from sitelens.tasks.templates import checked_arguments as checked_arguments
+from sitelens.tasks.templates import rewritten as rewritten
+
+SPLITS = ("train", "valid", "test")
+
+
+RENDERING = 2  # of conversations by `sitelens.models.chat`; to be raised when their text changes
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples of one input-output rule.
+
+    name, source: what it is called and where it comes from.
+    train, valid, test: demonstrations and training items come from train, choices are made on valid.
+    template: a text with {input} and {output}, or "chat" (see `sitelens.engine.prompts`).
+    instruction: said once before the demonstrations; a blank line follows it unless it ends in white space. For "chat"
+        it is the system message, or the head of the first question where the chat template takes no system message.
+    template_arguments: variables for the chat template, such as {"enable_thinking": False}; kept as sorted pairs.
+    case_sensitive: whether exact_match and prefix_match tell "Paris" from "paris".
+    published_metric: the metric that its makers report; nothing reads it, `evaluate(metrics=...)` decides.
+    note: anything a result should carry along (how it was split, what was dropped).
+    """
+
+    name: str
+    source: str
+    train: tuple[Example, ...]
+    valid: tuple[Example, ...]
+    test: tuple[Example, ...]
+    template: str = QA_TEMPLATE
+    case_sensitive: bool = False
+    published_metric: str = "first_token"
+    note: str = ""
+    instruction: str = ""
+    template_arguments: Arguments | Mapping[str, Any] = ()
+
+    def __post_init__(self) -> None:
+        check_text(self.name, "a task's name")
+        for split in SPLITS:
+            examples = tuple(getattr(self, split))
+            for number, example in enumerate(examples, start=1):
+                if not isinstance(example, Example):
+                    raise SitelensError(f"task {self.name!r}, {split} item {number}: {example!r} is no Example; "
+                                        "Task.from_pairs takes pairs")  # fmt: skip
+                for text in (example.input, *example.answers):
+                    check_text(text, f"task {self.name!r}, {split} item {number}: a text")
+            object.__setattr__(self, split, examples)  # a tuple, whatever was given: digests rely on it
+        metric, case = self.published_metric, self.case_sensitive
+        if metric not in METRICS:
+            raise SitelensError(f"task {self.name!r}: unknown metric {metric!r}; one of {', '.join(METRICS)}")
+        if not isinstance(case, bool):
+            raise SitelensError(f"task {self.name!r}: case_sensitive must be true or false, not {case!r}")
+        check_template(self.template)
+        if not isinstance(self.instruction, str):
+            raise SitelensError(f"task {self.name!r}: instruction must be text, not {self.instruction!r}")
+        arguments = checked_arguments(self.template_arguments, self.template, f"task {self.name!r}")
+        object.__setattr__(self, "template_arguments", arguments)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides a result: name, items, template, instruction, arguments, case."""
+        content = asdict(self)
+        del content["source"], content["note"], content["published_metric"]
+        for name in ("instruction", "template_arguments"):  # tasks without them keep the digest they always had
+            if not content[name]:
+                del content[name]
+        if self.template == "chat":
+            content["rendering"] = RENDERING
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def split(self, name: str) -> tuple[Example, ...]:
+        """The items of "train", "valid" or "test".
+
+        Raises:
+            SitelensError: for another name.
+        """
+        if name not in SPLITS:
+            raise SitelensError(f"unknown split {name!r}; one of {', '.join(SPLITS)}")
+        return getattr(self, name)
+
+    @staticmethod
+    def from_pairs(
+        name: str, pairs: Iterable[Any] | Mapping[str, Any], *, seed: int = SPLIT_SEED, **options: Any
+    ) -> Task:
+        """A task from (input, output) pairs, (input, output, further answers) triples, dicts, Examples or one mapping.
+
+        Items are split at random into 70% train, 9% valid and 21% test; `seed` decides which (the default is that of
+        the Function Vectors tasks). `options` are further fields of Task.
+
+        Raises:
+            SitelensError: naming the item that cannot be used and why, or if there are fewer than 4 items.
+        """
+        items = pairs.items() if isinstance(pairs, Mapping) else pairs
+        if not isinstance(items, Iterable) or isinstance(items, str | bytes):
+            raise SitelensError(f"pairs must be a list of (input, output) pairs or a dict, not {items!r}")
+        return _from_items(name, {"examples": list(items)}, f"task {name!r}", seed, {"source": "own", **options})
+
+    @staticmethod
+    def from_frame(
+        name: str,
+        frame: pd.DataFrame,
+        *,
+        input: Hashable = "input",
+        output: Hashable = "output",
+        also: Hashable | None = "also",
+        split: Hashable | None = "split",
+        seed: int = SPLIT_SEED,
+        **options: Any,
+    ) -> Task:
+        """A task from a DataFrame, one row per item.
+
+        input, output, also, split: names of its columns. `also` (further accepted answers: lists, or text with "|"
+        between them) and `split` (train, valid or test) may be missing; without `split` the rows are split as
+        `from_pairs` does, by `seed`. split=None ignores that column. `options` are further fields of Task.
+
+        Raises:
+            SitelensError: if a column is missing, for an unknown or empty split, and as `from_pairs`.
+        """
+        if not isinstance(frame, pd.DataFrame):
+            raise SitelensError(f"from_frame takes a DataFrame, not {type(frame).__name__}; from_pairs takes pairs")
+        where = f"task {name!r}"
+        content = by_split(frame_rows(frame, Columns(input, output, also, split), where), where)
+        return _from_items(name, content, where, seed, {"source": "own", **options})
+
+
+def _from_items(name: str, content: dict[str, Any], where: str, seed: int, options: dict[str, Any]) -> Task:
+    """A task from raw items: "examples", which are split here, or "train", "valid" and "test"."""
+    seed = converted("seed", seed, SplitSeed)
+    if unknown := sorted(options.keys() - {field.name for field in fields(Task)}):
+        raise SitelensError(f"{where}: a task has no field {unknown[0]!r}")
+    if "examples" in content:
+        examples = parse_examples(_listed(content["examples"], where), f"{where}, ")
+        _check_number(name, examples)
+        warn_about_repeats(name, examples)
+        train, valid, test = _split(examples, seed)
+        return Task(name, train=train, valid=valid, test=test, **options)
+    if not set(SPLITS) <= content.keys():
+        raise SitelensError(f'{where} must hold "examples", or "train", "valid" and "test"')
+    parts = {split: tuple(parse_examples(_listed(content[split], where), f"{where}, {split} ")) for split in SPLITS}
+    for split, part in parts.items():
+        if not part:
+            raise SitelensError(f"{where}: the {split} split is empty")
+    warn_about_repeats(name, [example for part in parts.values() for example in part])
+    return Task(name, **parts, **options)
+
+
+def _check_number(name: str, examples: Sequence[Example]) -> None:
+    if len(examples) < 4:
+        raise SitelensError(f"task {name!r} has {len(examples)} items: at least 4 are needed to fill every split")
+
+
+def _split(examples: Sequence[Example], seed: int = SPLIT_SEED) -> list[tuple[Example, ...]]:
+    return [tuple(examples[i] for i in part) for part in function_vectors_split(len(examples), seed)]
+
+
+def _listed(items: Any, where: str) -> list[Any]:
+    if not isinstance(items, list):
+        raise SitelensError(f"{where}: the items must be a list, not {type(items).__name__}")
+    return items
