@@ -30,9 +30,16 @@ TREE = 60  # pixels of a dendrogram
 
 
 def alpha_heatmap(alpha: np.ndarray, title: str = "") -> Figure:
-    """Head selection as layer (up) by head (across), the colour scale fixed to [0, 1].
+    """Heatmap of alpha, layers up and heads across; the color scale is fixed to [0, 1].
 
-    alpha: `[layer head]`. The hover shows layer, head and alpha.
+    Args:
+        alpha: `[layer head]`, each value in [0, 1].
+        title: plain text above the figure.
+
+    Example:
+        >>> figure = sl.figures.alpha_heatmap(np.array([[0.0, 0.9], [1.0, 0.1]]), "antonym")
+        >>> figure.data[0].z.shape
+        (2, 2)
     """
     return head_heatmap(alpha, title, "alpha", 0, 1)
 

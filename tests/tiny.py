@@ -1,0 +1,47 @@
+"""A tiny random model that knows the words of a few built-in tasks: docstring examples run on it in milliseconds."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from sitelens.models.model import Model
+from sitelens.tasks import load_task
+from tests import micro
+
+TASKS = ["antonym", "capitalize", "choose_first_of_3", "country-capital", "present-past", "synonym"]
+PATTERN = r"\n\n|\n| ?[^\s:,]+|[:,]| "  # a space goes with the word behind it, as in byte-level BPE
+
+
+def tokenizer() -> Any:
+    """A tokenizer of the whole words and signs that the prompts of `TASKS` are made of."""
+    tasks = map(load_task, TASKS)
+    pairs = [pair for task in tasks for pair in (*task.train, *task.valid, *task.test)]
+    texts = ["Q: \nA: \n\n", *(text for pair in pairs for text in (pair.input, *pair.answers))]
+    words = sorted({word.strip(" ") for text in texts for word in re.findall(PATTERN, text)} - {""})
+    entries = ["<pad>", "<bos>", "<eos>", "<unk>", " ", *words, *(f" {word}" for word in words)]
+    model = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    model.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@functools.cache
+def model() -> Model:
+    """A Llama of 2 layers and 4 heads per layer with random weights, as a TransformerBridge."""
+    words = tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = transformers.LlamaForCausalLM(config).eval()
+    return micro.bridged(network, "tiny", words)
