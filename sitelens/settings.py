@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import platformdirs
 
+from sitelens.checks.suggestions import nearest
 from sitelens.contexts import bound
 from sitelens.errors import SitelensError
 
@@ -107,7 +107,7 @@ class Settings:
     def _setting(cls, name: str) -> _Setting[Any]:
         known = cls._settings()
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = nearest(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(known)}"
             raise SitelensError(f"there is no setting {name!r}: {hint}")
         return known[name]

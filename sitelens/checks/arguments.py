@@ -7,7 +7,6 @@ anything is computed. Names that a function does not take are answered with the 
 from __future__ import annotations
 
 import collections.abc as abc
-import difflib
 import functools
 import inspect
 import sys
@@ -15,6 +14,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
+from sitelens.checks.suggestions import did_you_mean
 from sitelens.checks.values import UnusableValueError, converted
 from sitelens.errors import SitelensError
 
@@ -161,7 +161,4 @@ def _resolved(annotation: Any, place: Mapping[str, Any]) -> Any:
 
 def _nearest(name: str, known: abc.Iterable[str]) -> str:
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    return f"there are {', '.join(known)}" if known else "it takes none"
+    return did_you_mean(name, known) or (f"there are {', '.join(known)}" if known else "it takes none")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from sitelens.checks.suggestions import did_you_mean
 from sitelens.files.escaping import visible
 
 
@@ -34,6 +34,5 @@ class Parser(argparse.ArgumentParser):
         word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0][:80]
         if not word.startswith("-"):
             self.error(f"{word!r} is one word too many")
-        near = difflib.get_close_matches(word, self._option_string_actions, n=2, cutoff=0.7)
-        hint = f": did you mean {' or '.join(near)}?" if near else f"; `{self.prog} --help` lists them"
-        self.error(f"there is no option {word!r}{hint}")
+        hint = did_you_mean(word, self._option_string_actions)
+        self.error(f"there is no option {word!r}{f': {hint}' if hint else f'; `{self.prog} --help` lists them'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from sitelens.checks.suggestions import nearest
 from sitelens.errors import SitelensError
 
 NO_8BIT = (
@@ -26,8 +26,8 @@ def check_quantization(name: str) -> None:
     if name in ("int8", "8bit", "8-bit", "llm.int8"):
         raise SitelensError(NO_8BIT)
     if name != "nf4":
-        near = " did you mean 'nf4'?" if difflib.get_close_matches(name.lower(), ["nf4"], cutoff=0.3) else ""
-        raise SitelensError(f"unknown quantisation {name!r}:{near} 'nf4' is the only one (4-bit, as in the paper)")
+        hint = " did you mean 'nf4'?" if nearest(name, ["nf4"]) else ""
+        raise SitelensError(f"unknown quantisation {name!r}:{hint} 'nf4' is the only one (4-bit, as in the paper)")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SitelensError("quantize='nf4' needs bitsandbytes: pip install 'sitelens[quantized]'")
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES, get_official_model_name
 
+from sitelens.checks.suggestions import did_you_mean
 from sitelens.errors import SitelensError
 from sitelens.models.catalogue import PAPER
 from sitelens.models.gguf.converted import PACKAGED
@@ -35,14 +36,10 @@ def hub_id(name: str) -> str:
     try:
         official = get_official_model_name(name)
     except ValueError:
-        theirs = {other.lower(): other for names in MODEL_ALIASES.items() for other in (names[0], *names[1])}
-        theirs |= {other.lower(): other for other in OFFICIAL_MODEL_NAMES}
-        near = difflib.get_close_matches(name.lower(), PACKAGED, n=2, cutoff=0.7)
-        near += [theirs[other] for other in difflib.get_close_matches(name.lower(), theirs, n=2, cutoff=0.8)]
-        near += difflib.get_close_matches(name.lower(), [*PACKAGED, *PAPER], n=2, cutoff=0.4)
-        near = list(dict.fromkeys(near))
+        known = [*PACKAGED, *PAPER, *OFFICIAL_MODEL_NAMES, *MODEL_ALIASES, *chain(*MODEL_ALIASES.values())]
+        hint = did_you_mean(name, known) or f"did you mean {' or '.join(PACKAGED)}?"
         raise SitelensError(
-            f"unknown model {name!r}: did you mean {' or '.join(near[:2] or PACKAGED)}? "
+            f"unknown model {name!r}: {hint} "
             "Otherwise give a hub id (owner/name), a folder, or a .gguf file that exists"
         ) from None
     if official.startswith("llama-"):  # TransformerLens's names for weights that lie on no hub
@@ -55,17 +52,6 @@ def hub_id(name: str) -> str:
 def _at_hand(name: str) -> bool:
     """Whether a hub id's configuration has been downloaded."""
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
-
-
-def _near(name: str) -> list[str]:
-    """At most two models whose names are like `name`: packaged ones and the paper's first, then TransformerLens's."""
-    short = [alias for aliases in MODEL_ALIASES.values() for alias in aliases]
-    for names, cutoff in (((*PACKAGED, *PAPER), 0.6), ((*OFFICIAL_MODEL_NAMES, *short), 0.75)):
-        known = {other.lower(): other for other in names}
-        near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=cutoff)
-        if near:
-            return [known[other] for other in near]
-    return [DEFAULT_MODEL]
 
 
 def check_device(device: Any, device_map: Any = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.schema import check_names, unpacked
+from sitelens.checks.suggestions import did_you_mean
 from sitelens.checks.values import Count, Seed
 from sitelens.conditions import embedding
 from sitelens.conditions.base import Condition
@@ -227,8 +227,8 @@ def checked_methods(names: Sequence[str] | Literal["all"]) -> list[str]:
     names = [names] if isinstance(names, str) else names
     for name in names:
         if name not in NAMES:
-            near = difflib.get_close_matches(name.upper(), NAMES, n=2, cutoff=0.3) or list(NAMES)
-            raise SitelensError(f"unknown method {name!r}: did you mean {' or '.join(near)}?")
+            hint = did_you_mean(name, NAMES) or f"there are {', '.join(NAMES)}"
+            raise SitelensError(f"unknown method {name!r}: {hint}")
     return list(dict.fromkeys(names))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sitelens.checks.arguments import checked
+from sitelens.checks.suggestions import did_you_mean
 from sitelens.checks.values import Count, Seed
 from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import TaskEmbedding, embed_task
@@ -160,9 +160,8 @@ def check_suite(
     checked_options(options)
     for task in tasks or ():
         if task not in names:
-            near = difflib.get_close_matches(task, names, n=2, cutoff=0.5)
-            hint = f": did you mean {' or '.join(near)}?" if near else ""
-            raise SitelensError(f"the suite {name!r} has no task {task!r}{hint}")
+            hint = did_you_mean(task, names)
+            raise SitelensError(f"the suite {name!r} has no task {task!r}{hint and f': {hint}'}")
     return [task for task in names if tasks is None or task in tasks]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
 import io
 import json
 import math
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sitelens.checks.suggestions import nearest
 from sitelens.errors import SitelensError
 
 TABLES = {".csv": None, ".tsv": "\t", ".tab": "\t"}  # the separator that the ending implies
@@ -52,15 +52,22 @@ class Columns:
         places = {part: _find(name, header, where) for part, name in names.items()}
         missing = [part for part, index in places.items() if index is None and (names[part], part) not in OPTIONAL]
         if missing:
-            raise SitelensError(self._explain(missing, names, header, where))
+            raise SitelensError(self._explain(missing, names, places, header, where))
         return {part: index for part, index in places.items() if index is not None}
 
     def _explain(
-        self, missing: Sequence[str], names: Mapping[str, Hashable], header: Sequence[Hashable], where: str
+        self,
+        missing: Sequence[str],
+        names: Mapping[str, Hashable],
+        places: Mapping[str, int | None],
+        header: Sequence[Hashable],
+        where: str,
     ) -> str:
         labels = [str(label) for label in header]
-        near = [difflib.get_close_matches(str(names[part]), labels, n=1, cutoff=0.7) for part in missing]
-        hints = [f"{part}={match[0]!r}" for part, match in zip(missing, near, strict=True) if match]
+        taken = [labels[index] for index in places.values() if index is not None]
+        others = [label for label in labels if label not in taken]
+        near = {part: nearest(names[part], others, n=1) for part in missing}
+        hints = [f"{part}={names[0]!r}" for part, names in near.items() if names]
         hint = ", ".join(hints) or ", ".join(f"{part}=..." for part in missing)
         columns = ", ".join(labels) or "none"
         return (f"{where}: no column {' or '.join(str(names[part]) for part in missing)}; there are: {columns} "

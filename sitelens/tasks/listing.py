@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import pandas as pd
 
+from sitelens.checks.suggestions import did_you_mean
 from sitelens.errors import SitelensError
 from sitelens.tasks import benchmarks, builtin, function_vectors
 
@@ -30,9 +30,8 @@ def suite_names(suite: str) -> list[str]:
         SitelensError: for another suite, with the known ones and the nearest of them.
     """
     if suite not in SUITES:
-        near = difflib.get_close_matches(suite.lower(), SUITES, n=1, cutoff=0.4)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise SitelensError(f"unknown suite {suite!r}{hint}; there are: {', '.join(SUITES)}")
+        hint = did_you_mean(suite, SUITES, n=1)
+        raise SitelensError(f"unknown suite {suite!r}{hint and f' ({hint})'}; there are: {', '.join(SUITES)}")
     return SUITES[suite]()
 
 

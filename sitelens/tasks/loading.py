@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from sitelens.checks.suggestions import did_you_mean
 from sitelens.checks.values import SplitSeed, converted
 from sitelens.errors import SitelensError
 from sitelens.tasks import benchmarks, builtin, function_vectors
@@ -78,9 +78,7 @@ def load_task(
         return _function_vectors(text[3:])
     if found := benchmarks.find(text):
         return _benchmark(text, *found)
-    known = task_names()
-    near = difflib.get_close_matches(text, known, n=4, cutoff=0.6)
-    hint = f"did you mean {', '.join(near)}?" if near else "sl.list_tasks() lists them all"
+    hint = did_you_mean(text, task_names(), n=4) or "sl.list_tasks() lists them all"
     raise SitelensError(f"unknown task {text!r}: {hint} (a file must end in {', '.join(ENDINGS)})")
 
 
