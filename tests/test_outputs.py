@@ -16,7 +16,7 @@ import pytest
 
 import sitelens as sl
 from sitelens.cli import main
-from sitelens.evaluation.summary import markdown_table
+from sitelens.evaluation.tables import Table
 from sitelens.files import writing
 from sitelens.files.escaping import text_of_csv
 from sitelens.files.writing import MissingOutputWarning, file_name
@@ -227,7 +227,7 @@ def test_tables_show_names_as_they_are(report: RunReport) -> None:
 
 def test_a_markdown_table_keeps_its_shape() -> None:
     cells = pd.DataFrame({"a|b": ["1 [0, 2]", None]}, ["<b>", "c\nd"]).rename_axis("task")
-    assert markdown_table(cells) == ("| task | a\\|b |\n| --- | --- |\n| &lt;b> | 1 [0, 2] |\n| c\\\\nd |  |")
+    assert Table(cells).markdown() == ("| task | a\\|b |\n| --- | --- |\n| &lt;b> | 1 [0, 2] |\n| c\\\\nd |  |")
 
 
 def test_a_picture_that_fails_is_a_warning_and_all_else_is_written(

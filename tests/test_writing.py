@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 import sitelens as sl
 from sitelens.files import writing
-from sitelens.files.escaping import csv_text, figure_text, markdown_text, text_of_csv, visible
+from sitelens.files.escaping import csv_text, figure_text, html_text, latex_text, markdown_text, text_of_csv, visible
 from sitelens.files.writing import (
     MissingOutputWarning,
     Outputs,
@@ -234,6 +235,39 @@ def test_markup_of_figures_is_text() -> None:
 )  # fmt: skip
 def test_markup_of_markdown_is_text(text: str, cell: str) -> None:
     assert markdown_text(text) == cell
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [("R&D 5%", r"R\&D 5\%"), ("a_b", r"a\_b"), (r"\input{x}", r"\textbackslash{}input\{x\}"),
+     ("$x^2$", r"\$x\textasciicircum{}2\$"),
+     ("a<b|c>", r"a\textless{}b\textbar{}c\textgreater{}"), ("[x] 53 [43, 62]", "{}[x] 53 [43, 62]"), ("*", "{}*"),
+     ("--x", "-{}-x"), ("a\nb", r"a\textbackslash{}nb"), ("naïve 任务 ±3", "naïve 任务 ±3"), (3, "3")],
+)  # fmt: skip
+def test_markup_of_latex_is_text(text: object, cell: str) -> None:
+    assert latex_text(text) == cell
+
+
+LATEX = {
+    r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"\textless{}": "<",
+    r"\textgreater{}": ">", r"\textbar{}": "|", r"\char34{}": '"', r"\textasciigrave{}": "`", "{}": "",
+    **{f"\\{letter}": letter for letter in "{}$&#%_"},
+}  # fmt: skip
+
+
+@quick
+@hypothesis.given(texts | st.text("\\{}$&#%_^~<>|\"'`-,?![*", max_size=8))
+def test_latex_shows_the_text_and_runs_nothing(text: str) -> None:
+    escaped = latex_text(text)
+    parts = re.split("|".join(map(re.escape, LATEX)), escaped)
+    assert not any(set('\\{}$&#%_~^<>|"`') & set(part) for part in parts)
+    assert not re.search(r"--|''|,,", escaped) and not escaped.startswith(("[", "*"))
+    shown = re.sub("|".join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], escaped)
+    assert shown == visible(text)
+
+
+def test_markup_of_html_is_text() -> None:
+    assert html_text('<b>"&\n') == "&lt;b&gt;&quot;&amp;\\n" and html_text(3) == "3"
 
 
 @pytest.mark.parametrize(

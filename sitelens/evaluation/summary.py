@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,9 @@ from sitelens.evaluation.intervals import (
     mean_over_items,
     mean_over_tasks,
 )
-from sitelens.files.escaping import markdown_text
 
 ECHO = "echo"
 REPEATS = ("seed", "prompt_seed", "training_seed", "draw")  # columns that tell answers to the same item apart
-RANGES = "95% intervals: over items of these tasks; where there are two, the second is over tasks like these as well."
 
 
 def summarize(
@@ -94,27 +92,6 @@ def answers_from_counts(cells: pd.DataFrame, share: str) -> pd.DataFrame:
     rows["item"] = rows.groupby("cell").cumcount()
     rows["score"] = (rows["item"] < rows["cell"].map(hits.round())).astype(float)
     return rows.drop(columns=["cell", share, "n"])
-
-
-def percent(row: Mapping[Any, Any], digits: int = 0, mean: str = "mean") -> str:
-    """The mean of a summary's row with its interval, in per cent: "41 [38, 44]"; after it, that over tasks if any."""
-
-    def between(low: str, high: str) -> str:
-        return f" [{100 * row[low]:.{digits}f}, {100 * row[high]:.{digits}f}]"
-
-    tasks = between("tasks_low", "tasks_high") if not pd.isna(row.get("tasks_low", np.nan)) else ""
-    return f"{100 * row[mean]:.{digits}f}{between('low', 'high')}{tasks}"
-
-
-def markdown_table(cells: pd.DataFrame) -> str:
-    """Texts as a Markdown table, rows named by the index, whose name stands in the corner; missing ones are empty.
-
-    Texts are shown as they are, whatever Markdown or HTML they hold.
-    """
-    lines: list[list[Any]] = [[cells.index.name or "", *cells.columns]]
-    lines += [[name, *row.fillna("")] for name, row in cells.iterrows()]
-    first, *rest = [f"| {' | '.join(map(markdown_text, line))} |" for line in lines]
-    return "\n".join([first, f"| {' | '.join(['---'] * len(lines[0]))} |", *rest])
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,10 +1,11 @@
-"""Text from tasks, tokens and names, made safe for where it is shown: terminals, figures, Markdown and CSV.
+"""Text from tasks, tokens and names, made safe where it is shown: terminals, figures, Markdown, LaTeX, HTML, CSV.
 
 What a reader sees is the text itself: a task "a<b" is shown as "a<b". Nothing in it acts as markup.
 """
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 
@@ -13,6 +14,11 @@ _HIDDEN = ("Cc", "Cs", "Cn", "Zl", "Zp")  # controls, lone surrogates, unassigne
 _FIGURE = str.maketrans({"&": "&amp;", "<": "&lt;", "$": "&#36;"})
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _FORMULA = re.compile(r"'*\s*[=+\-@\t\r\n＝＋－＠]")
+_LATEX = str.maketrans({
+    **{letter: f"\\{letter}" for letter in "{}$&#%_"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    '"': r"\char34{}", "`": r"\textasciigrave{}",
+})  # fmt: skip
 # Markup that Markdown would see within a line; an underscore within a word is none.
 _MARKDOWN = re.compile(r"([\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[]))")
 
@@ -43,6 +49,22 @@ def markdown_text(text: object) -> str:
     """The text for a cell of a Markdown table: no pipe ends it, and no HTML, emphasis, code, link or math shows."""
     escaped = _MARKDOWN.sub(r"\\\1", visible(str(text)))
     return re.sub(r"&(?=#?\w+;)", "&amp;", escaped).replace("<", "&lt;")
+
+
+def latex_text(text: object) -> str:
+    r"""The text for a cell, a caption or a note of LaTeX: no command runs, no cell or row ends.
+
+    Neither dashes nor quotation marks run together, and no bracket or star at the beginning is taken for an argument of
+    the row's end before it.
+    """
+    escaped = visible(str(text)).translate(_LATEX)
+    apart = re.sub(r"(?<=([-',]))(?=\1)", "{}", escaped)
+    return f"{{}}{apart}" if apart.startswith(("[", "*")) else apart
+
+
+def html_text(text: object) -> str:
+    """The text for an HTML page or an attribute in quotation marks: no tag and no entity shows or runs."""
+    return html.escape(visible(str(text)))
 
 
 def csv_text(text: str) -> str:

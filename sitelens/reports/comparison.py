@@ -26,7 +26,8 @@ from sitelens.errors import SitelensError, warned_once
 from sitelens.evaluation import cached as scoring
 from sitelens.evaluation.evaluate import evaluate
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
-from sitelens.evaluation.summary import RANGES, answers_from_counts, markdown_table, percent, summarize
+from sitelens.evaluation.summary import answers_from_counts, summarize
+from sitelens.evaluation.tables import INTERVALS, Table, format_interval
 from sitelens.files.folders import scratch_folder
 from sitelens.methods import METHODS, checked_options
 from sitelens.methods.items import fitting
@@ -198,7 +199,7 @@ def comparison_table(frame: pd.DataFrame) -> str:
     means = by_method(frame).set_index("method")
     average = means.reset_index().assign(task=f"mean of {means['tasks'].max()}")
     cells = pd.concat([frame, average], ignore_index=True)
-    cells["text"] = [percent(row, mean="accuracy") for row in cells.to_dict("records")]
+    cells["text"] = [format_interval(row, mean="accuracy") for row in cells.to_dict("records")]
     scores = cells.pivot_table(index="task", columns="method", values="text", aggfunc="first", sort=False)
     counts = frame.groupby("task", sort=False)["n"].max()
     accuracies = scores.iloc[-1]
@@ -212,8 +213,8 @@ def comparison_table(frame: pd.DataFrame) -> str:
         "seconds to fit": [f"{value:,.0f}" for value in costs["fit_seconds"]],
         "seconds a test prompt": [f"{value:.3f}" for value in costs["seconds_per_prompt"]],
     }).rename_axis("method")  # fmt: skip
-    ranges = f"{RANGES}\n\n" if "tasks_low" in cells else ""
-    return f"{markdown_table(scores)}\n\n{ranges}{markdown_table(texts)}"
+    note = INTERVALS if "tasks_low" in cells else ""
+    return f"{Table(scores, note=note).markdown()}\n\n{Table(texts).markdown()}"
 
 
 def checked_methods(names: Sequence[str] | Literal["all"]) -> list[str]:

@@ -23,7 +23,8 @@ from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.prompting import FewShot, ZeroShot
 from sitelens.errors import SitelensError, SitelensWarning, warned_once
 from sitelens.evaluation.cached import score_conditions
-from sitelens.evaluation.summary import markdown_table, percent, summarize
+from sitelens.evaluation.summary import summarize
+from sitelens.evaluation.tables import Table, format_interval
 from sitelens.files.escaping import visible
 from sitelens.files.writing import Outputs, file_names, write_csv, write_text
 from sitelens.methods.site.config import TrainConfig
@@ -127,7 +128,7 @@ class RunReport:
                 line = f"{condition:<12}"
                 for name, width in zip(block, widths, strict=True):
                     cell = chosen[(chosen["task"] == name) & (chosen["condition"] == condition)]
-                    text = "".join(_cell(row) for row in cell.to_dict("records"))
+                    text = "".join(format_interval(row) for row in cell.to_dict("records"))
                     line += f"  {text:>{width}}"
                 lines.append(line)
         return "\n".join(lines[1:])
@@ -172,10 +173,10 @@ class RunReport:
         counts = {task.name: n for task, n in zip(self.tasks, self.n_items, strict=True)}
         parts = []
         for metric, rows in self.summary.groupby("metric", sort=False):
-            cells = rows.assign(text=[_cell(row) for row in rows.to_dict("records")])
+            cells = rows.assign(text=[format_interval(row) for row in rows.to_dict("records")])
             table = cells.pivot_table(index="task", columns="condition", values="text", aggfunc="first", sort=False)
             table.insert(0, "n", [str(counts[name]) for name in table.index])
-            parts.append(f"{metric}\n\n{markdown_table(table)}")
+            parts.append(Table(table, heading=str(metric)).markdown())
         return "\n\n".join(parts)
 
     def record(self, files: Sequence[Path] = ()) -> dict[str, Any]:
@@ -304,11 +305,6 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
     by = ["task", "condition", "metric"]
     draws = scores.dropna(subset="draw").groupby([*by, "draw"])["score"].mean()
     return summary.merge(draws.groupby(by).std().rename("spread").reset_index(), how="left", on=by)
-
-
-def _cell(row: Mapping[Any, Any]) -> str:
-    text = percent(row)
-    return text if pd.isna(row["spread"]) else f"{text} ±{100 * row['spread']:.0f}"
 
 
 def _warn_about_gaps(summary: pd.DataFrame) -> None:

@@ -13,7 +13,8 @@ import pandas as pd
 from sitelens import figures
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.selection import HeadSelection
-from sitelens.evaluation.summary import RANGES, markdown_table, percent, summarize
+from sitelens.evaluation.summary import summarize
+from sitelens.evaluation.tables import INTERVALS, Table, format_interval
 from sitelens.files.writing import Outputs, check_file_name, write_csv, write_text
 from sitelens.models.model import Model
 from sitelens.reports.gallery import write_figure
@@ -68,7 +69,7 @@ class SuiteResult:
         most = table.groupby("group")["n"].max()
         cells = table.assign(
             text=[
-                percent(row, 1) + (f" (n={row['n']})" if row["n"] != most[row["group"]] else "")
+                format_interval(row, 1) + (f" (n={row['n']})" if row["n"] != most[row["group"]] else "")
                 for row in table.to_dict("records")
             ],
             column=[
@@ -77,7 +78,7 @@ class SuiteResult:
             ],
         )
         wide = cells.pivot_table(index="condition", columns="column", values="text", aggfunc="first", sort=False)
-        return markdown_table(wide) + (f"\n\n{RANGES}" if "tasks_low" in table else "")
+        return Table(wide, note=INTERVALS if "tasks_low" in table else "").markdown()
 
     def figure(self, title: str = "") -> go.Figure:
         """Every task under every condition, by group, best under the last condition first."""
