@@ -53,6 +53,7 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text("utf-8"))
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Dotted names of all that a file imports, wherever it does so."""
     found = set()
