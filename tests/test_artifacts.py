@@ -22,15 +22,13 @@ from torch import Tensor
 
 import sitelens as sl
 from sitelens import store
+from sitelens.conditions.adapters import LowRank
 from sitelens.conditions.base import Condition
+from sitelens.conditions.heads import HeadOffsets
 from sitelens.conditions.registry import HOMES
-from sitelens.conditions.streams import AddToStream, ReplaceStream
+from sitelens.conditions.streams import AddToStream, InContextVector, LinearCombination, ReplaceStream
 from sitelens.engine.forward import Hook
 from sitelens.evaluation.cached import score_conditions
-from sitelens.methods.i2cl import LinearCombination
-from sitelens.methods.icv import InContextVector
-from sitelens.methods.lofit import HeadOffsets
-from sitelens.methods.lora import LowRank
 from sitelens.models.model import Model
 from sitelens.models.provenance import Origin
 from sitelens.reports.run import RunConfig

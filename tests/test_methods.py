@@ -18,16 +18,18 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 import sitelens as sl
+from sitelens.conditions.adapters import Adapters, LowRank
 from sitelens.conditions.base import Condition
+from sitelens.conditions.heads import HeadOffsets
 from sitelens.conditions.patching import PatchHeads
-from sitelens.conditions.streams import AddToStream, ReplaceStream
+from sitelens.conditions.streams import AddToStream, InContextVector, LinearCombination, ReplaceStream
 from sitelens.engine.network import Passes, counted_tokens
 from sitelens.errors import SitelensError
-from sitelens.methods import METHODS, common, i2cl, icv, lofit, ltv, mtv
-from sitelens.methods.i2cl import LinearCombination, cosine
-from sitelens.methods.icv import InContextVector
-from sitelens.methods.lofit import MAX_GRAD_NORM, HeadOffsets
-from sitelens.methods.lora import Adapters, LowRank
+from sitelens.methods import METHODS, i2cl, icv, lofit, ltv, mtv
+from sitelens.methods.i2cl import cosine
+from sitelens.methods.items import answered, drawn, fitting, zero_shot
+from sitelens.methods.lofit import MAX_GRAD_NORM
+from sitelens.methods.losses import answer_loss
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.model import Model, head_shape
 from sitelens.settings import settings
@@ -114,11 +116,11 @@ def test_test_items_are_not_looked_at(name: str, llama: Model) -> None:
 
 def test_no_method_sees_more_than_two_hundred_training_items() -> None:
     many = Task("many", "own", tuple(Example(f"a{i}", f"b{i}") for i in range(500)), TASK.valid, TASK.test)
-    seen = common.fitting(many)
+    seen = fitting(many)
     assert len(seen.train) == 200 and len(set(seen.train)) == 200
-    assert seen == common.fitting(many) and common.fitting(TASK) == TASK
+    assert seen == fitting(many) and fitting(TASK) == TASK
     with pytest.raises(SitelensError, match="no valid items"):
-        common.fitting(replace(TASK, valid=()))
+        fitting(replace(TASK, valid=()))
 
 
 def test_a_saved_method_is_known_where_no_method_was_imported(tmp_path: Path) -> None:
@@ -388,7 +390,7 @@ def test_weighted_writes_add_up_to_what_the_heads_write(model: Model) -> None:
     from sitelens.engine.forward import capture_z
     from sitelens.heads.writing import written
 
-    batch = common.zero_shot(TASK, TASK.train[:1], model)
+    batch = zero_shot(TASK, TASK.train[:1], model)
     seen: list[Tensor] = []
     point = "ln1_post" if "blocks.0.ln1_post.hook_out" in model.hook_dict else "attn"
     hooks: list[Any] = [
@@ -404,8 +406,8 @@ def test_weighted_writes_add_up_to_what_the_heads_write(model: Model) -> None:
 
 
 def test_answers_are_scored_as_whole_texts_by_the_raw_model(family: str, model: Model) -> None:
-    rows = common.answered(TASK, TASK.train[:3], model)
-    found = common.answer_loss(rows, model)
+    rows = answered(TASK, TASK.train[:3], model)
+    found = answer_loss(rows, model)
     losses = []
     for ids, n in rows:
         logits = raw(family)(torch.tensor([ids])).logits[0]
@@ -422,8 +424,8 @@ def test_losses_of_rows_of_all_lengths_are_those_of_each_alone(family: str, dtyp
     model = micro.bridge(family, dtype)
     rows = [(oracle.encode(text), n) for text, n in zip(TEXTS, (1, 3, 2), strict=True)]
     assert len({len(ids) for ids, _ in rows}) == 3
-    alone = [n * common.answer_loss([(ids, n)], model) for ids, n in rows]
-    together = common.answer_loss(rows, model)
+    alone = [n * answer_loss([(ids, n)], model) for ids, n in rows]
+    together = answer_loss(rows, model)
     assert together.item() == pytest.approx((sum(alone) / 6).item(), rel=0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -499,9 +501,9 @@ def test_a_task_vector_needs_items_enough(llama: Model) -> None:
 
 
 def test_items_come_again_only_when_all_have_come() -> None:
-    batches = list(common.drawn("abcde", 4, 2, "x"))
+    batches = list(drawn("abcde", 4, 2, "x"))
     flat = [i for batch in batches for i in batch]
-    assert sorted(flat[:5]) == list(range(5)) and batches == list(common.drawn("abcde", 4, 2, "x"))
+    assert sorted(flat[:5]) == list(range(5)) and batches == list(drawn("abcde", 4, 2, "x"))
 
 
 def test_demonstrations_are_five_of_each_label_or_ten_in_all() -> None:
@@ -528,11 +530,11 @@ def test_many_shot_prompts_fit_the_context(llama: Model) -> None:
 
 def test_many_shot_prompts_fit_whichever_items_are_drawn(llama: Model) -> None:
     task = replace(TASK, train=tuple(Example(f"{a} {b}", a) for a in micro.WORDS[:16] for b in micro.WORDS[:16]))
-    shown = set(common.fitting(task).train)
+    shown = set(fitting(task).train)
     assert len(shown) == 200
     longer = [one if one in shown else replace(one, input=" ".join([one.input] * 6)) for one in task.train]
     task = replace(task, train=tuple(longer))
-    assert set(common.fitting(task).train) == shown  # none of the long ones
+    assert set(fitting(task).train) == shown  # none of the long ones
     sl.evaluate(task, {"many-shot": METHODS["many-shot"].fit(task, llama)}, llama)
 
 
@@ -548,16 +550,16 @@ def test_many_shot_prompts_leave_out_what_equals_the_query(llama: Model) -> None
 
 
 def test_tokens_are_counted_forward_and_backward(llama: Model) -> None:
-    rows = common.answered(TASK, TASK.train[:2], llama)
+    rows = answered(TASK, TASK.train[:2], llama)
     width = max(len(ids) for ids, _ in rows)
     offsets = torch.zeros(head_shape(llama), requires_grad=True)
-    from sitelens.methods.lofit import changing
+    from sitelens.conditions.heads import changing
 
     passes = Passes(llama, changing(lambda z, layer: z + offsets[layer], 2))
     with counted_tokens() as spent:
-        common.answer_loss(rows, passes).backward()
+        answer_loss(rows, passes).backward()
         with torch.no_grad():
-            common.answer_loss(rows, passes)
+            answer_loss(rows, passes)
     assert (spent.forward, spent.backward) == (2 * 2 * width, 2 * width)
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import sitelens as sl
 from sitelens.conditions import base as conditions
+from sitelens.conditions.adapters import Adapters, LowRank
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.streams import AddToStream
 from sitelens.engine import forward, network, prefix, twins
-from sitelens.methods.lora import Adapters, LowRank
 from sitelens.models.interference import Here
 from sitelens.models.model import Model, z_hook
 from sitelens.tasks import Task

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sitelens as sl
+from sitelens.conditions.streams import InContextVector, LinearCombination
 from sitelens.engine.prompts import few_shot_prompts, tokenize
 from sitelens.heads import (
     ROLES,
@@ -19,8 +20,6 @@ from sitelens.heads import (
     induction_scores,
 )
 from sitelens.heads.writing import written
-from sitelens.methods.i2cl import LinearCombination
-from sitelens.methods.icv import InContextVector
 from sitelens.models.model import head_shape
 from tests import micro, zoo
 

@@ -16,10 +16,10 @@ HOMES = {
     "Ablate": "sitelens.conditions.ablation:Ablate",
     "AddToStream": "sitelens.conditions.streams:AddToStream",
     "ReplaceStream": "sitelens.conditions.streams:ReplaceStream",
-    "InContextVector": "sitelens.methods.icv:InContextVector",
-    "LinearCombination": "sitelens.methods.i2cl:LinearCombination",
-    "HeadOffsets": "sitelens.methods.lofit:HeadOffsets",
-    "LowRank": "sitelens.methods.lora:LowRank",
+    "InContextVector": "sitelens.conditions.streams:InContextVector",
+    "LinearCombination": "sitelens.conditions.streams:LinearCombination",
+    "HeadOffsets": "sitelens.conditions.heads:HeadOffsets",
+    "LowRank": "sitelens.conditions.adapters:LowRank",
 }
 KINDS: dict[str, type] = {}
 

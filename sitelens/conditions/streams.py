@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import weakref
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sitelens.checks.arguments import checked
 from sitelens.conditions.base import Condition, Steps
@@ -27,6 +29,7 @@ def stream_hook(layer: int) -> str:
 
 
 Part = Literal["attn", "mlp"]
+MODULES: tuple[Part, Part] = ("attn", "mlp")
 INNER: dict[Part, str] = {"attn": "o", "mlp": "out"}
 _outputs: weakref.WeakKeyDictionary[Model, dict[Part, list[str]]] = weakref.WeakKeyDictionary()
 
@@ -135,3 +138,85 @@ def check_stream(what: str, made_for: str | None, width: int, model: Model, orig
             f"{what} has vectors of {width} entries, {model_name(model)} has d_model {model.cfg.d_model}"
         )
     check_fit(what, made_for, (), model, origin)
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class InContextVector(Condition):
+    """What every MLP gives, x, turns towards a direction at every position and keeps its length.
+
+    x <- |x| u / |u| with u = x / |x| + strength (1 + max(0, cos(x, -v))) v, for the unit direction v of the layer.
+    """
+
+    directions: Float[Tensor, "layer d_model"]
+    strength: float
+    model: str | None = None
+    origin: Origin | None = None
+    steps = "every"
+
+    def fwd_hooks(self, model: Model) -> list[Hook]:
+        check_stream("an in-context vector", self.model, self.directions.shape[1], model, self.origin)
+        return [
+            (point, functools.partial(self._turn, direction=direction))
+            for point, direction in zip(output_hooks("mlp", model), self.directions, strict=True)
+        ]
+
+    def _turn(self, x: Tensor, hook: Any = None, *, direction: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        state, v = x.to(wide), direction.to(x.device, wide)
+        length = state.norm(dim=-1, keepdim=True)
+        unit = state / length.clamp(min=1e-12)
+        u = unit + self.strength * (1 + (unit @ -v).clamp(min=0)[..., None]) * v
+        return (length * normalize(u, dim=-1)).to(x.dtype)
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class LinearCombination(Condition):
+    """out <- b out + a context, after attention and after the MLP of every layer, at every position and step."""
+
+    context: Float[Tensor, "layer module d_model"]
+    a: Float[Tensor, "layer module"]
+    b: Float[Tensor, "layer module"]
+    model: str | None = None
+    origin: Origin | None = None
+    steps = "every"
+
+    def __post_init__(self) -> None:
+        if self.a.shape[1] != len(MODULES):
+            raise SitelensError(f"a linear combination is of {' and '.join(MODULES)}, not of {self.a.shape[1]} modules")
+
+    def fwd_hooks(self, model: Model) -> list[Hook]:
+        check_stream("a linear combination", self.model, self.context.shape[2], model, self.origin)
+        return combining(self.context, self.a, self.b, points=output_points(model))
+
+
+def combining(
+    context: Float[Tensor, "layer module d_model"],
+    a: Float[Tensor, "layer module"],
+    b: Float[Tensor, "layer module"],
+    noise: float = 0.0,
+    generator: torch.Generator | None = None,
+    *,
+    points: Sequence[str] | None = None,
+) -> list[Hook]:
+    """The hooks; with `noise`, each coordinate gets that share of the output's norm times a normal number."""
+
+    def act(out: Tensor, hook: Any = None, *, layer: int, module: int) -> Tensor:
+        wide = torch.promote_types(out.dtype, torch.float32)
+        parts = (side[layer, module].to(out.device) for side in (a, b, context))
+        of_context, of_out, vector = parts
+        mixed = of_out * out.to(wide) + of_context * vector.to(wide)
+        if noise:
+            random = torch.randn(mixed.shape, generator=generator, dtype=torch.float32).to(mixed)
+            mixed = mixed + noise * mixed.detach().norm(dim=-1, keepdim=True) * random
+        return mixed.to(out.dtype)
+
+    where = points or [f"blocks.{layer}.{module}.hook_out" for layer in range(len(context)) for module in MODULES]
+    acts = [functools.partial(act, layer=layer, module=i) for layer in range(len(context)) for i in range(len(MODULES))]
+    return list(zip(where, acts, strict=True))
+
+
+def output_points(model: Model) -> list[str]:
+    """Where the outputs of attention and MLP pass, layer by layer."""
+    return [point for both in zip(*(output_hooks(part, model) for part in MODULES), strict=True) for point in both]

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, Positive, Seed, Share
-from sitelens.conditions.base import Condition
-from sitelens.conditions.streams import Part, check_stream, output_hooks
+from sitelens.conditions.streams import MODULES, LinearCombination, combining, output_points
 from sitelens.engine.capture import mean_states
-from sitelens.engine.forward import Hook
 from sitelens.engine.network import Passes
 from sitelens.engine.prompts import Prompt, few_shot_prompt
-from sitelens.errors import SitelensError, warned_once
+from sitelens.errors import warned_once
 from sitelens.methods.items import drawn, fitting, prompts_of, zero_shot
 from sitelens.methods.losses import next_loss
 from sitelens.models.fingerprints import fingerprint
@@ -29,56 +22,8 @@ from sitelens.models.model import Model, head_shape, own_tokenizer
 from sitelens.models.provenance import Origin
 from sitelens.tasks import Example, Task, load_task
 
-MODULES: tuple[Part, Part] = ("attn", "mlp")
 START = (0.1, 1.0)  # a and b
 CLOSED, PER_LABEL, OPEN = 10, 5, 10  # answers of a closed task at most; demonstrations of each; of an open task
-
-
-@checked
-@dataclass(frozen=True, eq=False)
-class LinearCombination(Condition):
-    """out <- b out + a context, after attention and after the MLP of every layer, at every position and step."""
-
-    context: Float[Tensor, "layer module d_model"]
-    a: Float[Tensor, "layer module"]
-    b: Float[Tensor, "layer module"]
-    model: str | None = None
-    origin: Origin | None = None
-    steps = "every"
-
-    def __post_init__(self) -> None:
-        if self.a.shape[1] != len(MODULES):
-            raise SitelensError(f"a linear combination is of {' and '.join(MODULES)}, not of {self.a.shape[1]} modules")
-
-    def fwd_hooks(self, model: Model) -> list[Hook]:
-        check_stream("a linear combination", self.model, self.context.shape[2], model, self.origin)
-        return combining(self.context, self.a, self.b, points=_points(model))
-
-
-def combining(
-    context: Float[Tensor, "layer module d_model"],
-    a: Float[Tensor, "layer module"],
-    b: Float[Tensor, "layer module"],
-    noise: float = 0.0,
-    generator: torch.Generator | None = None,
-    *,
-    points: Sequence[str] | None = None,
-) -> list[Hook]:
-    """The hooks; with `noise`, each coordinate gets that share of the output's norm times a normal number."""
-
-    def act(out: Tensor, hook: Any = None, *, layer: int, module: int) -> Tensor:
-        wide = torch.promote_types(out.dtype, torch.float32)
-        parts = (side[layer, module].to(out.device) for side in (a, b, context))
-        of_context, of_out, vector = parts
-        mixed = of_out * out.to(wide) + of_context * vector.to(wide)
-        if noise:
-            random = torch.randn(mixed.shape, generator=generator, dtype=torch.float32).to(mixed)
-            mixed = mixed + noise * mixed.detach().norm(dim=-1, keepdim=True) * random
-        return mixed.to(out.dtype)
-
-    where = points or [f"blocks.{layer}.{module}.hook_out" for layer in range(len(context)) for module in MODULES]
-    acts = [functools.partial(act, layer=layer, module=i) for layer in range(len(context)) for i in range(len(MODULES))]
-    return list(zip(where, acts, strict=True))
 
 
 @checked
@@ -117,7 +62,7 @@ def fit(
         prompt = few_shot_prompt(task, [], item, tokenizer)
         shown.append(Prompt(prompt.text + prompt.answers[0] + "\n", (), prompt.special_tokens))
     layers = head_shape(model)[0]
-    points = _points(model)
+    points = output_points(model)
     context = mean_states(prompts_of(shown, task, model), points, model).reshape(layers, len(MODULES), -1)
     batch = zero_shot(task, items, model)
     asked = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
@@ -158,8 +103,3 @@ def cosine(step: int, warm_up: int, steps: int) -> float:
     0 and ends with 0 at `steps`.
     """
     return step / warm_up if step < warm_up or step == warm_up > 0 else 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _points(model: Model) -> list[str]:
-    """Where the outputs of attention and MLP pass, layer by layer."""
-    return [point for both in zip(*(output_hooks(part, model) for part in MODULES), strict=True) for point in both]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,10 +11,8 @@ from torch.nn.functional import normalize
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, Seed
-from sitelens.conditions.base import Condition
-from sitelens.conditions.streams import check_stream, output_hooks, stream_hook
+from sitelens.conditions.streams import InContextVector, stream_hook
 from sitelens.engine.capture import states
-from sitelens.engine.forward import Hook
 from sitelens.engine.prompts import Prompt
 from sitelens.methods.items import drawn, fitting, prompts_of
 from sitelens.methods.validation import best_on_valid
@@ -28,36 +23,6 @@ from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
 
 STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
-
-
-@checked
-@dataclass(frozen=True, eq=False)
-class InContextVector(Condition):
-    """What every MLP gives, x, turns towards a direction at every position and keeps its length.
-
-    x <- |x| u / |u| with u = x / |x| + strength (1 + max(0, cos(x, -v))) v, for the unit direction v of the layer.
-    """
-
-    directions: Float[Tensor, "layer d_model"]
-    strength: float
-    model: str | None = None
-    origin: Origin | None = None
-    steps = "every"
-
-    def fwd_hooks(self, model: Model) -> list[Hook]:
-        check_stream("an in-context vector", self.model, self.directions.shape[1], model, self.origin)
-        return [
-            (point, functools.partial(self._turn, direction=direction))
-            for point, direction in zip(output_hooks("mlp", model), self.directions, strict=True)
-        ]
-
-    def _turn(self, x: Tensor, hook: Any = None, *, direction: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        state, v = x.to(wide), direction.to(x.device, wide)
-        length = state.norm(dim=-1, keepdim=True)
-        unit = state / length.clamp(min=1e-12)
-        u = unit + self.strength * (1 + (unit @ -v).clamp(min=0)[..., None]) * v
-        return (length * normalize(u, dim=-1)).to(x.dtype)
 
 
 @checked

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sitelens.conditions.adapters import PROJECTIONS
 from sitelens.conditions.streams import INNER, AddToStream, output_hooks
 from sitelens.engine.decoding import end_tokens
 from sitelens.engine.forward import HeadEdit, LastToken, capture_z, full_logits
@@ -19,7 +20,6 @@ from sitelens.evaluation.evaluate import generate
 from sitelens.heads.attention import attention
 from sitelens.heads.direct import DirectPath, tolerance
 from sitelens.heads.inputs import all_heads
-from sitelens.methods.lora import PROJECTIONS
 from sitelens.models.model import head_shape, model_dtype, own_tokenizer
 from sitelens.reports.verification.subject import NEW_TOKENS, Finding, Subject, distance
 from sitelens.settings import settings
