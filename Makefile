@@ -1,7 +1,7 @@
-# make demo   from nothing to trained head maps of four tasks on a real model
+# make demo   from an empty checkout to head maps of four tasks on a real model
 # make test   ruff, pyright and every test
 # make test-fast   the tests that need neither the real model nor minutes
-# make figures, table, comparison, suites, notebooks   what is committed of results, made again
+# make figures, table, comparison, suites, notebooks   regenerate the committed results
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +16,7 @@ demo: .venv/.installed
 test: check test-fast
 	$(BIN)/python -m pytest -m slow
 
-# One process a core: the models are so small that a process cannot use two.
+# One process per core: the models are so small that a process cannot use two.
 test-fast: .venv/.installed
 	$(BIN)/python -m pytest -m "not slow" --numprocesses auto
 
@@ -33,18 +33,18 @@ format: .venv/.installed
 table: .venv/.installed
 	$(BIN)/sitelens run $$($(BIN)/sitelens tasks --built-in --names) --n-items 50 --out figures/builtin --progress
 
-# Every figure of the paper's analyses, with its data and origin (about an hour; what is cached is not computed again).
+# Every figure of the paper's analyses, with its data and provenance (about an hour; cached results are reused).
 figures: .venv/.installed
 	$(BIN)/sitelens figures --out figures --progress
 
-# SITE and its rivals on eight Function Vectors tasks (two to three hours; interrupted, it goes on where it was).
+# SITE and nine baselines on eight Function Vectors tasks (two to three hours; if interrupted, rerun to resume).
 comparison: .venv/.installed
 	$(BIN)/sitelens compare fv/country-capital fv/choose_middle_of_3 fv/antonym fv/alphabetically_first_3 \
 	    fv/singular-plural fv/animal_v_object_3 fv/english-french fv/adjective_v_verb_3 \
 	    --set LTV.steps=100 many-shot.limit=50 $(SAVED)
 
-# Whole benchmarks, samples of those with long prompts, and every Function Vectors task's heads on every other (some
-# hours; interrupted, it goes on where it was).
+# Whole benchmarks (samples of those with long prompts), and transfer among all Function Vectors tasks (some
+# hours; if interrupted, rerun to resume).
 suites: .venv/.installed
 	$(BIN)/sitelens suite fv57 $(SAVED)
 	$(BIN)/sitelens suite builtin $(SAVED)
@@ -64,13 +64,13 @@ suites: .venv/.installed
 notebooks: .venv/.installed
 	cd notebooks && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=3600 *.ipynb
 
-# The library against the plain way, and against what the machine can do (about an hour).
+# The library compared with a straightforward implementation and with the limits of the machine (about an hour).
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks.bench
 	$(BIN)/python -m benchmarks.limits
 	$(BIN)/python -m benchmarks.curves
 
-# torch first: with it in place, nothing else asks for another build of it.
+# torch first: once it is installed, no other package pulls in another build of it.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"

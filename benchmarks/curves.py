@@ -22,7 +22,7 @@ from plotly.subplots import make_subplots
 import sitelens as sl
 from benchmarks.bench import RESULTS, machine, padded, seconds
 from sitelens.engine.prompts import few_shot_prompts, tokenize
-from sitelens.figures.style import COLOURS, DOUBLE, styled
+from sitelens.figures.style import COLORS, DOUBLE, styled
 from sitelens.models.model import Model, head_shape, own_tokenizer
 from sitelens.settings import settings
 
@@ -110,7 +110,7 @@ def draw(frame: pd.DataFrame) -> None:
     for column, name in enumerate(names, start=1):
         part = frame[frame["against"] == name]
         for row, (y, title) in enumerate((("seconds", "Seconds each"), ("mib", "Extra memory (MiB)")), start=1):
-            line = go.Scatter(x=part["x"], y=part[y], mode="lines+markers", line={"color": COLOURS[0], "width": 1.5})
+            line = go.Scatter(x=part["x"], y=part[y], mode="lines+markers", line={"color": COLORS[0], "width": 1.5})
             figure.add_trace(line, row, column)
             figure.update_yaxes(title=title if column == 1 else None, rangemode="tozero", row=row, col=column)
         figure.add_hline(settings.budget(BUDGET) / 2**20, row=2, col=column, line={"dash": "dash", "width": 1})  # type: ignore[arg-type]

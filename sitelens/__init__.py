@@ -1,7 +1,10 @@
-"""sitelens finds the attention heads in which a language model keeps a task, and injects the task there.
+"""Find the attention heads that carry a task in a language model, inject task embeddings there, compare heads.
 
-The public names are loaded when they are first used: importing TransformerLens takes seconds, `import sitelens`
-does not.
+sitelens implements SITE: Jungwon Park, Jimyeong Kim, Changin Choi and Wonjong Rhee, "Soft Head Selection for Injecting
+ICL-Derived Task Embeddings", Findings of ACL 2026, arXiv 2507.20906 (first versions: "Soft Injection of Task Embeddings
+Outperforms Prompt-Based In-Context Learning").
+
+Public names are loaded when they are first used: importing TransformerLens takes seconds, `import sitelens` does not.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ if TYPE_CHECKING:
     from sitelens.tasks import load_task as load_task
     from sitelens.tasks import load_tasks as load_tasks
 
-_HOMES = {
+_EXPORTS = {
     "conditions.ablation": ("Ablate",),
     "conditions.base": ("Condition",),
     "conditions.embedding": ("TaskEmbedding", "embed_task"),
@@ -88,20 +91,20 @@ _HOMES = {
     "studies.transfer": ("TransferMatrix", "transfer_matrix"),
     "tasks": ("Example", "Task", "list_tasks", "load_task", "load_tasks"),
 }
-_HOME_OF: dict[str, str] = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF: dict[str, str] = {name: home for home, names in _EXPORTS.items() for name in names}
 
-# Modules whose functions are called by their names: sl.studies.costs.
-_ROOMS = ("figures", "heads", "methods", "studies")
+# Subpackages whose functions are called through them: sl.studies.costs.
+_SUBPACKAGES = ("figures", "heads", "methods", "studies")
 
-__all__ = ["__version__", "settings", *_ROOMS, *sorted(_HOME_OF)]
+__all__ = ["__version__", "settings", *_SUBPACKAGES, *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _SUBPACKAGES:
         return importlib.import_module(f"sitelens.{name}")
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'sitelens' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sitelens.{_HOME_OF[name]}"), name)
+    return getattr(importlib.import_module(f"sitelens.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -240,4 +240,4 @@ def check_answers(metrics: Sequence[Metric], answers: Sequence[str], case_sensit
         for answer in answers if metric.generates else ():
             if not metric.form(answer, case_sensitive):
                 raise SitelensError(f"{where}: {metric.name} cannot score the answer {answer!r}: it is empty after "
-                                    "normalisation; first_token can")  # fmt: skip
+                                    "normalization; first_token can")  # fmt: skip

@@ -173,7 +173,7 @@ def test_folders_of_somebodys_machine_are_seen():
 
 def lazy_and_typed() -> tuple[dict[str, str], dict[str, str]]:
     """Name -> module of the public names, as loaded lazily and as type checkers see them."""
-    lazy = {name: f"sitelens.{home}" for home, names in sitelens._HOMES.items() for name in names}
+    lazy = {name: f"sitelens.{home}" for home, names in sitelens._EXPORTS.items() for name in names}
     [block] = [
         node
         for node in tree(PACKAGE / "__init__.py").body
@@ -190,9 +190,9 @@ def lazy_and_typed() -> tuple[dict[str, str], dict[str, str]]:
 
 def test_type_checkers_see_what_is_loaded_lazily():
     lazy, typed = lazy_and_typed()
-    assert {typed.pop(room) for room in sitelens._ROOMS} == {"sitelens"}
+    assert {typed.pop(room) for room in sitelens._SUBPACKAGES} == {"sitelens"}
     assert typed == lazy
-    assert sorted(sitelens.__all__) == sorted(["__version__", "settings", *sitelens._ROOMS, *lazy])
+    assert sorted(sitelens.__all__) == sorted(["__version__", "settings", *sitelens._SUBPACKAGES, *lazy])
 
 
 def test_dir_lists_the_public_names():
@@ -204,7 +204,7 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = sitelens.nonsense
 
 
-@pytest.mark.parametrize("name", sorted(set(sitelens.__all__) - {"__version__", "settings", *sitelens._ROOMS}))
+@pytest.mark.parametrize("name", sorted(set(sitelens.__all__) - {"__version__", "settings", *sitelens._SUBPACKAGES}))
 def test_a_public_name_lives_in_its_home(name: str):
     home = lazy_and_typed()[0][name]
     assert getattr(sitelens, name) is getattr(importlib.import_module(home), name)

@@ -12,7 +12,7 @@ import transformers
 
 from sitelens import list_models
 from sitelens.models import catalogue
-from sitelens.models.catalogue import NF4_BYTES, PAPER, how_to_get, weight_bytes
+from sitelens.models.catalogue import NF4_BYTES, PAPER, download_command, weight_bytes
 from sitelens.models.gguf.converted import PACKAGED
 from sitelens.models.model import Model
 from sitelens.settings import settings
@@ -67,20 +67,21 @@ def test_rows_say_how_much_memory_and_which_command() -> None:
     assert large["prefix_kib"] == 2 * 80 * 8 * 128 * 2 / 1024
     assert large["prefix_tokens"] == 2**30 // (320 * 1024)
     assert large["weights_gib"] == round(weight_bytes(PAPER[large.name]) / 2**30, 2) < 70.6e9 / 2**30
-    assert large["get"].startswith("hf auth login && hf download meta-llama/Llama-3.1-70B ") and not large["ready"]
+    assert large["download_command"].startswith("hf auth login && hf download meta-llama/Llama-3.1-70B ")
+    assert not large["cached"]
     plain = 'hf download Qwen/Qwen3-8B --exclude "original/*" "consolidated*"'
-    assert frame.loc["Qwen/Qwen3-8B", "get"] == how_to_get("Qwen/Qwen3-8B") == plain
+    assert frame.loc["Qwen/Qwen3-8B", "download_command"] == download_command("Qwen/Qwen3-8B") == plain
     assert frame.loc["Qwen/Qwen3-8B", "weights_gib"] == round(2 * 8_190_735_360 / 2**30, 2)
 
 
-def test_a_model_is_ready_when_all_its_weights_lie_in_the_hubs_cache(
+def test_a_model_is_cached_when_all_its_weights_lie_in_the_hubs_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
 
-    def ready() -> list[str]:
-        found = list_models().set_index("name")["ready"]
-        return list(found.index[found & found.index.str.contains("/")])
+    def cached_models() -> list[str]:
+        cached = list_models().set_index("name")["cached"]
+        return list(cached.index[cached & cached.index.str.contains("/")])
 
     def cached(name: str, file: str) -> str | None:
         return str(tmp_path / file) if name == "Qwen/Qwen3-8B" and (tmp_path / file).exists() else None
@@ -89,9 +90,9 @@ def test_a_model_is_ready_when_all_its_weights_lie_in_the_hubs_cache(
     parts = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
     (tmp_path / "model-1.safetensors").touch()
-    assert ready() == []  # an interrupted download
+    assert cached_models() == []  # an interrupted download
     (tmp_path / "model-2.safetensors").touch()
-    assert ready() == ["Qwen/Qwen3-8B"]
+    assert cached_models() == ["Qwen/Qwen3-8B"]
 
 
 def test_four_bits_take_what_bitsandbytes_takes() -> None:
@@ -108,4 +109,4 @@ def test_the_packaged_models_row_is_right(packaged_model: Model) -> None:
     spec, text = PACKAGED["smollm2-135m"], packaged_model.original_model.config
     assert {fact: getattr(spec, fact) for fact in FACTS} == {fact: getattr(text, at) for fact, at in FACTS.items()}
     assert spec.parameters == sum({id(p): p.numel() for p in packaged_model.original_model.parameters()}.values())
-    assert catalogue.list_models().set_index("name").loc["smollm2-135m", "ready"]
+    assert catalogue.list_models().set_index("name").loc["smollm2-135m", "cached"]

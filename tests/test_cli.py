@@ -367,8 +367,8 @@ BROKEN_RUNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no config": lambda record: record.pop("config"),
     "no tasks": lambda record: record["config"].pop("tasks"),
     "no train": lambda record: record["config"].pop("train"),
-    "unknown field": lambda record: record["config"].update(colour="red"),
-    "unknown training field": lambda record: record["config"]["train"].update(colour="red"),
+    "unknown field": lambda record: record["config"].update(color="red"),
+    "unknown training field": lambda record: record["config"]["train"].update(color="red"),
     "steps 0": lambda record: record["config"]["train"].update(steps=0),
 }
 

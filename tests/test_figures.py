@@ -205,12 +205,12 @@ CASES: dict[str, Case] = {
         figures.seed_variance, lambda t: rows(task=t, prompt_seed=range(5), training_seed=range(3)),
         dotted("prompt_seed", prefix="prompt seed "), (f"{ACCURACY} (a dot for each training seed)", None),
     ),
-    "initialisations": Case(
-        figures.initialisations, lambda t: rows(task=t, init=("0.1", "0.5", "0.9", "random"), seed=(0, 1)),
-        dotted("init", prefix="alpha starts at "), (f"{ACCURACY} (a dot for each seed)", None),
+    "initializations": Case(
+        figures.initializations, lambda t: rows(task=t, init=("0.1", "0.5", "0.9", "random"), seed=(0, 1)),
+        dotted("init", prefix="init "), (f"{ACCURACY} (a dot for each seed)", None),
     ),
-    "initialisation_distances": Case(
-        figures.initialisation_distances,
+    "initialization_distances": Case(
+        figures.initialization_distances,
         lambda t: rows(task=t, pair=("same init", "same seed", "both differ"), i=range(4))
         .rename(columns={"mean": "distance"}).drop(columns=["low", "high"]),
         dotted("pair", x="distance"), ("Mean |difference| of alpha", None), share=False,
@@ -382,16 +382,16 @@ class TestLines:
         soft = next(t for t in figures.soft_hard(soft_hard(FOUR)).data if t.name == "soft")
         assert "interval" not in soft.hovertemplate and soft.customdata is None
 
-    def test_more_kinds_than_colours_still_look_different(self) -> None:
-        for draw in (lambda: figures.lines(self.frame, "x", colour="kind"),
-                     lambda: figures.dots(self.frame.assign(task="a"), colour="kind")):  # fmt: skip
+    def test_more_kinds_than_colors_still_look_different(self) -> None:
+        for draw in (lambda: figures.lines(self.frame, "x", color="kind"),
+                     lambda: figures.dots(self.frame.assign(task="a"), color="kind")):  # fmt: skip
             figure = draw()
             looks = {(t.marker.symbol, t.marker.color or t.line.color) for _, t in shown(figure)}
             assert len(looks) == 12
 
     def test_what_the_first_panel_lacks_is_in_the_legend(self) -> None:
         frame = rows(task=("a", "b"), kind=("x", "y"), x=(1, 2))
-        figure = figures.lines(frame[(frame["task"] == "b") | (frame["kind"] == "x")], "x", colour="kind", facet="task")
+        figure = figures.lines(frame[(frame["task"] == "b") | (frame["kind"] == "x")], "x", color="kind", facet="task")
         assert [t.name for t in figure.data if t.showlegend] == ["x", "y"] and figure.layout.showlegend
 
     def test_the_lowest_panel_of_every_column_has_its_numbers(self) -> None:
@@ -526,7 +526,7 @@ class TestTransferHeatmap:
 
 
 class TestHeadHeatmap:
-    def test_numbers_of_both_signs_have_colours_symmetric_about_zero(self) -> None:
+    def test_numbers_of_both_signs_have_colors_symmetric_about_zero(self) -> None:
         values = np.array([[0.5, -2.0], [1.0, 0.0]])
         (heatmap,) = figures.head_heatmap(values, "effects", "logit").data
         assert (heatmap.zmin, heatmap.zmax) == (-2, 2) and np.array_equal(heatmap.z, values)

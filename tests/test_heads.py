@@ -125,10 +125,10 @@ def named(network: Any, pattern: str) -> list[torch.nn.Module]:
 
 def frozen(norm: torch.nn.Module, source: Tensor, output: Tensor) -> Callable[[Tensor], Tensor]:
     """A norm as the linear map that it is at one input when its scale is held: no weight or epsilon is looked up."""
-    centred = isinstance(norm, torch.nn.LayerNorm)
+    centered = isinstance(norm, torch.nn.LayerNorm)
     shift = norm(torch.zeros(1, len(source)))[0]  # what a LayerNorm adds
-    gain = (output - shift) / (source - source.mean() if centred else source)
-    return lambda x: (x - x.mean(-1, keepdim=True) if centred else x) * gain
+    gain = (output - shift) / (source - source.mean() if centered else source)
+    return lambda x: (x - x.mean(-1, keepdim=True) if centered else x) * gain
 
 
 class Parts:

@@ -61,7 +61,7 @@ DRAWN: dict[str, Callable[[str], Any]] = {
         hover={NAMES[2]: square()}, axes=(NAMES[0], NAMES[1]), between=NAMES[3],
     ),
     "lines": lambda title: figures.lines(
-        rows(task=NAMES, kind=NAMES, dash=NAMES[:2], x=NAMES), "x", colour="kind", dash="dash", facet="task",
+        rows(task=NAMES, kind=NAMES, dash=NAMES[:2], x=NAMES), "x", color="kind", dash="dash", facet="task",
         labels=LABELS, title=title, interval=NAMES[2],
     ),
     "dots": lambda title: figures.dots(rows(task=NAMES, condition=NAMES), labels=LABELS, title=title),
@@ -79,8 +79,8 @@ DRAWN: dict[str, Callable[[str], Any]] = {
     "seed_variance": lambda title: figures.seed_variance(
         rows(task=NAMES, prompt_seed=NAMES, training_seed=(0, 1)), title
     ),
-    "initialisations": lambda title: figures.initialisations(rows(task=NAMES, init=NAMES, seed=(0, 1)), title),
-    "initialisation_distances": lambda title: figures.initialisation_distances(
+    "initializations": lambda title: figures.initializations(rows(task=NAMES, init=NAMES, seed=(0, 1)), title),
+    "initialization_distances": lambda title: figures.initialization_distances(
         rows(task=NAMES, pair=NAMES).assign(distance=0.5), title
     ),
     "loss_path": lambda title: figures.loss_path(rows(path=NAMES, position=(0.0, 1.0)), title),

@@ -174,12 +174,12 @@ def test_a_difference_of_one_task_by_hand() -> None:
     plus, minus, n = 6, 2, 40
     values = np.array([1.0] * plus + [-1.0] * minus + [0.0] * (n - plus - minus))[None, :, None]
     added = Z**2 / 2
-    centre = (plus - minus) / (n + added)
+    center = (plus - minus) / (n + added)
     squares = (plus + minus - (plus - minus) ** 2 / n) * n / (n - 1)
     half = Z * math.sqrt(squares + added) / (n + added)
     interval = difference_over_items(Strata.of(values))
     assert float(interval[0]) == pytest.approx(0.1)
-    assert ends(interval) == pytest.approx((centre - half, centre + half), rel=1e-6)
+    assert ends(interval) == pytest.approx((center - half, center + half), rel=1e-6)
 
 
 def test_over_tasks_a_difference_is_students_interval_with_wilsons_floor() -> None:

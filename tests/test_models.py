@@ -464,7 +464,7 @@ def test_a_folder_that_is_not_there_is_named(name: str):
 def test_a_hub_model_that_cannot_be_had_says_what_to_do(name: str, command: str):
     with pytest.raises(
         SitelensError,
-        match=f"model '{name}' could not be loaded: .*`{re.escape(command)} .*licence.*local folder.*smollm2-135m",
+        match=f"model '{name}' could not be loaded: .*`{re.escape(command)} .*license.*local folder.*smollm2-135m",
     ):
         load_model(name)
 

@@ -86,7 +86,7 @@ def test_ties_share_their_rank() -> None:
     assert found == pytest.approx(3.75 / math.sqrt(4.5 * 4.5))
 
 
-def test_pearson_is_centred_and_sees_opposites() -> None:
+def test_pearson_is_centered_and_sees_opposites() -> None:
     high, low = alpha(0.9, 0.99, 0.9, 0.99), alpha(0.99, 0.9, 0.99, 0.9)
     assert alpha_similarity(high, low) == pytest.approx(-1)
 
@@ -207,7 +207,7 @@ def drawn_names(figure: Any) -> list[str]:
     return [str(row[0]).split("<br>")[0] for row in trace.text]
 
 
-def test_a_heatmap_shows_the_frame_with_fixed_colours(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_a_heatmap_shows_the_frame_with_fixed_colors(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     found = of(random_alphas(), monkeypatch, model)
     for measure in MEASURES:
         figure, frame = found.heatmap(measure), found.frame(measure)

@@ -111,12 +111,12 @@ STUDIES: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any], list[str],
         studies.seed_variance, {"prompt_seeds": (0, 3), "training_seeds": (0, 1, 2), "n_prompts": 3, "n_shots": 2},
         ["task", "prompt_seed", "training_seed", "n_heads", *MEASURED], 12,
     ),
-    "initialisations": (
-        studies.initialisations, {"inits": (0.3, "random")},
+    "initializations": (
+        studies.initializations, {"inits": (0.3, "random")},
         ["task", "init", "seed", "valid_loss", "n_heads", "share_binary", *MEASURED], 8,
     ),
-    "initialisation_distances": (
-        studies.initialisation_distances, {"inits": (0.3, "random")},
+    "initialization_distances": (
+        studies.initialization_distances, {"inits": (0.3, "random")},
         ["task", "init_a", "seed_a", "init_b", "seed_b", "pair", "distance", "pearson", "hard_agreement"], 12,
     ),
     "checkpoints": (studies.checkpoints, {}, ["task", "checkpoint", "step", "valid_loss", *MEASURED], 4),
@@ -140,8 +140,8 @@ generic = pytest.mark.filterwarnings("ignore:the shared alpha:sitelens.SitelensW
 
 
 LONG = (
-    "initialisation_distances",
-    "initialisations",
+    "initialization_distances",
+    "initializations",
     "prompt_counts",
     "mixing",
     "checkpoints",
@@ -198,7 +198,7 @@ BAD: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
     "no threshold": (studies.soft_hard, {"thresholds": ()}, r"thresholds must lie in \[0, 1\], got none"),
     "by": (studies.alpha_distribution, {"by": "head"}, "by must be 'task', 'layer' or 'step', not 'head'"),
     "steps": (studies.alpha_distribution, {"by": "step", "steps": (0,)}, r"steps\[0\] must be at least 1, got 0"),
-    "inits": (studies.initialisations, {"inits": (1.5,)}, "init must be 'random' or lie between 0 and 1, got 1.5"),
+    "inits": (studies.initializations, {"inits": (1.5,)}, "init must be 'random' or lie between 0 and 1, got 1.5"),
     "shots": (studies.prompt_counts, {"n_shots": (1, 90)}, "'one' has too few training items for 90 shots"),
 }
 
@@ -450,11 +450,11 @@ class TestSeedVariance:
         )
 
 
-class TestInitialisations:
+class TestInitializations:
     inits = (0.3, "random")
 
     def test_each_run_starts_where_it_says(self, model: Model, tasks: list[sl.Task]) -> None:
-        frame = studies.initialisations(tasks, model, inits=self.inits, seeds=(0, 4), config=CONFIG, **OPTIONS)
+        frame = studies.initializations(tasks, model, inits=self.inits, seeds=(0, 4), config=CONFIG, **OPTIONS)
         for task in tasks:
             for init in self.inits:
                 for seed in (0, 4):
@@ -467,7 +467,7 @@ class TestInitialisations:
         assert frame["loss"].nunique() == 8
 
     def test_distances_by_hand(self, model: Model, tasks: list[sl.Task]) -> None:
-        frame = studies.initialisation_distances(tasks, model, inits=self.inits, seeds=(0, 4), config=CONFIG, **OPTIONS)
+        frame = studies.initialization_distances(tasks, model, inits=self.inits, seeds=(0, 4), config=CONFIG, **OPTIONS)
         assert frame["task"].tolist() == ["one"] * 6 + ["two"] * 6
         for task in tasks:
             keys = [(init, seed) for init in self.inits for seed in (0, 4)]
@@ -728,6 +728,6 @@ def once(items: Iterable[Any]) -> Iterable[Any]:
 
 
 def test_tasks_may_come_one_by_one_where_runs_are_shared(model: Model, tasks: list[sl.Task]) -> None:
-    runs = studies.initialised(once(tasks), model, inits=(0.3,), seeds=(0, 1), config=CONFIG, **OPTIONS)
+    runs = studies.initialization_runs(once(tasks), model, inits=(0.3,), seeds=(0, 1), config=CONFIG, **OPTIONS)
     assert list(runs) == [("one", 0.3, 0), ("one", 0.3, 1), ("two", 0.3, 0), ("two", 0.3, 1)]
     assert all(result.config == replace(CONFIG, init=0.3, seed=seed) for (_, _, seed), (_, result) in runs.items())

@@ -147,7 +147,7 @@ def test_an_answer_behind_a_byte_is_written_as_in_the_whole_text():
     assert names(batch.accepted[0], tokenizer) == ["ab", "<0xC3>"]
 
 
-def test_a_normaliser_acts_on_prompt_and_answer_alike():
+def test_a_normalizer_acts_on_prompt_and_answer_alike():
     tokenizer = micro.tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     task = Task.from_pairs("own", [(word, "AB") for word in micro.WORDS[:6]])

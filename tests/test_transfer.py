@@ -54,7 +54,7 @@ def test_every_cell_is_the_evaluation_of_its_pair(swap: Swap, model: Model) -> N
         assert grid.n[target.name] == len(target.test)
 
 
-def test_normalised_is_the_share_of_the_own_gain_and_missing_where_there_is_none() -> None:
+def test_normalized_is_the_share_of_the_own_gain_and_missing_where_there_is_none() -> None:
     grid = matrix([[0.5, 0.3, 0.2], [0.3, 0.9, 0.2], [0.1, 0.1, 0.24]], [0.1, 0.1, 0.2])
     expected = [[1.0, 0.25, np.nan], [0.5, 1.0, np.nan], [0.0, 0.0, np.nan]]
     np.testing.assert_allclose(grid.normalized().to_numpy(), expected, atol=1e-12)
@@ -69,7 +69,7 @@ def test_clustering_puts_similar_tasks_together_and_changes_no_cell() -> None:
     pd.testing.assert_frame_equal(clustered.frame.loc[list("abc"), list("abc")], grid.frame)
 
 
-def test_the_tree_is_of_mean_normalised_transfer_and_what_is_not_known_counts_as_none() -> None:
+def test_the_tree_is_of_mean_normalized_transfer_and_what_is_not_known_counts_as_none() -> None:
     # Own gains .8, .4, .04 (too small) and .5. Shares: a on b 1/4, b on a 1/2, d on a more than all, a on d below 0.
     values = [[0.9, 0.2, 0.2, 0.0], [0.5, 0.5, 0.2, 0.35], [0.1, 0.1, 0.24, 0.1], [0.95, 0.1, 0.2, 0.6]]
     grid = matrix(values, [0.1, 0.1, 0.2, 0.1])
@@ -137,7 +137,7 @@ def drawn_names(figure: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("order", ["clustered", "given"])
-def test_heatmap_has_fixed_colours_every_name_and_the_numbers_in_its_hover(
+def test_heatmap_has_fixed_colors_every_name_and_the_numbers_in_its_hover(
     order: Literal["clustered", "given"],
 ) -> None:
     grid = matrix(VALUES, [0.0, 0.1, 0.05])

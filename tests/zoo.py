@@ -181,13 +181,13 @@ def frozen(norm: Any, name: str, x: Tensor, architecture: str) -> Callable[[Tens
     if architecture.startswith(("Gemma", "Nemotron")):
         weight = 1 + weight
     bias = getattr(norm, "bias", None)
-    centred = "RMS" not in type(norm).__name__ and "LayerNorm" in type(norm).__name__
+    centered = "RMS" not in type(norm).__name__ and "LayerNorm" in type(norm).__name__
     eps = next((float(getattr(norm, name)) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), 1e-5)
-    centre = x - x.mean(-1, keepdim=True) if centred else x
-    scale = (centre.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+    center = x - x.mean(-1, keepdim=True) if centered else x
+    scale = (center.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
     def held(x: Tensor) -> Tensor:
-        y = (x - x.mean(-1, keepdim=True) if centred else x) / scale * weight
+        y = (x - x.mean(-1, keepdim=True) if centered else x) / scale * weight
         return y if bias is None else y + bias
 
     return held

@@ -29,7 +29,7 @@ def tasks(options: argparse.Namespace) -> None:
 def models(options: argparse.Namespace) -> None:
     from sitelens.models.catalogue import list_models
 
-    print(list_models().drop(columns="get").to_string(index=False))
+    print(list_models().drop(columns="download_command").to_string(index=False))
     print(
         "\nweights_gib: memory of the weights; prefix_kib: keys and values of a prompt token; prefix_tokens: how many\n"
         "of these --memory-budget holds. `hf download NAME` gets a model, after `hf auth login` where it is gated\n"

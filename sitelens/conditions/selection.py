@@ -223,7 +223,7 @@ class HeadSelection:
         return pd.DataFrame(index, columns=["layer", "head"]).assign(alpha=self.alpha.flatten().tolist())
 
     def heatmap(self, title: str | None = None) -> go.Figure:
-        """Layer by head, colours fixed to [0, 1], the numbers in the hover."""
+        """Layer by head, colors fixed to [0, 1], the numbers in the hover."""
         title = title if title is not None else f"Head selection: {self.task}" if self.task else "Head selection"
         return figures.alpha_heatmap(self.alpha.detach().double().cpu().numpy(), title=title)
 

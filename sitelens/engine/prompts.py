@@ -44,12 +44,12 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """Tokenised prompts, left-padded so that every prompt ends at position -1.
+    """Tokenized prompts, left-padded so that every prompt ends at position -1.
 
     tokens, mask: token ids, and which of them are real.
     answer: the first token of the preferred answer (-1 where none is known); accepted: those of every accepted answer,
         as it is given and in Unicode form NFC.
-    texts, answers: what was tokenised.
+    texts, answers: what was tokenized.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -189,9 +189,9 @@ def few_shot_prompts(
 def tokenize(
     prompts: Sequence[Prompt], tokenizer: Any, context: int | None = None, where: str = "", new_tokens: int = 0
 ) -> PromptBatch:
-    """Tokenise prompts with the model's own tokenizer, its own habit of a beginning-of-sequence token included.
+    """Tokenize prompts with the model's own tokenizer, its own habit of a beginning-of-sequence token included.
 
-    The answer's first token is the one that follows the prompt when both are tokenised together. Where they
+    The answer's first token is the one that follows the prompt when both are tokenized together. Where they
     merge across the boundary, it is the first token of the answer behind another text, and a warning says how often.
 
     Raises:
@@ -222,7 +222,7 @@ def tokenize(
         accepted[i].append(rest[0])
     if merged:
         warnings.warn(
-            f"{where}{len(merged)} of {len(pairs)} answers merge with the end of the prompt when tokenised together, "
+            f"{where}{len(merged)} of {len(pairs)} answers merge with the end of the prompt when tokenized together, "
             f"for example {merged[0]!r}; their first token is that of the answer behind a text that it does not merge "
             "with",
             SitelensWarning, stacklevel=2,
@@ -300,7 +300,7 @@ def answer_tokens(
 ) -> Iterator[tuple[list[int], bool]]:
     """The tokens of each answer behind its prompt, for pairs of a prompt's place and an answer.
 
-    Tokenised together with the prompt, whose own tokens are `ids`; behind another text, and the second is true, where
+    Tokenized together with the prompt, whose own tokens are `ids`; behind another text, and the second is true, where
     the two merge.
     """
     together = _encode([prompts[i].text + answer for i, answer in pairs], [prompts[i] for i, _ in pairs], tokenizer)

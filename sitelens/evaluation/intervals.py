@@ -125,8 +125,8 @@ def mean_over_items(strata: Strata) -> Interval:
     most = np.maximum((own / strata.items).sum(-1) / tasks**2, size * mean * (1 - mean) * unit)
     square = Z**2 * np.minimum(_within(strata), most) + _from_repeats(strata)
     k = Z**2 * unit * size
-    half, centre = np.sqrt(square + k**2 / 4) / (1 + k), (mean + k / 2) / (1 + k)
-    low, high = centre - half, centre + half
+    half, center = np.sqrt(square + k**2 / 4) / (1 + k), (mean + k / 2) / (1 + k)
+    low, high = center - half, center + half
     if tasks > 1 or (strata.repeats.freedom > 0).any():
         hits, misses = mean / (unit * size), (1 - mean) / (unit * size)
         low = np.where((hits > 0) & (hits < 1.5), np.minimum(low, SINGLE * mean), low)
@@ -144,12 +144,12 @@ def mean_over_tasks(strata: Strata) -> Interval:
     times = np.maximum(_ratio(square, quantile**2 * size * chance, 0.0), unit * (Z / quantile / 2) ** 2)
     times = np.where(chance > 0, times, unit)
     k = quantile**2 * size * times
-    half, centre = np.sqrt(k * chance + k**2 / 4) / (1 + k), (mean + k / 2) / (1 + k)
+    half, center = np.sqrt(k * chance + k**2 / 4) / (1 + k), (mean + k / 2) / (1 + k)
     linear = quantile**2 * size * np.minimum(times, unit)
     quadratic = _ratio(quantile**2 * size * np.maximum(times - unit, 0), chance, 0.0)
     low = _crossing(mean, np.zeros_like(mean), linear, quadratic)
     high = _crossing(mean, np.ones_like(mean), linear, quadratic)
-    return _bounded(mean, np.minimum(low, centre - half), np.maximum(high, centre + half), 0.0)
+    return _bounded(mean, np.minimum(low, center - half), np.maximum(high, center + half), 0.0)
 
 
 def difference_over_items(strata: Strata) -> Interval:
@@ -167,8 +167,8 @@ def _difference(strata: Strata, square: Array) -> Interval:
     mean, size = _over(strata.mean), _size(strata)
     unit = _ratio((strata.square / strata.items).sum(-1), (strata.absolute / strata.items).sum(-1))
     k = Z**2 / 2 * unit * size
-    half, centre = np.sqrt(square + 2 * k**2) / (1 + k), mean / (1 + k)
-    return _bounded(mean, centre - half, centre + half, -1.0)
+    half, center = np.sqrt(square + 2 * k**2) / (1 + k), mean / (1 + k)
+    return _bounded(mean, center - half, center + half, -1.0)
 
 
 def _mean(strata: Strata) -> tuple[Array, Array, Array]:
@@ -237,8 +237,8 @@ def _repeats(filled: Array, known: Array, item: Array, once: Array, spread: Arra
         nothing = np.zeros(spread.shape)
         return Repeats(nothing, nothing, nothing), means
     several = number > 1
-    centre = np.nansum(means, -1) / np.maximum(number, 1)
-    seen = np.nansum((means - centre[..., None]) ** 2, -1) / np.maximum(number - 1, 1) / np.maximum(number, 1)
+    center = np.nansum(means, -1) / np.maximum(number, 1)
+    seen = np.nansum((means - center[..., None]) ** 2, -1) / np.maximum(number - 1, 1) / np.maximum(number, 1)
     off = np.where(known, filled - item[..., None], 0.0)
     shift = off.sum(-2) / np.maximum(counts, 1)
     rest = np.where(known, off - shift[..., None, :], 0.0)

@@ -19,8 +19,8 @@ from sitelens.figures.studies import comparison as comparison
 from sitelens.figures.studies import costs as costs
 from sitelens.figures.studies import head_counts as head_counts
 from sitelens.figures.studies import head_overlap as head_overlap
-from sitelens.figures.studies import initialisation_distances as initialisation_distances
-from sitelens.figures.studies import initialisations as initialisations
+from sitelens.figures.studies import initialization_distances as initialization_distances
+from sitelens.figures.studies import initializations as initializations
 from sitelens.figures.studies import loss_path as loss_path
 from sitelens.figures.studies import mixing as mixing
 from sitelens.figures.studies import prompt_counts as prompt_counts

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sitelens.figures.style import COLOURS, DASHES, DOUBLE, SINGLE, Figure, legend_height, styled, text_width, wrapped
+from sitelens.figures.style import COLORS, DASHES, DOUBLE, SINGLE, Figure, legend_height, styled, text_width, wrapped
 from sitelens.files.escaping import figure_text
 
 SHARE: dict[str, Any] = {"range": [-0.03, 1.03], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
@@ -25,7 +25,7 @@ def lines(
     x: str,
     y: str = "mean",
     *,
-    colour: str | None = None,
+    color: str | None = None,
     dash: str | None = None,
     facet: str | None = None,
     labels: Mapping[str, str] | None = None,
@@ -36,7 +36,7 @@ def lines(
     markers: bool = True,
     interval: str = INTERVAL,
 ) -> Figure:
-    """y against x, a line for each value of `colour` and `dash`, a panel for each of `facet`.
+    """y against x, a line for each value of `color` and `dash`, a panel for each of `facet`.
 
     Columns `low` and `high`, where the frame has them, are drawn as a band, which the hover calls `interval`.
     `share` fixes y to [0, 1]. `labels` names columns on axes and in the hover.
@@ -45,15 +45,15 @@ def lines(
     panels = _panels(frame, facet)
     figure, columns = _grid(panels, facet, named[x], named[y])
     told = {column: figure_text(name) for column, name in named.items()}
-    colours, dashes = _values(frame, colour), _values(frame, dash)
+    colors, dashes = _values(frame, color), _values(frame, dash)
     shown: set[str] = {""}
     for place, panel in enumerate(panels.values()):
         row, column = divmod(place, columns)
-        for c, d, part in _series(panel, colour, dash):
+        for c, d, part in _series(panel, color, dash):
             part = part.sort_values(x)
-            i, name = colours.index(c), figure_text(_name(c, d))
+            i, name = colors.index(c), figure_text(_name(c, d))
             across = _texts(part[x])
-            ink = COLOURS[i % len(COLOURS)]
+            ink = COLORS[i % len(COLORS)]
             has_band = {"low", "high"} <= set(part.columns) and bool(part["low"].notna().any())
             if has_band:
                 band = go.Scatter(
@@ -86,29 +86,29 @@ def dots(
     x: str = "mean",
     *,
     y: str = "task",
-    colour: str = "condition",
+    color: str = "condition",
     labels: Mapping[str, str] | None = None,
     title: str = "",
     share: bool = True,
     reference: float | None = None,
 ) -> Figure:
-    """x for each y (one a line, from the top), a dot for each value of `colour`, with its interval.
+    """x for each y (one a line, from the top), a dot for each value of `color`, with its interval.
 
     Columns `low` and `high`, where the frame has them, are the interval; `reference` is a dashed line across.
     """
     named = {x: x, **(labels or {})}
-    names, colours = _values(frame, y), _values(frame, colour)
-    dots_a_line = len(colours) + 0.6
-    room = max(2.0, min(11.0, 120 / len(colours), TALL / len(names) / dots_a_line))  # pixels between a line's dots
+    names, colors = _values(frame, y), _values(frame, color)
+    dots_a_line = len(colors) + 0.6
+    room = max(2.0, min(11.0, 120 / len(colors), TALL / len(names) / dots_a_line))  # pixels between a line's dots
     pitch = max(14.0, room * dots_a_line)
     figure = Figure()
-    for i, value in enumerate(colours):
-        part = frame[frame[colour] == value]
-        offset = (i - (len(colours) - 1) / 2) * room / pitch
+    for i, value in enumerate(colors):
+        part = frame[frame[color] == value]
+        offset = (i - (len(colors) - 1) / 2) * room / pitch
         known = {"low", "high"} <= set(part.columns)
         figure.add_trace(go.Scatter(
             x=part[x], y=[names.index(name) + offset for name in part[y]], mode="markers", name=figure_text(value),
-            marker={"color": COLOURS[i % len(COLOURS)], "size": min(6.0, room + 2), "symbol": marker(i)},
+            marker={"color": COLORS[i % len(COLORS)], "size": min(6.0, room + 2), "symbol": marker(i)},
             error_x={"type": "data", "symmetric": False, "array": part["high"] - part[x], "thickness": 1, "width": 0,
                      "arrayminus": part[x] - part["low"]} if known else None,
             customdata=part[[y, *(["low", "high"] if known else [])]].assign(**{y: list(map(figure_text, part[y]))}),
@@ -124,8 +124,8 @@ def dots(
     width = max(SINGLE + 60, left + 250)
     label = wrapped(named[x], width - left - 24)
     figure.update_xaxes(title=label, **SHARE if share else {})
-    legend = legend_height(colours, width - left - 14) if len(colours) > 1 else 0
-    figure.update_layout(showlegend=len(colours) > 1)
+    legend = legend_height(colors, width - left - 14) if len(colors) > 1 else 0
+    figure.update_layout(showlegend=len(colors) > 1)
     margin = {"l": left, "b": 46 + 14 * label.count("<br>") + legend}
     return styled(figure, title, width, len(names) * pitch, margin=margin)
 
@@ -134,13 +134,13 @@ def histogram(
     frame: pd.DataFrame, x: str, y: str, *, facet: str | None = None, labels: Mapping[str, str] | None = None,
     title: str = "",
 ) -> Figure:  # fmt: skip
-    """Bars of y at the bin centres x, a panel for each value of `facet`."""
+    """Bars of y at the bin centers x, a panel for each value of `facet`."""
     named = {x: x, y: y, **(labels or {})}
     panels = _panels(frame, facet)
     figure, columns = _grid(panels, facet, named[x], named[y])
     for place, panel in enumerate(panels.values()):
         row, column = divmod(place, columns)
-        bar = go.Bar(x=_texts(panel[x]), y=panel[y], marker_color=COLOURS[0], showlegend=False,
+        bar = go.Bar(x=_texts(panel[x]), y=panel[y], marker_color=COLORS[0], showlegend=False,
                      hovertemplate=f"{figure_text(named[x])} %{{x:.2f}}<br>{figure_text(named[y])} %{{y:.3f}}"
                      "<extra></extra>")  # fmt: skip
         figure.add_trace(bar, row + 1, column + 1)
@@ -163,14 +163,14 @@ def _panels(frame: pd.DataFrame, facet: str | None) -> dict[str, pd.DataFrame]:
     return {str(value): frame[frame[facet] == value] for value in dict.fromkeys(frame[facet])}
 
 
-def _series(panel: pd.DataFrame, colour: str | None, dash: str | None) -> list[tuple[Any, Any, pd.DataFrame]]:
-    keys = list(dict.fromkeys(name for name in (colour, dash) if name))
+def _series(panel: pd.DataFrame, color: str | None, dash: str | None) -> list[tuple[Any, Any, pd.DataFrame]]:
+    keys = list(dict.fromkeys(name for name in (color, dash) if name))
     if not keys:
         return [(None, None, panel)]
     found = []
     for key, part in panel.groupby(keys, sort=False):
         values = dict(zip(keys, key, strict=True))
-        found.append((values.get(colour or ""), values.get(dash or ""), part))
+        found.append((values.get(color or ""), values.get(dash or ""), part))
     return found
 
 
@@ -179,8 +179,8 @@ def _name(*values: Any) -> str:
 
 
 def marker(i: int) -> str:
-    """Another one for each colour; other pairs of the two, and open ones, when the colours begin again."""
-    turn = i // len(COLOURS)
+    """Another one for each color; other pairs of the two, and open ones, when the colors begin again."""
+    turn = i // len(COLORS)
     return SYMBOLS[(i + turn) % len(SYMBOLS)] + ("-open" if turn % 2 else "")
 
 
@@ -230,6 +230,6 @@ def _finished(figure: Figure, title: str, panels: int, columns: int) -> Figure:
     return styled(figure, title, width, _plot(math.ceil(panels / columns), columns), above, margin=margin)
 
 
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+def _faint(color: str) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.15)"

@@ -12,13 +12,13 @@ from plotly.subplots import make_subplots
 from scipy.cluster.hierarchy import dendrogram
 
 from sitelens.figures.style import (
-    COLOURS,
+    COLORS,
     DIVERGING,
     DOUBLE,
     SEQUENTIAL,
     Figure,
     Number,
-    colourbar,
+    colorbar,
     legend_height,
     styled,
     text_width,
@@ -49,7 +49,7 @@ def head_heatmap(
 ) -> Figure:
     """Any number of every head as layer (up) by head (across).
 
-    values: `[layer head]`. Without limits the colours span the values, symmetric about 0 where some are negative.
+    values: `[layer head]`. Without limits the colors span the values, symmetric about 0 where some are negative.
     """
     layers, heads = values.shape
     diverging = low is None and float(values.min()) < 0
@@ -58,7 +58,7 @@ def head_heatmap(
         low = -high
     heatmap = go.Heatmap(
         z=values, zmin=low, zmax=high, colorscale=DIVERGING if diverging else SEQUENTIAL, xgap=0.5, ygap=0.5,
-        colorbar=colourbar(label, **({"tickvals": [0, 0.25, 0.5, 0.75, 1]} if (low, high) == (0, 1) else {})),
+        colorbar=colorbar(label, **({"tickvals": [0, 0.25, 0.5, 0.75, 1]} if (low, high) == (0, 1) else {})),
         hovertemplate=f"layer %{{y}}<br>head %{{x}}<br>{figure_text(label or 'value')} %{{z:.3f}}<extra></extra>",
     )  # fmt: skip
     figure = Figure(heatmap)
@@ -80,11 +80,11 @@ def transfer_heatmap(
     axes: tuple[str, str] = ("Source of the heads", "Target task"),
     between: str = "on",
 ) -> Figure:
-    """Sources (down) by targets (across), the colour scale fixed; the numbers stand in the hover.
+    """Sources (down) by targets (across), the color scale fixed; the numbers stand in the hover.
 
-    values: index the source tasks, columns the target tasks. groups: a kind for each task, shown by the colour of a
+    values: index the source tasks, columns the target tasks. groups: a kind for each task, shown by the color of a
     strip at the left. tree: a scipy linkage, drawn above, whose leaves from left to right are the columns. hover:
-    further frames of the same shape. limits: of the colours; where they are below 0 the scale diverges. axes: their
+    further frames of the same shape. limits: of the colors; where they are below 0 the scale diverges. axes: their
     titles, down and across. between: what stands between the two tasks in the hover.
     """
     sources, targets = [str(name) for name in values.index], [str(name) for name in values.columns]
@@ -105,7 +105,7 @@ def transfer_heatmap(
     )  # fmt: skip
     heatmap = go.Heatmap(
         z=values.to_numpy(float), zmin=limits[0], zmax=limits[1], xgap=0.5, ygap=0.5,
-        colorscale=DIVERGING if limits[0] < 0 else SEQUENTIAL, colorbar=colourbar(label, len=0.8, y=0.4),
+        colorscale=DIVERGING if limits[0] < 0 else SEQUENTIAL, colorbar=colorbar(label, len=0.8, y=0.4),
         x=list(range(n)), y=list(range(len(sources))),
         customdata=np.stack(list(details.values()), -1) if details else None,
         text=[[f"{source}<br>{figure_text(between)} {target}" for target in shown[1]] for source in shown[0]],
@@ -122,7 +122,7 @@ def transfer_heatmap(
         places = [place for place, name in enumerate(sources) if (groups or {}).get(name, "other") == kind]
         figure.add_trace(go.Bar(
             y=places, x=[1] * len(places), width=1, orientation="h", name=figure_text(kind),
-            marker_color=COLOURS[i % len(COLOURS)], customdata=[shown[0][place] for place in places],
+            marker_color=COLORS[i % len(COLORS)], customdata=[shown[0][place] for place in places],
             hovertemplate=f"%{{customdata}}<extra>{figure_text(kind)}</extra>",
         ), 2, 1)  # fmt: skip
     for row, column in ((1, 1), (1, 2), (2, 1)):

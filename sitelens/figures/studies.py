@@ -12,12 +12,12 @@ from plotly.subplots import make_subplots
 
 from sitelens.figures.charts import SHARE, dots, histogram, lines, marker
 from sitelens.figures.style import (
-    COLOURS,
+    COLORS,
     DOUBLE,
     SEQUENTIAL,
     SINGLE,
     Figure,
-    colourbar,
+    colorbar,
     legend_height,
     styled,
     text_width,
@@ -33,7 +33,7 @@ def soft_hard(frame: pd.DataFrame, title: str = "") -> Figure:
     hard = frame[["task", "threshold", "mean", "low", "high"]].assign(selection="hard")
     soft = frame[["task", "threshold", "soft"]].rename(columns={"soft": "mean"}).assign(selection="soft")
     labels = {"threshold": "Threshold on alpha", "mean": ACCURACY}
-    return lines(pd.concat([hard, soft]), "threshold", colour="selection", dash="selection", facet="task",
+    return lines(pd.concat([hard, soft]), "threshold", color="selection", dash="selection", facet="task",
                  labels=labels, title=title)  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def random_heads(frame: pd.DataFrame, title: str = "") -> Figure:
     draws = frame.groupby("heads")["draw"].nunique().max()
     named = {"random": f"random (mean and range of {draws} draws)", "high-alpha": "high-alpha"}
     labels = {"k": "Heads patched", "mean": ACCURACY}
-    return lines(ranged.assign(heads=ranged["heads"].map(named)), "k", colour="heads", facet="task", labels=labels,
+    return lines(ranged.assign(heads=ranged["heads"].map(named)), "k", color="heads", facet="task", labels=labels,
                  title=title, interval="range")  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def head_counts(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy over the number of heads added or removed, from the highest alpha down and from the lowest up."""
     named = frame.assign(order=frame["order"] + " first")
     labels = {"k": "Heads added, or removed", "mean": ACCURACY}
-    return lines(named, "k", colour="order", dash="change", facet="task", labels=labels, title=title, markers=False)
+    return lines(named, "k", color="order", dash="change", facet="task", labels=labels, title=title, markers=False)
 
 
 def task_agnostic(frame: pd.DataFrame, title: str = "") -> Figure:
@@ -63,31 +63,31 @@ def task_agnostic(frame: pd.DataFrame, title: str = "") -> Figure:
 def mixing(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy under convex and additive mixing, soft and hard."""
     kind = frame["mixing"] + frame["hard"].map({True: ", hard", False: ", soft"})
-    return dots(frame.assign(kind=kind), colour="kind", labels={"mean": ACCURACY}, title=title)
+    return dots(frame.assign(kind=kind), color="kind", labels={"mean": ACCURACY}, title=title)
 
 
 def prompt_counts(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy of SITE over the number of prompts, a line for each number of shots."""
     named = frame.assign(shots=[f"{n} {'shot' if n == 1 else 'shots'}" for n in frame["n_shots"]])
     labels = {"n_prompts": "Prompts averaged over (M)", "mean": ACCURACY}
-    return lines(named, "n_prompts", colour="shots", facet="task", labels=labels, title=title, log_x=True)
+    return lines(named, "n_prompts", color="shots", facet="task", labels=labels, title=title, log_x=True)
 
 
 def seed_variance(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy under every prompt and training seed, a dot a run."""
     plain = frame.drop(columns=["low", "high"]).assign(seed="prompt seed " + frame["prompt_seed"].astype(str))
-    return dots(plain, colour="seed", labels={"mean": f"{ACCURACY} (a dot for each training seed)"}, title=title)
+    return dots(plain, color="seed", labels={"mean": f"{ACCURACY} (a dot for each training seed)"}, title=title)
 
 
-def initialisations(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy after training from each initialisation, a dot a seed."""
-    return dots(frame.assign(init="alpha starts at " + frame["init"]), colour="init",
+def initializations(frame: pd.DataFrame, title: str = "") -> Figure:
+    """Accuracy after training from each initialization, a dot a seed."""
+    return dots(frame.assign(init="init " + frame["init"]), color="init",
                 labels={"mean": f"{ACCURACY} (a dot for each seed)"}, title=title)  # fmt: skip
 
 
-def initialisation_distances(frame: pd.DataFrame, title: str = "") -> Figure:
+def initialization_distances(frame: pd.DataFrame, title: str = "") -> Figure:
     """Mean absolute distance of the alphas found, for pairs of runs that share the init, the seed, or neither."""
-    return dots(frame, "distance", colour="pair", share=False, labels={"distance": "Mean |difference| of alpha"},
+    return dots(frame, "distance", color="pair", share=False, labels={"distance": "Mean |difference| of alpha"},
                 title=title)  # fmt: skip
 
 
@@ -95,12 +95,12 @@ def loss_path(frame: pd.DataFrame, title: str = "") -> Figure:
     """Cross-entropy along the straight line between two alphas."""
     labels = {"position": "Position between the two alphas", "loss": LOSS}
     return lines(frame.drop(columns=["low", "high"]), "position", "loss",
-                 colour="path" if "path" in frame else None, labels=labels, title=title, share=False)  # fmt: skip
+                 color="path" if "path" in frame else None, labels=labels, title=title, share=False)  # fmt: skip
 
 
 def checkpoints(frame: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy of the best and of the last checkpoint."""
-    return dots(frame, colour="checkpoint", labels={"mean": ACCURACY}, title=title)
+    return dots(frame, color="checkpoint", labels={"mean": ACCURACY}, title=title)
 
 
 def alpha_distribution(frame: pd.DataFrame, title: str = "") -> Figure:
@@ -111,7 +111,7 @@ def alpha_distribution(frame: pd.DataFrame, title: str = "") -> Figure:
     if "step" in frame:
         named = frame.assign(step="step " + frame["step"].astype(str))
         labels = {"alpha": "alpha", "share": "Share of heads"}
-        figure = lines(named, "alpha", "share", colour="step", facet="task", labels=labels, title=title, share=False,
+        figure = lines(named, "alpha", "share", color="step", facet="task", labels=labels, title=title, share=False,
                        markers=False)  # fmt: skip
         figure.update_xaxes(range=[0, 1], tickvals=[0, 0.5, 1])
         return figure
@@ -122,8 +122,8 @@ def training_curves(histories: pd.DataFrame, title: str = "") -> Figure:
     """Validation loss over training: frames of `TrainResult.history` with a column `task`."""
     measured = histories.dropna(subset="valid_loss")
     labels = {"step": "Step", "valid_loss": f"Validation {LOSS.lower()}"}
-    few = measured["task"].nunique() <= len(COLOURS)
-    return lines(measured, "step", "valid_loss", colour="task" if few else None, facet=None if few else "task",
+    few = measured["task"].nunique() <= len(COLORS)
+    return lines(measured, "step", "valid_loss", color="task" if few else None, facet=None if few else "task",
                  labels=labels, title=title, share=False)  # fmt: skip
 
 
@@ -131,13 +131,13 @@ def costs(frame: pd.DataFrame, title: str = "", quantity: Literal["seconds", "to
     """Seconds, or tokens, over the number of prompts answered; both axes logarithmic."""
     names = {"seconds": "Seconds", "tokens": "Tokens through the model"}
     labels = {"prompts": "Prompts answered", quantity: names[quantity]}
-    return lines(frame, "prompts", quantity, colour="method", labels=labels, title=title, share=False, log_x=True,
+    return lines(frame, "prompts", quantity, color="method", labels=labels, title=title, share=False, log_x=True,
                  log_y=True)  # fmt: skip
 
 
 def head_overlap(frame: pd.DataFrame, title: str = "") -> Figure:
     """AUC of each known kind of head for the selected ones; 0.5 is chance."""
-    return dots(frame, "auc", colour="kind", labels={"auc": "AUC for alpha > 0.5"}, title=title, reference=0.5)
+    return dots(frame, "auc", color="kind", labels={"auc": "AUC for alpha > 0.5"}, title=title, reference=0.5)
 
 
 def shared_attention(frame: pd.DataFrame, title: str = "") -> Figure:
@@ -153,7 +153,7 @@ def shared_attention(frame: pd.DataFrame, title: str = "") -> Figure:
     summary = summary.assign(low=summary["mean"] - 1.96 * summary["sem"], high=summary["mean"] + 1.96 * summary["sem"])
     ordered = summary.assign(place=summary["group"].map({"both": 0, "one": 1, "neither": 2}))
     ordered = ordered.sort_values("place", kind="stable").assign(group=lambda f: "selected by " + f["group"])
-    return dots(ordered, colour="group", share=False, title=title,
+    return dots(ordered, color="group", share=False, title=title,
                 labels={"mean": "Total variation between attention on the two tasks' prompts: mean over heads, "
                                 "with 1.96 standard errors"})  # fmt: skip
 
@@ -163,10 +163,10 @@ def attention_roles(frame: pd.DataFrame, title: str = "") -> Figure:
     heads = frame["layer"].astype(str) + "." + frame["head"].astype(str)
     figure = Figure()
     names = list(dict.fromkeys(heads))
-    for colour, role in zip(COLOURS, dict.fromkeys(frame["role"]), strict=False):
+    for color, role in zip(COLORS, dict.fromkeys(frame["role"]), strict=False):
         part = frame["role"] == role
         figure.add_trace(go.Bar(
-            x=frame.loc[part, "share"], y=heads[part], name=figure_text(role), orientation="h", marker_color=colour,
+            x=frame.loc[part, "share"], y=heads[part], name=figure_text(role), orientation="h", marker_color=color,
             hovertemplate=f"head %{{y}}<br>{figure_text(role)} %{{x:.3f}}<extra></extra>",
         ))  # fmt: skip
     pitch = min(18.0, max(9.0, 1000 / len(names)))
@@ -189,7 +189,7 @@ def attention_example(frame: pd.DataFrame, title: str = "") -> Figure:
     figure = Figure(go.Heatmap(
         z=weights if down else weights.T, zmin=0, zmax=1, colorscale=SEQUENTIAL, text=told if down else told.T,
         hovertemplate="%{text}<br>attention %{z:.3f}<extra></extra>", xgap=0.5, ygap=0.5,
-        colorbar=colourbar("attention", tickvals=[0, 0.5, 1]),
+        colorbar=colorbar("attention", tickvals=[0, 0.5, 1]),
     ))  # fmt: skip
     tokens = {
         "tickvals": list(range(len(texts))),
@@ -213,12 +213,12 @@ def attention_example(frame: pd.DataFrame, title: str = "") -> Figure:
 
 
 def similarity_against_transfer(similarity: pd.DataFrame, transfer: pd.DataFrame, title: str = "") -> Figure:
-    """Every pair of tasks off the diagonal: similarity of heads across, normalised transfer up."""
+    """Every pair of tasks off the diagonal: similarity of heads across, normalized transfer up."""
     names = list(transfer.index)
     cells = [(a, b) for a in names for b in names if a != b]
     figure = Figure(go.Scatter(
         x=[similarity.loc[cell] for cell in cells], y=[transfer.loc[cell] for cell in cells], mode="markers",
-        marker={"color": COLOURS[0], "size": 5, "opacity": 0.6},
+        marker={"color": COLORS[0], "size": 5, "opacity": 0.6},
         text=[f"{figure_text(a)}<br>on {figure_text(b)}" for a, b in cells],
         hovertemplate="%{text}<br>similarity %{x:.3f}<br>share of the own gain %{y:.3f}<extra></extra>",
     ))  # fmt: skip
@@ -252,7 +252,7 @@ def comparison(frame: pd.DataFrame, title: str = "") -> Figure:
             figure.add_trace(go.Scatter(
                 x=[at[name]], y=[row["accuracy"]], mode="markers", name=figure_text(name),
                 legendgroup=figure_text(name), showlegend=place == 1,
-                marker={"color": COLOURS[i % len(COLOURS)], "size": 8, "symbol": marker(i)},
+                marker={"color": COLORS[i % len(COLORS)], "size": 8, "symbol": marker(i)},
                 error_y={"type": "data", "symmetric": False, "array": [max(above, 0)], "arrayminus": [max(below, 0)],
                          "thickness": 1, "width": 0},
                 hovertemplate=f"{figure_text(name)}<br>accuracy %{{y:.3f}}<br>{column} {row[column]:,.0f}"

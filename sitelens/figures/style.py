@@ -17,9 +17,9 @@ from sitelens.files.escaping import figure_text, visible
 
 Number = float | int
 SINGLE, DOUBLE = 336, 692  # pixels: 89 and 183 mm, a journal's one and two columns at 96 pixels an inch
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999933")  # Okabe and Ito's
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999933")  # Okabe and Ito's
 DASHES = ("solid", "dash", "dot", "dashdot")
-SEQUENTIAL = "Viridis"  # perceptually uniform, and safe for the colour-blind
+SEQUENTIAL = "Viridis"  # perceptually uniform, and safe for the color-blind
 DIVERGING = "RdBu_r"  # likewise safe
 LETTER = 0.51  # of the font size: the mean width of a letter
 TEMPLATE = "sitelens"
@@ -34,7 +34,7 @@ def _template() -> go.layout.Template:
         "font": {"family": "Arial, Helvetica, sans-serif", "size": 11, "color": "#222"},
         "title": {"x": 0.5, "xanchor": "center", "y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 9},
                   "font": {"size": 12}},
-        "colorway": COLOURS, "paper_bgcolor": "white", "plot_bgcolor": "white", "xaxis": axis, "yaxis": axis,
+        "colorway": COLORS, "paper_bgcolor": "white", "plot_bgcolor": "white", "xaxis": axis, "yaxis": axis,
         "legend": {"orientation": "h", "x": 0.5, "xanchor": "center", "xref": "container", "y": 0, "yanchor": "bottom",
                    "yref": "container", "tracegroupgap": 0, "font": {"size": 10}, "title": {"font": {"size": 10}}},
         "margin": {"l": 48, "r": 14, "t": 34, "b": 44},
@@ -110,8 +110,8 @@ def legend_height(names: Collection[Any], width: Number) -> int:
     return 20 * math.ceil(len(names) / in_a_line)
 
 
-def colourbar(label: str, **more: Any) -> dict[str, Any]:
-    """A slim colour bar, its title (plain text) along its side."""
+def colorbar(label: str, **more: Any) -> dict[str, Any]:
+    """A slim color bar, its title (plain text) along its side."""
     return {
         "title": {"text": figure_text(label), "side": "right", "font": {"size": 11}},
         "thickness": 10,

@@ -235,7 +235,7 @@ class DirectPath:
 
         def leave(y: Tensor, name: str) -> Tensor:
             norm = self.norms[name]
-            return HeldNorm(norm.gain[rows], norm.shift, norm.centred)(entered[name])
+            return HeldNorm(norm.gain[rows], norm.shift, norm.centered)(entered[name])
 
         def hold(x: Tensor, name: str) -> Tensor:
             return self.mlps[name][rows].expand_as(x)

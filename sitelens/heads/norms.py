@@ -16,22 +16,22 @@ class HeldNorm:
 
     gain: Float[Tensor, "row 1 d_model"]
     shift: Float[Tensor, " d_model"]
-    centred: bool
+    centered: bool
 
     def __call__(self, x: Float[Tensor, "*rows 1 d_model"]) -> Float[Tensor, "*rows 1 d_model"]:
         wide = x.to(self.gain.dtype)
-        wide = wide - wide.mean(-1, keepdim=True) if self.centred else wide
+        wide = wide - wide.mean(-1, keepdim=True) if self.centered else wide
         return (wide * self.gain.to(x.device) + self.shift.to(x.device)).to(x.dtype)
 
     @staticmethod
     def at(norm: Any, x: Float[Tensor, "row 1 d_model"], y: Float[Tensor, "row 1 d_model"],
            share: float) -> HeldNorm | None:  # fmt: skip
         """The norm as it took x to y, or None if it is no norm of a known form (within `share` of the output)."""
-        weight, shift, centred = _affine_part(norm, x)
+        weight, shift, centered = _affine_part(norm, x)
         x, y = x.to(weight.dtype), y.to(weight.dtype)
-        scaled = weight * (x - x.mean(-1, keepdim=True) if centred else x)
+        scaled = weight * (x - x.mean(-1, keepdim=True) if centered else x)
         inverse = ((y - shift) * scaled).sum(-1, keepdim=True) / scaled.pow(2).sum(-1, keepdim=True).clamp(min=1e-30)
-        held = HeldNorm(weight * inverse, shift, centred)
+        held = HeldNorm(weight * inverse, shift, centered)
         error = (held(x) - y).abs().max() / y.abs().max().clamp(min=1e-30)
         return held if bool(error <= share) else None
 

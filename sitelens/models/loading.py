@@ -14,7 +14,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module, dete
 
 from sitelens.checks.arguments import checked
 from sitelens.errors import SitelensError, SitelensWarning
-from sitelens.models.catalogue import how_to_get
+from sitelens.models.catalogue import download_command
 from sitelens.models.gguf.converted import PACKAGED, gguf_folder, packaged_folder
 from sitelens.models.model import Model, _tokenizers, head_shape, model_name, z_hook
 from sitelens.models.networks import load_network, quiet_transformers
@@ -173,11 +173,13 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
                 "code and, if you trust it, give load_model(..., trust_remote_code=True) or --trust-remote-code)"
             ) from error
         command = (
-            f"get it with `{how_to_get(name)}`" if folder == name else "is it a folder of a causal language model?"
+            f"get it with `{download_command(name)}`"
+            if folder == name
+            else "is it a folder of a causal language model?"
         )
         raise SitelensError(
             f"the model {name!r} could not be loaded: {reason} ({command}; a gated or private model needs "
-            "`hf auth login` and its licence accepted on its hub page; without a network, give a local folder or use a "
+            "`hf auth login` and its license accepted on its hub page; without a network, give a local folder or use a "
             "packaged model: " + ", ".join(PACKAGED) + ")"
         ) from error
     model.requires_grad_(False)  # after the bridge is built: it makes new parameters where q, k and v are fused

@@ -193,7 +193,7 @@ def _similarity_summary(on: Sequence[Task], model: Model, config: TrainConfig, o
 def _loss_path(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
     frames = []
     for task in on:
-        runs = studies.initialised([task], model, inits=(0.5, "random"), seeds=(0, 1), config=config, **options)
+        runs = studies.initialization_runs([task], model, inits=(0.5, "random"), seeds=(0, 1), config=config, **options)
         first, other, drawn = (runs[task.name, init, seed] for init, seed in ((0.5, 0), (0.5, 1), ("random", 0)))
         for label, end in (("another seed", other), ("a random start", drawn)):
             ends = first[1].selection, end[1].selection
@@ -229,9 +229,9 @@ PICTURES: dict[str, Picture] = {
     "mixing": study("Convex against additive mixing.", studies.mixing, figures.mixing),
     "prompt-counts": study("Prompts and shots of the embedding.", studies.prompt_counts, figures.prompt_counts, TWO),
     "seed-variance": study("Prompt seeds and training seeds.", studies.seed_variance, figures.seed_variance, TWO),
-    "initialisations": study("Where alpha starts.", studies.initialisations, figures.initialisations, TWO),
-    "initialisation-distances": study(
-        "Distances between the alphas found.", studies.initialisation_distances, figures.initialisation_distances, TWO
+    "initializations": study("Where alpha starts.", studies.initializations, figures.initializations, TWO),
+    "initialization-distances": study(
+        "Distances between the alphas found.", studies.initialization_distances, figures.initialization_distances, TWO
     ),
     "loss-path": Picture("Loss on the line between two alphas.", TWO, _loss_path),
     "checkpoints": study("Best against last checkpoint.", studies.checkpoints, figures.checkpoints),

@@ -16,8 +16,8 @@ from sitelens.studies.seeds import seed_variance as seed_variance
 from sitelens.studies.seeds import variance_components as variance_components
 from sitelens.studies.training import alpha_distribution as alpha_distribution
 from sitelens.studies.training import checkpoints as checkpoints
-from sitelens.studies.training import initialisation_distances as initialisation_distances
-from sitelens.studies.training import initialisations as initialisations
-from sitelens.studies.training import initialised as initialised
+from sitelens.studies.training import initialization_distances as initialization_distances
+from sitelens.studies.training import initialization_runs as initialization_runs
+from sitelens.studies.training import initializations as initializations
 from sitelens.studies.training import loss_path as loss_path
 from sitelens.studies.training import prompt_counts as prompt_counts

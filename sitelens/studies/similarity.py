@@ -75,7 +75,7 @@ class HeadSimilarity:
 
     @checked
     def heatmap(self, measure: str = "pearson", title: str | None = None) -> go.Figure:
-        """Tasks by tasks in clustered order with the dendrogram; colours fixed to [-1, 1], or [0, 1] for jaccard."""
+        """Tasks by tasks in clustered order with the dendrogram; colors fixed to [-1, 1], or [0, 1] for jaccard."""
         frame = self.frame(measure)
         distance = 1 - frame.fillna(0).to_numpy()  # a constant alpha is like nothing
         np.fill_diagonal(distance, 0)
@@ -104,7 +104,7 @@ def head_similarity(
 ) -> HeadSimilarity:
     """Similarity of the alphas of every two tasks, trained under every seed: Pearson, Spearman and top-k Jaccard.
 
-    Pearson's r is centred; all alphas are mostly near 0 or 1, so read it beside the others. `k` heads are the top
+    Pearson's r is centered; all alphas are mostly near 0 or 1, so read it beside the others. `k` heads are the top
     ones of each alpha (default: as many as have alpha > 0.5). The ceiling is the same task under another seed, the
     floor permutations of the heads of one alpha.
 
@@ -152,7 +152,7 @@ def similarity_predicts_transfer(
 ) -> pd.DataFrame:
     """Whether tasks with like heads transfer: one row per measure, with `r`, `p`, cells and permutations.
 
-    r correlates similarity with normalised transfer over the off-diagonal cells where that is known. Cells that
+    r correlates similarity with normalized transfer over the off-diagonal cells where that is known. Cells that
     share a task are not independent, so p comes from the quadratic assignment procedure (Krackhardt 1988): rows and
     columns of one matrix permuted together. Two-sided.
 

@@ -1,4 +1,4 @@
-"""Studies of how alpha is trained: prompts and shots, initialisations, checkpoints, what alphas come out."""
+"""Studies of how alpha is trained: prompts and shots, initializations, checkpoints, what alphas come out."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def prompt_counts(
 
 @checked
 @warned_once()
-def initialisations(
+def initializations(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
@@ -93,7 +93,7 @@ def initialisations(
     model, sample = resolve_model(model), Sample(**options)
     frames = []
     loaded = some_tasks(tasks)
-    results = initialised(loaded, model, inits=inits, seeds=seeds, config=config, **options)
+    results = initialization_runs(loaded, model, inits=inits, seeds=seeds, config=config, **options)
     for task in loaded:
         settings = []
         for (name, init, seed), (vector, result) in results.items():
@@ -108,7 +108,7 @@ def initialisations(
 
 @checked
 @warned_once()
-def initialisation_distances(
+def initialization_distances(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
@@ -117,13 +117,13 @@ def initialisation_distances(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """How far apart the alphas of `initialisations` lie: one row per task and pair of runs.
+    """How far apart the alphas of `initializations` lie: one row per task and pair of runs.
 
     Columns: task, init_a, seed_a, init_b, seed_b, pair ("same init" under two seeds, "same seed" from two inits, or
     "both differ"), distance (mean absolute difference of alpha), pearson, hard_agreement (share of heads on the
     same side of 0.5).
     """
-    results = initialised(tasks, model, inits=inits, seeds=seeds, config=config, **options)
+    results = initialization_runs(tasks, model, inits=inits, seeds=seeds, config=config, **options)
     rows = []
     keys = list(results)
     for i, a in enumerate(keys):
@@ -143,7 +143,7 @@ def initialisation_distances(
 
 @checked
 @warned_once()
-def initialised(
+def initialization_runs(
     tasks: Iterable[Task | str],
     model: Model | str | None = None,
     *,
@@ -152,7 +152,7 @@ def initialised(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> dict[tuple[str, float | str, int], tuple[TaskEmbedding, TrainResult]]:
-    """The runs of `initialisations`, by task name, init and seed, with the embedding that they were trained on."""
+    """The runs of `initializations`, by task name, init and seed, with the embedding that they were trained on."""
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
     cells = [
         (task, embed_task(task, model, seed=sample.seed, **sample.limits), init, seed)
@@ -243,7 +243,7 @@ def alpha_distribution(
 ) -> pd.DataFrame:
     """How alpha is distributed (paper: histogram of alpha), over all heads, by layer, or over training.
 
-    "task" and "step": one row per task (and step) and bin: alpha (the bin's centre), share (of heads). The alphas of
+    "task" and "step": one row per task (and step) and bin: alpha (the bin's center), share (of heads). The alphas of
     a step are those of a training that ends there, which draws the same items up to it. "layer": one row per task
     and layer: mean, on (share of alpha > 0.5), binary (share within 0.1 of 0 or 1).
 

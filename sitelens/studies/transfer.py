@@ -80,7 +80,7 @@ class TransferMatrix:
         return replace(self, frame=self.frame.loc[names, names], zero_shot=self.zero_shot[names], n=self.n[names])
 
     def tree(self) -> np.ndarray:
-        """A scipy linkage of the tasks: average linkage on 1 - the mean of both directions' normalised transfer.
+        """A scipy linkage of the tasks: average linkage on 1 - the mean of both directions' normalized transfer.
 
         Transfer that is not known, because the target's own gain is under 5 points, counts as none.
         """
@@ -120,7 +120,7 @@ class TransferMatrix:
         values: Literal["accuracy", "share"] = "accuracy",
         order: Literal["clustered", "given"] = "clustered",
     ) -> go.Figure:
-        """Sources by targets, colours fixed to [0, 1], kinds of tasks at the side, the numbers in the hover.
+        """Sources by targets, colors fixed to [0, 1], kinds of tasks at the side, the numbers in the hover.
 
         values: accuracy, or `normalized()`, in which targets that are hard even with their own heads show as well as
         easy ones (empty where it is not known). order: clustered, with the dendrogram above; or as given.

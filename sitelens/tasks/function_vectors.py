@@ -1,4 +1,4 @@
-"""The 57 tasks of Todd et al., "Function Vectors in Large Language Models", ICLR 2024 (MIT licence).
+"""The 57 tasks of Todd et al., "Function Vectors in Large Language Models", ICLR 2024 (MIT license).
 
 Files come from the authors' repository at a pinned commit and are checked against known SHA-256 sums, or from
 `SITELENS_DATA/function_vectors` in the same layout.

