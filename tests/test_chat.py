@@ -17,7 +17,8 @@ from sitelens.engine.prompts import Prompt, few_shot_prompt, item_sizes, tokeniz
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation.labels import shared_first_tokens
 from sitelens.methods.items import answered
-from sitelens.tasks import Example, Task, checked_arguments, rewritten
+from sitelens.tasks import Example, Task, rewritten
+from sitelens.tasks.templates import checked_arguments
 from tests import micro
 
 SHOTS, QUERY = [Example("aa", "ab"), Example("ac", "ad")], Example("ba", "bb", ("bc",))

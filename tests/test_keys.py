@@ -26,6 +26,7 @@ from sitelens.models.loading import load_model
 from sitelens.models.model import Model
 from sitelens.reports.comparison import fit_method
 from sitelens.settings import settings
+from sitelens.store import Artifact
 from tests import micro
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 40, 41, 42, 43]])
@@ -480,7 +481,7 @@ def test_an_ablated_model_never_takes_nor_leaves_what_a_clean_one_computes():
 
 def test_nothing_is_kept_of_work_during_which_a_hook_came(llama: Model):
     store = ResultStore(llama, [TASK])
-    artifact = sl.store.Artifact("embedding", store.key, {"x": torch.zeros(1)})
+    artifact = Artifact("embedding", store.key, {"x": torch.zeros(1)})
     with llama.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: None)]), pytest.warns(SitelensWarning):
         store.put(artifact)
     assert entries() == []

@@ -18,11 +18,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import sitelens as sl
-from sitelens.cli import _parser
+from sitelens.cli.command import command_parser
 from sitelens.cli.experiments import run_config
 from sitelens.models.provenance import provenance
 from sitelens.reports.records import changes, run_command, warn_of_changes
-from sitelens.reports.run import RunConfig, RunReport, run
+from sitelens.reports.run import RunConfig, RunReport, _warn_about_gaps, run, run_conditions
 from tests import micro
 
 SMALL = sl.TrainConfig(steps=6, eval_every=3, n_valid=4)
@@ -71,7 +71,7 @@ def test_high_low_and_random_have_a_quarter_of_the_heads_unless_told(report: Run
     result, mean_z = report.results["shift"], report.embeddings["shift"]
     for k, expected in ((None, 2), (5, 5)):
         options = {**vars(config(task_file)), "k": k}
-        conditions = sl.report.run_conditions(result, mean_z, RunConfig(**options))
+        conditions = run_conditions(result, mean_z, RunConfig(**options))
         for name in ("high-alpha", "low-alpha", "random 0", "random 1"):
             condition = conditions[name]
             assert isinstance(condition, sl.PatchHeads) and condition.selection.alpha.sum() == expected
@@ -98,7 +98,7 @@ def test_a_gap_between_soft_and_hard_is_named() -> None:
     means = {"zero-shot": 0.0, "SITE": 0.5, "hard": 0.4}
     rows = [{"task": "t", "metric": "first_token", "condition": name, "mean": mean} for name, mean in means.items()]
     with pytest.warns(sl.SitelensWarning, match="soft selection is 10 points above hard"):
-        sl.report._warn_about_gaps(pd.DataFrame(rows))
+        _warn_about_gaps(pd.DataFrame(rows))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def parsed(command: str) -> RunConfig:
     """The configuration that a shell and the command line make of a command."""
     program, *words = shlex.split(command)
     assert program == "sitelens"
-    return run_config(_parser().parse_args(words))
+    return run_config(command_parser().parse_args(words))
 
 
 TRAINS = st.fixed_dictionaries({

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 import sitelens as sl
 from sitelens.conditions import base as conditions
 from sitelens.conditions.adapters import Adapters, LowRank
+from sitelens.conditions.embedding import embedding_prompts
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.streams import AddToStream
-from sitelens.engine import forward, network, prefix, twins
+from sitelens.engine import forward, network, prefix, prompts, twins
+from sitelens.methods.site.loop import Run
 from sitelens.models.interference import Here
 from sitelens.models.model import Model, z_hook
 from sitelens.tasks import Task
@@ -181,9 +183,8 @@ def test_what_the_users_hook_does_to_whole_prompts_is_what_counts(family: str, e
 
 def mean_z(model: Model) -> Tensor:
     """The mean of z over the prompts of `embed_task`, each run alone."""
-    prompts = sl.embedding.embedding_prompts(TASK, micro.tokenizer(), 3, 2, 0)
     rows = []
-    for prompt in prompts:
+    for prompt in embedding_prompts(TASK, micro.tokenizer(), 3, 2, 0):
         kept: list[Tensor] = []
         hooks = [(z_hook(layer), lambda z, hook: kept.append(z[0, -1].clone())) for layer in range(2)]  # noqa: B023
         with torch.no_grad():
@@ -262,7 +263,7 @@ def test_training_goes_through_whole_prompts_where_the_user_listens() -> None:
     with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", at_the_end)]):
         result = sl.train_selection(TASK, model, embedding=replaced(embedding, model), config=CONFIG)
         alpha = torch.full((2, 4), 0.5, dtype=torch.float64)
-        run = sl.training_loop.Run(((0, 0),), CONFIG.seed, 0.5)
+        run = Run(((0, 0),), CONFIG.seed, 0.5)
         losses = []
         for item in [TASK.train[i] for i in run.draws(TASK, CONFIG)[0]]:
             edit = forward.HeadEdit.mix(alpha[None], embedding.mean_z.double()[None])
@@ -459,7 +460,7 @@ def test_an_interrupt_at_any_line_does_no_harm(llama: Model) -> None:
     llama.forward(torch.tensor([ids]))
     before = whole(llama, ids)
     heard: list[int] = []
-    batch = sl.evaluation.tokenize([sl.prompts.Prompt("ab cd", ())], micro.tokenizer(), None, "t")
+    batch = prompts.tokenize([prompts.Prompt("ab cd", ())], micro.tokenizer(), None, "t")
     with llama.hooks(fwd_hooks=[("blocks.1.mlp.hook_out", lambda x, hook: heard.append(1))]):
         left = micro.hooks_left(llama)
 
