@@ -59,7 +59,7 @@ def embeddings(model: Model, tasks: list[sl.Task]) -> dict[str, sl.TaskEmbedding
 def train(model: Model, tasks: list[sl.Task]) -> Callable[[], Any]:
     """A short training of all tasks together."""
     vectors = embeddings(model, tasks)
-    return lambda: sl.train_selections(tasks, model, embeddings=vectors, config=CONFIG, memory_budget=BUDGET)
+    return lambda: sl.train_selections(tasks, model, embeddings=vectors, config=CONFIG)
 
 
 def points(model: Model) -> Iterator[dict[str, Any]]:
@@ -82,13 +82,13 @@ def points(model: Model) -> Iterator[dict[str, Any]]:
     selection = sl.HeadSelection(torch.rand(head_shape(model)[:2], generator=torch.Generator().manual_seed(0)))
     for n in ALPHAS:
         grid = {str(i): sl.PatchHeads(selection.random(64, seed=i), vector) for i in range(n)}
-        took, extra = measured(lambda g=grid: sl.evaluate(task, g, model, n_items=16, memory_budget=BUDGET))
+        took, extra = measured(lambda g=grid: sl.evaluate(task, g, model, n_items=16))
         yield {"against": "alphas in a grid", "x": n, "seconds": took / n, "mib": extra}
 
 
 def main() -> None:
     """Measure, print, and write the table and its picture."""
-    sl.settings.progress = False
+    sl.settings.progress, sl.settings.memory_budget = False, BUDGET
     model = sl.load_model()
     measured(train(model, [sl.load_task("antonym")]))  # warm
     rows = []

@@ -34,8 +34,8 @@ class _Watcher:
 _watcher: ContextVar[_Watcher | None] = ContextVar("watcher", default=None)
 
 
-def tracked(items: Sequence[Item], label: str, progress: bool | None = None) -> Iterator[Item]:
-    """`items`, with a progress bar on standard error if `progress` (default: `settings.progress`) says so.
+def tracked(items: Sequence[Item], label: str) -> Iterator[Item]:
+    """`items`, with a progress bar on standard error if `settings.progress` says so.
 
     Inside a job there is no bar of its own: the job's bar moves by the share of the items that are done. For innermost
     loops; outer ones divide their stage by `portion`.
@@ -48,7 +48,7 @@ def tracked(items: Sequence[Item], label: str, progress: bool | None = None) -> 
         return
     from tqdm.auto import tqdm
 
-    shows = settings.progress if progress is None else progress
+    shows = settings.progress
     yield from tqdm(items, desc=label, disable=None if shows is None else not shows, leave=False)
 
 
@@ -82,14 +82,14 @@ class Job:
                 ...
 
     A bar in a terminal or a notebook; otherwise lines with the time left on standard error, or through the logger
-    "sitelens" if its level is INFO. `progress` is as `settings.progress`: True for a bar, False for nothing, None to
-    decide by who looks. A job inside another one's stage moves that one's bar.
+    "sitelens" if its level is INFO. `settings.progress` True asks for a bar, False for nothing, None to decide by who
+    looks. A job inside another one's stage moves that one's bar.
     """
 
-    def __init__(self, label: str, stages: Sequence[str], progress: bool | None = None) -> None:
+    def __init__(self, label: str, stages: Sequence[str]) -> None:
         self.label, self.stages = label, list(stages)
         self._outer = _watcher.get()
-        self._progress = settings.progress if progress is None else progress
+        self._progress = settings.progress
         self._costs: dict[str, float] = {}
         self._finished = 0.0  # cost of the stages that are done
         self._base = self._share = 0.0  # shares of the bar: when the costs became known, and now

@@ -100,6 +100,11 @@ class Settings:
         return f"Settings({', '.join(f'{name}={getattr(self, name)!r}' for name in self._settings())})"
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """What the settings are called."""
+        return tuple(cls._settings())
+
+    @classmethod
     def _settings(cls) -> dict[str, _Setting[Any]]:
         return {name: value for name, value in vars(cls).items() if isinstance(value, _Setting)}
 
@@ -112,13 +117,9 @@ class Settings:
             raise SitelensError(f"there is no setting {name!r}: {hint}")
         return known[name]
 
-    def budget(self, override: int | str | None = None) -> int:
-        """The memory budget in bytes, `override` first.
-
-        Raises:
-            SitelensError: if it is not a positive size.
-        """
-        value = self.memory_budget if override is None else _checked_size("memory_budget", override)
+    def budget(self) -> int:
+        """The memory budget in bytes."""
+        value = self.memory_budget
         return parse_bytes(value) if isinstance(value, str) else int(value)
 
     def cache(self) -> Path:

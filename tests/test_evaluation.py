@@ -200,9 +200,10 @@ def test_conditions_together_give_what_they_give_one_by_one(model_of_two: Model)
 def test_memory_budget_does_not_matter(model_of_two: Model, budget: int) -> None:
     conditions = conditions_for(model_of_two) | {"hooked": Everywhere(stream_vector())}
     options: dict[str, Any] = {"metrics": ("first_token", "exact_match"), "max_new_tokens": 3, "n_items": 6}
-    frames = [
-        sl.evaluate(micro.task(), conditions, model_of_two, memory_budget=size, **options) for size in (budget, "1GiB")
-    ]
+    frames = []
+    for size in (budget, "1GiB"):
+        with sl.settings.using(memory_budget=size):
+            frames.append(sl.evaluate(micro.task(), conditions, model_of_two, **options))
     assert_same_frame(*frames)
 
 
@@ -328,7 +329,8 @@ def test_at_most_max_new_tokens_are_generated(gpt2: Model, steps: int) -> None:
 def test_generation_does_not_depend_on_order_or_memory_budget(model_of_two: Model, budget: int) -> None:
     condition = patch_heads(*random_patch(model_of_two))
     expected = sl.generate(TEXTS, condition, model_of_two, max_new_tokens=NEW)
-    found = sl.generate(TEXTS[::-1], condition, model_of_two, max_new_tokens=NEW, memory_budget=budget)
+    with sl.settings.using(memory_budget=budget):
+        found = sl.generate(TEXTS[::-1], condition, model_of_two, max_new_tokens=NEW)
     assert found == expected[::-1]
     assert sl.generate([], condition, model_of_two) == []
 
@@ -793,8 +795,8 @@ def test_what_cannot_be_summarized_is_an_error(change: Callable[[pd.DataFrame], 
         ({"split": "dev"}, "unknown split 'dev'; one of train, valid, test"),
         ({"n_items": 0}, "n_items must be at least 1, got 0"),
         ({"n_items": -1}, "n_items must be at least 1, got -1"),
-        ({"memory_budget": 0}, "memory_budget must be a positive"),
-        ({"memory_budget": "lots"}, "cannot read 'lots' as a size"),
+        ({"memory_budget": "1GiB"}, r"is a setting, as in `with sl.settings.using\(memory_budget='1GiB'\):`"),
+        ({"progress": False}, r"is a setting, as in `with sl.settings.using\(progress=False\):`"),
         ({"metrics": ("exact_match",), "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
     ],
     ids=str,

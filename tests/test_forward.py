@@ -180,7 +180,8 @@ def test_captured_z_is_what_enters_the_output_projection(family: str, model: Mod
 @pytest.mark.parametrize("budget", [1, AMPLE])
 def test_embedding_is_the_mean_of_the_oracles_z(family: str, model: Model, budget: int) -> None:
     task = micro.task()
-    embedding = embed_task(task, model, n_prompts=5, n_shots=2, memory_budget=budget)
+    with settings.using(memory_budget=budget):
+        embedding = embed_task(task, model, n_prompts=5, n_shots=2)
     texts = [prompt.text for prompt in embedding_prompts(task, micro.tokenizer(), 5, 2, 0)]
     assert_close(embedding.mean_z, oracle.head_outputs(raw(family), ids_of(texts), model.cfg.n_heads).mean(0))
 
@@ -462,8 +463,8 @@ def test_padded_rows_are_the_oracles_in_float64(llama_double: Model) -> None:
 def test_embedding_does_not_depend_on_the_memory_budget(gpt2_double: Model, tmp_path: Any) -> None:
     found = []
     for budget in (1, 200_000, AMPLE):
-        with settings.using(cache_dir=tmp_path / str(budget)):
-            found.append(embed_task(micro.task(), gpt2_double, n_prompts=6, n_shots=3, memory_budget=budget).mean_z)
+        with settings.using(cache_dir=tmp_path / str(budget), memory_budget=budget):
+            found.append(embed_task(micro.task(), gpt2_double, n_prompts=6, n_shots=3).mean_z)
     assert_close(found[0], found[2], 1e-7)  # stored as float32
     assert_close(found[1], found[2], 1e-7)
 

@@ -159,8 +159,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, st.SearchStrategy[Any]]]] =
         "train": values(SMALL), "k": COUNT, "draws": COUNT, "n_items": COUNT, "metrics": values("first_token"),
         "seed": COUNT,
     }),
-    "embed_task": (sl.embed_task, {"n_prompts": COUNT, "n_shots": COUNT, "seed": COUNT, "memory_budget": values("1GiB"),
-                                   "progress": values(False)}),
+    "embed_task": (sl.embed_task, {"n_prompts": COUNT, "n_shots": COUNT, "seed": COUNT}),
     "evaluate": (sl.evaluate, {
         "conditions": values({"z": sl.ZeroShot()}), "n_items": COUNT, "split": values("test"), "seed": COUNT,
         "metrics": values("first_token"), "max_new_tokens": COUNT, "with_echo": values(True),

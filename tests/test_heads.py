@@ -543,8 +543,9 @@ def test_indirect_effects_are_those_of_the_raw_model_whatever_the_budget(
         gains[i] = (patched - oracle.logits(raw(family), ids).softmax(-1)[answer]).reshape(LAYERS, HEADS)
     assert len(set(batch.lengths)) > 1
     scale = float(gains.abs().max())
-    for budget in (None, 3 * 2 * prefix_bytes(model, max(batch.lengths)), 1):
-        found = indirect_effects(task, model, memory_budget=budget, **options)
+    for budget in ("2GiB", 3 * 2 * prefix_bytes(model, max(batch.lengths)), 1):
+        with settings.using(memory_budget=budget):
+            found = indirect_effects(task, model, **options)
         torch.testing.assert_close(by_head(found, "effect"), gains.mean(0), rtol=1e-3, atol=1e-4 * scale)
         error = gains.std(0) / math.sqrt(n)
         torch.testing.assert_close(by_head(found, "error"), error, rtol=1e-3, atol=1e-4 * scale)

@@ -224,9 +224,11 @@ def conditions_of(model: Model, n: int) -> Mapping[str, Condition]:
 class TestBudget:
     """With room enough a call takes more than the budget; under the budget it does not."""
 
-    def check(self, call: Callable[[int], object], budget: int) -> None:
-        assert peak(lambda: call(2**40)) > budget
-        assert peak(lambda: call(budget)) <= budget
+    def check(self, call: Callable[[], object], budget: int) -> None:
+        with settings.using(memory_budget=2**40):
+            assert peak(call) > budget
+        with settings.using(memory_budget=budget):
+            assert peak(call) <= budget
 
     @pytest.mark.parametrize(
         ("family", "n_tasks", "length", "batch_size", "budget"),
@@ -239,9 +241,9 @@ class TestBudget:
         embeddings = {task.name: vectors_of(model, task.name) for task in tasks}
         seeds = iter(range(100))
 
-        def train(budget: int) -> None:
+        def train() -> None:
             config = TrainConfig(steps=2, eval_every=1, batch_size=batch_size, n_valid=4)
-            options = {"seeds": (next(seeds),), "config": config, "memory_budget": budget}
+            options = {"seeds": (next(seeds),), "config": config}
             train_selections(tasks, model, embeddings=embeddings, **options)
 
         self.check(train, budget)
@@ -251,8 +253,8 @@ class TestBudget:
         embeddings = {task.name: vectors_of(model, task.name) for task in tasks}
         seeds = iter(range(100))
 
-        def train(budget: int) -> None:  # all validation prefixes together take more than half of it
-            options = {"seeds": (next(seeds),), "config": TrainConfig(steps=1, n_valid=8), "memory_budget": budget}
+        def train() -> None:  # all validation prefixes together take more than half of it
+            options = {"seeds": (next(seeds),), "config": TrainConfig(steps=1, n_valid=8)}
             train_selections(tasks, model, embeddings=embeddings, shared=True, **options)
 
         self.check(train, 9 * MIB)
@@ -261,37 +263,36 @@ class TestBudget:
     def test_evaluation_of_patched_heads(self, n_conditions: int, length: int) -> None:
         model, task = model_of("Llama"), task_of("any", length, n=40)
         conditions = conditions_of(model, n_conditions)
-        self.check(lambda budget: evaluate(task, conditions, model, memory_budget=budget), 21 * MIB)
+        self.check(lambda: evaluate(task, conditions, model), 21 * MIB)
 
     @pytest.mark.parametrize(("length", "budget"), [(LONG, 16 * MIB), (SHORT, MIB // 2)])
     def test_evaluation_with_generation(self, length: int, budget: int) -> None:
         model, task = model_of("Llama"), task_of("any", length, n=16)
         options: dict[str, Any] = {"metrics": ("first_token", "exact_match"), "max_new_tokens": 4}
         conditions = conditions_of(model, 2)
-        self.check(lambda budget: evaluate(task, conditions, model, memory_budget=budget, **options), budget)
+        self.check(lambda: evaluate(task, conditions, model, **options), budget)
 
     @pytest.mark.parametrize("metric", ["first_token", "exact_match"])
     def test_evaluation_of_whole_prompts(self, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FewShot, "patch", lambda condition, model: None)
         model, task = model_of("Llama"), task_of("any", LONG)
         options: dict[str, Any] = {"metrics": (metric,), "max_new_tokens": 4}
-        self.check(lambda budget: evaluate(task, {"": ZeroShot()}, model, memory_budget=budget, **options), 14 * MIB)
+        self.check(lambda: evaluate(task, {"": ZeroShot()}, model, **options), 14 * MIB)
 
     @pytest.mark.parametrize("shared_prefix", [True, False])
     def test_evaluation_over_a_large_vocabulary(self, shared_prefix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if not shared_prefix:
             monkeypatch.setattr(FewShot, "patch", lambda condition, model: None)
         model, task = model_of("Llama", vocabulary=100_000), task_of("any", SHORT, n=16)
-        self.check(lambda budget: evaluate(task, {"": ZeroShot()}, model, memory_budget=budget), 16 * MIB)
+        self.check(lambda: evaluate(task, {"": ZeroShot()}, model), 16 * MIB)
 
     def test_learned_task_vectors(self) -> None:
         model, task = model_of("Llama"), task_of("any", 40)
         seeds = iter(range(100))
 
-        def fit(budget: int) -> None:
+        def fit() -> None:
             sizes: dict[str, Any] = {"n_prompts": 4, "n_shots": 1, "n_pool": 24, "pool_shots": 4, "batch_size": 24}
-            with settings.using(memory_budget=budget):
-                METHODS["LTV"].fit(task, model, **sizes, steps=1, rates=(0.1, 0.01), seed=next(seeds))
+            METHODS["LTV"].fit(task, model, **sizes, steps=1, rates=(0.1, 0.01), seed=next(seeds))
 
         self.check(fit, 10 * MIB)
 
@@ -299,7 +300,7 @@ class TestBudget:
         model, task = model_of("Llama"), task_of("any", 40)
         seeds = iter(range(100))
 
-        def embed(budget: int) -> None:
-            embed_task(task, model, n_prompts=24, n_shots=4, seed=next(seeds), memory_budget=budget)
+        def embed() -> None:
+            embed_task(task, model, n_prompts=24, n_shots=4, seed=next(seeds))
 
         self.check(embed, 16 * MIB)

@@ -200,7 +200,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> RunReport:
     config = RunConfig(tasks=files, n_prompts=2, n_shots=1, n_items=2, draws=1, k=1, train=train)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sl.SitelensWarning)
-        return run(config, micro.bridge("Llama"), progress=False)
+        return run(config, micro.bridge("Llama"))
 
 
 def test_every_task_has_its_files_in_the_folder(report: RunReport, tmp_path: Path) -> None:

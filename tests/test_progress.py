@@ -48,7 +48,7 @@ def shares(job: Job, done: list[float]) -> list[float]:
 
 
 def test_stages_take_their_share_of_the_cost():
-    with Job("job", ["load", "a", "b"], progress=False) as job:
+    with Job("job", ["load", "a", "b"]) as job:
         with job.stage("load"):
             assert shares(job, [0.5, 1.0]) == [0.025, 0.05]
         job.plan({"a": 300.0, "b": 100.0})
@@ -59,14 +59,14 @@ def test_stages_take_their_share_of_the_cost():
 
 
 def test_a_skipped_stage_counts_as_done():
-    with Job("job", ["a", "b"], progress=False) as job:
+    with Job("job", ["a", "b"]) as job:
         job.plan({"a": 1.0, "b": 1.0})
         job.finish("a")
         assert job._share == 0.5
 
 
 def test_loops_and_jobs_inside_a_stage_move_its_bar_and_never_back():
-    with Job("job", ["a"], progress=False) as job:
+    with Job("job", ["a"]) as job:
         job.plan({"a": 1.0})
         seen = []
         with job.stage("a"):
@@ -133,7 +133,7 @@ def test_a_failed_job_does_not_say_that_it_is_done(capsys: pytest.CaptureFixture
     with pytest.raises(ZeroDivisionError), Job("run", ["a"]) as job, job.stage("a"):
         _ = 1 / 0
     assert capsys.readouterr().err == "sitelens: run: a\n"
-    assert list(tracked(["a", "b"], "letters", progress=False)) == ["a", "b"]  # the job is no longer told
+    assert list(tracked(["a", "b"], "letters")) == ["a", "b"]  # the job is no longer told
 
 
 def test_in_a_terminal_the_bar_is_there_from_the_start(

@@ -97,4 +97,6 @@ def test_the_command_leaves_no_setting_behind(tmp_path: Path, capsys: pytest.Cap
     before = repr(settings)
     assert cli.main(["cache", "--cache", str(tmp_path), "--data", str(tmp_path), "--progress"]) == 0
     assert cli.main(["run", "no-such-task", "--cache", str(tmp_path), "--out", str(tmp_path / "o")]) == 1
+    assert cli.main(["run", "no-such-task", "--memory-budget", "1GiB", "--out", str(tmp_path / "o")]) == 1
+    assert cli.main(["run", "no-such-task", "--memory-budget", "lots", "--out", str(tmp_path / "o")]) == 1
     assert repr(settings) == before and str(tmp_path) in capsys.readouterr().out

@@ -183,5 +183,5 @@ def test_a_model_whose_tokenizer_has_no_padding_and_no_end_evaluates_as_with_the
             tokenizer.pad_token = tokenizer.eos_token = None
         model = micro.bridged(micro.raw("Llama"), "bare", tokenizer)
         model.original_model.generation_config.eos_token_id = None
-        frames.append(sl.evaluate(task, conditions, model, n_items=3, progress=False))
+        frames.append(sl.evaluate(task, conditions, model, n_items=3))
     assert frames[0].equals(frames[1])

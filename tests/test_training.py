@@ -109,7 +109,10 @@ class TestHowItIsBatchedChangesNothing:
         options: dict[str, Any] = {"config": config, "shared": shared}
         counted = Counted(monkeypatch)
         few = 3 * 8 * prefix_bytes(model, 9)  # a third of it holds the prefixes of eight prompts
-        results = {budget: anew(self.tasks, model, memory_budget=budget, **options) for budget in counted.each(few, 1)}
+        results = {}
+        for budget in counted.each(few, 1):
+            with settings.using(memory_budget=budget or "2GiB"):
+                results[budget] = anew(self.tasks, model, **options)
         assert_equal(results[few], results[None], 1e-8)
         assert_equal(results[1], results[None], 1e-8)
         prefixes, rows = counted.prefixes, counted.most_rows
@@ -123,7 +126,8 @@ class TestHowItIsBatchedChangesNothing:
         model, config = micro.bridge(family), TrainConfig(steps=40, eval_every=20, n_valid=3)
         alone = one_by_one(self.tasks, model, (0,), config)
         budget = 3 * 8 * prefix_bytes(model, 9)
-        together = anew(self.tasks[::-1], model, config=config, memory_budget=budget)
+        with settings.using(memory_budget=budget):
+            together = anew(self.tasks[::-1], model, config=config)
         assert_equal(together, alone, 1e-3)
         for key, result in alone.items():
             alpha, other = result.selection.alpha, together[key].selection.alpha
@@ -786,7 +790,7 @@ class TestTheModelIsLeftAlone:
 class TestInterruptions:
     CONFIG = TrainConfig(steps=24, eval_every=6, n_valid=3, lr=0.5)
 
-    def interrupted(self, model: Model, at: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Results:
+    def interrupted(self, model: Model, at: int, monkeypatch: pytest.MonkeyPatch) -> Results:
         """Trained in two goes: the first ends in its step `at`, the second goes on."""
         monkeypatch.setattr(training_state, "KEEP_SECONDS", 0)
         tasks, steps = [worded("one"), worded("two", 5)], []
@@ -801,11 +805,9 @@ class TestInterruptions:
         with monkeypatch.context() as patch:
             patch.setattr(training_state.Record, "step", stop)
             with pytest.raises(KeyboardInterrupt):
-                anew(tasks, model, seeds=(0, 1), config=self.CONFIG, **options)
+                anew(tasks, model, seeds=(0, 1), config=self.CONFIG)
             assert len(list((settings.cache() / "artifacts" / "training").glob("*"))) == 1
-            found = train_selections(
-                tasks, model, embeddings=vectors(model, *tasks), seeds=(0, 1), config=self.CONFIG, **options
-            )
+            found = train_selections(tasks, model, embeddings=vectors(model, *tasks), seeds=(0, 1), config=self.CONFIG)
         again = (at - 1) // 6 * 6  # the last validation
         assert steps[: at + 24 - again] == [*range(at), *range(again, 24)]
         assert not list((settings.cache() / "artifacts" / "training").glob("*"))
@@ -817,10 +819,9 @@ class TestInterruptions:
         self, at: int, budget: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = micro.bridge("Llama")
-        found = self.interrupted(model, at, monkeypatch, memory_budget=budget)
-        expected = anew(
-            [worded("one"), worded("two", 5)], model, seeds=(0, 1), config=self.CONFIG, memory_budget=budget
-        )
+        with settings.using(memory_budget=budget):
+            found = self.interrupted(model, at, monkeypatch)
+            expected = anew([worded("one"), worded("two", 5)], model, seeds=(0, 1), config=self.CONFIG)
         for key, result in expected.items():
             assert torch.equal(found[key].selection.alpha, result.selection.alpha)
             pd.testing.assert_frame_equal(found[key].history, result.history, check_exact=True)

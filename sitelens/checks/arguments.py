@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from sitelens.checks.suggestions import did_you_mean
 from sitelens.checks.values import UnusableValueError, converted
 from sitelens.errors import SitelensError
+from sitelens.settings import Settings
 
 T = TypeVar("T")
 
@@ -62,6 +63,9 @@ class Arguments:
         """
         for name in keywords:
             if name not in self.hints and not self.open:
+                if name in Settings.names():
+                    raise SitelensError(f"{self.name} takes no argument {name!r}: it is a setting, as in "
+                                        f"`with sl.settings.using({name}={keywords[name]!r}):`")  # fmt: skip
                 raise SitelensError(f"{self.name} takes no argument {name!r}: {_nearest(name, self.hints)}")
         try:
             bound = self.signature.bind(*args, **keywords)

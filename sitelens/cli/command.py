@@ -46,14 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = command_parser().parse_args(words)
     options.words = words
-    given = {"progress": options.progress, "cache_dir": options.cache, "data_dir": options.data}
+    asked = {
+        "memory_budget": getattr(options, "memory_budget", None),  # of the commands that compute
+        "progress": options.progress, "cache_dir": options.cache, "data_dir": options.data,
+    }  # fmt: skip
     command: Callable[[argparse.Namespace], None] = options.command
     with warnings.catch_warnings(), warned_once():
         warnings.simplefilter("always", SitelensWarning)
         incomplete: list[str] = []
         warnings.showwarning = functools.partial(_show_warning, incomplete)
         try:
-            with settings.using(**{name: value for name, value in given.items() if value is not None}):
+            with settings.using(**{name: value for name, value in asked.items() if value is not None}):
                 command(options)
             sys.stdout.flush()
         except SitelensError as error:

@@ -16,7 +16,6 @@ from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.files.escaping import visible
 from sitelens.files.writing import Outputs, write_text
 from sitelens.progress import Job
-from sitelens.settings import settings
 
 if TYPE_CHECKING:
     from sitelens.methods.site.config import TrainConfig
@@ -64,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
             if options.again is not None:
                 warn_of_changes(options.again, model, tasks)
         with job.rest():
-            report = run(config, model, memory_budget=options.memory_budget)
+            report = run(config, model)
     for metric in config.metrics:
         print(f"{metric.replace('_', ' ')}, per cent, 95% intervals, {config.n_items or 'all'} test items at most "
               f"a task, model {config.model}\n")  # fmt: skip
@@ -137,7 +136,6 @@ def transfer(options: argparse.Namespace) -> None:
             grid = transfer_matrix(
                 tasks, model, swap=options.swap, n_items=options.n_items or None, metric=options.metric,
                 n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, seed=options.seed,
-                memory_budget=options.memory_budget,
             )  # fmt: skip
     print(f"{options.metric.replace('_', ' ')} accuracy in per cent, model {options.model}: sources down, targets "
           f"across, {options.swap} of the source\n")  # fmt: skip
@@ -170,7 +168,7 @@ def compare(options: argparse.Namespace) -> None:
             chosen = method_options(options)
             model = _load_model(options)
             n_items = options.n_items or None
-        with job.rest(), settings.using(memory_budget=options.memory_budget or settings.memory_budget):
+        with job.rest():
             frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
     table = comparison_table(frame)
     print(f"first-token accuracy in per cent with 95% intervals, at most {n_items or 'all'} test items a task, model "
@@ -206,7 +204,7 @@ def suite(options: argparse.Namespace) -> None:
             found = run_suite(
                 options.suite, model, methods=options.methods, tasks=options.tasks, metric=options.metric,
                 n_items=n_items, n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, options=chosen,
-                seed=options.seed, memory_budget=options.memory_budget,
+                seed=options.seed,
             )  # fmt: skip
     print(f"{options.metric.replace('_', ' ')}, per cent, means over tasks with 95% intervals, "
           f"{n_items or 'all'} test items at most a task, model {options.model}\n")  # fmt: skip
@@ -231,8 +229,7 @@ def verify(options: argparse.Namespace) -> None:
     task = load_task(options.task)  # a wrong name shows before a model is loaded
     from sitelens.reports.verification.verify import verify
 
-    with settings.using(memory_budget=options.memory_budget or settings.memory_budget):
-        report = verify(_load_model(options), task=task)
+    report = verify(_load_model(options), task=task)
     print("\n".join(map(visible, str(report).splitlines())))
     if not report.ok:
         raise SitelensError(f"{report.model}: these checks fail: {', '.join(report.failures)}")
@@ -248,6 +245,5 @@ def figures(options: argparse.Namespace) -> None:
     written = make_figures(
         options.names or None, options.out, options.model, tasks=options.tasks, n_items=options.n_items,
         seed=options.seed, formats=options.formats, config=_train_config(options),
-        memory_budget=options.memory_budget,
     )  # fmt: skip
     print("\n".join(map(str, written)))

@@ -82,8 +82,6 @@ def embed_task(
     n_prompts: Count = 50,
     n_shots: CountOrZero = 10,
     seed: Seed = 0,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> TaskEmbedding:
     """The task's embedding: mean z over `n_prompts` prompts of `n_shots` demonstrations and one query.
 
@@ -113,9 +111,9 @@ def embed_task(
     prompts = embedding_prompts(task, own_tokenizer(model), n_prompts, n_shots, seed)
     batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
     cost = functools.partial(forward_bytes, model)
-    parts = chunks(batch.lengths, cost, settings.budget(memory_budget), max_tokens=MAX_TOKENS)
+    parts = chunks(batch.lengths, cost, settings.budget(), max_tokens=MAX_TOKENS)
     z = torch.empty(n_prompts, *head_shape(model), dtype=torch.float64)
-    for index in tracked(parts, f"embed {task.name}", progress=progress):
+    for index in tracked(parts, f"embed {task.name}"):
         z[index] = capture_z(batch.rows(index), model).double().cpu()
     if not torch.isfinite(z).all():
         raise SitelensError(f"task {task.name!r}: the model's head outputs are not finite (dtype {model.cfg.dtype})")

@@ -20,7 +20,7 @@ from sitelens.settings import settings
 def like_prompts(batch: PromptBatch, model: Model) -> list[list[int]]:
     """Rows in chunks of one length each, which need no padding and fit the memory budget."""
     cost = functools.partial(forward_bytes, model)
-    return chunks(batch.lengths, cost, settings.budget(None), max_tokens=MAX_TOKENS, same_length=True)
+    return chunks(batch.lengths, cost, settings.budget(), max_tokens=MAX_TOKENS, same_length=True)
 
 
 @torch.no_grad()

@@ -47,8 +47,6 @@ def score_conditions(
     seed: int = 0,
     with_echo: bool | None = None,
     texts: bool = False,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> pd.DataFrame:
     """The rows of `evaluate`, taken from the cache where they are known; input, answer and predicted with `texts` only.
 
@@ -59,7 +57,6 @@ def score_conditions(
     """
     options: dict[str, Any] = {
         "split": split, "n_items": n_items, "metrics": metrics, "seed": seed, "with_echo": with_echo,
-        "memory_budget": memory_budget, "progress": progress,
     }  # fmt: skip
     chosen = checked_metrics(metrics)
     columns = list(COLUMNS) if texts else KEPT

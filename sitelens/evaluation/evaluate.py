@@ -44,8 +44,6 @@ def evaluate(
     seed: Seed = 0,
     max_new_tokens: Count = 20,
     with_echo: bool | None = None,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Scores of a task under each condition: one row per item, condition and metric.
 
@@ -71,12 +69,12 @@ def evaluate(
     items = [task.split(split)[i] for i in chosen]
     generating = any(metric.generates for metric in chosen_metrics)
     scoring = _Scoring(task, items, chosen, chosen_metrics, model, seed)
-    budget, new_tokens = settings.budget(memory_budget), max_new_tokens if generating else 0
+    budget, new_tokens = settings.budget(), max_new_tokens if generating else 0
     groups: dict[int, dict[str, Condition]] = {}  # by the number of demonstrations
     for name, condition in conditions.items():
         groups.setdefault(condition.n_shots, {})[name] = condition
     rows: dict[tuple[str, str], list[tuple[Any, ...]]] = {}  # by metric and condition
-    bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}", progress=progress)
+    bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}")
     with unchanged(model):  # each condition asks whether it fits
         parts = {n_shots: as_patches(group, model, generating) for n_shots, group in groups.items()}
         for n_shots, (patches, others) in parts.items():
@@ -128,7 +126,6 @@ def generate(
     *,
     max_new_tokens: Count = 20,
     stop: str | Sequence[str] | None = "\n",
-    memory_budget: int | str | None = None,
 ) -> list[str]:
     """Greedy continuations of prompts as they stand, white space stripped, special tokens left out.
 
@@ -155,7 +152,7 @@ def generate(
     predictor = Predictor(
         model,
         tokenize(texts, tokenizer, context_length(model), new_tokens=max_new_tokens),
-        settings.budget(memory_budget),
+        settings.budget(),
         lambda _, row: f"prompt {row + 1} ({prompts[row][:60]!r})",
         max_new_tokens,
         complete=lambda _, text: end is not None and end.search(text.lstrip()) is not None,

@@ -110,7 +110,7 @@ class DirectPath:
             hooks.append((f"{name}.hook_in", functools.partial(enter, name=name)))
             hooks.append((f"{name}.hook_out", functools.partial(leave, name=name)))
         hooks += [(name, functools.partial(hold, name=name)) for name in _mlps(model)]
-        prefix = PrefixCache.of(batch, model, settings.budget(None) // 3)
+        prefix = PrefixCache.of(batch, model, settings.budget() // 3)
         if prefix.tokens is not None:
             raise SitelensError(
                 f"{model_name(model)} has hooks, or a forward function, of your own: what its heads write directly is "

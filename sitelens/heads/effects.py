@@ -37,8 +37,6 @@ def indirect_effects(
     n_prompts: Count = 25,
     n_shots: CountOrZero = 10,
     seed: Seed = 0,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Causal indirect effect of every head (Todd et al. 2024): columns layer, head, effect, error.
 
@@ -55,7 +53,7 @@ def indirect_effects(
     """
     task, model = task_or_texts(task), resolve_model(model)
     embedding.check_fits(model)
-    budget = settings.budget(memory_budget)
+    budget = settings.budget()
     if isinstance(task, list):
         if answer is None:
             raise SitelensError("the effect on which answer? give answer=... beside prompts of your own")
@@ -78,7 +76,7 @@ def indirect_effects(
     vectors = embedding.mean_z.to(device, dtype)
     chance = torch.zeros(len(batch), len(alphas), dtype=torch.float64)
     share = budget // 3
-    bar = tracked(range(chance.numel()), f"indirect effects, {name}", progress=progress)
+    bar = tracked(range(chance.numel()), f"indirect effects, {name}")
     with torch.no_grad(), LastToken(model) as last_token:
         for index in chunks(batch.lengths, functools.partial(prefix_bytes, model), share):
             part = batch.rows(index)

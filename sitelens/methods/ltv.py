@@ -79,7 +79,7 @@ def fit(
         key = f"ltv/{task.name}/{seed}/{i}"
         prompts.append(few_shot_prompt(task, shuffled_labels(shown, key), query, own_tokenizer(model)))
     batch = prompts_of(prompts, task, model)
-    budget = settings.budget(None) // 2  # half for prefixes, half for what is computed with them
+    budget = settings.budget() // 2  # half for prefixes, half for what is computed with them
     whole = n_pool * prefix_bytes(model, max(batch.lengths)) <= budget
     pool = PrefixCache.of(batch, model, budget) if whole else None
 

@@ -60,7 +60,7 @@ def fit(
     embedding = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
     generator = torch.Generator().manual_seed(_seed(task, seed))
     batch = zero_shot(task, task.train[:n_items], model)
-    budget = settings.budget(None) // 3
+    budget = settings.budget() // 3
     prefix = PrefixCache.of(batch, model, budget)
     logits = torch.full(head_shape(model)[:2], -1.0, dtype=torch.float32)
     optimizer = torch.optim.Adam([logits], lr=lr)

@@ -126,7 +126,6 @@ def compare(
     n_items: Count | None = 100,
     seed: Seed = 0,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    progress: bool | None = None,
 ) -> pd.DataFrame:
     """Every task under every method: accuracy and what it cost. One row a task and method.
 
@@ -141,7 +140,7 @@ def compare(
         SitelensError: for an unknown method or option, and as each method's fit.
     """
     rows: list[dict[str, Any]] = []
-    for fitted, scores, seconds in _cells(tasks, methods, model, n_items, seed, options, progress):
+    for fitted, scores, seconds in _cells(tasks, methods, model, n_items, seed, options):
         found = summarize(scores).iloc[0]
         rows.append({
             "task": found["task"], "method": found["condition"], "accuracy": found["mean"], "low": found["low"],
@@ -163,7 +162,6 @@ def comparison_scores(
     n_items: Count | None = 100,
     seed: Seed = 0,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-    progress: bool | None = None,
 ) -> pd.DataFrame:
     """The answers behind `compare`, from which paired differences come: `summarize(scores, against="SITE")`.
 
@@ -172,7 +170,7 @@ def comparison_scores(
     Raises:
         SitelensError: as `compare`.
     """
-    cells = _cells(tasks, methods, model, n_items, seed, options, progress)
+    cells = _cells(tasks, methods, model, n_items, seed, options)
     return pd.concat([scores for _, scores, _ in cells], ignore_index=True)
 
 
@@ -235,7 +233,7 @@ def checked_methods(names: Sequence[str] | Literal["all"]) -> list[str]:
 
 def _cells(
     tasks: Iterable[Task | str], methods: Sequence[str] | Literal["all"], model: Model | str | None,
-    n_items: int | None, seed: int, options: Mapping[str, Mapping[str, Any]] | None, progress: bool | None,
+    n_items: int | None, seed: int, options: Mapping[str, Mapping[str, Any]] | None,
 ) -> Iterator[tuple[Fitted, pd.DataFrame, float]]:  # fmt: skip
     """Each task under each method: the fitted method, its scores, and the seconds that they took."""
     names = checked_methods(methods)
@@ -243,7 +241,7 @@ def _cells(
     loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
     warn_of_shared_first_tokens(loaded, model)
     cells = {f"{task.name}, {name}": (task, name) for task in loaded for name in names}
-    with Job("compare", list(cells), progress) as job:
+    with Job("compare", list(cells)) as job:
         job.plan(dict.fromkeys(cells, 1.0))
         for stage, (task, name) in cells.items():
             chosen = options.get(name)
@@ -263,7 +261,8 @@ def _scored(
     kept = store.get("comparison", spec, read)
     if kept is None:
         started = time.perf_counter()
-        scores = evaluate(task, {name: fitted.condition}, model, n_items=n_items, seed=seed, progress=False)
+        with settings.using(progress=False):
+            scores = evaluate(task, {name: fitted.condition}, model, n_items=n_items, seed=seed)
         seconds = time.perf_counter() - started
         tensors = {column: torch.tensor(scores[column].to_numpy()) for column in ("item", "score")}
         artifact = Artifact("comparison", spec, tensors, {"seconds": seconds})

@@ -66,8 +66,6 @@ def make_figures(
     seed: Seed = 0,
     formats: Sequence[str] = FORMATS,
     config: TrainConfig | None = None,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> list[Path]:
     """Make figures by name (default: all), each with NAME.csv and NAME.json beside it; returns what was written.
 
@@ -88,12 +86,12 @@ def make_figures(
     if unknown:
         raise SitelensError(f"unknown figure {unknown[0]!r}; there are: {', '.join(PICTURES)}")
     given, config = load_tasks(tasks or ()), config or TrainConfig()  # a wrong name shows before a model is loaded
-    with Outputs(folder) as outputs, Job("figures", ["load the model", *chosen], progress) as job:
+    with Outputs(folder) as outputs, Job("figures", ["load the model", *chosen]) as job:
         with job.stage("load the model"):
             loaded = load_model(model)
         asked = model if isinstance(model, str) else model_name(loaded)
         job.plan(dict.fromkeys(chosen, 1.0))
-        options: Options = {"n_items": n_items, "seed": seed, "memory_budget": memory_budget, "progress": progress}
+        options: Options = {"n_items": n_items, "seed": seed}
         for name in chosen:
             with job.stage(name):
                 picture = PICTURES[name]
@@ -168,7 +166,7 @@ def study(
 
 def _grid(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> TransferMatrix:
     n_items = min(MATRIX_ITEMS, options.get("n_items") or MATRIX_ITEMS)
-    return transfer_matrix(on, model, n_items=n_items, seed=options.get("seed", 0), config=config, **_limits(options))
+    return transfer_matrix(on, model, n_items=n_items, seed=options.get("seed", 0), config=config)
 
 
 def _transfer(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
@@ -177,12 +175,12 @@ def _transfer(on: Sequence[Task], model: Model, config: TrainConfig, options: Op
 
 
 def _similarity(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
-    similarity = head_similarity(on, model, config=config, **_limits(options))
+    similarity = head_similarity(on, model, config=config)
     return similarity.pairs, similarity.heatmap("pearson", "")
 
 
 def _similarity_summary(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
-    similarity, grid = head_similarity(on, model, config=config, **_limits(options)), _grid(on, model, config, options)
+    similarity, grid = head_similarity(on, model, config=config), _grid(on, model, config, options)
     found = similarity_predicts_transfer(similarity, grid)
     frame = similarity.summary().merge(found, on="measure")
     r, p = float(found["r"].iloc[0]), float(found["p"].iloc[0])
@@ -204,7 +202,7 @@ def _loss_path(on: Sequence[Task], model: Model, config: TrainConfig, options: O
 
 
 def _curves(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
-    runs = train_selections(on, model, config=config, **_limits(options))
+    runs = train_selections(on, model, config=config)
     frame = pd.concat([result.history.assign(task=name) for (name, _), result in runs.items()], ignore_index=True)
     return frame, figures.training_curves(frame)
 
@@ -212,10 +210,6 @@ def _curves(on: Sequence[Task], model: Model, config: TrainConfig, options: Opti
 def _costs(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
     frame = studies.costs(on[0], model, config=config, **options)
     return frame, figures.costs(frame)
-
-
-def _limits(options: Options) -> dict[str, Any]:
-    return {name: options.get(name) for name in ("memory_budget", "progress")}
 
 
 PICTURES: dict[str, Picture] = {

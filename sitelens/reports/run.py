@@ -213,9 +213,6 @@ class RunReport:
 def run(
     config: RunConfig,
     model: Model | str | None = None,
-    *,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> RunReport:
     """Embed, train and evaluate every task of `config` under all conditions.
 
@@ -228,8 +225,7 @@ def run(
     clock = _Clock()
     tasks = load_tasks(config.tasks)
     tasks = [rewritten(task, config.template, config.instruction, config.template_arguments) for task in tasks]
-    options: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
-    with Job("run", ["load the model", "embed", "train", "evaluate"], progress) as job:
+    with Job("run", ["load the model", "embed", "train", "evaluate"]) as job:
         with job.stage("load the model"):
             model = resolve_model(model) if model is not None else load_model(config.model)
         layers, heads, _ = head_shape(model)
@@ -241,12 +237,11 @@ def run(
                   "evaluate": total(work, "prompt", "patch")})  # fmt: skip
         clock.stop("model")
         with job.stage("embed"):
-            measured = {"n_prompts": config.n_prompts, "n_shots": config.n_shots, "seed": config.seed}
-            embeddings = embedded(tasks, model, **measured, **options)
+            embeddings = embedded(tasks, model, n_prompts=config.n_prompts, n_shots=config.n_shots, seed=config.seed)
         clock.stop("embeddings")
         with job.stage("train"):
             seeds = (config.train.seed,)
-            runs = train_selections(tasks, model, embeddings=embeddings, seeds=seeds, config=config.train, **options)
+            runs = train_selections(tasks, model, embeddings=embeddings, seeds=seeds, config=config.train)
             results = {task.name: runs[task.name, config.train.seed] for task in tasks}
         clock.stop("training")
         with job.stage("evaluate"):
@@ -254,7 +249,7 @@ def run(
             for task, part in portions(tasks):
                 with part:
                     conditions = run_conditions(results[task.name], embeddings[task.name], config)
-                    frames.append(_scores(task, conditions, model, config, options))
+                    frames.append(_scores(task, conditions, model, config))
         clock.stop("evaluation")
     scores = pd.concat(frames, ignore_index=True).assign(model=model_name(model), training_seed=config.train.seed)
     report = RunReport(config, model, tasks, embeddings, results, scores, _summary(scores), clock.seconds)
@@ -262,12 +257,10 @@ def run(
     return report
 
 
-def _scores(
-    task: Task, conditions: Mapping[str, Condition], model: Model, config: RunConfig, options: Mapping[str, Any]
-) -> pd.DataFrame:
+def _scores(task: Task, conditions: Mapping[str, Condition], model: Model, config: RunConfig) -> pd.DataFrame:
     """A task's scores with the echo baseline; the draws of the random condition are told apart by `draw`."""
     sample = {"split": "test", "n_items": config.n_items, "metrics": config.metrics, "seed": config.seed}
-    scores = score_conditions(task, conditions, model, with_echo=True, texts=True, **sample, **options)
+    scores = score_conditions(task, conditions, model, with_echo=True, texts=True, **sample)
     is_draw = scores["condition"].str.startswith(f"{RANDOM} ")
     scores["draw"] = scores["condition"].str.removeprefix(f"{RANDOM} ").where(is_draw).astype("Int64")
     return scores.assign(condition=scores["condition"].where(~is_draw, RANDOM))

@@ -33,7 +33,6 @@ from sitelens.models.model import Model, context_length, model_name, own_tokeniz
 from sitelens.progress import Job, portions
 from sitelens.reports.comparison import PROMPTING, checked_methods, fit_method
 from sitelens.reports.suite_result import SuiteResult as SuiteResult
-from sitelens.settings import settings
 from sitelens.tasks import Task, group_of, load_task, suite_names
 
 TOGETHER = 16  # tasks that train in one batch: past this the time per task no longer falls
@@ -58,8 +57,6 @@ def run_suite(
     config: TrainConfig | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     seed: Seed = 0,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> SuiteResult:
     """All tasks of "fv57", "anli", "mmlu-pro", "bbh" or "builtin", zero-shot, few-shot and by some methods.
 
@@ -106,11 +103,7 @@ def run_suite(
         n_fits = len(batch) * (len(fitted) - (SITE in fitted))
         stages[SCORE + part] = total(costs, "prompt", "patch") + FIT_TOKENS * n_fits
     run = _Run(model, fitted, config, measured, scored, chosen_options, left_out)
-    with (
-        unchanged(model),
-        settings.using(memory_budget=memory_budget or settings.memory_budget),
-        Job(f"suite {name}", list(stages), progress) as job,
-    ):
+    with unchanged(model), Job(f"suite {name}", list(stages)) as job:
         job.plan(stages)
         names = iter(stages)
         for batch in batches:

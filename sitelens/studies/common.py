@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 import pandas as pd
@@ -29,14 +29,12 @@ class Options(TypedDict, total=False):
     """What every study takes by name: the fields of `Sample`.
 
     n_items: test items a task (default 100; None: all). split: "test" or "valid". seed: of prompts, demonstrations and
-    the sample of items. memory_budget, progress: as everywhere.
+    the sample of items.
     """
 
     n_items: Count | None
     split: str
     seed: Seed
-    memory_budget: int | str | None
-    progress: bool | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +58,11 @@ class Prepared:
 @checked
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Which items are measured, and within what means; see `Options`."""
+    """Which items are measured; see `Options`."""
 
     n_items: Count | None = 100
     split: str = "test"
     seed: Seed = 0
-    memory_budget: int | str | None = None
-    progress: bool | None = None
-
-    @property
-    def limits(self) -> dict[str, Any]:
-        """Options of everything that computes."""
-        return {"memory_budget": self.memory_budget, "progress": self.progress}
 
 
 def prepare(
@@ -83,10 +74,8 @@ def prepare(
         SitelensError: for fewer tasks than `at_least`, before anything is trained.
     """
     loaded, config = some_tasks(tasks, at_least), config or TrainConfig()
-    vectors = embedded(loaded, model, seed=sample.seed, **sample.limits)
-    runs = train_selections(
-        loaded, model, embeddings=vectors, seeds=(config.seed,), config=config, **sample.limits
-    )  # fmt: skip
+    vectors = embedded(loaded, model, seed=sample.seed)
+    runs = train_selections(loaded, model, embeddings=vectors, seeds=(config.seed,), config=config)
     return [Prepared(task, vectors[task.name], runs[task.name, config.seed]) for task in loaded]
 
 
@@ -105,9 +94,7 @@ def some_tasks(tasks: Iterable[Task | str], at_least: int = 1) -> list[Task]:
 def measure(task: Task, settings: Sequence[tuple[Facts, Condition]], model: Model, sample: Sample) -> pd.DataFrame:
     """One row a setting: task, its facts, and mean, low, high (95%), n of first-token accuracy, loss in nats."""
     conditions = {str(i): condition for i, (_, condition) in enumerate(settings)}
-    scores = score_conditions(
-        task, conditions, model, split=sample.split, n_items=sample.n_items, seed=sample.seed, **sample.limits
-    )  # fmt: skip
+    scores = score_conditions(task, conditions, model, **asdict(sample))
     summary = summarize(scores).set_index("condition")
     losses = -scores.groupby("condition")["logprob"].mean()
     rows = []

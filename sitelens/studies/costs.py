@@ -58,8 +58,8 @@ def costs(
         raise SitelensError(f"task {task.name!r} has no {sample.split} items")
     with scratch_folder(settings.cache()) as folder, settings.using(cache_dir=folder):
         with _metered() as prepared:
-            vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed, **sample.limits)
-            result = train_selection(task, model, embedding=vector, config=config, **sample.limits)
+            vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed)
+            result = train_selection(task, model, embedding=vector, config=config)
         conditions: dict[str, Condition] = {
             "zero-shot": ZeroShot(), f"{n_shots}-shot": FewShot(n_shots),
             "SITE, prepared": PatchHeads(result.selection, vector, result.config.mixing),
@@ -69,7 +69,7 @@ def costs(
             repeated = replace(task, test=tuple(items[i % len(items)] for i in range(count)))
             for name, condition in conditions.items():
                 with _metered() as meter:
-                    evaluate(repeated, {name: condition}, model, seed=sample.seed, **sample.limits)
+                    evaluate(repeated, {name: condition}, model, seed=sample.seed)
                 rows.append({"method": name, "prompts": count, **meter})
             both = {key: prepared[key] + rows[-1][key] for key in ("seconds", "tokens")}
             rows.append({"method": "SITE", "prompts": count, **both})

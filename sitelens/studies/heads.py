@@ -52,7 +52,6 @@ def head_overlap(
     for item in prepared:
         effects = indirect_effects(
             item.task, model, embedding=item.embedding, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed,
-            **sample.limits,
         )  # fmt: skip
         alpha = item.selection.alpha.flatten().double().numpy()
         selected = alpha > 0.5

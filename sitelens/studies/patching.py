@@ -157,7 +157,6 @@ def task_agnostic(
     vectors = {item.task.name: item.embedding for item in prepared}
     trained = train_selections(
         [item.task for item in prepared], model, embeddings=vectors, seeds=(config.seed,), config=config, shared=True,
-        **sample.limits,
     )  # fmt: skip
     shared = next(iter(trained.values())).selection
     mean = HeadSelection.mean([item.selection for item in prepared])

@@ -44,13 +44,11 @@ def seed_variance(
     cells, jobs = [], []
     for task in loaded:
         for prompt_seed in prompt_seeds:
-            vector = embed_task(
-                task, model, n_prompts=n_prompts, n_shots=n_shots, seed=prompt_seed, **sample.limits
-            )  # fmt: skip
+            vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=prompt_seed)
             for training_seed in training_seeds:
                 cells.append((task, prompt_seed, training_seed, vector))
                 jobs.append(TrainJob(((task, vector),), replace(config, seed=training_seed)))
-    results = train_jobs(jobs, model, **sample.limits)
+    results = train_jobs(jobs, model)
     frames = []
     for task in loaded:
         settings = [

@@ -99,8 +99,6 @@ def head_similarity(
     config: TrainConfig | None = None,
     embeddings: Mapping[str, TaskEmbedding] | None = None,
     n_permutations: CountOrZero = 1000,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> HeadSimilarity:
     """Similarity of the alphas of every two tasks, trained under every seed: Pearson, Spearman and top-k Jaccard.
 
@@ -117,10 +115,7 @@ def head_similarity(
     layers, heads, _ = head_shape(model)
     if k is not None and not 0 < k <= layers * heads:
         raise SitelensError(f"k must lie in 1 to {layers * heads}, the number of heads; got {k}")
-    results = train_selections(
-        loaded, model, seeds=seeds, config=config, embeddings=embeddings, memory_budget=memory_budget,
-        progress=progress,
-    )  # fmt: skip
+    results = train_selections(loaded, model, seeds=seeds, config=config, embeddings=embeddings)
     selections = {key: result.selection for key, result in results.items()}
     names = tuple(task.name for task in loaded)
     return HeadSimilarity(

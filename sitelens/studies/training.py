@@ -52,11 +52,9 @@ def prompt_counts(
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
     loaded = some_tasks(tasks)
     cells = [(task, m, n) for task in loaded for m in n_prompts for n in n_shots]
-    vectors = [
-        embed_task(task, model, n_prompts=m, n_shots=n, seed=sample.seed, **sample.limits) for task, m, n in cells
-    ]
+    vectors = [embed_task(task, model, n_prompts=m, n_shots=n, seed=sample.seed) for task, m, n in cells]
     jobs = [TrainJob(((task, vector),), config) for (task, _, _), vector in zip(cells, vectors, strict=True)]
-    results = train_jobs(jobs, model, **sample.limits)
+    results = train_jobs(jobs, model)
     frames = []
     for task in loaded:
         site = [
@@ -155,11 +153,11 @@ def initialization_runs(
     """The runs of `initializations`, by task name, init and seed, with the embedding that they were trained on."""
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
     cells = [
-        (task, embed_task(task, model, seed=sample.seed, **sample.limits), init, seed)
+        (task, embed_task(task, model, seed=sample.seed), init, seed)
         for task in some_tasks(tasks) for init in inits for seed in seeds
     ]  # fmt: skip
     jobs = [TrainJob(((task, vector),), replace(config, init=init, seed=seed)) for task, vector, init, seed in cells]
-    results = train_jobs(jobs, model, **sample.limits)
+    results = train_jobs(jobs, model)
     return {
         (task.name, init, seed): (vector, result)
         for (task, vector, init, seed), result in zip(cells, results, strict=True)

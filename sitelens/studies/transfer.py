@@ -214,8 +214,6 @@ def transfer_matrix(
     seed: Seed = 0,
     embeddings: Mapping[str, TaskEmbedding] | None = None,
     selections: Mapping[str, HeadSelection] | None = None,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> TransferMatrix:
     """Every task's heads (or embedding, or both) on every task. Missing embeddings and selections are made first.
 
@@ -234,21 +232,20 @@ def transfer_matrix(
     checked_metrics(metric)
     if len(loaded) < 2:
         raise SitelensError(f"a transfer matrix needs at least two tasks, got {len(loaded)}")
-    shared: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
     if not METRICS[metric].generates:
         warn_of_shared_first_tokens(loaded, model)
     work = workload(loaded, model, n_prompts=n_prompts, n_shots=n_shots, n_items=n_items, config=config)
-    with unchanged(model), Job(f"transfer of {swap}", ["embed", "train", "evaluate"], progress) as job:
+    with unchanged(model), Job(f"transfer of {swap}", ["embed", "train", "evaluate"]) as job:
         job.plan({"embed": total(work, "embed"), "train": total(work, "train"),
                   "evaluate": total(work, "patch") * (1 + len(loaded) / 4)})  # fmt: skip
         with job.stage("embed"):
-            settled = embedded(loaded, model, embeddings, n_prompts=n_prompts, n_shots=n_shots, seed=seed, **shared)
+            settled = embedded(loaded, model, embeddings, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
         alphas = dict(selections or {})
         missing = [task for task in loaded if task.name not in alphas]
         with job.stage("train"):
             if missing:
                 seeds = (config.seed,)
-                runs = train_selections(missing, model, embeddings=settled, seeds=seeds, config=config, **shared)
+                runs = train_selections(missing, model, embeddings=settled, seeds=seeds, config=config)
                 alphas |= {task.name: runs[task.name, config.seed].selection for task in missing}
         names = [task.name for task in loaded]
         for name in names:
@@ -268,9 +265,7 @@ def transfer_matrix(
                         )
                         for source in names
                     }
-                    scores = score_conditions(
-                        target, conditions | {"zero-shot": ZeroShot()}, model, **options, **shared
-                    )
+                    scores = score_conditions(target, conditions | {"zero-shot": ZeroShot()}, model, **options)
                     means = scores.groupby("condition")["score"].mean()
                     columns[target.name] = means[[f"from {source}" for source in names]].set_axis(names)
                     zero_shot[target.name], n[target.name] = float(means["zero-shot"]), int(scores["item"].nunique())

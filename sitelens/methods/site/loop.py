@@ -71,7 +71,6 @@ def train_runs(
     model: Model,
     config: TrainConfig,
     budget: int,
-    progress: bool | None,
 ) -> Iterator[dict[str, Tensor]]:
     """Train all runs; yields each one's alpha and history.
 
@@ -80,7 +79,7 @@ def train_runs(
     disk at validations, and goes on from there after an interruption, with the same numbers.
     """
     groups = _groups(runs, tasks, model, config, budget // 2)
-    bar = tracked(range(len(groups) * config.steps), _label(runs, tasks), progress=progress)
+    bar = tracked(range(len(groups) * config.steps), _label(runs, tasks))
     for group in groups:
         yield from _train_group(group, tasks, embeddings, model, config, budget, bar)
     next(bar, None)

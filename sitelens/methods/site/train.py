@@ -60,8 +60,6 @@ def train_selection(
     *,
     embedding: TaskEmbedding | None = None,
     config: TrainConfig | None = None,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> TrainResult:
     """Train alpha for one task. Without `embedding`, `embed_task(task, model)` is used. Cached on disk.
 
@@ -71,8 +69,7 @@ def train_selection(
     config = config or TrainConfig()
     task = load_tasks([task])[0]
     embeddings = None if embedding is None else {task.name: embedding}
-    options = {"memory_budget": memory_budget, "progress": progress}
-    results = train_selections([task], model, embeddings=embeddings, seeds=(config.seed,), config=config, **options)
+    results = train_selections([task], model, embeddings=embeddings, seeds=(config.seed,), config=config)
     return results[task.name, config.seed]
 
 
@@ -85,8 +82,6 @@ def train_selections(
     seeds: Sequence[Seed] = (0,),
     config: TrainConfig | None = None,
     shared: bool = False,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> dict[tuple[str, int], TrainResult]:
     """Train alpha for every task and seed, all in one batch; the numbers are those of training one by one.
 
@@ -101,13 +96,12 @@ def train_selections(
     loaded = load_tasks(tasks)
     if not loaded or not seeds or len(set(seeds)) < len(seeds):
         raise SitelensError("give at least one task, and seeds that differ")
-    options: dict[str, Any] = {"memory_budget": memory_budget, "progress": progress}
     _check_splits(loaded)
-    vectors = embedded(loaded, model, embeddings, **options)
+    vectors = embedded(loaded, model, embeddings)
     members = [(task, vectors[task.name]) for task in loaded]
     groups = [tuple(members)] if shared else [(member,) for member in members]
     jobs = [TrainJob(group, replace(config, seed=seed)) for group in groups for seed in seeds]
-    results = train_jobs(jobs, model, **options)
+    results = train_jobs(jobs, model)
     return {
         (task.name, job.config.seed): result
         for job, result in zip(jobs, results, strict=True)
@@ -129,9 +123,6 @@ class TrainJob:
 def train_jobs(
     jobs: Sequence[TrainJob],
     model: Model | str | None = None,
-    *,
-    memory_budget: int | str | None = None,
-    progress: bool | None = None,
 ) -> list[TrainResult]:
     """Train any mixture of tasks, embeddings and configurations; results in the order of the jobs, cached on disk.
 
@@ -162,7 +153,7 @@ def train_jobs(
         for config, batch in batches.items():
             keys = [digest(specs[i]) if store.open else "" for i in batch]
             runs, used, vectors = _runs([jobs[i] for i in batch], keys)
-            trained = train_runs(runs, used, vectors, model, config, settings.budget(memory_budget), progress)
+            trained = train_runs(runs, used, vectors, model, config, settings.budget())
             for i, tensors in zip(batch, trained, strict=True):
                 job, how = jobs[i], jobs[i].config
                 selection = HeadSelection(

@@ -53,7 +53,7 @@ def _bridge(subject: Subject) -> Finding:
 
 
 def _prefix(subject: Subject) -> Finding:
-    prefix = PrefixCache.of(subject.batch, subject.model, settings.budget(None))
+    prefix = PrefixCache.of(subject.batch, subject.model, settings.budget())
     with torch.no_grad(), LastToken(subject.model) as run:
         return subject.compared(run(prefix), subject.logits)
 
@@ -68,7 +68,7 @@ def _edit(subject: Subject) -> tuple[Finding, Finding]:
     vectors = capture_z(subject.batch, model).to(device, subject.dtype).roll(1, 0)
     weights = torch.randn(subject.logits.shape[-1], generator=generator).to(device, subject.dtype)
     fast, slow = (start.clone().requires_grad_() for _ in range(2))
-    prefix = PrefixCache.of(subject.batch, model, settings.budget(None))
+    prefix = PrefixCache.of(subject.batch, model, settings.budget())
     with torch.enable_grad():
         with LastToken(model) as run:
             found = run(prefix, HeadEdit.mix(fast, vectors)).to(subject.dtype)
