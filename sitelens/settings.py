@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar
 
 import platformdirs
 
-from sitelens.checks.suggestions import nearest
 from sitelens.contexts import bound
 from sitelens.errors import SitelensError
+from sitelens.suggestions import nearest
 
 Value = TypeVar("Value")
 

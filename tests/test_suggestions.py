@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sitelens.checks.suggestions import did_you_mean, nearest
+from sitelens.suggestions import did_you_mean, nearest
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
-from sitelens.checks.suggestions import did_you_mean
 from sitelens.checks.values import UnusableValueError, converted
 from sitelens.errors import SitelensError
 from sitelens.settings import Settings
+from sitelens.suggestions import did_you_mean
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sitelens.checks.suggestions import did_you_mean
 from sitelens.files.escaping import visible
+from sitelens.suggestions import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):

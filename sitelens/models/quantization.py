@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from sitelens.checks.suggestions import nearest
 from sitelens.errors import SitelensError
+from sitelens.suggestions import nearest
 
 NO_8BIT = (
     "8-bit weights are refused: bitsandbytes rounds activations by what else is in the batch, so that the logits of a "

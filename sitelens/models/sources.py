@@ -11,10 +11,10 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES, get_official_model_name
 
-from sitelens.checks.suggestions import did_you_mean
 from sitelens.errors import SitelensError
 from sitelens.models.catalogue import PAPER
 from sitelens.models.gguf.converted import PACKAGED
+from sitelens.suggestions import did_you_mean
 
 DEFAULT_MODEL = "smollm2-135m"
 OWNERS = {  # ids without an owner, and as what the hub lists them today

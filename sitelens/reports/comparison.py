@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.schema import check_names, unpacked
-from sitelens.checks.suggestions import did_you_mean
 from sitelens.checks.values import Count, Seed
 from sitelens.conditions import embedding
 from sitelens.conditions.base import Condition
@@ -38,6 +37,7 @@ from sitelens.models.model import Model, model_name
 from sitelens.progress import Job
 from sitelens.settings import settings
 from sitelens.store import Artifact
+from sitelens.suggestions import did_you_mean
 from sitelens.tasks import Task, load_tasks
 
 ALGORITHM = 1  # of prompting; the methods have their own

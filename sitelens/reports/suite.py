@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 
 from sitelens.checks.arguments import checked
-from sitelens.checks.suggestions import did_you_mean
 from sitelens.checks.values import Count, Seed
 from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import TaskEmbedding, embed_task
@@ -33,6 +32,7 @@ from sitelens.models.model import Model, context_length, model_name, own_tokeniz
 from sitelens.progress import Job, portions
 from sitelens.reports.comparison import PROMPTING, checked_methods, fit_method
 from sitelens.reports.suite_result import SuiteResult as SuiteResult
+from sitelens.suggestions import did_you_mean
 from sitelens.tasks import Task, group_of, load_task, suite_names
 
 TOGETHER = 16  # tasks that train in one batch: past this the time per task no longer falls

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sitelens.checks.suggestions import nearest
 from sitelens.errors import SitelensError
+from sitelens.suggestions import nearest
 
 TABLES = {".csv": None, ".tsv": "\t", ".tab": "\t"}  # the separator that the ending implies
 LINES = (".jsonl", ".ndjson")

@@ -7,8 +7,8 @@ from functools import partial
 
 import pandas as pd
 
-from sitelens.checks.suggestions import did_you_mean
 from sitelens.errors import SitelensError
+from sitelens.suggestions import did_you_mean
 from sitelens.tasks import benchmarks, builtin, function_vectors
 
 SUITES: dict[str, Callable[[], list[str]]] = {

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from sitelens.checks.suggestions import did_you_mean
 from sitelens.checks.values import SplitSeed, converted
 from sitelens.errors import SitelensError
+from sitelens.suggestions import did_you_mean
 from sitelens.tasks import benchmarks, builtin, function_vectors
 from sitelens.tasks.examples import Example
 from sitelens.tasks.files import ENDINGS, SPLIT_SEED, Columns, read_file
