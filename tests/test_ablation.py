@@ -84,7 +84,7 @@ def test_an_ablation_of_the_last_token_shares_the_prefix_and_one_of_all_does_not
     patch = last.patch(llama)
     assert patch is not None and patch.alpha.sum() == 3 and not patch.vectors.any()
     assert everywhere.patch(llama) is None
-    assert (last.steps, everywhere.steps) == ("prompt", "every")
+    assert (last.scope, everywhere.scope) == ("prompt", "generation")
 
 
 def test_a_soft_selection_is_a_soft_mask(llama: Model) -> None:
@@ -118,7 +118,7 @@ def test_an_ablation_comes_back_from_disk(kind: str, source: str, llama: Model, 
     condition = sl.Ablate(heads, "zero" if mean is None else "mean", mean, "all", n_shots=2)
     again = Condition.load(condition.save(tmp_path / "one.safetensors"))
     assert isinstance(again, sl.Ablate)
-    assert (again.kind, again.positions, again.steps, again.n_shots) == (condition.kind, "all", "every", 2)
+    assert (again.kind, again.positions, again.scope, again.n_shots) == (condition.kind, "all", "generation", 2)
     first, second = condition.head_patch(llama), again.head_patch(llama)
     assert torch.equal(first.alpha, second.alpha) and torch.equal(first.vectors, second.vectors)
 

@@ -28,6 +28,7 @@ from sitelens.conditions.heads import HeadOffsets
 from sitelens.conditions.registry import HOMES
 from sitelens.conditions.streams import AddToStream, InContextVector, LinearCombination, ReplaceStream
 from sitelens.engine.forward import Hook
+from sitelens.errors import SitelensError
 from sitelens.evaluation.cached import score_conditions
 from sitelens.models.model import Model
 from sitelens.models.provenance import Origin
@@ -47,7 +48,7 @@ WEIGHTS = {
 CONDITIONS: list[Condition] = [
     sl.ZeroShot(),
     sl.FewShot(3),
-    sl.PatchHeads(SELECTION, EMBEDDING, "additive", 1, "every"),
+    sl.PatchHeads(SELECTION, EMBEDDING, "additive", 1, "generation"),
     sl.Ablate([(0, 1), (1, 2)]),
     sl.Ablate(SELECTION, "mean", EMBEDDING, "all"),
     sl.Ablate("L1H2", "mean", EMBEDDING.mean_z),
@@ -108,8 +109,8 @@ def test_what_is_saved_comes_back_equal(tmp_path: Path):
 
 
 WRONG: list[Any] = [
-    None, True, 0, 1, -1, 7, 2**70, 0.0, 1.0, 0.5, -0.5, "", "1", "every", "convex", [], [1], [[0, 1]], [[True, 1]], {},
-    {"a": 1}, {"model": 3}, [["a", 1]], 10**400,
+    None, True, 0, 1, -1, 7, 2**70, 0.0, 1.0, 0.5, -0.5, "", "1", "generation", "convex", [], [1], [[0, 1]],
+    [[True, 1]], {}, {"a": 1}, {"model": 3}, [["a", 1]], 10**400,
 ]  # fmt: skip
 TENSORS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.to(torch.complex64), lambda x: x.to(torch.int64), lambda x: x.to(torch.bool), lambda x: x[None],
@@ -445,3 +446,18 @@ def test_what_the_store_holds_of_another_content_is_made_anew():
         with pytest.warns(sl.SitelensWarning, match="it is made anew") as heard:
             assert all_kinds() == expected, name
         assert len({str(one.message).split("safetensors")[0] for one in heard}) == len(paths), name
+
+
+def test_a_condition_that_says_steps_as_earlier_editions_wrote_it_loads(tmp_path: Path) -> None:
+    for steps, scope in (("every", "generation"), ("prompt", "prompt")):
+        tensors, meta = sl.PatchHeads(SELECTION, EMBEDDING, scope=scope).state()
+        assert meta.pop("scope") == scope
+        path = Artifact("condition", {}, tensors, meta | {"steps": steps}).save(tmp_path / "old.safetensors")
+        assert Condition.load(path).scope == scope
+
+
+def test_a_condition_of_ones_own_that_says_steps_is_told_of_scope() -> None:
+    with pytest.raises(SitelensError, match="write scope = 'generation'"):
+
+        class Old(sl.ZeroShot):
+            steps = "every"

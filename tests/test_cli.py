@@ -571,7 +571,7 @@ def test_compare_prints_a_table_and_writes_figure_numbers_and_origin(
     [(["--methods", "LORA"], "LoRA"), (["--set", "LoRA.rank"], "METHOD.OPTION=VALUE"),
      (["--set", "LTV.steps=many"], "LTV.steps must be a whole number, not 'many'"),
      (["--set", "LTV.step=100"], "LTV has no option 'step': did you mean steps?"),
-     (["--set", "FV.steps=100"], "FV.steps must be 'prompt' or 'every', not 100"),
+     (["--set", "FV.scope=100"], "FV.scope must be 'prompt' or 'generation', not 100"),
      (["--set", "LTV.steps=0"], "LTV.steps must be at least 1, got 0"),
      (["--set", "SITE.lr=NaN"], "SITE.lr must be positive, got nan"),
      (["--set", "SITE.seed=1"], "SITE has no option 'seed'"),

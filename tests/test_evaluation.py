@@ -373,7 +373,7 @@ class Everywhere(Condition):
 
     vector: Tensor
     positions: ClassVar[Any] = "all"
-    steps: ClassVar[Any] = "every"
+    scope: ClassVar[Any] = "generation"
 
     def fwd_hooks(self, model: Model) -> list[Hook]:
         def add(resid: Tensor, hook: Any) -> Tensor:
@@ -385,12 +385,12 @@ class Everywhere(Condition):
 
 
 class WholePrompt(Everywhere):
-    steps = "prompt"
+    scope = "prompt"
 
 
 class LastOfPrompt(Everywhere):
     positions = "last"
-    steps = "prompt"
+    scope = "prompt"
 
 
 class LastAndDecoded(Everywhere):
@@ -455,7 +455,7 @@ def test_applied_acts_on_the_prompt_only_if_that_is_its_step(gpt2: Model, kind: 
     with kind(stream_vector()).applied(gpt2):
         prompt, later = full_logits(batch, gpt2), full_logits(batch, gpt2)
     assert not torch.equal(prompt, untouched)
-    assert torch.equal(later, untouched if kind.steps == "prompt" else prompt)
+    assert torch.equal(later, untouched if kind.scope == "prompt" else prompt)
 
 
 def test_patched_heads_applied_to_whole_prompts_write_what_the_fast_path_writes(model_of_two: Model) -> None:

@@ -49,7 +49,8 @@ ODD = st.sampled_from([
     "", " ", "0", "-1", "1", "3", "2.5", "1e9", "9" * 5000, "nan", "inf", "-inf", "many", "None", "null", "true",
     "first_token", "heads", "random", "best", "'", '"', "\\", "\0", "\n", "\ud83d", "💥", "x" * 3000, "../..", "/", "~",
     "~nobody/x", "a=b", "=", "--", "-", "-x", "--steps", "{input}{output}", "{input} {output}", "{", "chat", "a.b=c",
-    "LTV.steps=100", "LTV.step=100", "FV.steps=every", "FV.steps=7", "SITE.lr=NaN", "SITE=1", "LoRA.rates=[1,\"x\"]",
+    "LTV.steps=100", "LTV.step=100", "FV.scope=generation", "FV.scope=7", "SITE.lr=NaN", "SITE=1",
+    "LoRA.rates=[1,\"x\"]",
     "LoRA.rank=" + "[" * 3000, "x=" + "9" * 5000, "enable_thinking=false", "strftime_now=9", "1GiB", "-1GiB",
     "antonym", "antonim", "fv/antonym", "bbh", "nowhere.csv", "shift.csv", "broken.json", "x.gguf", "1e400GiB",
     "SITE", "FV", "all", "html", "png", "svg", "cuda", "meta", "cpu", "float32", "float33", "nf4", "auto", "comparison",
@@ -130,7 +131,8 @@ NUMBERS: list[Any] = [
     "2", "many", "", None, [], [2], {}, {"steps": 1}, object(), 1j, b"2", range(2), np.arange(2), {0, 1}, Ellipsis, int,
 ]  # fmt: skip
 THINGS: list[Any] = [
-    *NUMBERS, "prompt", "every", "test", "first_token", ["first_token"], "exact", "\ud83d", "x" * 3000, Path("."), sl,
+    *NUMBERS, "prompt", "generation", "test", "first_token", ["first_token"], "exact", "\ud83d", "x" * 3000, Path("."),
+    sl,
     torch.nn.Linear(1, 1), sl.ZeroShot(), sl.ZeroShot, {"z": sl.ZeroShot()}, {"": None}, {1: sl.ZeroShot()},
     sl.TrainConfig(steps=1), "antonym", ["antonym"], ["antonym", "antonym"], np.array(["a", "b"]), lambda: None,
 ]  # fmt: skip
@@ -172,7 +174,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, st.SearchStrategy[Any]]]] =
                                          "model": values(None)}),
     "FewShot": (sl.FewShot, {"n_shots": COUNT}),
     "Ablate": (sl.Ablate, {"heads": values("L0H1", [(0, 1)]), "kind": values("zero"), "positions": values("last"),
-                           "n_shots": COUNT, "steps": values("every"), "reference": values(None)}),
+                           "n_shots": COUNT, "scope": values("generation"), "reference": values(None)}),
     "compare": (sl.compare, {"methods": values("zero-shot", ["zero-shot"]), "n_items": COUNT, "seed": COUNT,
                              "options": values({"LTV": {"steps": "x"}}, {"LTV": 3})}),
     "load_task": (sl.load_task, {"name": values("antonym"), "seed": values(None), "split": values("split")}),

@@ -92,7 +92,7 @@ def test_a_method_fits_answers_generates_and_comes_back_from_disk(name: str, sha
     condition = METHODS[name].fit(TASK, model, **SMALL[name])
     assert METHODS[name].trained(condition) >= 0
     again = Condition.load(condition.save(tmp_path / "condition.safetensors"))
-    assert type(again) is type(condition) and again.steps == condition.steps
+    assert type(again) is type(condition) and again.scope == condition.scope
     both = {"now": condition, "again": again}
     scores = sl.evaluate(TASK, both, model, n_items=5, metrics=("first_token", "exact_match"), max_new_tokens=3)
     frames = [scores[scores["condition"] == name].drop(columns="condition").reset_index(drop=True) for name in both]
@@ -139,10 +139,10 @@ def test_site_patches_as_it_was_trained(llama: Model) -> None:
 
 
 @pytest.mark.parametrize("family", micro.FAMILIES)
-@pytest.mark.parametrize("steps", ["prompt", "every"])
-def test_a_vector_in_the_stream_acts_as_a_raw_hook_and_in_every_step_if_asked(family: str, steps: Any) -> None:
+@pytest.mark.parametrize("scope", ["prompt", "generation"])
+def test_a_vector_in_the_stream_acts_as_a_raw_hook_and_in_every_step_if_asked(family: str, scope: Any) -> None:
     model, network, vector = micro.bridge(family), raw(family), normal(32, scale=8)
-    condition = AddToStream(vector[None], (0,), fingerprint(model), steps)
+    condition = AddToStream(vector[None], (0,), fingerprint(model), scope)
     for text in TEXTS:
         ids = oracle.encode(text)
         with oracle.added_to_stream(network, vector, slice(-1, None)):
@@ -150,7 +150,8 @@ def test_a_vector_in_the_stream_acts_as_a_raw_hook_and_in_every_step_if_asked(fa
         assert_close(logits_under(condition, model, text), expected)
     found = sl.generate(TEXTS, condition, model, max_new_tokens=4)
     reach = [
-        slice(len(oracle.encode(text)) - 1, None if steps == "every" else len(oracle.encode(text))) for text in TEXTS
+        slice(len(oracle.encode(text)) - 1, None if scope == "generation" else len(oracle.encode(text)))
+        for text in TEXTS
     ]
     expected_texts = []
     for text, where in zip(TEXTS, reach, strict=True):
@@ -296,10 +297,10 @@ def test_adapters_go_when_something_fails_in_between(llama: Model) -> None:
         untrained(llama).fwd_hooks(llama)
 
 
-@pytest.mark.parametrize("steps", ["prompt", "every"])
-def test_a_full_mask_is_patching_with_alpha_one(llama: Model, steps: Any) -> None:
+@pytest.mark.parametrize("scope", ["prompt", "generation"])
+def test_a_full_mask_is_patching_with_alpha_one(llama: Model, scope: Any) -> None:
     embedding = sl.embed_task(TASK, llama, n_prompts=3, n_shots=2)
-    full = PatchHeads(sl.HeadSelection(torch.ones(2, 4)), embedding, steps=steps)
+    full = PatchHeads(sl.HeadSelection(torch.ones(2, 4)), embedding, scope=scope)
     network = raw("Llama")
     for text in TEXTS:
         ids = oracle.encode(text)
@@ -308,7 +309,7 @@ def test_a_full_mask_is_patching_with_alpha_one(llama: Model, steps: Any) -> Non
         assert_close(logits_under(full, llama, text), at_once)
         said: list[int] = []
         for step in range(3):
-            at = len(ids) - 1 if steps == "prompt" else None
+            at = len(ids) - 1 if scope == "prompt" else None
             if at is None:  # earlier steps were patched, too
                 with patched_everywhere(network, embedding.mean_z, len(ids) - 1):
                     said.append(int(oracle.logits(network, [*ids, *said]).argmax()))

@@ -66,12 +66,12 @@ def evaluated(model: Model, condition: sl.Condition | None = None, n: int = 3) -
     return frame["logprob"].tolist()[:n]
 
 
-def patch(model: Model, steps: Any = "prompt") -> PatchHeads:
+def patch(model: Model, scope: Any = "prompt") -> PatchHeads:
     layers, heads, d_head = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head
     generator = torch.Generator().manual_seed(3)
     alpha = torch.rand(layers, heads, generator=generator)
     mean_z = torch.randn(layers, heads, d_head, generator=generator)
-    return PatchHeads(sl.HeadSelection(alpha), sl.TaskEmbedding(mean_z, "t", None, 1, 1, 0), steps=steps)
+    return PatchHeads(sl.HeadSelection(alpha), sl.TaskEmbedding(mean_z, "t", None, 1, 1, 0), scope=scope)
 
 
 def added(model: Model) -> AddToStream:
@@ -100,7 +100,7 @@ def test_threads_and_the_users_own_passes_do_not_disturb_each_other(family: str)
             "logprob"
         ].tolist(),
         lambda: sl.evaluate(task, {"l": adapters(model)}, model)["logprob"].tolist(),
-        lambda: sl.generate(["ab cd", "ef"], patch(model, "every"), model, max_new_tokens=4),
+        lambda: sl.generate(["ab cd", "ef"], patch(model, "generation"), model, max_new_tokens=4),
         lambda: [whole(model, ids).tolist() for _ in range(12)],
         lambda: applied(model, ids),
     ]
@@ -202,7 +202,7 @@ def greedy(model: Model, text: str, new: int) -> str:
     return oracle.text_of(ids[start:])
 
 
-@pytest.mark.parametrize("make", [patch, lambda model: patch(model, "every"), added, adapters])
+@pytest.mark.parametrize("make", [patch, lambda model: patch(model, "generation"), added, adapters])
 def test_conditions_and_the_users_hooks_act_together(make: Callable[[Model], sl.Condition]) -> None:
     """At the prompt's end, or also at the tokens behind it, as each condition does without other hooks."""
     model = micro.bridge("Llama")
@@ -237,7 +237,7 @@ class ReferenceHook:
 
     def logits(self, text: list[int]) -> Tensor:
         ours = [] if isinstance(self.condition, LowRank) else self.condition.fwd_hooks(self.model)
-        ends = [self.length] if self.condition.steps == "prompt" else list(range(self.length, len(text) + 1))
+        ends = [self.length] if self.condition.scope == "prompt" else list(range(self.length, len(text) + 1))
 
         def reaching(act: Any) -> Any:
             def hook(x: Tensor, hook: Any) -> Tensor:
@@ -347,7 +347,7 @@ def trained(model: Model) -> Any:
 CALLS: dict[str, Work] = {
     "evaluate": lambda model: sl.evaluate(TASK, {"z": sl.ZeroShot(), "p": patch(model), "a": added(model)}, model,
                                           n_items=3, metrics=("first_token", "exact_match"), max_new_tokens=3),
-    "generate": lambda model: sl.generate(["ab cd", "ef"], patch(model, "every"), model, max_new_tokens=3),
+    "generate": lambda model: sl.generate(["ab cd", "ef"], patch(model, "generation"), model, max_new_tokens=3),
     "train": trained,
     "attention": lambda model: sl.heads.attention_roles(TASK, [(0, 1)], model, n_prompts=2, n_shots=2),
     "induction": lambda model: sl.heads.induction_scores(model, n_rows=2, length=4),

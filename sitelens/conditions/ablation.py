@@ -12,7 +12,7 @@ from torch import Tensor
 from sitelens.checks.arguments import checked
 from sitelens.checks.schema import conform, unpacked
 from sitelens.checks.values import CountOrZero
-from sitelens.conditions.base import Patch, Positions, Steps
+from sitelens.conditions.base import Patch, Positions, Scope
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.patching import HeadPatch
 from sitelens.conditions.selection import Heads, HeadSelection, head_pairs, parsed_heads
@@ -35,7 +35,8 @@ class Ablate(HeadPatch):
     reference: for "mean", mean z as `embed_task` measures it on a task's prompts, or a tensor `[layer head d_head]`.
     positions: "last" for the last prompt token only, "all" for every position of the prompt.
     n_shots: demonstrations in the prompt.
-    steps: "prompt", or "every" for the decoding steps, too (default: "every" at all positions, else "prompt").
+    scope: "prompt", or "generation" for each decoding step as well (default: "generation" at all positions, else
+        "prompt").
 
     Raises:
         SitelensError: for heads, a kind, a reference or positions that cannot be used.
@@ -46,11 +47,11 @@ class Ablate(HeadPatch):
     reference: TaskEmbedding | Float[Tensor, "layer head d_head"] | None = None
     positions: Positions = "last"
     n_shots: CountOrZero = 0
-    steps: Steps | None = None  # type: ignore[assignment] # None only until __post_init__
+    scope: Scope | None = None  # type: ignore[assignment] # None only until __post_init__
 
     def __post_init__(self) -> None:
-        if self.steps is None:
-            object.__setattr__(self, "steps", "every" if self.positions == "all" else "prompt")
+        if self.scope is None:
+            object.__setattr__(self, "scope", "generation" if self.positions == "all" else "prompt")
         if (self.kind == "mean") != (self.reference is not None):
             raise SitelensError(
                 "mean ablation needs a reference: Ablate(heads, 'mean', sl.embed_task(task, model))"

@@ -43,7 +43,7 @@ class LowRank(Condition):
     alpha: Count
     model: str | None = None
     origin: Origin | None = None
-    steps = "every"
+    scope = "generation"
 
     def __post_init__(self) -> None:
         check_names(self.weights, HALVES, "the adapters")

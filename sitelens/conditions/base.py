@@ -29,7 +29,8 @@ from sitelens.models.model import Model, computing_dtype
 from sitelens.store import Artifact, canonical_json
 
 Positions = Literal["last", "all"]
-Steps = Literal["prompt", "every"]
+Scope = Literal["prompt", "generation"]
+_OLD_SCOPES = {"prompt": "prompt", "every": "generation"}  # `steps` in conditions that earlier editions saved
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +54,12 @@ class Condition(ABC):
     n_shots: demonstrations in the prompt, drawn anew for each item.
     positions: "last" if nothing before the last prompt token is touched, so that its prefix can be shared with other
     conditions; "all" otherwise.
-    steps: "prompt" if only the prompt's forward pass is touched, "every" if each decoding step is, too.
+    scope: "prompt" if only the prompt's forward pass is touched, "generation" if each decoding step is, as well.
     """
 
     n_shots: int = 0
     positions: Positions = "all"
-    steps: Steps = "prompt"
+    scope: Scope = "prompt"
     kinds: ClassVar[dict[str, type[Condition]]] = registry.KINDS
     saved_as: ClassVar[str] = ""
 
@@ -66,9 +67,11 @@ class Condition(ABC):
         """Registers the class under the name that its saved conditions bear: "MODULE:CLASS", or `saved_as`.
 
         Raises:
-            SitelensError: if another class has that name.
+            SitelensError: if another class has that name, or for `steps`, as earlier editions called `scope`.
         """
         super().__init_subclass__(**options)
+        if isinstance(steps := vars(cls).get("steps"), str) and steps in _OLD_SCOPES:
+            raise SitelensError(f"{cls.__name__}.steps is called scope: write scope = {_OLD_SCOPES[steps]!r}")
         cls.saved_as = registry.register(cls, saved_as)
 
     @abstractmethod
@@ -94,13 +97,13 @@ class Condition(ABC):
         """In effect for one prompt forward pass and the decoding that follows it, run by this thread or async task.
 
         Passes that others run on the same model meanwhile are not touched. Hooks that are to act on the prompt only
-        (`steps` is "prompt") fall silent after their first call.
+        (`scope` is "prompt") fall silent after their first call.
 
         Raises:
             SitelensError: if this condition was made for another model.
         """
         hooks = self.fwd_hooks(model)
-        if self.steps == "prompt":
+        if self.scope == "prompt":
             hooks = [(name, _once(hook)) for name, hook in hooks]
         with hooked_here(model, hooks):
             yield
@@ -113,13 +116,13 @@ class Condition(ABC):
 
     def _hook(self, own: Any, passes: Passes) -> Any:
         """A hook of this condition for passes over a prompt and then token by token, or over whole texts that grow."""
-        step_by_step = own if self.steps == "every" else _once(own)
+        step_by_step = own if self.scope == "generation" else _once(own)
 
         def act(tensor: Tensor, hook: Any = None) -> Tensor | None:
             length = passes.prompt
-            if length is None or (self.steps == "every" and self.positions == "all"):
+            if length is None or (self.scope == "generation" and self.positions == "all"):
                 return step_by_step(tensor, hook=hook)
-            for end in [length] if self.steps == "prompt" else range(length, tensor.shape[1] + 1):
+            for end in [length] if self.scope == "prompt" else range(length, tensor.shape[1] + 1):
                 new = own(tensor[:, :end], hook=hook)
                 tensor = tensor if new is None else torch.cat([new, tensor[:, end:]], dim=1)
             return tensor
@@ -162,6 +165,8 @@ class Condition(ABC):
             raise SitelensError(f"{where}: the kind of condition must be text, not {name!r}")
         kind: type[Condition] = registry.kind_of(name, where)
         rest = {key: value for key, value in meta.items() if key != "condition"}
+        if isinstance(steps := rest.get("steps"), str) and steps in _OLD_SCOPES and "scope" not in rest:
+            rest["scope"] = _OLD_SCOPES[rest.pop("steps")]
         try:
             return kind.from_state(dict(tensors), rest)
         except (SitelensError, TypeError, KeyError, ValueError, AttributeError, IndexError, RuntimeError) as error:
@@ -204,13 +209,13 @@ def checked_conditions(conditions: Mapping[str, Condition] | Condition) -> dict[
     """Conditions by name; a single one is called by its kind.
 
     Raises:
-        SitelensError: if there is none, or for `steps`, `positions` or `n_shots` that mean nothing.
+        SitelensError: if there is none, or for `scope`, `positions` or `n_shots` that mean nothing.
     """
     named = {type(conditions).__name__: conditions} if isinstance(conditions, Condition) else dict(conditions)
     if not named:
         raise SitelensError("give at least one condition, for example {'zero-shot': sl.ZeroShot()}")
     for name, condition in named.items():
-        for field, kind in (("steps", Steps), ("positions", Positions), ("n_shots", CountOrZero)):
+        for field, kind in (("scope", Scope), ("positions", Positions), ("n_shots", CountOrZero)):
             converted(f"{field} of the condition {name!r}", getattr(condition, field), kind)
     return named
 

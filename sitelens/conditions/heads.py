@@ -26,7 +26,7 @@ class HeadOffsets(Condition):
     offsets: Float[Tensor, "layer head d_head"]
     model: str | None = None
     origin: Origin | None = None
-    steps = "every"
+    scope = "generation"
 
     def fwd_hooks(self, model: Model) -> list[Hook]:
         check_fit("the offsets", self.model, tuple(self.offsets.shape), model, self.origin)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sitelens.checks.arguments import checked
 from sitelens.checks.schema import unpacked
 from sitelens.checks.values import CountOrZero
-from sitelens.conditions.base import Condition, Patch, Positions, Steps
+from sitelens.conditions.base import Condition, Patch, Positions, Scope
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.selection import HeadSelection
 from sitelens.engine.forward import Hook, Mixing
@@ -42,8 +42,8 @@ class PatchHeads(HeadPatch):
     """Task injection: the heads' z at the last prompt token is mixed with the task embedding by alpha.
 
     Soft, hard, random, high-alpha, low-alpha, task-agnostic and cross-task patching differ only in `selection`
-    and `embedding` (SITE, step 3). `mixing` is "convex", as published, or "additive"; `steps` is "prompt", as
-    published, or "every" to act at every decoding step, too.
+    and `embedding` (SITE, step 3). `mixing` is "convex", as published, or "additive"; `scope` is "prompt", as
+    published, or "generation" to act at every decoding step as well.
 
     Raises:
         SitelensError: if selection and embedding come from different models.
@@ -54,7 +54,7 @@ class PatchHeads(HeadPatch):
     embedding: TaskEmbedding
     mixing: Mixing = "convex"
     n_shots: CountOrZero = 0
-    steps: Steps = "prompt"
+    scope: Scope = "prompt"
 
     def __post_init__(self) -> None:
         shapes = tuple(self.selection.alpha.shape), tuple(self.embedding.mean_z.shape)

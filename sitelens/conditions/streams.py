@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sitelens.checks.arguments import checked
-from sitelens.conditions.base import Condition, Steps
+from sitelens.conditions.base import Condition, Scope
 from sitelens.engine.capture import watch
 from sitelens.engine.forward import Hook
 from sitelens.errors import SitelensError
@@ -82,16 +82,16 @@ class _StreamCondition(Condition):
     vectors: Float[Tensor, "layer d_model"]
     layers: tuple[int, ...]
     model: str | None = None
-    steps: Steps = "every"
+    scope: Scope = "generation"
     n_trained: int = 0  # numbers that were trained for it
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.vectors) or any(layer < 0 for layer in self.layers):
             raise SitelensError(f"{len(self.vectors)} vectors cannot stand after the layers {self.layers}")
-        if self.steps not in get_args(Steps) or self.n_trained < 0:
-            raise SitelensError(f"steps must be 'prompt' or 'every' and n_trained at least 0, not {self.steps!r} and "
-                                f"{self.n_trained}")  # fmt: skip
+        if self.scope not in get_args(Scope) or self.n_trained < 0:
+            both = f"{self.scope!r} and {self.n_trained}"
+            raise SitelensError(f"scope must be 'prompt' or 'generation' and n_trained at least 0, not {both}")
 
     def fwd_hooks(self, model: Model) -> list[Hook]:
         check_stream(f"a {type(self).__name__}", self.model, self.vectors.shape[1], model, self.origin)
@@ -125,7 +125,7 @@ class AddToStream(_StreamCondition):
 class ReplaceStream(_StreamCondition):
     """x <- vector at the last token, after each of `layers` (task vectors)."""
 
-    steps: Steps = "prompt"
+    scope: Scope = "prompt"
 
     def changed(self, last: Tensor, vector: Tensor) -> Tensor:
         return vector.expand(last.shape)
@@ -152,7 +152,7 @@ class InContextVector(Condition):
     strength: float
     model: str | None = None
     origin: Origin | None = None
-    steps = "every"
+    scope = "generation"
 
     def fwd_hooks(self, model: Model) -> list[Hook]:
         check_stream("an in-context vector", self.model, self.directions.shape[1], model, self.origin)
@@ -180,7 +180,7 @@ class LinearCombination(Condition):
     b: Float[Tensor, "layer module"]
     model: str | None = None
     origin: Origin | None = None
-    steps = "every"
+    scope = "generation"
 
     def __post_init__(self) -> None:
         if self.a.shape[1] != len(MODULES):

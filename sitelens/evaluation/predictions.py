@@ -45,7 +45,7 @@ def as_patches(
     others: dict[str, Condition] = {}
     for name, condition in conditions.items():
         patch = condition.patch(model)
-        if patch is None or listened or (generating and condition.steps == "every"):
+        if patch is None or listened or (generating and condition.scope == "generation"):
             others[name] = condition
         else:
             patches[name] = patch

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
-from sitelens.conditions.base import Steps
+from sitelens.conditions.base import Scope
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.streams import AddToStream
 from sitelens.engine.capture import like_prompts
@@ -42,7 +42,7 @@ def fit(
     n_effects: Count = 25,
     head_counts: tuple[Count, ...] = (10, 20, 40),
     correct_only: bool = True,
-    steps: Steps = "every",
+    scope: Scope = "generation",
     seed: Seed = 0,
 ) -> AddToStream:
     """The function vector, its layer and number of heads chosen on valid; ties take the lowest layer.
@@ -74,7 +74,7 @@ def fit(
             torch.stack([writes[place] for place in order[:count]]).sum(0)[None],
             (layer,),
             made_for,
-            steps,
+            scope,
             origin=origin,
         )
         for layer in layers

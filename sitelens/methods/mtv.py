@@ -91,7 +91,7 @@ def fit(
         total = torch.stack([losses(masks, prefix, i, int(valid.answer[i])) for i in range(len(valid))]).sum(0)
     best = masks[int(total.argmin())]
     chosen = HeadSelection(best, task.name, fingerprint(model), f"MTV, {n_steps} steps, seed {seed}", embedding.origin)
-    return PatchHeads(chosen, embedding, steps="every")
+    return PatchHeads(chosen, embedding, scope="generation")
 
 
 def draw(

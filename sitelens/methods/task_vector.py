@@ -8,7 +8,7 @@ import torch
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
-from sitelens.conditions.base import Steps
+from sitelens.conditions.base import Scope
 from sitelens.conditions.streams import ReplaceStream, stream_hook
 from sitelens.engine.capture import mean_states
 from sitelens.engine.prompts import few_shot_prompt
@@ -30,7 +30,7 @@ def fit(
     *,
     n_sets: Count = 50,
     n_shots: CountOrZero = 5,
-    steps: Steps = "prompt",
+    scope: Scope = "prompt",
     seed: Seed = 0,
 ) -> ReplaceStream:
     """The mean state over `n_sets` sets of demonstrations, its layer chosen on valid; ties take the lowest layer.
@@ -55,6 +55,6 @@ def fit(
     means = mean_states(prompts_of(prompts, task, model), [stream_hook(layer) for layer in layers], model)
     made_for, origin = fingerprint(model), Origin.of(model, task, n_prompts=n_sets, n_shots=n_shots, seed=seed)
     candidates = {
-        layer: ReplaceStream(means[layer : layer + 1], (layer,), made_for, steps, origin=origin) for layer in layers
+        layer: ReplaceStream(means[layer : layer + 1], (layer,), made_for, scope, origin=origin) for layer in layers
     }
     return candidates[best_on_valid(task, candidates, model)]
