@@ -1,4 +1,4 @@
-"""What a user sets once: memory, progress bars, folders."""
+"""What a user sets once: memory, dtype, progress bars, folders."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sitelens.errors import SitelensError
 from sitelens.suggestions import nearest
 
 Value = TypeVar("Value")
+DTYPES = ("float16", "bfloat16", "float32", "float64")  # that a model's weights may be loaded in
 
 _using: ContextVar[Mapping[str, Any]] = ContextVar("using", default=MappingProxyType({}))
 
@@ -49,6 +50,18 @@ def _checked_folder(name: str, value: Any) -> str | Path | None:
     return value
 
 
+def checked_dtype(name: str, value: Any) -> str | None:
+    """The name of a floating-point dtype, given by that name or as torch's object; None stays None.
+
+    Raises:
+        SitelensError: for anything else.
+    """
+    text = str(value).removeprefix("torch.")
+    if value is not None and text not in DTYPES:
+        raise SitelensError(f"unknown {name} {value!r}; write for example 'float32' or 'bfloat16'")
+    return None if value is None else text
+
+
 class _Setting(Generic[Value]):
     """One setting: its value in the innermost `using` block of this context, or else the process's."""
 
@@ -74,12 +87,15 @@ class Settings:
     assignments meanwhile. An unknown name or a bad value is a SitelensError at once.
 
     memory_budget: extra bytes that training and evaluation may take beside the weights, an int or "2GiB".
+    dtype: of models that are loaded without one, a name ("bfloat16") or torch's object; None means float32 for GGUF
+        weights (the packaged models are such) and the checkpoint's own otherwise.
     progress: True, False, or None for bars only where a person is looking (a terminal or a notebook).
     cache_dir: where artifacts and converted models lie; None means SITELENS_CACHE or the user's cache folder.
     data_dir: a folder with data sets in their upstream layout; None means SITELENS_DATA, or download.
     """
 
     memory_budget = _Setting[int | str]("2GiB", _checked_size)
+    dtype = _Setting[str | None](None, checked_dtype)
     progress = _Setting[bool | None](None, _checked_switch)
     cache_dir = _Setting[str | Path | None](None, _checked_folder)
     data_dir = _Setting[str | Path | None](None, _checked_folder)

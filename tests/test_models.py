@@ -428,6 +428,15 @@ def test_the_dtype_may_be_chosen(tmp_path: Path, dtype: Any):
     assert next(load_model(folder, dtype=dtype).parameters()).dtype == torch.bfloat16
 
 
+def test_the_default_dtype_is_a_setting(tmp_path: Path):
+    folder = saved(tmp_path / "model")
+    with settings.using(dtype="bfloat16"):
+        assert next(load_model(folder).parameters()).dtype == torch.bfloat16
+        assert next(resolve_model(folder).parameters()).dtype == torch.bfloat16
+        assert next(load_model(folder, dtype="float64").parameters()).dtype == torch.float64
+    assert next(load_model(folder).parameters()).dtype == torch.float32
+
+
 def test_a_bridge_is_returned_as_it_is():
     bridge = micro.bridge("Llama")
     assert load_model(bridge) is bridge and resolve_model(bridge) is bridge
@@ -470,8 +479,8 @@ def test_a_hub_model_that_cannot_be_had_says_what_to_do(name: str, command: str)
 
 
 def test_an_unknown_dtype_is_refused(tmp_path: Path):
-    for dtype in ("float33", "nn"):
-        with pytest.raises(SitelensError, match=f"unknown dtype '{dtype}'; write for example 'float32'"):
+    for dtype in ("float33", "nn", "int8", torch.int64):
+        with pytest.raises(SitelensError, match=f"unknown dtype {dtype!r}; write for example 'float32'"):
             load_model(tmp_path, dtype=dtype)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sitelens import cli
 from sitelens.contexts import bound
@@ -46,6 +47,13 @@ def test_blocks_nest_and_leave_other_settings_alone(tmp_path: Path) -> None:
     assert (settings.cache_dir, settings.progress) == outside
 
 
+def test_a_dtype_is_kept_by_its_name() -> None:
+    for dtype in ("bfloat16", torch.bfloat16):
+        with settings.using(dtype=dtype):
+            assert settings.dtype == "bfloat16"
+    assert settings.dtype is None
+
+
 def test_async_tasks_do_not_see_each_others_blocks(tmp_path: Path) -> None:
     async def task(name: str) -> Path:
         with settings.using(cache_dir=tmp_path / name):
@@ -62,12 +70,14 @@ def test_async_tasks_do_not_see_each_others_blocks(tmp_path: Path) -> None:
     ("name", "value", "message"),
     [
         ("memory_bugdet", 1, "there is no setting 'memory_bugdet': did you mean 'memory_budget'?"),
-        ("threads", 1, "they are memory_budget, progress, cache_dir, data_dir"),
+        ("threads", 1, "they are memory_budget, dtype, progress, cache_dir, data_dir"),
         ("memory_budget", 0, "memory_budget must be a positive number of bytes, got 0"),
         ("memory_budget", True, "got True"),
         ("memory_budget", 1.5, "got 1.5"),
         ("memory_budget", None, "got None"),
         ("memory_budget", "much", "cannot read 'much' as a size"),
+        ("dtype", "float33", "unknown dtype 'float33'; write for example 'float32' or 'bfloat16'"),
+        ("dtype", 16, "unknown dtype 16"),
         ("progress", "no", "progress must be True, False or None, got 'no'"),
         ("cache_dir", 3, r"cache_dir must be a folder \(a text or a Path\) or None, got 3"),
         ("data_dir", "", "data_dir must be a folder"),

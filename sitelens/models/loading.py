@@ -21,6 +21,7 @@ from sitelens.models.networks import load_network, quiet_transformers
 from sitelens.models.quantization import NO_8BIT, check_quantization, nf4_config, settle
 from sitelens.models.sources import DEFAULT_MODEL, check_device, hub_id
 from sitelens.models.tokenizers import first_line
+from sitelens.settings import checked_dtype, settings
 
 _loading = threading.RLock()  # transformers sets torch's default dtype, which is the process's, while it loads
 
@@ -40,10 +41,11 @@ def load_model(
 
     `name` is a packaged model (default: "smollm2-135m"), a hub id, a name that TransformerLens knows ("gpt2",
     "pythia-70m"), a local folder, a .gguf file, or a TransformerBridge, which is returned as it is. `dtype` defaults to
-    float32 for GGUF weights and to the checkpoint's own otherwise; `device` to a GPU where there is one. `device_map`
-    ("auto", or as transformers takes it) spreads the layers over several devices. `quantize="nf4"` loads 4-bit weights
-    as the paper does for its large models (bitsandbytes, NF4, double quantisation, computing in bfloat16 or in
-    `dtype`). Python code that a model brings along is run with `trust_remote_code` only, and a warning says so.
+    `sl.settings.dtype` or, where that is None, to float32 for GGUF weights and to the checkpoint's own otherwise;
+    `device` to a GPU where there is one. `device_map` ("auto", or as transformers takes it) spreads the layers over
+    several devices. `quantize="nf4"` loads 4-bit weights as the paper does for its large models (bitsandbytes, NF4,
+    double quantisation, computing in bfloat16 or in `dtype`). Python code that a model brings along is run with
+    `trust_remote_code` only, and a warning says so.
 
     Raises:
         SitelensError: for an unknown model (with the nearest names), weights that cannot be had (with the command that
@@ -55,11 +57,8 @@ def load_model(
     if device is not None and device_map is not None:
         raise SitelensError("give device or device_map, not both")
     name = DEFAULT_MODEL if name is None else str(name)
-    if isinstance(dtype, str):
-        found = getattr(torch, dtype, None)
-        if not isinstance(found, torch.dtype):
-            raise SitelensError(f"unknown dtype {dtype!r}; write for example 'float32' or 'bfloat16'")
-        dtype = found
+    precision = checked_dtype("dtype", dtype) or settings.dtype
+    dtype = None if precision is None else getattr(torch, precision)
     check_device(device, device_map)
     packed = None
     if quantize is not None:
@@ -88,14 +87,14 @@ def load_model(
 
 
 @functools.cache
-def _default_model() -> Model:
-    return load_model()
+def _default_model(dtype: str | None) -> Model:
+    return load_model(dtype=dtype)
 
 
 def default_model() -> Model:
-    """The packaged default model, loaded once a process."""
+    """The packaged default model in the dtype of the settings, loaded once per process and dtype."""
     with _loading:
-        return _default_model()
+        return _default_model(settings.dtype)
 
 
 def resolve_model(model: str | Path | Model | None) -> Model:
