@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sitelens as sl
-from sitelens import store
 from sitelens.conditions.adapters import LowRank
 from sitelens.conditions.base import Condition
 from sitelens.conditions.heads import HeadOffsets
@@ -33,7 +32,9 @@ from sitelens.evaluation.cached import score_conditions
 from sitelens.models.model import Model
 from sitelens.models.provenance import Origin
 from sitelens.reports.run import RunConfig
-from sitelens.store import Artifact
+from sitelens.store import artifact as artifact_module
+from sitelens.store.artifact import Artifact
+from sitelens.store.folder import default_store
 from tests import micro
 
 ORIGIN = Origin(model="tiny", dtype="float32", template_arguments=(("enable_thinking", False),), n_shots=2, seed=0)
@@ -206,7 +207,7 @@ def _defaults(mutant: Artifact, read: dict[str, Any]) -> bool:
 
 
 def write(path: Path, header: str, tensors: dict[str, Tensor]) -> Path:
-    checksum = store._checksum(header, tensors)
+    checksum = artifact_module._checksum(header, tensors)
     path.write_bytes(safetensors.torch.save(tensors, {"sitelens": header, "sha256": checksum}))
     return path
 
@@ -387,7 +388,7 @@ def test_a_trained_selection_and_its_embedding_know_where_they_come_from(tmp_pat
             assert (origin.n_prompts, origin.n_shots, origin.seed) == (3, 2, 4)
             assert origin.task_digest == task.digest and origin.sitelens == sl.__version__
             assert origin.created is not None and len(origin.created) == 10
-    kept = next((store.default_store().root / "selection").glob("*.safetensors"))
+    kept = next((default_store().root / "selection").glob("*.safetensors"))
     found = sl.HeadSelection.load(kept)
     assert (found.task, found.model) == ("shift", sl.fingerprint(model))
     other = micro.bridge("Llama", torch.bfloat16)
@@ -436,7 +437,7 @@ def test_what_the_store_holds_of_another_content_is_made_anew():
             compared["accuracy"].tolist(),
         ]
 
-    expected, root = all_kinds(), store.default_store().root
+    expected, root = all_kinds(), default_store().root
     kinds = {path.parent.name for path in root.glob("*/*.safetensors")}
     assert kinds == {"embedding", "selection", "scores", "comparison", "method"}
     for name, change in changes_in_the_store():

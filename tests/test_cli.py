@@ -26,7 +26,8 @@ from sitelens.models import loading
 from sitelens.models.gguf.converted import PACKAGED
 from sitelens.reports import run as report
 from sitelens.reports.run import RunConfig
-from sitelens.store import Artifact, default_store
+from sitelens.store.artifact import Artifact
+from sitelens.store.folder import default_store
 from sitelens.tasks import builtin, task_names
 from tests import micro
 

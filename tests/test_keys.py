@@ -26,7 +26,7 @@ from sitelens.models.loading import load_model
 from sitelens.models.model import Model
 from sitelens.reports.comparison import fit_method
 from sitelens.settings import settings
-from sitelens.store import Artifact
+from sitelens.store.artifact import Artifact
 from tests import micro
 
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 40, 41, 42, 43]])

@@ -23,7 +23,7 @@ from sitelens.conditions.base import Condition
 from sitelens.conditions.heads import HeadOffsets
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.streams import AddToStream, InContextVector, LinearCombination, ReplaceStream
-from sitelens.engine.network import Passes, counted_tokens
+from sitelens.engine.network import Passes, metered
 from sitelens.errors import SitelensError
 from sitelens.methods import METHODS, i2cl, icv, lofit, ltv, mtv
 from sitelens.methods.i2cl import cosine
@@ -479,9 +479,9 @@ def test_noise_has_no_gradient_of_its_own() -> None:
 def test_learned_task_vectors_are_the_same_under_any_memory_budget(llama: Model) -> None:
     options = SMALL["LTV"] | {"steps": 9}
     sl.embed_task(TASK, llama, n_prompts=3, n_shots=2)  # in the cache for both
-    with counted_tokens() as spent:
+    with metered() as spent:
         whole = METHODS["LTV"].fit(TASK, llama, **options)
-    with counted_tokens() as in_parts, settings.using(memory_budget=1):
+    with metered() as in_parts, settings.using(memory_budget=1):
         parts = METHODS["LTV"].fit(TASK, llama, **options)
     assert in_parts.forward > spent.forward and in_parts.backward == spent.backward
     assert_close(parts.vectors, whole.vectors)
@@ -490,7 +490,7 @@ def test_learned_task_vectors_are_the_same_under_any_memory_budget(llama: Model)
 def test_function_vectors_run_their_prompts_once(llama: Model) -> None:
     tokens = []
     for correct_only in (True, False):
-        with settings.using(cache_dir=None), counted_tokens() as spent:
+        with settings.using(cache_dir=None), metered() as spent:
             METHODS["FV"].fit(TASK, llama, **SMALL["FV"], correct_only=correct_only)
         tokens.append(spent.forward)
     assert tokens[0] == tokens[1]
@@ -557,7 +557,7 @@ def test_tokens_are_counted_forward_and_backward(llama: Model) -> None:
     from sitelens.conditions.heads import changing
 
     passes = Passes(llama, changing(lambda z, layer: z + offsets[layer], 2))
-    with counted_tokens() as spent:
+    with metered() as spent:
         answer_loss(rows, passes).backward()
         with torch.no_grad():
             answer_loss(rows, passes)

@@ -124,7 +124,7 @@ def test_a_full_disk_after_the_work_costs_no_result(
         checked.append(path)
         return write(path, data)
 
-    for place in ("sitelens.files.writing", "sitelens.store", "sitelens.figures.saving"):
+    for place in ("sitelens.files.writing", "sitelens.store.artifact", "sitelens.figures.saving"):
         monkeypatch.setattr(f"{place}.write_bytes", fail)
     files = [task_file(tmp_path, name, name) for name in ("one", "two")]
     options = {"compare": ["--methods", "zero-shot", "--n-items", "2"], "transfer": SMALL[:-4]}.get(command, SMALL)

@@ -20,7 +20,7 @@ from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.selection import HeadSelection
 from sitelens.errors import SitelensError
 from sitelens.models.fingerprints import fingerprint
-from sitelens.store import DamagedArtifactError
+from sitelens.store.artifact import DamagedArtifactError
 from tests import micro
 
 Head = tuple[int, int]

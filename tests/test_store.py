@@ -20,10 +20,13 @@ import pytest
 import safetensors.torch
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
-from sitelens import store as store_module
 from sitelens.errors import SitelensError, SitelensWarning
-from sitelens.store import Artifact, DamagedArtifactError, Store, canonical_json, default_store, digest
+from sitelens.store import artifact as artifact_module
+from sitelens.store.artifact import Artifact, DamagedArtifactError
+from sitelens.store.digests import canonical_json, digest
+from sitelens.store.folder import DAMAGED, Store, default_store, empty_cache
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool,
@@ -273,7 +276,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path):
 
 def test_a_file_of_a_newer_format_asks_for_an_upgrade(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as newer:
-        newer.setattr(store_module, "FORMAT", store_module.FORMAT + 1)
+        newer.setattr(artifact_module, "FORMAT", artifact_module.FORMAT + 1)
         path = numbered(1).save(tmp_path / "a.safetensors")
     with pytest.raises(SitelensError, match=r"a\.safetensors was written by a newer sitelens .*upgrade") as caught:
         Artifact.load(path)
@@ -354,7 +357,7 @@ def test_a_good_artifact_that_takes_a_damaged_ones_place_just_then_stays(store: 
     path.write_bytes(good[:-1])
 
     def replaced(source: Any, target: Any) -> None:
-        if str(target).endswith(store_module.DAMAGED):
+        if str(target).endswith(DAMAGED):
             path.write_bytes(good)  # another process is quicker than the setting aside
         replace(source, target)
 
@@ -371,7 +374,7 @@ def test_a_damaged_artifact_goes_when_the_new_one_is_whole(store: Store):
     path.write_bytes(b"rubbish")
     with pytest.warns(SitelensWarning, match="made anew"):
         store.get("embedding", {"n": 1})
-    assert files(store.root) == [path.with_suffix(store_module.DAMAGED).name]
+    assert files(store.root) == [path.with_suffix(DAMAGED).name]
     assert store.entries()["kind"].tolist() == ["damaged"]
     store.put(numbered(1))
     assert files(store.root) == [path.name]
@@ -572,3 +575,70 @@ def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
     artifact = Artifact("kind", {}, {"a": tensor, "b": tensor[2:], "c": tensor.reshape(2, 3).T})
     found = Artifact.load(artifact.save(tmp_path / "shared.safetensors")).tensors
     assert all(torch.equal(found[name], kept) for name, kept in artifact.tensors.items())
+
+
+# cached
+
+
+def contents(n: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return {"z": torch.tensor([float(n)])}, {"task": f"task {n}"}
+
+
+def number(artifact: Artifact) -> int:
+    if "z" not in artifact.tensors:
+        raise SitelensError(f"{artifact.where} holds no number")
+    return int(artifact.tensors["z"])
+
+
+def test_what_is_cached_is_made_once(store: Store):
+    calls: list[int] = []
+
+    def make() -> Any:
+        calls.append(3)
+        return contents(3)
+
+    assert [store.cached("embedding", {"n": 3}, make, number) for _ in range(3)] == [3, 3, 3]
+    assert calls == [3]
+    assert store.get("embedding", {"n": 3}).meta == {"task": "task 3"}
+
+
+def test_what_cannot_be_read_back_is_made_again(store: Store):
+    store.put(Artifact("embedding", {"n": 3}, {}))
+    with pytest.warns(SitelensWarning, match="holds no number; it is made anew"):
+        assert store.cached("embedding", {"n": 3}, lambda: contents(3), number) == 3
+    assert number(store.get("embedding", {"n": 3})) == 3
+
+
+def test_of_many_only_the_missing_are_made_in_any_order_and_each_is_stored_at_once(store: Store):
+    store.put(Artifact("embedding", {"n": 1}, *contents(1)))
+    asked: list[list[int]] = []
+
+    def make(missing: list[int]) -> Any:
+        asked.append(missing)
+        for n in reversed(missing):
+            yield n, contents(n)
+            assert number(store.get("embedding", {"n": n})) == n
+
+    specs = [{"n": n} for n in range(4)]
+    for _ in range(2):
+        assert store.cached_all("embedding", specs, make, [number] * 4) == [0, 1, 2, 3]
+    assert asked == [[0, 2, 3]]
+
+
+def test_what_was_made_before_an_error_is_kept(store: Store):
+    def make(missing: list[int]) -> Any:
+        yield 0, contents(0)
+        raise SitelensError("no more")
+
+    with pytest.raises(SitelensError, match="no more"):
+        store.cached_all("embedding", [{"n": 0}, {"n": 1}], make, [number] * 2)
+    assert number(store.get("embedding", {"n": 0})) == 0 and store.get("embedding", {"n": 1}) is None
+
+
+def test_the_cache_is_empty_for_a_block(store: Store):
+    default_store().put(numbered(1))
+    with empty_cache():
+        assert default_store().get("embedding", {"n": 1}) is None
+        default_store().put(numbered(2))
+    assert same(numbered(1), default_store().get("embedding", {"n": 1}))
+    assert default_store().get("embedding", {"n": 2}) is None

@@ -24,7 +24,7 @@ from sitelens.methods.site import train as training
 from sitelens.methods.site.train import TrainResult
 from sitelens.models.model import Model
 from sitelens.settings import settings
-from sitelens.store import default_store
+from sitelens.store.folder import default_store
 from sitelens.studies import heads as heads_study
 from sitelens.studies import patching
 from sitelens.studies.common import Prepared, head_counts_up_to

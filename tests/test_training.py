@@ -30,7 +30,7 @@ from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import TrainJob, TrainResult, train_jobs, train_selection, train_selections
 from sitelens.models.model import Model
 from sitelens.settings import settings
-from sitelens.store import Store, default_store
+from sitelens.store.folder import Store, default_store
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
 

@@ -28,6 +28,7 @@ from sitelens.errors import SitelensError, SitelensWarning, warned_once
 from sitelens.files.escaping import visible
 from sitelens.files.writing import MissingOutputWarning
 from sitelens.settings import settings
+from sitelens.store.kinds import Kind
 from sitelens.version import __version__
 
 TRACEBACK = "SITELENS_TRACEBACK"  # set in the environment: an error that is not expected is raised
@@ -149,8 +150,7 @@ def command_parser() -> Parser:
     command("models", listings.models, "list the packaged models and the paper's")
     cache = command("cache", listings.cache, "show or clear the cache")
     cache.add_argument("--clear", metavar="KIND", nargs="?", const="all",
-                       choices=["all", "embedding", "selection", "training", "scores", "method", "comparison", "models",
-                                "damaged"],
+                       choices=["all", *Kind.cached_kinds(), "models", "damaged"],
                        help="remove all results but no models, or one kind")  # fmt: skip
     cache.add_argument("--models", action="store_true", help="with --clear: remove the converted models, too")
     cache.add_argument("--verbose", action="store_true", help="a line for each artifact")

@@ -38,7 +38,7 @@ def models(options: argparse.Namespace) -> None:
 
 
 def cache(options: argparse.Namespace) -> None:
-    from sitelens.store import default_store
+    from sitelens.store.folder import default_store
 
     if options.models and options.clear is None:
         raise SitelensError("--models goes with --clear; without them, all that is cached is shown")
@@ -75,7 +75,7 @@ def _clear(kind: str, models: bool) -> None:
     """Remove what was asked for and what killed runs left; say what went, how much, and what stayed."""
     from sitelens.files.folders import size_of, sweep
     from sitelens.models.gguf.converted import clear_models, converted_models
-    from sitelens.store import default_store
+    from sitelens.store.folder import default_store
 
     store, root = default_store(), settings.cache()
     if kind != "models":

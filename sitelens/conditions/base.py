@@ -26,7 +26,9 @@ from sitelens.engine.network import Passes
 from sitelens.engine.twins import hooked_here
 from sitelens.errors import SitelensError
 from sitelens.models.model import Model, computing_dtype
-from sitelens.store import Artifact, canonical_json
+from sitelens.store.artifact import Artifact
+from sitelens.store.digests import canonical_json
+from sitelens.store.kinds import Kind
 
 Positions = Literal["last", "all"]
 Scope = Literal["prompt", "generation"]
@@ -140,7 +142,7 @@ class Condition(ABC):
             canonical_json(meta)
         except (TypeError, ValueError) as error:
             raise SitelensError(f"{type(self).__name__} cannot be saved: it must define state ({error})") from error
-        return Artifact("condition", {}, tensors, meta).save(path)
+        return Artifact(Kind.CONDITION, {}, tensors, meta).save(path)
 
     @staticmethod
     def load(path: str | Path) -> Condition:
@@ -150,7 +152,7 @@ class Condition(ABC):
             SitelensError: if there is no such file, it is damaged, it holds something else, or a class of one's own
                 that it needs is not imported.
         """
-        artifact = Artifact.load(path, "condition")
+        artifact = Artifact.load(path, Kind.CONDITION)
         return Condition.remade(artifact.tensors, artifact.meta, artifact.where)
 
     @staticmethod

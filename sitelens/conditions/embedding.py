@@ -25,7 +25,9 @@ from sitelens.models.model import Model, check_fit, context_length, head_shape, 
 from sitelens.models.provenance import Origin
 from sitelens.progress import portions, tracked
 from sitelens.settings import settings
-from sitelens.store import Artifact
+from sitelens.store.artifact import Artifact
+from sitelens.store.folder import Contents
+from sitelens.store.kinds import Kind
 from sitelens.tasks import Task, load_task
 
 ALGORITHM = 1  # to be raised when the numbers change
@@ -61,7 +63,7 @@ class TaskEmbedding:
 
     def save(self, path: str | Path) -> Path:
         """Write to a safetensors file with all that is known of it."""
-        return Artifact("embedding", {}, *packed(self)).save(path)
+        return Artifact(Kind.EMBEDDING, {}, *packed(self)).save(path)
 
     @staticmethod
     def load(path: str | Path) -> TaskEmbedding:
@@ -70,7 +72,7 @@ class TaskEmbedding:
         Raises:
             SitelensError: if there is no such file, or it is damaged or holds something else.
         """
-        return Artifact.load(path, "embedding").made(TaskEmbedding)
+        return Artifact.load(path, Kind.EMBEDDING).made(TaskEmbedding)
 
 
 @checked
@@ -103,25 +105,26 @@ def embed_task(
             raise SitelensError(f"{artifact.where}: mean_z has the shape {tuple(embedding.mean_z.shape)}")
         return embedding
 
-    if (kept := store.get("embedding", spec, read)) is not None:
-        return kept
-    if len(task.train) < n_shots + 1:
-        raise SitelensError(f"task {task.name!r} has too few training items for {n_shots} shots and a query: "
-                            f"{len(task.train)} items")  # fmt: skip
-    prompts = embedding_prompts(task, own_tokenizer(model), n_prompts, n_shots, seed)
-    batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
-    cost = functools.partial(forward_bytes, model)
-    parts = chunks(batch.lengths, cost, settings.budget(), max_tokens=MAX_TOKENS)
-    z = torch.empty(n_prompts, *head_shape(model), dtype=torch.float64)
-    for index in tracked(parts, f"embed {task.name}"):
-        z[index] = capture_z(batch.rows(index), model).double().cpu()
-    if not torch.isfinite(z).all():
-        raise SitelensError(f"task {task.name!r}: the model's head outputs are not finite (dtype {model.cfg.dtype})")
-    mean_z = z.mean(0).to(torch.float32)
-    origin = Origin.of(model, task, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
-    embedding = TaskEmbedding(mean_z, task.name, spec["model"], n_prompts, n_shots, seed, origin)
-    store.put(Artifact("embedding", spec, *packed(embedding)))
-    return embedding
+    def make() -> Contents:
+        if len(task.train) < n_shots + 1:
+            raise SitelensError(f"task {task.name!r} has too few training items for {n_shots} shots and a query: "
+                                f"{len(task.train)} items")  # fmt: skip
+        prompts = embedding_prompts(task, own_tokenizer(model), n_prompts, n_shots, seed)
+        batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
+        cost = functools.partial(forward_bytes, model)
+        parts = chunks(batch.lengths, cost, settings.budget(), max_tokens=MAX_TOKENS)
+        z = torch.empty(n_prompts, *head_shape(model), dtype=torch.float64)
+        for index in tracked(parts, f"embed {task.name}"):
+            z[index] = capture_z(batch.rows(index), model).double().cpu()
+        if not torch.isfinite(z).all():
+            raise SitelensError(
+                f"task {task.name!r}: the model's head outputs are not finite (dtype {model.cfg.dtype})"
+            )
+        mean_z = z.mean(0).to(torch.float32)
+        origin = Origin.of(model, task, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
+        return packed(TaskEmbedding(mean_z, task.name, store.key["model"], n_prompts, n_shots, seed, origin))
+
+    return store.cached(Kind.EMBEDDING, spec, make, read)
 
 
 def embedded(

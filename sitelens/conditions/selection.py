@@ -23,7 +23,8 @@ from sitelens.checks.values import Seed, Share, tensor
 from sitelens.errors import SitelensError
 from sitelens.models.model import Model, check_fit
 from sitelens.models.provenance import Origin
-from sitelens.store import Artifact
+from sitelens.store.artifact import Artifact
+from sitelens.store.kinds import Kind
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -233,7 +234,7 @@ class HeadSelection:
 
     def save(self, path: str | Path) -> Path:
         """Write to a safetensors file with all that is known of it."""
-        return Artifact("selection", {}, *packed(self)).save(path)
+        return Artifact(Kind.SELECTION, {}, *packed(self)).save(path)
 
     @staticmethod
     def load(path: str | Path) -> HeadSelection:
@@ -242,7 +243,7 @@ class HeadSelection:
         Raises:
             SitelensError: if there is no such file, or it is damaged or holds something else.
         """
-        return HeadSelection.of(Artifact.load(path, "selection"))
+        return HeadSelection.of(Artifact.load(path, Kind.SELECTION))
 
     @staticmethod
     def of(artifact: Artifact) -> HeadSelection:

@@ -11,6 +11,7 @@ import importlib.metadata
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from sitelens.models.facts import Facts, bridge_facts, modules_of, rotary_state
 from sitelens.models.fingerprints import fingerprint, tensor_sums
 from sitelens.models.interference import heard, heard_in_tokenizer
 from sitelens.models.model import Model, model_name, own_tokenizer, tokenization
-from sitelens.store import Artifact, default_store, digest
+from sitelens.store.artifact import Artifact
+from sitelens.store.digests import digest
+from sitelens.store.folder import Cache, default_store
 from sitelens.tasks import Task
 
 ALGORITHM = 1  # of prompts, tokenization and forward passes: to be raised when any number that is kept changes
@@ -37,7 +40,7 @@ STRETCHED = "rotary"  # in keys of models whose rotary embedding longer prompts 
 Modules = Sequence[tuple[str, nn.Module]]
 
 
-class ResultStore:
+class ResultStore(Cache):
     """Where results of a model for some tasks are kept: the default store, or nowhere while something is heard.
 
     key: what the spec of each of them must hold.
@@ -53,13 +56,17 @@ class ResultStore:
         """The stored artifact, or what `read` makes of it; None if there is none."""
         return default_store().get(kind, spec, read) if self.open else None
 
-    def put(self, artifact: Artifact) -> None:
-        """Keep an artifact, unless the model or its setting is not what it was when its computation began."""
+    def put(self, artifact: Artifact) -> Path | None:
+        """Store an artifact, unless the model or its setting is not what it was when its computation began.
+
+        Returns its path, or None where it was not stored.
+        """
         if not self.open or _is_heard(self._model):
-            return
+            return None
         now = model_key(self._model, self._tasks)
-        if all(now.get(name) == self.key.get(name) for name in now.keys() | self.key if name != STRETCHED):
-            default_store().put(artifact)
+        if any(now.get(name) != self.key.get(name) for name in now.keys() | self.key if name != STRETCHED):
+            return None
+        return default_store().put(artifact)
 
 
 def model_key(model: Model, tasks: Sequence[Task] = ()) -> dict[str, str]:

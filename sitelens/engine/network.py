@@ -8,6 +8,7 @@ edited meanwhile are the ones that count; the model itself is never touched.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,24 +103,26 @@ def _lock_of(model: Model) -> threading.RLock:
 
 
 @dataclass
-class Tokens:
-    """How many tokens were run forward, and how many of them backward; padding counts."""
+class Compute:
+    """What a computation took: tokens run forward, how many of them backward (padding counts), and seconds."""
 
     forward: int = 0
     backward: int = 0
+    seconds: float = 0.0
 
 
-_spent: ContextVar[Tokens | None] = ContextVar("spent", default=None)
+_spent: ContextVar[Compute | None] = ContextVar("spent", default=None)
 
 
 @contextmanager
-def counted_tokens() -> Iterator[Tokens]:
-    """Count the tokens of all forward passes in the block."""
-    spent, outer = Tokens(), _spent.get()
+def metered() -> Iterator[Compute]:
+    """The tokens of all forward passes in the block, counted as they run, and its seconds, known at its end."""
+    spent, outer, started = Compute(), _spent.get(), time.perf_counter()
     try:
         with bound(_spent, spent):
             yield spent
     finally:
+        spent.seconds = time.perf_counter() - started
         if outer is not None:
             outer.forward += spent.forward
             outer.backward += spent.backward

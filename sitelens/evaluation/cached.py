@@ -26,7 +26,10 @@ from sitelens.evaluation.evaluate import COLUMNS, evaluate
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.metrics import METRICS, Metric, checked_metrics
 from sitelens.models.model import Model, own_tokenizer
-from sitelens.store import Artifact, content_digest, digest
+from sitelens.store.artifact import Artifact
+from sitelens.store.digests import content_digest, digest
+from sitelens.store.folder import Contents
+from sitelens.store.kinds import Kind
 from sitelens.tasks import Task
 
 ALGORITHM = 3  # to be raised when the numbers or what is kept change
@@ -73,22 +76,21 @@ def score_conditions(
         spec["ends"] = sorted(end_tokens(model, own_tokenizer(model)))
     if not all(metric.generates for metric in chosen):
         warn_of_shared_first_tokens([task], model)
-    frame = store.get("scores", spec, functools.partial(_frame, task=task, split=split, seed=seed))
-    if frame is None:
-        frame = evaluate(task, conditions, model, **options)
-        store.put(_artifact(frame, spec))
-    return frame[columns]
+    return store.cached(
+        Kind.SCORES, spec, lambda: _contents(evaluate(task, conditions, model, **options)),
+        functools.partial(_frame, task=task, split=split, seed=seed),
+    )[columns]  # fmt: skip
 
 
-def _artifact(frame: pd.DataFrame, spec: dict[str, Any]) -> Artifact:
-    """Scores as an artifact; input and answer are the task's own and not kept."""
+def _contents(frame: pd.DataFrame) -> Contents:
+    """Scores as they are stored; input and answer are the task's own and left out."""
     labels = {name: list(dict.fromkeys(frame[name])) for name in ("condition", "metric")}
     tensors = {name: torch.tensor(frame[name].to_numpy()) for name in NUMBERS}
     for name, values in labels.items():
         tensors[name] = torch.tensor([values.index(value) for value in frame[name]])
     said = json.dumps(list(frame["predicted"])).encode()
     tensors["predicted"] = torch.from_numpy(np.frombuffer(said, dtype=np.uint8).copy())
-    return Artifact("scores", spec, tensors, labels)
+    return tensors, labels
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from sitelens.contexts import bound
 from sitelens.models.facts import Facts
-from sitelens.store import content_digest, digest, tensor_bytes
+from sitelens.store.digests import content_digest, digest, tensor_bytes
 
 SEVERAL_THREADS = 1 << 26  # bytes of tensors from which reading them is spread over threads
 _BLOCK = 1 << 20  # 32-bit words of a tensor on an accelerator that are summed at a time

@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from sitelens.errors import SitelensError, warn_once
 from sitelens.models.fingerprints import fingerprint, text_config, weights_digest
 from sitelens.models.tokenizers import as_in_files, condition, rules
-from sitelens.store import digest
+from sitelens.store.digests import digest
 
 Model = TransformerBridge
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sitelens.errors import SitelensError, SitelensWarning
-from sitelens.store import digest
+from sitelens.store.digests import digest
 
 # Behind one of these a text goes on as it does behind a prompt, without the space that many tokenizers put in front of
 # a text's first word.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,14 +19,13 @@ from sitelens.conditions import embedding
 from sitelens.conditions.base import Condition
 from sitelens.conditions.prompting import FewShot, ZeroShot
 from sitelens.engine.keys import ResultStore
-from sitelens.engine.network import counted_tokens
+from sitelens.engine.network import metered
 from sitelens.errors import SitelensError, warned_once
 from sitelens.evaluation import cached as scoring
 from sitelens.evaluation.evaluate import evaluate
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.evaluation.summary import answers_from_counts, summarize
 from sitelens.evaluation.tables import INTERVALS, Table, format_interval
-from sitelens.files.folders import scratch_folder
 from sitelens.methods import METHODS, checked_options
 from sitelens.methods.items import fitting
 from sitelens.methods.site import state as training_state
@@ -36,7 +34,9 @@ from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, model_name
 from sitelens.progress import Job
 from sitelens.settings import settings
-from sitelens.store import Artifact
+from sitelens.store.artifact import Artifact
+from sitelens.store.folder import Contents, empty_cache
+from sitelens.store.kinds import Kind
 from sitelens.suggestions import did_you_mean
 from sitelens.tasks import Task, load_tasks
 
@@ -75,31 +75,29 @@ def fit_method(
         return Fitted(PROMPTING[name], 0, 0, 0, 0.0)
     store = ResultStore(model, [task])
     spec = _spec(name, task, store.key, seed, options)
-    fitted = store.get("method", spec, _fitted)
-    if fitted is None:
-        started = time.perf_counter()
-        with scratch_folder(settings.cache()) as folder, settings.using(cache_dir=folder), counted_tokens() as spent:
+
+    def make() -> Contents:
+        with empty_cache(), metered() as spent:
             condition = METHODS[name].fit(task, model, seed=seed, **(options or {}))
         cost = {
             "trained": METHODS[name].trained(condition), "forward_tokens": spent.forward,
-            "backward_tokens": spent.backward, "fit_seconds": time.perf_counter() - started,
+            "backward_tokens": spent.backward, "fit_seconds": spent.seconds,
         }  # fmt: skip
         tensors, meta = condition.state()
-        kept = Artifact("method", spec, tensors, {"state": meta, "cost": cost})
-        store.put(kept)
-        fitted = _fitted(kept)
-    return fitted
+        return tensors, {"state": meta, "cost": cost}
+
+    return store.cached(Kind.METHOD, spec, make, _fitted)
 
 
-def _fitted(kept: Artifact) -> Fitted:
+def _fitted(artifact: Artifact) -> Fitted:
     """The fitted method that an artifact holds.
 
     Raises:
         SitelensError: if it holds something else.
     """
-    check_names(kept.meta, ("state", "cost"), kept.where)
-    condition = Condition.remade(kept.tensors, kept.meta.get("state"), kept.where)
-    return Fitted(condition, **vars(unpacked(_Cost, kept.meta.get("cost"), {}, f"{kept.where}: cost")))
+    check_names(artifact.meta, ("state", "cost"), artifact.where)
+    condition = Condition.remade(artifact.tensors, artifact.meta.get("state"), artifact.where)
+    return Fitted(condition, **vars(unpacked(_Cost, artifact.meta.get("cost"), {}, f"{artifact.where}: cost")))
 
 
 @dataclass(frozen=True)
@@ -257,21 +255,19 @@ def _scored(
     """Scores on test, and the seconds that they took."""
     store = ResultStore(model, [task])
     spec = _spec(name, task, store.key, seed, options) | {"n_items": n_items}
-    read = functools.partial(_kept_scores, n_items=n_items, task=task)
-    kept = store.get("comparison", spec, read)
-    if kept is None:
-        started = time.perf_counter()
-        with settings.using(progress=False):
+
+    def make() -> Contents:
+        with settings.using(progress=False), metered() as spent:
             scores = evaluate(task, {name: fitted.condition}, model, n_items=n_items, seed=seed)
-        seconds = time.perf_counter() - started
         tensors = {column: torch.tensor(scores[column].to_numpy()) for column in ("item", "score")}
-        artifact = Artifact("comparison", spec, tensors, {"seconds": seconds})
-        store.put(artifact)
-        kept = read(artifact)
-    columns = {column: getattr(kept, column).numpy() for column in ("item", "score")}
+        return tensors, {"seconds": spent.seconds}
+
+    read = functools.partial(_read_scores, n_items=n_items, task=task)
+    answers = store.cached(Kind.COMPARISON, spec, make, read)
+    columns = {column: getattr(answers, column).numpy() for column in ("item", "score")}
     about = {"task": task.name, "condition": name, "metric": "first_token", "seed": seed,
              "training_seed": seed, "model": model_name(model)}  # fmt: skip
-    return pd.DataFrame(columns).assign(**about), kept.seconds
+    return pd.DataFrame(columns).assign(**about), answers.seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,12 +279,12 @@ class _Scores:
     seconds: float
 
 
-def _kept_scores(kept: Artifact, n_items: int | None, task: Task) -> _Scores:
-    scores = kept.made(_Scores)
+def _read_scores(artifact: Artifact, n_items: int | None, task: Task) -> _Scores:
+    scores = artifact.made(_Scores)
     expected = len(task.test) if n_items is None else min(n_items, len(task.test))
     in_range = (scores.item >= 0) & (scores.item < len(task.test)) & (scores.score >= 0) & (scores.score <= 1)
     if len(set(scores.item.tolist())) != expected or not bool(in_range.all()) or scores.seconds < 0:
-        raise SitelensError(f"{kept.where} does not hold a score of each of {expected} items")
+        raise SitelensError(f"{artifact.where} does not hold a score of each of {expected} items")
     return scores
 
 

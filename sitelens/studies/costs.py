@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -16,15 +14,14 @@ from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import embed_task
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.prompting import FewShot, ZeroShot
-from sitelens.engine.network import counted_tokens
+from sitelens.engine.network import metered
 from sitelens.errors import SitelensError, warned_once
 from sitelens.evaluation.evaluate import evaluate
-from sitelens.files.folders import scratch_folder
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selection
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model
-from sitelens.settings import settings
+from sitelens.store.folder import empty_cache
 from sitelens.studies.common import Options, Sample
 from sitelens.tasks import Task, load_task
 
@@ -56,8 +53,8 @@ def costs(
     items = task.split(sample.split)
     if not items:
         raise SitelensError(f"task {task.name!r} has no {sample.split} items")
-    with scratch_folder(settings.cache()) as folder, settings.using(cache_dir=folder):
-        with _metered() as prepared:
+    with empty_cache():
+        with metered() as prepared:
             vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed)
             result = train_selection(task, model, embedding=vector, config=config)
         conditions: dict[str, Condition] = {
@@ -68,19 +65,10 @@ def costs(
         for count in counts:
             repeated = replace(task, test=tuple(items[i % len(items)] for i in range(count)))
             for name, condition in conditions.items():
-                with _metered() as meter:
+                with metered() as spent:
                     evaluate(repeated, {name: condition}, model, seed=sample.seed)
-                rows.append({"method": name, "prompts": count, **meter})
-            both = {key: prepared[key] + rows[-1][key] for key in ("seconds", "tokens")}
-            rows.append({"method": "SITE", "prompts": count, **both})
+                rows.append({"method": name, "prompts": count, "seconds": spent.seconds, "tokens": spent.forward})
+            injected = rows[-1]
+            rows.append({"method": "SITE", "prompts": count, "seconds": prepared.seconds + injected["seconds"],
+                         "tokens": prepared.forward + injected["tokens"]})  # fmt: skip
     return pd.DataFrame(rows)
-
-
-@contextmanager
-def _metered() -> Iterator[dict[str, float]]:
-    """Seconds passed and tokens run within it, filled in at its end."""
-    meter: dict[str, float] = {}
-    started = time.perf_counter()
-    with counted_tokens() as spent:
-        yield meter
-    meter |= {"seconds": time.perf_counter() - started, "tokens": spent.forward}

@@ -36,7 +36,8 @@ from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, model_name
 from sitelens.models.provenance import Origin
 from sitelens.progress import Job, portions
-from sitelens.store import Artifact
+from sitelens.store.artifact import Artifact
+from sitelens.store.kinds import Kind
 from sitelens.tasks import Task, kinds_of, load_tasks
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class TransferMatrix:
             torch.tensor(self.n.to_numpy(int)), tuple(self.frame.columns), self.swap, self.metric, self.model,
             dict(self.groups), self.origin,
         )  # fmt: skip
-        return Artifact("transfer", {}, *packed(saved)).save(path)
+        return Artifact(Kind.TRANSFER, {}, *packed(saved)).save(path)
 
     @staticmethod
     def load(path: str | Path) -> TransferMatrix:
@@ -161,7 +162,7 @@ class TransferMatrix:
         Raises:
             SitelensError: if there is no such file, or it is damaged or holds something else.
         """
-        kept = Artifact.load(path, "transfer").made(_Saved)
+        kept = Artifact.load(path, Kind.TRANSFER).made(_Saved)
         names = list(kept.tasks)
         frame = pd.DataFrame(kept.accuracy.numpy(), index=names, columns=names)
         facts = {name: getattr(kept, name) for name in ("swap", "metric", "model", "groups", "origin")}

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from sitelens.errors import SitelensError
 from sitelens.methods.site.config import TrainConfig
-from sitelens.store import Artifact, default_store
+from sitelens.store.artifact import Artifact
+from sitelens.store.folder import default_store
+from sitelens.store.kinds import Kind
 
 ALGORITHM = 1  # of training, to be raised when the numbers change
 ALGORITHM_RANDOM_INIT = 2  # of training from a random start; likewise, and raised with the other
@@ -52,7 +54,7 @@ class State:
 
     def restore(self) -> int:
         """Take up what was kept; how many steps that were."""
-        kept = default_store().get("training", self._spec, self._checked) if self._known else None
+        kept = default_store().get(Kind.TRAINING, self._spec, self._checked) if self._known else None
         if kept is None:
             return 0
         with torch.no_grad():
@@ -93,10 +95,10 @@ class State:
         record = self._record
         tensors = {"logits": self._logits, "history": record.history, "best": record.best, "alpha": record.alpha}
         default_store().put(
-            Artifact("training", self._spec, tensors | self._optimizer.state[self._logits], {"steps": steps})
+            Artifact(Kind.TRAINING, self._spec, tensors | self._optimizer.state[self._logits], {"steps": steps})
         )
         self._saved = time.monotonic()
 
     def forget(self) -> None:
         """Remove it: the training has ended and its results are kept."""
-        default_store().remove("training", self._spec)
+        default_store().remove(Kind.TRAINING, self._spec)

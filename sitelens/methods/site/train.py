@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,7 +29,10 @@ from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, head_shape
 from sitelens.models.provenance import Origin
 from sitelens.settings import settings
-from sitelens.store import Artifact, content_digest, digest
+from sitelens.store.artifact import Artifact
+from sitelens.store.digests import content_digest, digest
+from sitelens.store.folder import Contents
+from sitelens.store.kinds import Kind
 from sitelens.tasks import Task, load_tasks
 
 FEW_BINARY = 0.5  # a share of near-binary alphas below this is worth a warning
@@ -142,28 +145,24 @@ def train_jobs(
         store = ResultStore(model, tasks)
         specs = [_spec(job, store.key) for job in jobs]
         shape = head_shape(model)[:2]
-        results = [
-            store.get("selection", spec, functools.partial(_result, config=job.config, shape=shape))
-            for spec, job in zip(specs, jobs, strict=True)
-        ]
-        batches: dict[TrainConfig, list[int]] = {}
-        for i, job in enumerate(jobs):
-            if results[i] is None:
-                batches.setdefault(replace(job.config, seed=0, init=0.5), []).append(i)
-        for config, batch in batches.items():
-            keys = [digest(specs[i]) if store.open else "" for i in batch]
-            runs, used, vectors = _runs([jobs[i] for i in batch], keys)
-            trained = train_runs(runs, used, vectors, model, config, settings.budget())
-            for i, tensors in zip(batch, trained, strict=True):
-                job, how = jobs[i], jobs[i].config
-                selection = HeadSelection(
-                    tensors["alpha"], specs[i]["task"], specs[i]["model"],
-                    f"SITE, {how.checkpoint} of {how.steps} steps, seed {how.seed}", _origin(job, model),
-                )  # fmt: skip
-                _, meta = packed(selection)
-                artifact = Artifact("selection", specs[i], tensors, {n: meta[n] for n in ("provenance", "origin")})
-                store.put(artifact)
-                results[i] = _result(artifact, how, shape)
+
+        def make(missing: list[int]) -> Iterator[tuple[int, Contents]]:
+            batches: dict[TrainConfig, list[int]] = {}
+            for i in missing:
+                batches.setdefault(replace(jobs[i].config, seed=0, init=0.5), []).append(i)
+            for config, batch in batches.items():
+                keys = [digest(specs[i]) if store.open else "" for i in batch]
+                runs, used, vectors = _runs([jobs[i] for i in batch], keys)
+                trained = train_runs(runs, used, vectors, model, config, settings.budget())
+                for i, tensors in zip(batch, trained, strict=True):
+                    how = jobs[i].config
+                    provenance = f"SITE, {how.checkpoint} of {how.steps} steps, seed {how.seed}"
+                    selection = HeadSelection(tensors["alpha"], "", None, provenance, _origin(jobs[i], model))
+                    _, meta = packed(selection)
+                    yield i, (tensors, {name: meta[name] for name in ("provenance", "origin")})
+
+        reads = [functools.partial(_result, config=job.config, shape=shape) for job in jobs]
+        results = store.cached_all(Kind.SELECTION, specs, make, reads)
     for result in results:
         _warn_if_undecided(result)
     return results

@@ -1,0 +1,147 @@
+"""Artifacts: one safetensors file each, JSON in its metadata, checksummed.
+
+An artifact is a kind (say "embedding"), a `spec` (everything its content depends on, plain JSON), tensors, and
+`meta` (what a reader wants to know but the content does not depend on). Files are written to a temporary name,
+flushed and renamed, so a reader sees a whole artifact or none, whoever else writes and whenever a process dies.
+A SHA-256 over metadata and tensors is checked at every read. No pickle is read or written.
+
+A file counts as damaged only if its content is not what was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sitelens.checks.schema import parsed_json, unpacked
+from sitelens.errors import SitelensError
+from sitelens.files.folders import read_bytes, size_of
+from sitelens.files.writing import write_bytes
+from sitelens.store.digests import canonical_json, tensor_bytes
+from sitelens.version import __version__
+
+Value = TypeVar("Value")
+
+FORMAT = 1
+
+
+class DamagedArtifactError(SitelensError):
+    """A file that is not what was written: truncated, changed, or no artifact at all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """What one file holds.
+
+    `spec` and `meta` are plain JSON; `tensors` maps names to tensors; `path` is the file that it was read from.
+    """
+
+    kind: str
+    spec: dict[str, Any]
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return str(self.path or f"the {self.kind}")
+
+    def made(self, kind: type[Value], **more: Any) -> Value:
+        """The dataclass that tensors and meta describe, with `more` beside them (see `sitelens.checks.schema`).
+
+        Raises:
+            SitelensError: naming the file and the field that is not what the dataclass declares.
+        """
+        return unpacked(kind, {**self.meta, **more}, self.tensors, self.where)
+
+    def save(self, path: str | Path) -> Path:
+        """Write to `path`, atomically; the folder is made where it is missing. Returns the path.
+
+        Raises:
+            OSError: if it cannot be written; what was there stays.
+        """
+        tensors = {  # copies, for safetensors refuses tensors that share memory
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.tensors.items()
+        }
+        header = canonical_json(
+            {"format": FORMAT, "kind": self.kind, "spec": self.spec, "meta": self.meta, "sitelens": __version__}
+        )
+        data = safetensors.torch.save(tensors, {"sitelens": header, "sha256": _checksum(header, tensors)})
+        return write_bytes(path, data)
+
+    @staticmethod
+    def load(path: str | Path, kind: str | None = None) -> Artifact:
+        """Read and verify a file.
+
+        Raises:
+            SitelensError: if there is no such file, it cannot be read, or it holds another kind of artifact.
+            DamagedArtifactError: if its content is not what was written.
+        """
+        path = Path(path)
+        try:
+            data = read_bytes(path)  # once: another process may replace the file meanwhile
+        except FileNotFoundError as error:
+            raise SitelensError(f"there is no file {path}") from error
+        try:
+            tensors = safetensors.torch.load(data)
+            metadata = _metadata(data)
+        except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise DamagedArtifactError(f"{path} is damaged or no safetensors file: {error}") from error
+        header = metadata.get("sitelens")
+        if header is None:
+            raise DamagedArtifactError(f"{path} is a safetensors file, but not one of sitelens")
+        if metadata.get("sha256") != _checksum(header, tensors):
+            raise DamagedArtifactError(f"{path} is damaged: its checksum does not match its content")
+        try:
+            content = unpacked(_Header, parsed_json(header, f"the header of {path}"), {}, f"the header of {path}")
+        except SitelensError as error:
+            raise DamagedArtifactError(str(error)) from error
+        if content.format > FORMAT:
+            raise SitelensError(f"{path} was written by a newer sitelens ({content.sitelens}): upgrade to read it")
+        if kind is not None and content.kind != kind:
+            raise SitelensError(f"{path} holds a {content.kind}, not a {kind}")
+        return Artifact(content.kind, content.spec, tensors, content.meta, path)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The JSON beside an artifact's tensors."""
+
+    format: int
+    kind: str
+    spec: dict[str, Any]
+    meta: dict[str, Any]
+    sitelens: str
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata in the JSON header of a safetensors file's bytes."""
+    length = int.from_bytes(data[:8], "little")
+    return dict(json.loads(data[8 : 8 + length]).get("__metadata__") or {})
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without reading its tensors."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        return _metadata(start + file.read(min(int.from_bytes(start, "little"), size_of(path.resolve()))))
+
+
+def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(tensor_bytes(tensor))
+    return total.hexdigest()
