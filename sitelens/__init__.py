@@ -44,10 +44,8 @@ if TYPE_CHECKING:
     from sitelens.models.fingerprints import fingerprint as fingerprint
     from sitelens.models.loading import load_model as load_model
     from sitelens.models.model import Model as Model
-    from sitelens.reports.comparison import by_method as by_method
     from sitelens.reports.comparison import compare as compare
-    from sitelens.reports.comparison import comparison_scores as comparison_scores
-    from sitelens.reports.comparison import comparison_table as comparison_table
+    from sitelens.reports.comparison_result import Comparison as Comparison
     from sitelens.reports.run import RunConfig as RunConfig
     from sitelens.reports.run import RunReport as RunReport
     from sitelens.reports.run import run as run
@@ -83,7 +81,8 @@ _EXPORTS = {
     "models.fingerprints": ("fingerprint",),
     "models.loading": ("load_model",),
     "models.model": ("Model",),
-    "reports.comparison": ("by_method", "compare", "comparison_scores", "comparison_table"),
+    "reports.comparison": ("compare",),
+    "reports.comparison_result": ("Comparison",),
     "reports.run": ("RunConfig", "RunReport", "run"),
     "reports.suite": ("SuiteResult", "run_suite"),
     "reports.verification.verify": ("Verification", "verify"),

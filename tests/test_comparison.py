@@ -14,7 +14,8 @@ from sitelens import figures
 from sitelens.errors import SitelensError
 from sitelens.methods import METHODS
 from sitelens.models.model import Model, head_shape
-from sitelens.reports.comparison import COSTS, NAMES, by_method, checked_methods, compare, comparison_table, fit_method
+from sitelens.reports.comparison import NAMES, checked_methods, compare, fit_method
+from sitelens.reports.comparison_result import COSTS, Comparison
 from tests import micro
 from tests.test_methods import SMALL, TASK
 
@@ -29,7 +30,7 @@ def model() -> Iterator[Model]:
 
 
 def test_each_row_is_the_methods_own_fit_and_evaluation(model: Model) -> None:
-    frame = compare([TASK], FEW, model, n_items=8, options=CHOSEN)
+    frame = compare([TASK], FEW, model, n_items=8, options=CHOSEN).frame
     assert list(frame["method"]) == list(FEW)
     for row in frame.to_dict("records"):
         name = row["method"]
@@ -39,7 +40,7 @@ def test_each_row_is_the_methods_own_fit_and_evaluation(model: Model) -> None:
 
 
 def test_what_is_trained_and_spent_is_that_of_the_method(model: Model) -> None:
-    frame = compare([TASK], FEW, model, n_items=4, options=CHOSEN).set_index("method")
+    frame = compare([TASK], FEW, model, n_items=4, options=CHOSEN).frame.set_index("method")
     layers, heads, _ = head_shape(model)
     expected = {"zero-shot": 0, "FV": 0, "MTV": layers * heads, "SITE": layers * heads, "I2CL": 4 * layers}
     assert {name: frame.loc[name, "trained"] for name in expected} == expected
@@ -50,9 +51,9 @@ def test_what_is_trained_and_spent_is_that_of_the_method(model: Model) -> None:
 
 
 def test_a_second_call_runs_nothing_and_gives_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = compare([TASK], FEW, model, n_items=4, options=CHOSEN)
+    first = compare([TASK], FEW, model, n_items=4, options=CHOSEN).frame
     micro.silence(monkeypatch)
-    pd.testing.assert_frame_equal(compare([TASK], FEW, model, n_items=4, options=CHOSEN), first)
+    pd.testing.assert_frame_equal(compare([TASK], FEW, model, n_items=4, options=CHOSEN).frame, first)
     changed = CHOSEN | {"MTV": SMALL["MTV"] | {"n_steps": 5}}
     with pytest.raises(AssertionError, match="the model was run"):
         compare([TASK], FEW, model, n_items=4, options=changed)
@@ -61,11 +62,17 @@ def test_a_second_call_runs_nothing_and_gives_the_same(model: Model, monkeypatch
 def test_the_answers_behind_the_table_give_paired_differences(model: Model) -> None:
     names = ("zero-shot", "TV", "SITE")
     arguments: dict[str, Any] = {"n_items": 8, "options": {name: SMALL[name] for name in names if name in SMALL}}
-    frame = compare([TASK], names, model, **arguments)
-    scores = sl.comparison_scores([TASK], names, model, **arguments)
+    comparison = compare([TASK], names, model, **arguments)
+    frame, scores = comparison.frame, comparison.scores
     found = sl.summarize(scores, by=("task", "condition"), against="SITE").set_index("condition")
     assert found["mean"].tolist() == frame["accuracy"].tolist()
     assert found.loc["TV", "difference"] == pytest.approx(found.loc["TV", "mean"] - found.loc["SITE", "mean"])
+    paired = comparison.differences("SITE").set_index("method")
+    assert paired.index.tolist() == ["zero-shot", "TV"] and paired["difference"].equals(
+        found["difference"].drop("SITE").rename_axis("method")
+    )
+    with pytest.raises(SitelensError, match="no method 'SIDE'; there are: zero-shot, TV, SITE"):
+        comparison.differences("SIDE")
     by_item = scores.pivot(index="item", columns="condition", values="score")
     assert by_item["SITE"].mean() == frame["accuracy"].iloc[-1] and len(by_item) == 8
 
@@ -76,7 +83,7 @@ def test_what_was_finished_before_an_interruption_is_kept(model: Model, monkeypa
         micro.silence(patch)
         with pytest.raises(AssertionError, match="the model was run"):
             compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]})
-    frame = compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]})
+    frame = compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]}).frame
     assert list(frame["method"]) == ["I2CL", "TV"]
 
 
@@ -95,20 +102,20 @@ def test_means_over_tasks() -> None:
         for task, method, value, n in CELLS
     ]  # fmt: skip
     frame = pd.DataFrame(rows)
-    found = by_method(frame)
-    assert found["method"].tolist() == ["x", "y"]
-    assert found["accuracy"].tolist() == pytest.approx([0.3, 0.95]) and found["tasks"].tolist() == [2, 2]
-    items = [
-        (task, i, method, float(i < round(value * n)))
-        for task, method, value, n in frame[["task", "method", "accuracy", "n"]].itertuples(index=False)
-        for i in range(n)
-    ]
-    whole = sl.summarize(pd.DataFrame(items, columns=["task", "item", "method", "score"]), by=("method",))
-    pd.testing.assert_frame_equal(found[["low", "high"]], whole[["low", "high"]])
-    alone = by_method(frame[frame["task"] == "a"]).iloc[0]
+    scores = pd.DataFrame([
+        {"task": task, "item": i, "condition": method, "score": float(i < round(value * n))}
+        for task, method, value, n in CELLS for i in range(n)
+    ])  # fmt: skip
+    comparison = Comparison(frame, scores)
+    summary = comparison.summary()
+    assert summary["method"].tolist() == ["x", "y"]
+    assert summary["accuracy"].tolist() == pytest.approx([0.3, 0.95]) and summary["tasks"].tolist() == [2, 2]
+    whole = sl.summarize(scores, by=("condition",))
+    pd.testing.assert_frame_equal(summary[["low", "high"]], whole[["low", "high"]])
+    alone = Comparison(frame[frame["task"] == "a"], scores[scores["task"] == "a"]).summary().iloc[0]
     wilson = binomtest(4, 40).proportion_ci(method="wilson")
     assert (alone["low"], alone["high"]) == pytest.approx((wilson.low, wilson.high))
-    lines = comparison_table(frame).splitlines()
+    lines = comparison.markdown().splitlines()
     assert lines[0] == "| task | n | x | y |" and lines[2] == "| a | 40 | 10 [0, 20] | 100 [90, 110] |"
     assert (
         lines[4].startswith(f"| mean of 2 | {40 + frame['n'].iloc[-1]} | 30 [")

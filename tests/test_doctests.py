@@ -23,10 +23,7 @@ from tests import tiny
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # Public names that have no example yet. Write one, and remove the name here.
 MISSING: set[str] = {
-    "by_method",
     "compare",
-    "comparison_scores",
-    "comparison_table",
     "echo",
     "embed_task",
     "evaluate",

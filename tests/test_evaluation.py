@@ -26,7 +26,6 @@ from sitelens.engine.decoding import decode
 from sitelens.engine.forward import Hook, full_logits
 from sitelens.engine.prompts import Prompt, PromptBatch, draw_demonstrations, few_shot_prompts, tokenize
 from sitelens.evaluation.evaluate import COLUMNS
-from sitelens.evaluation.summary import answers_from_counts
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.model import Model, head_shape
 from sitelens.tasks import Example, Task
@@ -736,16 +735,6 @@ def test_copies_count_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sl.summarize(pd.concat([scores, other.iloc[[0, 2]]])).iloc[0]["n"] == 5
-
-
-def test_answers_come_back_from_counts() -> None:
-    scores = scores_of({("s", "a", 0): [1, 0, 0], ("l", "a", 0): [1] * 7 + [0] * 3, ("l", "b", 0): [0] * 10})
-    cells = sl.summarize(scores, by=("task", "condition"))[["task", "condition", "mean", "n"]]
-    again = answers_from_counts(cells, "mean")
-    for by in (("task", "condition"), ("condition",)):
-        pd.testing.assert_frame_equal(sl.summarize(again, by=by), sl.summarize(scores, by=by))
-    with pytest.raises(sl.SitelensError, match=r"mean 0\.35 of n = 10 answers is no whole number of right ones"):
-        answers_from_counts(cells.assign(mean=0.35, n=10), "mean")
 
 
 def test_groups_keep_their_order_and_the_echo_has_no_difference(gpt2: Model) -> None:

@@ -15,9 +15,11 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from sitelens.checks.frames import Column, packed_frame, unpacked_frame
 from sitelens.errors import SitelensError
 
 Made = TypeVar("Made")
@@ -146,7 +148,8 @@ def _shown(value: Any) -> str:
 def unpacked(kind: type[Made], content: Any, tensors: Mapping[str, Tensor], where: str) -> Made:
     """The dataclass that a file's JSON object and tensors describe.
 
-    Tensors stand under the names of the fields, those of a field that is a dataclass or a dict under "FIELD.NAME".
+    Tensors stand under the names of the fields, those of a field that is a dataclass, a dict or a DataFrame under
+    "FIELD.NAME".
 
     Raises:
         SitelensError: naming the file (`where`) and the field that is missing, unknown, or not what it must be.
@@ -161,7 +164,9 @@ def unpacked(kind: type[Made], content: Any, tensors: Mapping[str, Tensor], wher
     for name, field in fields.items():
         hint, what = hints.get(name, Any), f"{where}: {name}"
         inner = {key.split(".", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-        if name in tensors:
+        if hint is pd.DataFrame and name in content:
+            values[name] = unpacked_frame(conform(content[name], list[Column], what), inner, what)
+        elif name in tensors:
             if name in content or inner:
                 raise SitelensError(f"{what} stands twice")
             values[name] = checked_tensor(tensors[name], hint, what, sizes)
@@ -190,6 +195,9 @@ def packed(value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         one = getattr(value, field.name)
         if isinstance(one, Tensor):
             tensors[field.name] = one
+        elif isinstance(one, pd.DataFrame):
+            inner, content[field.name] = packed_frame(one)
+            tensors |= {f"{field.name}.{name}": tensor for name, tensor in inner.items()}
         elif dataclasses.is_dataclass(one):
             inner, content[field.name] = packed(one)
             tensors |= {f"{field.name}.{name}": tensor for name, tensor in inner.items()}

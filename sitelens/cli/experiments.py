@@ -14,7 +14,7 @@ from sitelens.cli.parser import Parser
 from sitelens.cli.reading import method_options, number, tasks_of, template_options, typed_command
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.files.escaping import visible
-from sitelens.files.writing import Outputs, write_text
+from sitelens.files.writing import Outputs
 from sitelens.progress import Job
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ def transfer(options: argparse.Namespace) -> None:
         with job.stage(LOAD):
             train = _train_config(options)
             tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
-            from sitelens.reports.gallery import data_facts, write_figure
+            from sitelens.evaluation.record import data_facts
+            from sitelens.reports.gallery import write_figure
             from sitelens.studies.transfer import transfer_matrix
             from sitelens.tasks import rewritten
 
@@ -158,9 +159,7 @@ def compare(options: argparse.Namespace) -> None:
     with _job("compare") as job:
         with job.stage(LOAD):
             tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
-            from sitelens import figures
-            from sitelens.reports.comparison import checked_methods, compare, comparison_table
-            from sitelens.reports.gallery import data_facts, write_figure
+            from sitelens.reports.comparison import checked_methods, compare
             from sitelens.tasks import rewritten
 
             tasks = [rewritten(task, **template_options(options)) for task in tasks]
@@ -169,19 +168,15 @@ def compare(options: argparse.Namespace) -> None:
             model = _load_model(options)
             n_items = options.n_items or None
         with job.rest():
-            frame = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
-    table = comparison_table(frame)
+            comparison = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
     print(f"first-token accuracy in per cent with 95% intervals, at most {n_items or 'all'} test items a task, model "
           f"{options.model}; costs: means over tasks\n")  # fmt: skip
-    print(table)
+    print(comparison.markdown())
     if options.out is not None:
-        facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "metric": "first_token",
-                 "seed": options.seed, "options": chosen, **data_facts(tasks, n_items)}  # fmt: skip
-        figure, command = figures.comparison(frame), typed_command(options)
-        with kept(options), Outputs(options.out) as outputs:
-            outputs.write("comparison.md", lambda path: write_text(path, table + "\n"))
-            write_figure(outputs, figure, frame, "comparison", options.formats, command, model, facts)
-        print(f"\ntable, figure, comparison.csv and comparison.json are in {options.out}")
+        with kept(options):
+            facts = {"left_out": left_out}
+            comparison.save(options.out, options.formats, command=typed_command(options), facts=facts)
+        print(f"\ntables, figure, their numbers and their origin are in {options.out}")
 
 
 def suite(options: argparse.Namespace) -> None:

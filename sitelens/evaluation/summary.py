@@ -74,26 +74,6 @@ def summarize(
     return pd.DataFrame(rows)
 
 
-def answers_from_counts(cells: pd.DataFrame, share: str) -> pd.DataFrame:
-    """One row per answer behind rows that hold a share of right answers and their number `n`, each item answered once.
-
-    The other columns stay; item and score are added. `summarize` of them gives what it would give of the scores.
-
-    Raises:
-        SitelensError: if a share of n is no whole number of answers, as with several seeds or draws.
-    """
-    cells = cells.reset_index(drop=True)
-    hits = cells[share] * cells["n"]
-    wrong = (hits - hits.round()).abs() > 0.01
-    if wrong.any():
-        row = cells[wrong].iloc[0]
-        raise SitelensError(f"{share} {row[share]:.6g} of n = {row['n']} answers is no whole number of right ones")
-    rows = cells.loc[cells.index.repeat(cells["n"])].reset_index(names="cell")
-    rows["item"] = rows.groupby("cell").cumcount()
-    rows["score"] = (rows["item"] < rows["cell"].map(hits.round())).astype(float)
-    return rows.drop(columns=["cell", share, "n"])
-
-
 @dataclass(frozen=True, eq=False)
 class _Answers:
     """A group's scores: items (index: task, item) by repeats (columns), NaN where an item has no answer.

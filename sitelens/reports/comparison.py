@@ -24,8 +24,8 @@ from sitelens.errors import SitelensError, warned_once
 from sitelens.evaluation import cached as scoring
 from sitelens.evaluation.evaluate import evaluate
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
-from sitelens.evaluation.summary import answers_from_counts, summarize
-from sitelens.evaluation.tables import INTERVALS, Table, format_interval
+from sitelens.evaluation.record import experiment_record
+from sitelens.evaluation.summary import summarize
 from sitelens.methods import METHODS, checked_options
 from sitelens.methods.items import fitting
 from sitelens.methods.site import state as training_state
@@ -33,6 +33,7 @@ from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, model_name
 from sitelens.progress import Job
+from sitelens.reports.comparison_result import Comparison as Comparison
 from sitelens.settings import settings
 from sitelens.store.artifact import Artifact
 from sitelens.store.folder import Contents, empty_cache
@@ -43,7 +44,6 @@ from sitelens.tasks import Task, load_tasks
 ALGORITHM = 1  # of prompting; the methods have their own
 PROMPTING = {"zero-shot": ZeroShot(), "10-shot": FewShot(10)}
 NAMES = (*PROMPTING, *METHODS)
-COSTS = ("trained", "forward_tokens", "backward_tokens", "fit_seconds", "seconds_per_prompt")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,93 +124,34 @@ def compare(
     n_items: Count | None = 100,
     seed: Seed = 0,
     options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> pd.DataFrame:
-    """Every task under every method: accuracy and what it cost. One row a task and method.
+) -> Comparison:
+    """Accuracy and costs of every task under every method.
 
-    Columns: task, method, accuracy (first token, full vocabulary, unfiltered test items), low, high (95%), n, trained
-    (numbers), forward_tokens, backward_tokens (of fitting, choices on valid included), fit_seconds, seconds_per_prompt
-    (of a test prompt, in batches), model, seed, training_seed. All methods see the same splits and template and at most
-    200 training items. `options` are further arguments of a method's fit, by its name: {"LTV": {"steps": 400}}. Every
-    cell is kept on disk, so that an interrupted comparison goes on where it was. Seconds are of the machine that
-    fitted.
+    All methods see the same splits and template and at most 200 training items. `options` are further arguments of a
+    method's fit, by its name: {"LTV": {"steps": 400}}. Every cell is kept on disk, so that an interrupted comparison
+    goes on where it was. Seconds are of the machine that fitted.
 
     Raises:
         SitelensError: for an unknown method or option, and as each method's fit.
     """
+    names, options = checked_methods(methods), checked_options(options)
+    loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
     rows: list[dict[str, Any]] = []
-    for fitted, scores, seconds in _cells(tasks, methods, model, n_items, seed, options):
-        found = summarize(scores).iloc[0]
+    frames: list[pd.DataFrame] = []
+    for fitted, scores, seconds in _cells(loaded, names, model, n_items, seed, options):
+        mean = summarize(scores).iloc[0]
         rows.append({
-            "task": found["task"], "method": found["condition"], "accuracy": found["mean"], "low": found["low"],
-            "high": found["high"], "n": int(found["n"]), "trained": fitted.trained,
+            "task": mean["task"], "method": mean["condition"], "accuracy": mean["mean"], "low": mean["low"],
+            "high": mean["high"], "n": int(mean["n"]), "trained": fitted.trained,
             "forward_tokens": fitted.forward_tokens, "backward_tokens": fitted.backward_tokens,
-            "fit_seconds": fitted.fit_seconds, "seconds_per_prompt": seconds / int(found["n"]),
+            "fit_seconds": fitted.fit_seconds, "seconds_per_prompt": seconds / int(mean["n"]),
             **scores[["model", "seed", "training_seed"]].iloc[0],
         })  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-@checked
-@warned_once()
-def comparison_scores(
-    tasks: Iterable[Task | str],
-    methods: Sequence[str] | Literal["all"] = "all",
-    model: Model | str | None = None,
-    *,
-    n_items: Count | None = 100,
-    seed: Seed = 0,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> pd.DataFrame:
-    """The answers behind `compare`, from which paired differences come: `summarize(scores, against="SITE")`.
-
-    One row per task, condition (the method) and item, with metric, score, model, seed and training_seed.
-
-    Raises:
-        SitelensError: as `compare`.
-    """
-    cells = _cells(tasks, methods, model, n_items, seed, options)
-    return pd.concat([scores for _, scores, _ in cells], ignore_index=True)
-
-
-def by_method(frame: pd.DataFrame) -> pd.DataFrame:
-    """Means over the tasks of `compare`'s rows, one row per method in the frame's order.
-
-    Columns: method, tasks (how many there are), accuracy, low, high (95%, over items of these tasks: `summarize`),
-    tasks_low, tasks_high (over tasks as well; where there are several), and the means of the costs.
-
-    Raises:
-        SitelensError: if an accuracy is no share of n items.
-    """
-    columns = ["task", "method", "accuracy", "n", *frame.columns.intersection(["model", "seed", "training_seed"])]
-    answers = answers_from_counts(frame[columns], "accuracy")
-    means = summarize(answers, by=("method",)).set_index("method").drop(columns=["n", "interval"])
-    grouped = frame.groupby("method", sort=False)
-    means = means.rename(columns={"mean": "accuracy"}).join(grouped[list(COSTS)].mean())
-    means.insert(0, "tasks", grouped["task"].nunique())
-    return means.reset_index()
-
-
-def comparison_table(frame: pd.DataFrame) -> str:
-    """`compare`'s rows as two Markdown tables: accuracy in per cent with 95% intervals, a row per task; mean costs."""
-    means = by_method(frame).set_index("method")
-    average = means.reset_index().assign(task=f"mean of {means['tasks'].max()}")
-    cells = pd.concat([frame, average], ignore_index=True)
-    cells["text"] = [format_interval(row, mean="accuracy") for row in cells.to_dict("records")]
-    scores = cells.pivot_table(index="task", columns="method", values="text", aggfunc="first", sort=False)
-    counts = frame.groupby("task", sort=False)["n"].max()
-    accuracies = scores.iloc[-1]
-    scores.insert(0, "n", [str(counts.get(task, counts.sum())) for task in scores.index])
-    costs = means[list(COSTS)]
-    texts = pd.DataFrame({
-        "accuracy": accuracies.reindex(means.index),
-        "trained parameters": [f"{value:,.0f}" for value in costs["trained"]],
-        "forward tokens": [f"{value:,.0f}" for value in costs["forward_tokens"]],
-        "backward tokens": [f"{value:,.0f}" for value in costs["backward_tokens"]],
-        "seconds to fit": [f"{value:,.0f}" for value in costs["fit_seconds"]],
-        "seconds a test prompt": [f"{value:.3f}" for value in costs["seconds_per_prompt"]],
-    }).rename_axis("method")  # fmt: skip
-    note = INTERVALS if "tasks_low" in cells else ""
-    return f"{Table(scores, note=note).markdown()}\n\n{Table(texts).markdown()}"
+        frames.append(scores)
+    record = experiment_record(
+        "sl.compare", model, loaded, n_items, metric="first_token", seed=seed, methods=names, options=options
+    )
+    return Comparison(pd.DataFrame(rows), pd.concat(frames, ignore_index=True), record)
 
 
 def checked_methods(names: Sequence[str] | Literal["all"]) -> list[str]:
@@ -230,13 +171,10 @@ def checked_methods(names: Sequence[str] | Literal["all"]) -> list[str]:
 
 
 def _cells(
-    tasks: Iterable[Task | str], methods: Sequence[str] | Literal["all"], model: Model | str | None,
-    n_items: int | None, seed: int, options: Mapping[str, Mapping[str, Any]] | None,
+    loaded: Sequence[Task], names: Sequence[str], model: Model,
+    n_items: int | None, seed: int, options: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[tuple[Fitted, pd.DataFrame, float]]:  # fmt: skip
     """Each task under each method: the fitted method, its scores, and the seconds that they took."""
-    names = checked_methods(methods)
-    options = checked_options(options)
-    loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
     warn_of_shared_first_tokens(loaded, model)
     cells = {f"{task.name}, {name}": (task, name) for task in loaded for name in names}
     with Job("compare", list(cells)) as job:

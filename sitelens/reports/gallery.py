@@ -16,6 +16,7 @@ from sitelens import figures, studies
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, Seed
 from sitelens.errors import SitelensError
+from sitelens.evaluation.record import data_facts
 from sitelens.files.writing import Outputs, check_file_name, check_folder, write_csv, write_text
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
@@ -24,7 +25,7 @@ from sitelens.models.model import Model, model_name
 from sitelens.models.provenance import provenance
 from sitelens.models.sources import DEFAULT_MODEL
 from sitelens.progress import Job
-from sitelens.reports.records import task_record, train_options
+from sitelens.reports.records import train_options
 from sitelens.studies import Options
 from sitelens.studies.similarity import head_similarity, similarity_predicts_transfer
 from sitelens.studies.transfer import TransferMatrix, transfer_matrix
@@ -115,14 +116,6 @@ def _command(name: str, model: str, tasks: Sequence[str] | None, n_items: int, s
     """The command that makes a figure."""
     words = [name, "--n-items", n_items, "--seed", seed, "--model", model, *(["--tasks", *tasks] if tasks else [])]
     return f"sitelens figures {shlex.join([*map(str, words), *train_options(config)])}"
-
-
-def data_facts(tasks: Sequence[Task], n_items: int | None, split: str = "test") -> dict[str, Any]:
-    """For a record: how many items per task were used at most, and each task's digest, note and number of items."""
-    used = {task.name: min(len(task.split(split)), len(task.split(split)) if n_items is None else n_items)
-            for task in tasks}  # fmt: skip
-    data = {task.name: {**task_record(task), "n_items": used[task.name]} for task in tasks}
-    return {"n_items": max(used.values(), default=0) or None, "data": data}
 
 
 def write_figure(

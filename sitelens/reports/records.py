@@ -12,6 +12,7 @@ from typing import Any
 
 from sitelens.checks.schema import parsed_json
 from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.evaluation.record import RENDERING, task_record
 from sitelens.methods.site.config import TrainConfig
 from sitelens.models.gguf.converted import PACKAGED
 from sitelens.models.model import Model, tokenization
@@ -21,7 +22,6 @@ from sitelens.tasks import Task
 COMPUTING = ("sitelens", "torch", "transformers", "transformer-lens")
 RENAMED = {"template_arguments": "template-arg"}  # fields of a configuration whose option is called otherwise
 TRAIN_RENAMED = {"seed": "train-seed"}
-RENDERING = ("template", "instruction", "template_arguments")
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -130,15 +130,6 @@ def changes(record: Mapping[str, Any], model: Model, tasks: Iterable[Task]) -> l
     for task in tasks:
         found += _task_changes(recorded.get(task.name), task)
     return found
-
-
-def task_record(task: Task) -> dict[str, Any]:
-    """What a record says of a task, as plain JSON."""
-    return {
-        "source": Path(task.source).name if Path(task.source).is_file() else task.source, "digest": task.digest,
-        **{name: getattr(task, name) for name in RENDERING},
-        **{split: len(task.split(split)) for split in ("train", "valid", "test")}, "note": task.note,
-    }  # fmt: skip
 
 
 def _task_changes(before: Any, task: Task) -> list[str]:

@@ -23,6 +23,7 @@ from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.prompting import FewShot, ZeroShot
 from sitelens.errors import SitelensError, SitelensWarning, warned_once
 from sitelens.evaluation.cached import score_conditions
+from sitelens.evaluation.record import task_record
 from sitelens.evaluation.summary import summarize
 from sitelens.evaluation.tables import Table, format_interval
 from sitelens.files.escaping import visible
@@ -35,7 +36,7 @@ from sitelens.models.model import Model, head_shape, model_name, tokenization
 from sitelens.models.provenance import provenance
 from sitelens.models.sources import DEFAULT_MODEL
 from sitelens.progress import Job, portions
-from sitelens.reports.records import read_record, run_command, task_record
+from sitelens.reports.records import read_record, run_command
 from sitelens.tasks import Task, load_tasks, rewritten
 
 RANDOM = "random"

@@ -1,0 +1,108 @@
+"""What `compare` returns: accuracy and costs of every task under every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pandas as pd
+
+from sitelens import figures
+from sitelens.errors import SitelensError
+from sitelens.evaluation.result import Result
+from sitelens.evaluation.summary import summarize
+from sitelens.evaluation.tables import INTERVALS, Table, format_interval
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+COSTS = ("trained", "forward_tokens", "backward_tokens", "fit_seconds", "seconds_per_prompt")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Result):
+    """Every task under every method.
+
+    Attributes:
+        frame: one row per task and method: task, method, accuracy (first token, full vocabulary, unfiltered test
+            items), low, high (95%), n, trained (numbers), forward_tokens, backward_tokens (of fitting, choices on valid
+            included), fit_seconds, seconds_per_prompt (of a test prompt, in batches), model, seed, training_seed.
+        scores: the answers behind it, one row per task, condition (the method) and item: item, score, task, condition,
+            metric, seed, training_seed, model.
+        record: how it was made.
+    """
+
+    kind: ClassVar[str] = "comparison"
+    columns: ClassVar[tuple[str, ...]] = ("task", "method", "accuracy", "low", "high", "n", *COSTS)
+    frame: pd.DataFrame
+    scores: pd.DataFrame
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> pd.DataFrame:
+        """Means over the tasks, one row per method in the frame's order.
+
+        Columns: method, tasks (how many there are), accuracy, low, high (95%, over items of these tasks: `summarize`),
+        tasks_low, tasks_high (over tasks as well; where there are several), and the means of the costs.
+        """
+        means = summarize(self.scores, by=("condition",)).rename(columns={"condition": "method", "mean": "accuracy"})
+        means = means.set_index("method").drop(columns=["n", "interval"])
+        grouped = self.frame.groupby("method", sort=False)
+        means = means.join(grouped[list(COSTS)].mean())
+        means.insert(0, "tasks", grouped["task"].nunique())
+        return means.reset_index()
+
+    def differences(self, against: str, by: tuple[str, ...] = ("task",)) -> pd.DataFrame:
+        """Paired differences of accuracy from one method, with 95% intervals, over the items of both.
+
+        Args:
+            against: the method that the others are compared with.
+            by: ("task",) for one row per task and method, () for one row per method, over all tasks.
+
+        Returns:
+            `summarize(scores, against=against)` with the column method for condition, without `against` itself.
+
+        Raises:
+            SitelensError: if there is no such method.
+        """
+        if against not in set(self.frame["method"]):
+            raise SitelensError(f"no method {against!r}; there are: {', '.join(self.frame['method'].unique())}")
+        found = summarize(self.scores, by=(*by, "condition"), against=against)
+        return found[found["condition"] != against].rename(columns={"condition": "method"}).reset_index(drop=True)
+
+    def tables(self) -> list[Table]:
+        """Accuracy, tasks by methods with the mean over tasks; and mean costs per method."""
+        means = self.summary().set_index("method")
+        average = means.reset_index().assign(task=f"mean of {means['tasks'].max()}")
+        cells = pd.concat([self.frame, average], ignore_index=True)
+        cells["text"] = [format_interval(row, mean="accuracy") for row in cells.to_dict("records")]
+        scores = cells.pivot_table(index="task", columns="method", values="text", aggfunc="first", sort=False)
+        counts = self.frame.groupby("task", sort=False)["n"].max()
+        accuracies = scores.iloc[-1]
+        scores.insert(0, "n", [str(counts.get(task, counts.sum())) for task in scores.index])
+        costs = means[list(COSTS)]
+        texts = pd.DataFrame({
+            "accuracy": accuracies.reindex(means.index),
+            "trained parameters": [f"{value:,.0f}" for value in costs["trained"]],
+            "forward tokens": [f"{value:,.0f}" for value in costs["forward_tokens"]],
+            "backward tokens": [f"{value:,.0f}" for value in costs["backward_tokens"]],
+            "seconds to fit": [f"{value:,.0f}" for value in costs["fit_seconds"]],
+            "seconds a test prompt": [f"{value:.3f}" for value in costs["seconds_per_prompt"]],
+        }).rename_axis("method")  # fmt: skip
+        accuracy = "First-token accuracy in per cent with 95% intervals"
+        return [
+            Table(scores, f"{accuracy} (n: test items).", INTERVALS if "tasks_low" in means else ""),
+            Table(texts, f"{accuracy}, and costs: means over tasks."),
+        ]
+
+    def figure(self, title: str = "") -> go.Figure:
+        """Mean accuracy of each method over the numbers it trains, and over the tokens that fitting it takes."""
+        return figures.comparison(self.frame, title)
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        return {**super().frames(), "-scores": self.scores}
+
+    def description(self) -> dict[str, Any]:
+        models = self.frame["model"].unique() if "model" in self.frame else []
+        return {"tasks": self.frame["task"].nunique(), "methods": list(self.frame["method"].unique()),
+                "model": ", ".join(map(str, models))}  # fmt: skip

@@ -1,0 +1,201 @@
+"""Every result has the same face: frame, summary, tables, figure, save and load, whatever the names in it are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+import sitelens as sl
+from sitelens.checks.frames import Column, packed_frame, unpacked_frame
+from sitelens.errors import SitelensError
+from sitelens.evaluation.result import Result
+from sitelens.evaluation.tables import Table, format_interval
+from sitelens.store.artifact import Artifact
+from tests.test_hostile_names import NAMES, RUN
+
+RECORD: dict[str, Any] = {"made_by": "sl.function", "tasks": list(NAMES), "seed": 0}
+
+
+def answers(conditions: tuple[str, ...]) -> pd.DataFrame:
+    """Four answers for each task and condition."""
+    rows = [
+        {"item": item, "score": (item + place) % 2, "task": task, "condition": condition, "metric": "first_token",
+         "seed": 0, "training_seed": 0, "model": NAMES[1]}
+        for place, task in enumerate(NAMES) for condition in conditions for item in range(4)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def comparison() -> sl.Comparison:
+    scores = answers(NAMES[:2])
+    means = sl.summarize(scores).rename(columns={"condition": "method", "mean": "accuracy"})
+    costs = {"trained": 3, "forward_tokens": 40, "backward_tokens": 0, "fit_seconds": 1.5, "seconds_per_prompt": 0.25}
+    frame = means.drop(columns=["metric", "interval"]).assign(**costs, model=NAMES[1])
+    return sl.Comparison(frame, scores, RECORD)
+
+
+RESULTS: dict[str, Callable[[], Result]] = {"Comparison": comparison}
+SAVED = [name for name in RESULTS if name != "RunReport"]
+
+
+@pytest.fixture(params=RESULTS)
+def result(request: pytest.FixtureRequest) -> Result:
+    return RESULTS[request.param]()
+
+
+class Page(HTMLParser):
+    """The tags and texts of a piece of HTML."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[Any] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_every_result_is_tried() -> None:
+    classes = {
+        name for name in sl.__all__ if isinstance(getattr(sl, name), type) and issubclass(getattr(sl, name), Result)
+    }
+    assert set(RESULTS) == classes
+
+
+def test_a_frame_is_tidy(result: Result) -> None:
+    for frame in (result.frame, result.summary()):
+        assert isinstance(frame, pd.DataFrame) and len(frame) and list(frame.index) == list(range(len(frame)))
+        assert all(isinstance(name, str) for name in frame.columns) and frame.columns.is_unique
+        assert not any(isinstance(cell, list | dict) for cell in frame.to_numpy().ravel())
+    assert len(result.summary()) <= len(result.frame)
+
+
+def test_a_notebook_shows_the_tables_and_no_markup_of_names(result: Result) -> None:
+    page = Page(result._repr_html_())  # type: ignore[operator]
+    assert set(page.tags) <= {"div", "p", "table", "caption", "thead", "tbody", "tr", "th", "td"}
+    assert page.attributes == [] and page.tags.count("table") == len(result.tables()) > 0
+    assert all(table.caption in page.text for table in result.tables())
+
+
+def test_a_repr_is_one_short_line(result: Result) -> None:
+    text = repr(result)
+    assert text.startswith(f"{type(result).__name__}(") and text.isprintable() and "tensor(" not in text
+
+
+def test_latex_and_markdown_hold_the_cells(result: Result) -> None:
+    markdown, latex = result.markdown(), result.latex()
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\bottomrule") == len(result.tables())
+    assert ("<img" not in markdown and RUN not in latex.replace(r"'", "")) or "<" not in latex
+    for table in result.tables():
+        for text in (latex, markdown):
+            assert sum(line.count(" & ") + line.count(" | ") > 0 for line in text.splitlines()) >= len(table.cells)
+    lines = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert all(line.lstrip()[0] not in "[*" for line in lines)
+
+
+def test_a_figure_is_ours(result: Result) -> None:
+    figure = result.figure("Title")
+    assert isinstance(figure, go.Figure) and figure.layout.title.text == "Title" and len(figure.data)
+
+
+def test_everything_is_saved_under_one_name(result: Result, tmp_path: Path) -> None:
+    paths = result.save(tmp_path / "out", command="sitelens it", facts={"left_out": {}})
+    assert {path.name for path in paths} | {"plotly.min.js"} == {path.name for path in (tmp_path / "out").iterdir()}
+    endings = {"".join(path.suffixes) for path in paths}
+    assert {".csv", ".md", ".tex", ".json", ".html"} <= endings
+    [record] = [json.loads(path.read_text()) for path in paths if path.suffix == ".json"]
+    assert record["made_by"] == "sitelens it" and record["left_out"] == {}
+    with pytest.raises(SitelensError, match="unknown format 'bmp'"):
+        result.save(tmp_path / "other", ["bmp"])
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_is_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
+    result = RESULTS[name]()
+    result.save(tmp_path, formats=[])
+    again = type(result).load(tmp_path)
+    pd.testing.assert_frame_equal(again.frame, result.frame, check_exact=True)
+    pd.testing.assert_frame_equal(again.summary(), result.summary(), check_exact=True)
+    assert again.record == result.record and again.markdown() == result.markdown() and repr(again) == repr(result)
+    [path] = tmp_path.glob("*.safetensors")
+    assert repr(type(result).load(path)) == repr(result)
+    with pytest.raises(SitelensError, match="there is no nothing in the folder"):
+        type(result).load(tmp_path, "nothing")
+    result.save(tmp_path, formats=[], name=f"{result.default_name}-2")
+    with pytest.raises(SitelensError, match=f"holds several, say which as name: .*{result.default_name}-2"):
+        type(result).load(tmp_path)
+    assert repr(type(result).load(tmp_path, result.default_name)) == repr(result)
+
+
+def test_a_saved_result_without_a_column_or_of_another_kind_is_refused(tmp_path: Path) -> None:
+    sound = comparison()
+    broken = sl.Comparison(sound.frame.drop(columns="trained"), sound.scores)
+    path = broken.artifact().save(tmp_path / "comparison.safetensors")
+    with pytest.raises(SitelensError, match="the frame has no column trained"):
+        sl.Comparison.load(path)
+    Artifact("suite", {}, {}).save(path)
+    with pytest.raises(SitelensError, match="holds a suite, not a comparison"):
+        sl.Comparison.load(tmp_path)
+
+
+# Frames
+
+
+def test_a_frame_comes_back_to_the_bit() -> None:
+    frame = pd.DataFrame({
+        "task": ["=1", None, "NA"], "x": [0.1, float("nan"), 1e-300], "n": [1, 2, -3], "ok": [True, False, True],
+        "draw": pd.array([1, None, 2], "Int64"), "none": [None, None, None], "1": ["1", "2", "\ud800"[:0]],
+    })  # fmt: skip
+    tensors, columns = packed_frame(frame)
+    again = unpacked_frame([Column(**column) for column in json.loads(json.dumps(columns))], tensors, "it")
+    pd.testing.assert_frame_equal(again, frame, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"type": "int64"}, "must be a tensor of int64"), ({"values": [1.0]}, "must be a tensor of float64"),
+     ({"type": "text"}, "must be a list of text"), ({"type": "bool", "values": [1]}, "must be a list of bool"),
+     ({"name": "n"}, "stands twice")],
+)  # fmt: skip
+def test_a_frame_that_is_none_is_refused(change: dict[str, Any], message: str) -> None:
+    tensors, columns = packed_frame(pd.DataFrame({"x": [0.5], "n": [2]}))
+    with pytest.raises(SitelensError, match=f"it: the column .*{message}"):
+        unpacked_frame([Column(**{**columns[0], **change}), Column(**columns[1])], tensors, "it")
+    with pytest.raises(SitelensError, match="one length, and no tensor stands alone"):
+        unpacked_frame([Column(**columns[0])], tensors, "it")
+
+
+# Tables
+
+
+def test_an_interval_is_written_one_way() -> None:
+    row = {"mean": 0.934, "low": 0.86, "high": 0.97}
+    assert format_interval(row) == "93 [86, 97]" and format_interval(row, 1) == "93.4 [86.0, 97.0]"
+    assert format_interval({**row, "tasks_low": 0.5, "tasks_high": 1.0}) == "93 [86, 97] [50, 100]"
+    assert format_interval({**row, "tasks_low": float("nan"), "spread": 0.03}) == "93 [86, 97] ±3"
+
+
+def test_a_latex_table_is_ready_for_a_paper() -> None:
+    cells = pd.DataFrame({"zero-shot": ["1 [0, 2]", None]}, ["[a]_b", "c&d"]).rename_axis("task")
+    assert Table(cells, "5% of R&D.", "A note.").latex("tab:x y") == "\n".join([
+        r"\begin{table}", r"  \centering", r"  \caption{5\% of R\&D.}", r"  \label{tab:xy}",
+        r"  \begin{tabular}{lr}", r"  \toprule", r"  task & zero-shot \\", r"  \midrule",
+        r"  {}[a]\_b & 1 [0, 2] \\", r"  c\&d &  \\", r"  \bottomrule", r"  \end{tabular}",
+        r"  \par\smallskip{\footnotesize A note.\par}", r"\end{table}",
+    ])  # fmt: skip
+    wide = pd.DataFrame({str(i): ["x"] for i in range(7)}, ["a"])
+    assert Table(wide).latex().startswith(r"\begin{table*}")
