@@ -20,7 +20,7 @@ from sitelens.evaluation.tables import Table, format_interval
 from sitelens.store.artifact import Artifact
 from tests.test_hostile_names import NAMES, RUN
 
-RECORD: dict[str, Any] = {"made_by": "sl.function", "tasks": list(NAMES), "seed": 0}
+RECORD: dict[str, Any] = {"made_by": "sl.function", "tasks": list(NAMES), "seed": 0, "model": {"name": NAMES[1]}}
 
 
 def answers(conditions: tuple[str, ...]) -> pd.DataFrame:
@@ -41,7 +41,19 @@ def comparison() -> sl.Comparison:
     return sl.Comparison(frame, scores, RECORD)
 
 
-RESULTS: dict[str, Callable[[], Result]] = {"Comparison": comparison}
+def suite() -> sl.SuiteResult:
+    groups = dict(zip(NAMES, (NAMES[0], NAMES[0], NAMES[1], NAMES[1]), strict=True))
+    scores = answers((*NAMES[:2], "SITE"))
+    scores.insert(1, "group", scores["task"].map(groups))
+    rows = [
+        {"task": task, "group": groups[task], "train": 5, "valid": 2, "test": 4, "dropped": 0, "shared": 0.25,
+         "note": NAMES[2], "digest": "ab"}
+        for task in NAMES
+    ]  # fmt: skip
+    return sl.SuiteResult("bbh", scores, pd.DataFrame(rows), {NAMES[3]: NAMES[0]}, record=RECORD)
+
+
+RESULTS: dict[str, Callable[[], Result]] = {"Comparison": comparison, "SuiteResult": suite}
 SAVED = [name for name in RESULTS if name != "RunReport"]
 
 

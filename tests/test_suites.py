@@ -73,14 +73,14 @@ def test_each_tasks_rows_are_what_it_gives_by_itself(model: Model) -> None:
 def test_the_table_has_means_over_the_tasks_of_each_group_and_of_all(model: Model) -> None:
     found = run_suite("bbh", model, **SMALL)
     by_task = found.scores.groupby(["condition", "group", "task"])["score"].mean()
-    table = found.table().set_index(["condition", "group"])
+    table = found.summary().set_index(["condition", "group"])
     for condition in ("zero-shot", "2-shot", "SITE"):
         for group, tasks in (("left", 2), ("right", 1)):
             row = table.loc[(condition, group)]
             assert row["mean"] == pytest.approx(by_task[condition, group].mean())
             assert (row["tasks"], row["n"]) == (tasks, 6 * tasks) and row["low"] <= row["mean"] <= row["high"]
         assert table.loc[(condition, "all"), "mean"] == pytest.approx(by_task[condition].mean())
-    summary = found.summary()
+    summary = found.frame
     assert len(summary) == 9 and summary["n"].eq(6).all()
     lines = found.markdown().splitlines()
     assert (
@@ -89,7 +89,7 @@ def test_the_table_has_means_over_the_tasks_of_each_group_and_of_all(model: Mode
     )
     assert lines[-1].startswith("95% intervals: over items of these tasks")
     assert [cell.count("[") for cell in lines[2].split(" | ")] == [0, 2, 1, 2]
-    assert {"tasks_low", "tasks_high"} <= set(found.table().columns)
+    assert {"tasks_low", "tasks_high"} <= set(found.summary().columns)
 
 
 def test_a_task_that_cannot_be_had_or_is_not_asked_for_is_named(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,14 +285,14 @@ def test_answers_that_begin_alike_are_counted(model: Model, monkeypatch: pytest.
 def test_everything_is_written_with_its_origin(model: Model, tmp_path: Path) -> None:
     found = run_suite("bbh", model, **SMALL)
     folder = tmp_path / "figures"
-    paths = found.save(folder, "sitelens suite bbh")
+    paths = found.save(folder, command="sitelens suite bbh")
     assert {path.name for path in paths} | {"plotly.min.js"} == {path.name for path in folder.iterdir()}
     record = json.loads((folder / "suite-bbh.json").read_text())
     assert record["made_by"] == "sitelens suite bbh" and record["left_out"] == found.left_out
     assert record["tasks"] == list(TASKS) and record["train"]["steps"] == 6
-    assert [row["mean"] for row in record["table"]] == pytest.approx(found.table()["mean"].tolist(), abs=1e-4)
+    assert [row["mean"] for row in record["table"]] == pytest.approx(found.summary()["mean"].tolist(), abs=1e-4)
     summary = pd.read_csv(folder / "suite-bbh.csv")
-    assert summary["mean"].tolist() == pytest.approx(found.summary()["mean"].tolist())
+    assert summary["mean"].tolist() == pytest.approx(found.frame["mean"].tolist())
     assert (folder / "suite-bbh.md").read_text().strip() == found.markdown()
     tasks = pd.read_csv(folder / "suite-bbh-tasks.csv")
     assert tasks["digest"].tolist() == [TASKS[name].digest for name in TASKS]
@@ -301,7 +301,7 @@ def test_everything_is_written_with_its_origin(model: Model, tmp_path: Path) -> 
 def test_the_figure_has_a_line_a_task_by_group_and_accuracy(model: Model) -> None:
     found = run_suite("bbh", model, **SMALL)
     figure: Any = found.figure()
-    site = found.summary().query("condition == 'SITE'").sort_values(["group", "mean"], ascending=[True, False])
+    site = found.frame.query("condition == 'SITE'").sort_values(["group", "mean"], ascending=[True, False])
     assert list(figure.layout.yaxis.ticktext) == site["task"].tolist()
     assert [trace.name for trace in figure.data] == ["zero-shot", "2-shot", "SITE"]
     assert list(figure.data[-1].x) == site["mean"].tolist()

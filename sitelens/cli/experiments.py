@@ -214,8 +214,8 @@ def suite(options: argparse.Namespace) -> None:
         print(f"{row.task}: {row.dropped} items are too long for the context and were dropped", file=sys.stderr)
     if options.out is not None:
         with kept(options):
-            found.save(options.out, typed_command(options), options.formats, options.name)
-        print(f"\ntable, figure, their numbers and their origin are in {options.out}")
+            found.save(options.out, options.formats, name=options.name, command=typed_command(options))
+        print(f"\ntables, figure, their numbers and their origin are in {options.out}")
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -106,7 +106,7 @@ class Result(ABC):
                 nothing could be written.
         """
         name, formats = check_file_name(name or self.default_name, "name"), figures.check_formats(formats)
-        record = {"figure": name, **self.record, **(facts or {})}
+        record = {"figure": name, **self.saved_record(), **(facts or {})}
         record |= {"made_by": command} if command else {}
         with Outputs(folder) as outputs:
             for ending, frame in self.frames().items():
@@ -119,6 +119,16 @@ class Result(ABC):
             for ending in formats:
                 outputs.write(f"{name}.{ending}", functools.partial(figures.save, figure))
         return outputs.paths
+
+    def saved_record(self) -> dict[str, Any]:
+        """What NAME.json says, but for the command: the record, and what else a reader wants to know at once."""
+        return dict(self.record)
+
+    @property
+    def model_name(self) -> str | None:
+        """The model's name, where the record has it."""
+        facts = self.record.get("model")
+        return facts.get("name") if isinstance(facts, Mapping) else None
 
     def artifact(self) -> Artifact:
         """What NAME.safetensors holds: the fields of the dataclass."""

@@ -20,6 +20,7 @@ from sitelens.engine.prompts import within_context
 from sitelens.errors import SitelensError, warned_once
 from sitelens.evaluation.cached import score_conditions
 from sitelens.evaluation.labels import shared_first_tokens, warn_of_shared_first_tokens
+from sitelens.evaluation.record import experiment_record
 from sitelens.methods import checked_options
 from sitelens.methods.items import fitting
 from sitelens.methods.site.config import TrainConfig
@@ -120,11 +121,12 @@ def run_suite(
     scores = pd.concat(run.frames, ignore_index=True)
     scores = scores.assign(model=model_name(model), training_seed=config.seed)
     scores.insert(1, "group", scores["task"].map({row["task"]: row["group"] for row in about}))
-    facts = {
-        "suite": name, "tasks": [task.name for task in loaded], "n_items": n_items, **measured, "metric": metric,
-        "train": asdict(config), "options": chosen_options,
-    }  # fmt: skip
-    return SuiteResult(name, model, scores, pd.DataFrame(about), left_out, run.embeddings, run.selections, facts)
+    record = experiment_record(
+        "sl.run_suite", model, loaded, n_items, suite=name, **measured, metric=metric, train=asdict(config),
+        methods=list(methods), options=chosen_options,
+    )  # fmt: skip
+    about_tasks = pd.DataFrame(about)
+    return SuiteResult(name, scores, about_tasks, left_out, run.embeddings, run.selections, record)
 
 
 def check_suite(
