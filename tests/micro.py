@@ -16,7 +16,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sitelens.engine.network import run_tokens
 from sitelens.engine.twins import network_twin
-from sitelens.models.model import Model, _tokenizers
+from sitelens.models.model import Model
 from sitelens.tasks import Task
 from tests import paper
 from tests.paper import WINDOW
@@ -102,8 +102,7 @@ def bridged(network: Any, name: str, own: Any) -> Model:
     """A TransformerBridge around a raw model, which it changes, with this tokenizer as its own."""
     model = build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name=name)
     model.requires_grad_(False)
-    model.tokenizer = own
-    _tokenizers[model] = own, own
+    Model.of(model).use_tokenizer(own)
     return model
 
 

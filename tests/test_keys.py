@@ -20,7 +20,8 @@ from sitelens.engine.keys import ResultStore, model_key
 from sitelens.errors import SitelensWarning
 from sitelens.evaluation.cached import score_conditions
 from sitelens.models.facts import BOOKKEEPING, Facts
-from sitelens.models.fingerprints import accelerator_sums, fingerprint, tensor_sums, weights_digest
+from sitelens.models.fingerprints import fingerprint, weights_digest
+from sitelens.models.identity import accelerator_sums, tensor_sums
 from sitelens.models.interference import heard
 from sitelens.models.loading import load_model
 from sitelens.models.model import Model

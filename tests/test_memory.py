@@ -33,7 +33,7 @@ from sitelens.evaluation.evaluate import evaluate
 from sitelens.methods import METHODS
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
-from sitelens.models.model import Model, _tokenizers
+from sitelens.models.model import Model
 from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 from tests import micro
@@ -67,8 +67,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, vocabulary: int | 
     network.set_attn_implementation("eager")
     model = build_bridge_from_module(network, name, hf_config=config, model_name=family)
     model.requires_grad_(False)
-    model.tokenizer = micro.tokenizer()
-    _tokenizers[model] = model.tokenizer, model.tokenizer
+    Model.of(model).use_tokenizer(micro.tokenizer())
     return model
 
 

@@ -399,7 +399,7 @@ def test_weighted_writes_add_up_to_what_the_heads_write(model: Model) -> None:
     ]
     with torch.no_grad():
         model.run_with_hooks(batch.tokens, fwd_hooks=hooks)
-    writes = written(capture_z(batch, model)[0], model, batch)
+    writes = written(capture_z(batch, model)[0], Model.of(model), batch)
     found = ltv.summed(torch.ones(writes.shape[:2]), writes)
     bias = [getattr(block.attn, "b_O", None) for block in model.blocks]
     expected = torch.stack([x - (0 if b is None else b) for x, b in zip(seen, bias, strict=True)])

@@ -22,11 +22,11 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sitelens.conditions.embedding import embed_task
 from sitelens.errors import SitelensError, SitelensWarning
-from sitelens.models import fingerprints
+from sitelens.models import identity
 from sitelens.models import model as models
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import load_model, resolve_model
-from sitelens.models.model import _tokenizers, check_fit, own_tokenizer, tokenization
+from sitelens.models.model import Model, check_fit, own_tokenizer, tokenization
 from sitelens.models.sources import check_device, hub_id
 from sitelens.settings import settings
 from tests import micro
@@ -110,7 +110,7 @@ def test_a_tokenizer_is_known_by_its_rules_and_template_and_not_by_how_it_was_ca
     assert own_tokenizer(first).backend_tokenizer.padding is not None  # it is left as it was
     chatty = copy.deepcopy(own_tokenizer(same))
     chatty.chat_template = "{{ messages[0].content }}"
-    _tokenizers[same] = same.tokenizer, chatty
+    Model.of(same)._memory.tokenizer = same.tokenizer, chatty, None
     assert tokenization(same) != known
     own = own_tokenizer(first)
     own.add_tokens(["zz"])  # in place
@@ -194,7 +194,7 @@ def test_weights_are_hashed_once(monkeypatch: pytest.MonkeyPatch):
     def fail(_: torch.Tensor) -> str:
         raise AssertionError("hashed again")
 
-    monkeypatch.setattr(fingerprints, "content_digest", fail)
+    monkeypatch.setattr(identity, "content_digest", fail)
     bridge(TOKENS)
     assert fingerprint(bridge) == first
     with torch.no_grad():
@@ -439,7 +439,7 @@ def test_the_default_dtype_is_a_setting(tmp_path: Path):
 
 def test_a_bridge_is_returned_as_it_is():
     bridge = micro.bridge("Llama")
-    assert load_model(bridge) is bridge and resolve_model(bridge) is bridge
+    assert load_model(bridge) is bridge and resolve_model(bridge) == Model.of(bridge)
 
 
 def test_a_name_is_resolved_by_loading(tmp_path: Path):
@@ -591,7 +591,7 @@ def test_a_model_in_training_mode_is_refused():
     bridge.train()
     with pytest.raises(SitelensError, match=r"Llama is in training mode.*call model\.eval\(\)"):
         resolve_model(bridge)
-    assert resolve_model(bridge.eval()) is bridge
+    assert resolve_model(bridge.eval()).bridge is bridge
 
 
 # Whether an artifact fits a model

@@ -19,7 +19,7 @@ from sitelens.progress import Job
 
 if TYPE_CHECKING:
     from sitelens.methods.site.config import TrainConfig
-    from sitelens.models.model import Model
+    from sitelens.models.model import Bridge
     from sitelens.reports.run import RunConfig
 
 
@@ -80,7 +80,7 @@ def _job(label: str) -> Job:
     return Job(label, [LOAD])
 
 
-def _load_model(options: argparse.Namespace, name: str | None = None) -> Model:
+def _load_model(options: argparse.Namespace, name: str | None = None) -> Bridge:
     from sitelens.models.loading import load_model
 
     return load_model(

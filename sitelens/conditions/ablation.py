@@ -17,7 +17,7 @@ from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.patching import HeadPatch
 from sitelens.conditions.selection import Heads, HeadSelection, head_pairs, parsed_heads
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model, check_fit, head_shape
+from sitelens.models.model import Model, ModelLike, check_fit
 
 Kind = Literal["zero", "mean"]
 
@@ -66,8 +66,8 @@ class Ablate(HeadPatch):
         if not isinstance(self.heads, HeadSelection | Tensor):
             object.__setattr__(self, "heads", tuple(parsed_heads(self.heads)))
 
-    def head_patch(self, model: Model) -> Patch:
-        layers, heads, d_head = head_shape(model)
+    def head_patch(self, model: ModelLike) -> Patch:
+        layers, heads, d_head = Model.of(model).shape
         if isinstance(self.heads, HeadSelection):
             self.heads.check_fits(model)
             mask = self.heads.alpha

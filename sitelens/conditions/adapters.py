@@ -21,7 +21,7 @@ from sitelens.engine.forward import Hook
 from sitelens.engine.network import Passes
 from sitelens.engine.twins import hooked_here
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model, check_fit, head_shape
+from sitelens.models.model import Bridge, Model, ModelLike, check_fit
 from sitelens.models.provenance import Origin
 
 PROJECTIONS = ("q", "v")
@@ -55,7 +55,7 @@ class LowRank(Condition):
         if self.alpha < 1:
             raise SitelensError(f"the adapters' alpha must be at least 1, got {self.alpha}")
 
-    def fwd_hooks(self, model: Model) -> list[Hook]:
+    def fwd_hooks(self, model: ModelLike) -> list[Hook]:
         """None: adapters are weights.
 
         Raises:
@@ -64,8 +64,9 @@ class LowRank(Condition):
         raise SitelensError("LoRA changes weights, which hooks cannot: run the model in condition.applied(model)")
 
     @contextmanager
-    def applied(self, model: Model) -> Iterator[None]:
-        with hooked_here(model, module_hooks=self._adapters(model).hooks(model)):
+    def applied(self, model: ModelLike) -> Iterator[None]:
+        bridge = Model.of(model).bridge
+        with hooked_here(bridge, module_hooks=self._adapters(Model(bridge)).hooks(bridge)):
             yield
 
     def _passes(self, model: Model) -> Passes:
@@ -103,17 +104,17 @@ class Adapters:
     def __init__(self, model: Model, rank: int, alpha: int) -> None:
         self.scaling = alpha / rank
         self.weights: dict[str, list[Tensor]] = {f"{name}.{side}": [] for name in PROJECTIONS for side in "AB"}
-        for name, _, linear in _projections(model):
+        for name, _, linear in _projections(Model.of(model).bridge):
             weight = linear.weight
             options: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
             self.weights[f"{name}.A"].append(torch.zeros(rank, linear.in_features, **options))
             self.weights[f"{name}.B"].append(torch.zeros(linear.out_features, rank, **options))
 
-    def hooks(self, model: Model) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+    def hooks(self, bridge: Bridge) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
         """The projections of a bridge, or of a twin of it, each with the hook that adapts it."""
         return [
             (linear, functools.partial(self._add, name=name, layer=layer))
-            for name, layer, linear in _projections(model)
+            for name, layer, linear in _projections(bridge)
         ]
 
     def _add(self, linear: nn.Module, args: tuple[Tensor, ...], out: Tensor, *, name: str, layer: int) -> Tensor:
@@ -121,11 +122,11 @@ class Adapters:
         return (out + linear_map(linear_map(args[0].to(down.dtype), down), up) * self.scaling).to(out.dtype)
 
 
-def _projections(model: Model) -> list[tuple[str, int, Any]]:
+def _projections(bridge: Bridge) -> list[tuple[str, int, Any]]:
     """(name, layer, linear layer) of every layer's query and value projection."""
-    blocks: Any = model.blocks
+    blocks: Any = bridge.blocks
     return [
         (name, layer, getattr(blocks[layer].attn, name).original_component)
-        for layer in range(head_shape(model)[0])
+        for layer in range(bridge.cfg.n_layers)
         for name in PROJECTIONS
     ]

@@ -25,7 +25,7 @@ from sitelens.engine.forward import HeadEdit, Hook, Mixing
 from sitelens.engine.network import Passes
 from sitelens.engine.twins import hooked_here
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model, computing_dtype
+from sitelens.models.model import Bridge, Model, ModelLike
 from sitelens.store.artifact import Artifact
 from sitelens.store.digests import canonical_json
 from sitelens.store.kinds import Kind
@@ -43,9 +43,10 @@ class Patch:
     vectors: Float[Tensor, "layer head d_head"]
     mixing: Mixing = "convex"
 
-    def edit(self, model: Model, everywhere: bool = False) -> HeadEdit:
+    def edit(self, model: ModelLike, everywhere: bool = False) -> HeadEdit:
         """As one row for `model`, on its device; of the last token, or of all positions."""
-        dtype, device = computing_dtype(model), model.cfg.device
+        model = Model.of(model)
+        dtype, device = model.computing_dtype, model.device
         alpha, vectors = self.alpha.to(device, dtype), self.vectors.to(device, dtype)
         return HeadEdit.mix(alpha[None], vectors[None], self.mixing, everywhere)
 
@@ -77,7 +78,7 @@ class Condition(ABC):
         cls.saved_as = registry.register(cls, saved_as)
 
     @abstractmethod
-    def fwd_hooks(self, model: Model) -> list[Hook]:
+    def fwd_hooks(self, model: Bridge) -> list[Hook]:
         """TransformerLens hooks for a `run_with_hooks` of one's own: they act at every forward pass they see.
 
         Prompts must be left-padded, so that each ends at position -1.
@@ -86,7 +87,7 @@ class Condition(ABC):
             SitelensError: if this condition was made for another model.
         """
 
-    def patch(self, model: Model) -> Patch | None:
+    def patch(self, model: Bridge) -> Patch | None:
         """The last-token edit that is all this condition does while a prompt is run, or None if it does more.
 
         Raises:
@@ -95,7 +96,7 @@ class Condition(ABC):
         return None
 
     @contextmanager
-    def applied(self, model: Model) -> Iterator[None]:
+    def applied(self, model: ModelLike) -> Iterator[None]:
         """In effect for one prompt forward pass and the decoding that follows it, run by this thread or async task.
 
         Passes that others run on the same model meanwhile are not touched. Hooks that are to act on the prompt only
@@ -104,16 +105,17 @@ class Condition(ABC):
         Raises:
             SitelensError: if this condition was made for another model.
         """
-        hooks = self.fwd_hooks(model)
+        bridge = Model.of(model).bridge
+        hooks = self.fwd_hooks(bridge)
         if self.scope == "prompt":
             hooks = [(name, _once(hook)) for name, hook in hooks]
-        with hooked_here(model, hooks):
+        with hooked_here(bridge, hooks):
             yield
 
     def _passes(self, model: Model) -> Passes:
         """Passes of our own with this condition in effect, each over the prompts or tokens that follow it."""
         passes = Passes(model)
-        passes.install([(name, self._hook(hook, passes)) for name, hook in self.fwd_hooks(model)])
+        passes.install([(name, self._hook(hook, passes)) for name, hook in self.fwd_hooks(model.bridge)])
         return passes
 
     def _hook(self, own: Any, passes: Passes) -> Any:
@@ -198,10 +200,11 @@ class Condition(ABC):
 @contextmanager
 def in_effect(condition: Condition, model: Model) -> Iterator[Passes]:
     """Passes with a condition in effect; a class's own `applied` is heeded."""
+    model = Model.of(model)
     kinds = type(condition).__mro__
     applied, passes = (next(kind for kind in kinds if name in vars(kind)) for name in ("applied", "_passes"))
     if kinds.index(applied) < kinds.index(passes):
-        with condition.applied(model):
+        with condition.applied(model.bridge):
             yield Passes(model)
     else:
         yield condition._passes(model)

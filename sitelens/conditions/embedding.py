@@ -21,7 +21,7 @@ from sitelens.engine.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.engine.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
 from sitelens.errors import SitelensError
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, check_fit, context_length, head_shape, own_tokenizer
+from sitelens.models.model import Model, ModelLike, check_fit, context_length, head_shape, own_tokenizer
 from sitelens.models.provenance import Origin
 from sitelens.progress import portions, tracked
 from sitelens.settings import settings
@@ -57,7 +57,7 @@ class TaskEmbedding:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean_z", tensor("mean_z", self.mean_z, "layer head d_head"))
 
-    def check_fits(self, model: Model) -> None:
+    def check_fits(self, model: ModelLike) -> None:
         """Raise SitelensError unless this embedding was made with `model`."""
         check_fit(f"the embedding of {self.task!r}", self.model, tuple(self.mean_z.shape), model, self.origin)
 

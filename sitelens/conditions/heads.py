@@ -14,7 +14,7 @@ from torch import Tensor
 from sitelens.checks.arguments import checked
 from sitelens.conditions.base import Condition
 from sitelens.engine.forward import Hook
-from sitelens.models.model import Model, check_fit, z_hook
+from sitelens.models.model import ModelLike, check_fit, z_hook
 from sitelens.models.provenance import Origin
 
 
@@ -28,7 +28,7 @@ class HeadOffsets(Condition):
     origin: Origin | None = None
     scope = "generation"
 
-    def fwd_hooks(self, model: Model) -> list[Hook]:
+    def fwd_hooks(self, model: ModelLike) -> list[Hook]:
         check_fit("the offsets", self.model, tuple(self.offsets.shape), model, self.origin)
         return changing(lambda z, layer: z + self.offsets[layer].to(z.device, z.dtype), len(self.offsets))
 

@@ -16,7 +16,7 @@ from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.selection import HeadSelection
 from sitelens.engine.forward import Hook, Mixing
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model
+from sitelens.models.model import ModelLike
 
 
 class HeadPatch(Condition):
@@ -25,14 +25,14 @@ class HeadPatch(Condition):
     positions: Positions = "last"
 
     @abstractmethod
-    def head_patch(self, model: Model) -> Patch:
+    def head_patch(self, model: ModelLike) -> Patch:
         """The mask and the vectors, checked against `model`."""
 
-    def patch(self, model: Model) -> Patch | None:
+    def patch(self, model: ModelLike) -> Patch | None:
         patch = self.head_patch(model)
         return patch if self.positions == "last" else None
 
-    def fwd_hooks(self, model: Model) -> list[Hook]:
+    def fwd_hooks(self, model: ModelLike) -> list[Hook]:
         return self.head_patch(model).edit(model, everywhere=self.positions == "all").hooks()
 
 
@@ -67,7 +67,7 @@ class PatchHeads(HeadPatch):
                 f"{shapes[1]} come from different models"
             )
 
-    def head_patch(self, model: Model) -> Patch:
+    def head_patch(self, model: ModelLike) -> Patch:
         self.selection.check_fits(model)
         self.embedding.check_fits(model)
         return Patch(self.selection.alpha, self.embedding.mean_z, self.mixing)

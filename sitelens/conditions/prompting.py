@@ -11,7 +11,7 @@ from sitelens.checks.values import CountOrZero
 from sitelens.conditions.base import Condition, Patch
 from sitelens.engine.forward import Hook
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model, head_shape
+from sitelens.models.model import Model, ModelLike
 
 
 @checked
@@ -22,11 +22,11 @@ class FewShot(Condition):
     positions = "last"
     n_shots: CountOrZero = 10
 
-    def fwd_hooks(self, model: Model) -> list[Hook]:
+    def fwd_hooks(self, model: ModelLike) -> list[Hook]:
         return []
 
-    def patch(self, model: Model) -> Patch:
-        layers, heads, d_head = head_shape(model)
+    def patch(self, model: ModelLike) -> Patch:
+        layers, heads, d_head = Model.of(model).shape
         return Patch(torch.zeros(layers, heads), torch.zeros(layers, heads, d_head))
 
 

@@ -21,7 +21,7 @@ from sitelens.checks.arguments import checked
 from sitelens.checks.schema import packed
 from sitelens.checks.values import Seed, Share, tensor
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model, check_fit
+from sitelens.models.model import ModelLike, check_fit
 from sitelens.models.provenance import Origin
 from sitelens.store.artifact import Artifact
 from sitelens.store.kinds import Kind
@@ -228,7 +228,7 @@ class HeadSelection:
         title = title if title is not None else f"Head selection: {self.task}" if self.task else "Head selection"
         return figures.alpha_heatmap(self.alpha.detach().double().cpu().numpy(), title=title)
 
-    def check_fits(self, model: Model) -> None:
+    def check_fits(self, model: ModelLike) -> None:
         """Raise SitelensError unless this selection was made for `model`."""
         check_fit(f"the selection of {self.task!r}", self.model, tuple(self.alpha.shape), model, self.origin)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from sitelens.conditions.base import Condition, Scope
 from sitelens.engine.capture import watch
 from sitelens.engine.forward import Hook
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model, check_fit, head_shape, model_name
+from sitelens.models.model import Model, ModelLike, check_fit
 from sitelens.models.provenance import Origin
 
 
@@ -31,10 +30,9 @@ def stream_hook(layer: int) -> str:
 Part = Literal["attn", "mlp"]
 MODULES: tuple[Part, Part] = ("attn", "mlp")
 INNER: dict[Part, str] = {"attn": "o", "mlp": "out"}
-_outputs: weakref.WeakKeyDictionary[Model, dict[Part, list[str]]] = weakref.WeakKeyDictionary()
 
 
-def output_hooks(part: Part, model: Model) -> list[str]:
+def output_hooks(part: Part, model: ModelLike) -> list[str]:
     """Where the output of each layer's attention or MLP passes before it is added to the residual stream.
 
     Some architectures add the stream inside of the module (both in BLOOM, the MLP in MPT): there it is the output of
@@ -43,26 +41,25 @@ def output_hooks(part: Part, model: Model) -> list[str]:
     Raises:
         SitelensError: if a module adds the stream and shows no output of its own.
     """
-    if model not in _outputs:
-        _outputs[model] = {name: _found_outputs(name, model) for name in INNER}
-    return _outputs[model][part]
+    whole = Model.of(model)
+    return whole.once(f"outputs of {part}", lambda: _found_outputs(part, whole))
 
 
 def _found_outputs(part: Part, model: Model) -> list[str]:
-    layers = head_shape(model)[0]
+    layers = model.shape.layers
     outer = [f"blocks.{layer}.{part}.hook_out" for layer in range(layers)]
     inner = [f"blocks.{layer}.{part}.{INNER[part]}.hook_out" for layer in range(layers)]
     # What holds the whole stream: the block's output behind an MLP, what enters the second norm behind attention.
     whole = [f"blocks.{layer}.{'hook_out' if part == 'mlp' else 'ln2.hook_in'}" for layer in range(layers)]
     seen: dict[str, Tensor] = {}
-    points = [name for name in (*outer, *inner, *whole) if name in model.hook_dict]
+    points = [name for name in (*outer, *inner, *whole) if name in model.bridge.hook_dict]
     watch(torch.tensor([[0, 1]]), model, {name: functools.partial(seen.__setitem__, name) for name in points})
     found = []
     for out, own, stream in zip(outer, inner, whole, strict=True):
         adds = out in seen and stream in seen and _alike(seen[out], seen[stream])
         if adds and (own not in seen or _alike(seen[own], seen[stream])):
             raise SitelensError(
-                f"{out} of {model_name(model)} is the whole residual stream, and what the {part} adds to it is not "
+                f"{out} of {model.name} is the whole residual stream, and what the {part} adds to it is not "
                 "shown: this method does not support the architecture"
             )
         found.append(own if adds else out)
@@ -93,10 +90,10 @@ class _StreamCondition(Condition):
             both = f"{self.scope!r} and {self.n_trained}"
             raise SitelensError(f"scope must be 'prompt' or 'generation' and n_trained at least 0, not {both}")
 
-    def fwd_hooks(self, model: Model) -> list[Hook]:
+    def fwd_hooks(self, model: ModelLike) -> list[Hook]:
         check_stream(f"a {type(self).__name__}", self.model, self.vectors.shape[1], model, self.origin)
-        if max(self.layers) >= head_shape(model)[0]:
-            raise SitelensError(f"{model_name(model)} has no layer {max(self.layers)}")
+        if max(self.layers) >= Model.of(model).shape.layers:
+            raise SitelensError(f"{Model.of(model).name} has no layer {max(self.layers)}")
         return [
             (stream_hook(layer), functools.partial(self._act, vector=vector))
             for layer, vector in zip(self.layers, self.vectors, strict=True)
@@ -131,12 +128,11 @@ class ReplaceStream(_StreamCondition):
         return vector.expand(last.shape)
 
 
-def check_stream(what: str, made_for: str | None, width: int, model: Model, origin: Origin | None = None) -> None:
+def check_stream(what: str, made_for: str | None, width: int, model: ModelLike, origin: Origin | None = None) -> None:
     """Raise SitelensError unless vectors of this width, made for the model of this fingerprint, fit `model`."""
-    if width != model.cfg.d_model:
-        raise SitelensError(
-            f"{what} has vectors of {width} entries, {model_name(model)} has d_model {model.cfg.d_model}"
-        )
+    model = Model.of(model)
+    if width != model.d_model:
+        raise SitelensError(f"{what} has vectors of {width} entries, {model.name} has d_model {model.d_model}")
     check_fit(what, made_for, (), model, origin)
 
 
@@ -154,7 +150,7 @@ class InContextVector(Condition):
     origin: Origin | None = None
     scope = "generation"
 
-    def fwd_hooks(self, model: Model) -> list[Hook]:
+    def fwd_hooks(self, model: ModelLike) -> list[Hook]:
         check_stream("an in-context vector", self.model, self.directions.shape[1], model, self.origin)
         return [
             (point, functools.partial(self._turn, direction=direction))
@@ -186,7 +182,7 @@ class LinearCombination(Condition):
         if self.a.shape[1] != len(MODULES):
             raise SitelensError(f"a linear combination is of {' and '.join(MODULES)}, not of {self.a.shape[1]} modules")
 
-    def fwd_hooks(self, model: Model) -> list[Hook]:
+    def fwd_hooks(self, model: ModelLike) -> list[Hook]:
         check_stream("a linear combination", self.model, self.context.shape[2], model, self.origin)
         return combining(self.context, self.a, self.b, points=output_points(model))
 
@@ -217,6 +213,6 @@ def combining(
     return list(zip(where, acts, strict=True))
 
 
-def output_points(model: Model) -> list[str]:
+def output_points(model: ModelLike) -> list[str]:
     """Where the outputs of attention and MLP pass, layer by layer."""
     return [point for both in zip(*(output_hooks(part, model) for part in MODULES), strict=True) for point in both]

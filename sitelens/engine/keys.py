@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from torch import nn
 from sitelens.engine.prompts import few_shot_prompt
 from sitelens.errors import SitelensWarning
 from sitelens.models.facts import Facts, bridge_facts, modules_of, rotary_state
-from sitelens.models.fingerprints import fingerprint, tensor_sums
+from sitelens.models.identity import tensor_sums
 from sitelens.models.interference import heard, heard_in_tokenizer
-from sitelens.models.model import Model, model_name, own_tokenizer, tokenization
+from sitelens.models.model import Model, ModelLike
 from sitelens.store.artifact import Artifact
 from sitelens.store.digests import digest
 from sitelens.store.folder import Cache, default_store
@@ -47,9 +46,9 @@ class ResultStore(Cache):
     open: whether results may be taken from the store; where not, a warning has said why.
     """
 
-    def __init__(self, model: Model, tasks: Sequence[Task] = ()) -> None:
-        self._model, self._tasks = model, tuple(tasks)
-        self.open = not _is_heard(model)
+    def __init__(self, model: ModelLike, tasks: Sequence[Task] = ()) -> None:
+        self._model, self._tasks = Model.of(model), tuple(tasks)
+        self.open = not _is_heard(self._model)
         self.key = model_key(model, self._tasks)
 
     def get(self, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None = None) -> Any:
@@ -69,11 +68,12 @@ class ResultStore(Cache):
         return default_store().put(artifact)
 
 
-def model_key(model: Model, tasks: Sequence[Task] = ()) -> dict[str, str]:
+def model_key(model: ModelLike, tasks: Sequence[Task] = ()) -> dict[str, str]:
     """What of a model, its setting and the rendering of chat prompts decides a result of these tasks."""
-    modules = list(modules_of(model))
+    model = Model.of(model)
+    modules = list(modules_of(model.bridge))
     surroundings = digest(setting(model, modules))[:32]
-    key = {"model": fingerprint(model), "tokenizer": tokenization(model), "setting": surroundings}
+    key = {"model": model.fingerprint(), "tokenizer": model.tokenization(), "setting": surroundings}
     if chats := [task for task in tasks if task.template == "chat"]:
         key["rendering"] = digest([_rendering(task, model) for task in chats])[:32]
     if stretched := _rotary(modules):
@@ -88,20 +88,20 @@ def setting(model: Model, modules: Modules) -> dict[str, Any]:
     implementation; the bridge's switches and its compatibility mode. Devices and numbers of threads are left out: they
     make differences of rounding.
     """
-    facts = bridge_facts(model, modules)
+    facts = bridge_facts(model.bridge, modules)
     classes = {type(module) for _, module in modules}
     roots = {kind.__module__.split(".")[0] for kind in classes}
     return {
         "algorithm": ALGORITHM,
         "versions": {name: _version(name) for name in sorted(roots.union(_LIBRARIES))},
         "numbers": _numbers(model),
-        "attention": getattr(model.original_model.config, "_attn_implementation", None),
+        "attention": getattr(model.network.config, "_attn_implementation", None),
         "bridge": [facts.plain, tensor_sums(facts.tensors)],
     }
 
 
 def _numbers(model: Model) -> list[Any]:
-    device = torch.device(model.cfg.device or "cpu").type
+    device = torch.device(model.device or "cpu").type
     kinds = sorted({device, "cpu"})
     casts = [[kind, torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))] for kind in kinds]
     casts = [cast[:2] if not cast[1] else cast for cast in casts]  # a dtype that is not in use plays no part
@@ -125,7 +125,7 @@ def _rendering(task: Task, model: Model) -> list[str]:
     items = [*task.train, *task.valid, *task.test][:2]
     if not items:
         return []
-    prompts = [few_shot_prompt(task, items[:n], items[-1], own_tokenizer(model)) for n in (0, 1)]
+    prompts = [few_shot_prompt(task, items[:n], items[-1], model.tokenizer) for n in (0, 1)]
     return [prompt.text for prompt in prompts]
 
 
@@ -137,16 +137,14 @@ def _version(library: str) -> str | None:
         return None
 
 
-_named: weakref.WeakKeyDictionary[Model, set[str]] = weakref.WeakKeyDictionary()
-
-
 def _is_heard(model: Model) -> bool:
     """Whether something changes the model's computation that a key cannot name; a warning names it once."""
-    what = heard(model) or heard_in_tokenizer(own_tokenizer(model))
-    if what is not None and what not in _named.setdefault(model, set()):
-        _named[model].add(what)
+    what = heard(model.bridge) or heard_in_tokenizer(model.tokenizer)
+    named: set[str] = model.once("interference", set)
+    if what is not None and what not in named:
+        named.add(what)
         warnings.warn(
-            f"{what} may change what {model_name(model)} computes: while it is there, results are computed with it and "
+            f"{what} may change what {model.name} computes: while it is there, results are computed with it and "
             "are neither taken from the cache nor put there",
             SitelensWarning, stacklevel=3,
         )  # fmt: skip

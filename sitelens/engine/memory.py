@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sitelens.engine.network import Passes
-from sitelens.models.model import Model, model_dtype
+from sitelens.models.model import Model
 
 MAX_ROWS = 64  # of one last-token batch: past this the time per row no longer falls
 MAX_TOKENS = 2048  # of one full forward, likewise
@@ -107,4 +107,4 @@ def _d_mlp(model: Model) -> int:
 
 
 def _itemsize(model: Model) -> int:
-    return model_dtype(model).itemsize
+    return Model.of(model).dtype.itemsize

@@ -7,9 +7,7 @@ edited meanwhile are the ones that count; the model itself is never touched.
 
 from __future__ import annotations
 
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from sitelens.contexts import bound
 from sitelens.engine.twins import PLAIN, bridge_twin, hooked_here, is_fixed, is_listened, network_twin
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model, model_name, own_tokenizer
+from sitelens.models.model import Bridge, Model
 
 
 class Passes:
@@ -36,13 +34,14 @@ class Passes:
     """
 
     def __init__(self, model: Model, hooks: Sequence[tuple[str, Callable[..., Any]]] = ()) -> None:
-        self.model, self.listened = model, is_listened(model)
+        self.model = Model.of(model)
+        self.listened = is_listened(self.model.bridge)
         self.prompt: int | None = None
-        self._fixed = self.listened and is_fixed(model)
-        self._twin: Model | None = None
+        self._fixed = self.listened and is_fixed(self.model.bridge)
+        self._twin: Bridge | None = None
         self._networks: dict[str, Any] = {}
         self._hooks: list[tuple[str, Callable[..., Any]]] = []
-        self._adapters: list[Callable[[Model], list[ModuleHook]]] = []
+        self._adapters: list[Callable[[Bridge], list[ModuleHook]]] = []
         if hooks:
             self.install(hooks)
 
@@ -54,29 +53,30 @@ class Passes:
     @property
     def plain(self) -> bool:
         """Whether the network runs without its bridge: a known type, no hook of ours, and nobody listens."""
-        config: Any = self.model.original_model.config
-        compatible = getattr(self.model, "compatibility_mode", False)
-        return self._twin is None and not self.listened and not compatible and config.model_type in PLAIN
+        compatible = getattr(self.model.bridge, "compatibility_mode", False)
+        known = self.model.network.config.model_type in PLAIN
+        return self._twin is None and not self.listened and not compatible and known
 
     @contextmanager
-    def bridge(self) -> Iterator[Model]:
+    def bridge(self) -> Iterator[Bridge]:
         """The bridge to run: a twin or, where a module's `forward` was replaced, the model itself under a lock."""
         if not self._fixed:
             yield self._made()
             return
-        adapted = [pair for adapters in self._adapters for pair in adapters(self.model)]
-        with _lock_of(self.model), hooked_here(self.model, self._hooks, adapted):
-            yield self.model
+        bridge = self.model.bridge
+        adapted = [pair for adapters in self._adapters for pair in adapters(bridge)]
+        with self.model.lock, hooked_here(bridge, self._hooks, adapted):
+            yield bridge
 
-    def _made(self) -> Model:
+    def _made(self) -> Bridge:
         if self._twin is None:
-            self._twin = bridge_twin(self.model)
+            self._twin = bridge_twin(self.model.bridge)
         return self._twin
 
     def network(self, attention: str) -> Any:
         """The network's twin with this attention."""
         if attention not in self._networks:
-            self._networks[attention] = network_twin(self.model, attention)
+            self._networks[attention] = network_twin(self.model.bridge, attention)
         return self._networks[attention]
 
     def install(self, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> None:
@@ -85,7 +85,7 @@ class Passes:
         for name, hook in () if self._fixed else hooks:
             self._made().add_hook(name, hook)
 
-    def adapt(self, adapters: Callable[[Model], list[ModuleHook]]) -> None:
+    def adapt(self, adapters: Callable[[Bridge], list[ModuleHook]]) -> None:
         """Add the forward hooks that `adapters` makes for modules of a bridge, for good."""
         self._adapters.append(adapters)
         for module, hook in () if self._fixed else adapters(self._made()):
@@ -93,13 +93,6 @@ class Passes:
 
 
 ModuleHook = tuple[nn.Module, Callable[..., Any]]
-_locks: weakref.WeakKeyDictionary[Model, threading.RLock] = weakref.WeakKeyDictionary()
-_locks_lock = threading.Lock()
-
-
-def _lock_of(model: Model) -> threading.RLock:
-    with _locks_lock:
-        return _locks.setdefault(model, threading.RLock())
 
 
 @dataclass
@@ -161,7 +154,7 @@ def run_tokens(
         except RuntimeError as error:
             if "Inference tensors cannot be saved" in str(error):
                 raise SitelensError(
-                    f"the weights of {model_name(passes.model)} were made under torch.inference_mode(), and nothing "
+                    f"the weights of {passes.model.name} were made under torch.inference_mode(), and nothing "
                     "can be trained through such: load the model outside of it"
                 ) from error
             raise
@@ -173,10 +166,10 @@ def run_tokens(
 
 def check_tokens(model: Model, tokens: Tensor) -> None:
     """Raise SitelensError if tokens on the CPU are not all in the model's vocabulary (on a GPU a look would wait)."""
-    if tokens.is_cpu and tokens.numel() and (largest := int(tokens.max())) >= model.cfg.d_vocab:
-        text = own_tokenizer(model).decode([largest])
+    if tokens.is_cpu and tokens.numel() and (largest := int(tokens.max())) >= model.d_vocab:
+        text = model.tokenizer.decode([largest])
         raise SitelensError(
-            f"the token {text!r} has the id {largest}, but {model_name(model)} has {model.cfg.d_vocab} tokens: resize "
+            f"the token {text!r} has the id {largest}, but {model.name} has {model.d_vocab} tokens: resize "
             "the model's embeddings to its tokenizer, or use the tokenizer that it was trained with"
         )
 

@@ -23,7 +23,7 @@ from transformer_lens.model_bridge.sources.transformers_driver import Transforme
 from transformers import PreTrainedConfig
 
 from sitelens.models.interference import Here, is_foreign, users_hooks
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 
 # Model types whose wrappers have no weights of their own, and whose z reaches the output projection as attention gave
 # it: those that the tests compare with raw forward passes. All others run through the bridge.
@@ -44,23 +44,23 @@ _TAKEN = {  # what a twin shares with its module, or what is seen to apart
 }  # fmt: skip
 
 
-def network_twin(model: Model, attention: str = "eager") -> Any:
+def network_twin(bridge: Bridge, attention: str = "eager") -> Any:
     """The Hugging Face network beneath the bridge, without hook points, with `attention`."""
-    return _Maker(bridged=False, attention=attention).module(model.original_model)
+    return _Maker(bridged=False, attention=attention).module(bridge.original_model)
 
 
-def bridge_twin(model: Model) -> Model:
-    """The whole bridge, with the hooks that are on it now; those get the modules of the model, not of the twin."""
-    return _Maker(bridged=True).module(model)
+def bridge_twin(bridge: Bridge) -> Bridge:
+    """The whole bridge, with the hooks that are on it now; those get the modules of the bridge, not of the twin."""
+    return _Maker(bridged=True).module(bridge)
 
 
-def is_listened(model: Model) -> bool:
+def is_listened(bridge: Bridge) -> bool:
     """Whether code of the user's takes part in a forward pass: a hook on any module, or an instance's own `forward`."""
-    return any(EVERYWHERE) or any(map(_is_listened, _modules(model)))
+    return any(EVERYWHERE) or any(map(_is_listened, _modules(bridge)))
 
 
-def _modules(model: Model) -> Iterator[nn.Module]:
-    stack: list[nn.Module] = [model, model.original_model]
+def _modules(bridge: Bridge) -> Iterator[nn.Module]:
+    stack: list[nn.Module] = [bridge, bridge.original_model]
     seen: set[int] = set()
     while stack:
         module = stack.pop()
@@ -75,9 +75,9 @@ def _is_listened(module: nn.Module) -> bool:
     return _is_fixed(module) or any(facts[name] and users_hooks(module, name) for name in HOOKS)
 
 
-def is_fixed(model: Model) -> bool:
+def is_fixed(bridge: Bridge) -> bool:
     """Whether a module's `forward` was replaced or compiled, so that it runs the model's modules and not a twin's."""
-    return any(map(_is_fixed, _modules(model)))
+    return any(map(_is_fixed, _modules(bridge)))
 
 
 def _is_fixed(module: nn.Module) -> bool:
@@ -89,11 +89,11 @@ def _is_fixed(module: nn.Module) -> bool:
 
 @contextmanager
 def hooked_here(
-    model: Model,
+    bridge: Bridge,
     fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
     module_hooks: Sequence[tuple[nn.Module, Callable[..., Any]]] = (),
 ) -> Iterator[None]:
-    """TransformerLens's hooks and torch's forward hooks on the model itself, heard by this context's passes only.
+    """TransformerLens's hooks and torch's forward hooks on the bridge itself, heard by this context's passes only.
 
     They are off whenever and however the block ends.
     """
@@ -101,19 +101,19 @@ def hooked_here(
     try:
         try:
             for name, hook in fwd_hooks:
-                model.add_hook(name, Here(hook, token))
+                bridge.add_hook(name, Here(hook, token))
             for module, hook in module_hooks:
                 module.register_forward_hook(Here(hook, token))
             with Here.active_for(token):
                 yield
         finally:
-            _remove(model, token)
+            _remove(bridge, token)
     finally:
-        _remove(model, token)
+        _remove(bridge, token)
 
 
-def _remove(model: Model, token: object) -> None:
-    for module in _modules(model):
+def _remove(bridge: Bridge, token: object) -> None:
+    for module in _modules(bridge):
         if isinstance(module, HookPoint):
             module.fwd_hooks[:] = [
                 handle for handle in module.fwd_hooks if getattr(handle.user_hook, "token", None) is not token

@@ -40,11 +40,12 @@ def as_patches(
     Raises:
         SitelensError: if a condition was made for another model.
     """
-    listened = is_listened(model)
+    model = Model.of(model)
+    listened = is_listened(model.bridge)
     patches: dict[str, Patch] = {}
     others: dict[str, Condition] = {}
     for name, condition in conditions.items():
-        patch = condition.patch(model)
+        patch = condition.patch(model.bridge)
         if patch is None or listened or (generating and condition.scope == "generation"):
             others[name] = condition
         else:
@@ -70,7 +71,9 @@ class Predictor:
         self.tokenizer, self.max_new_tokens = own_tokenizer(model), max_new_tokens
         self.ends = end_tokens(model, self.tokenizer) if ends is None else ends
         self.labels = torch.tensor(labels, dtype=torch.long)
-        self.listened = is_listened(model)  # then `hooked` is for all conditions, and runs prompts whole
+        self.listened = is_listened(
+            Model.of(model).bridge
+        )  # then `hooked` is for all conditions, and runs prompts whole
 
     def patched(self, patches: Mapping[str, Patch], advance: Callable[[int], None]) -> dict[str, list[Output]]:
         """Conditions that touch the last token only, as rows of one batch over a shared prefix."""

@@ -224,7 +224,7 @@ def _watch_patterns(
         seen.add(layer)
         see(pattern, layer)
 
-    shown = {layer: name for layer, name in points.items() if name in model.hook_dict}
+    shown = {layer: name for layer, name in points.items() if name in model.bridge.hook_dict}
     watch(tokens, model, {name: functools.partial(look, layer=layer) for layer, name in shown.items()})
     if missing := sorted(set(points) - seen):
         raise SitelensError(
@@ -241,6 +241,6 @@ def _slack(pattern: Tensor) -> float:
 
 def _has_sinks(weights: Float[Tensor, "row head pos"], model: Model) -> bool:
     """Whether some attention falls on no token: the model keeps logits for that, or rows add up to less than one."""
-    blocks: Any = model.blocks
+    blocks: Any = model.bridge.blocks
     kept = any(hasattr(getattr(block.attn, "original_component", None), "sinks") for block in blocks)
     return kept or bool((1 - weights.sum(-1)).max() > _slack(torch.empty(0, dtype=model_dtype(model))))

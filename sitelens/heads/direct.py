@@ -70,7 +70,7 @@ class DirectPath:
             SitelensError: if the logits are neither a multiple of what the unembedding gives nor a soft cap of it, or
                 the norms cannot be held, or if the user's own hooks are installed.
         """
-        names = [match[1] for match in map(NORM.fullmatch, model.hook_dict) if match]
+        names = [match[1] for match in map(NORM.fullmatch, model.bridge.hook_dict) if match]
         z: dict[int, Tensor] = {}
         entered: dict[str, Tensor] = {}
         norms: dict[str, HeldNorm] = {}
@@ -87,7 +87,7 @@ class DirectPath:
             entered[name] = x
 
         def leave(y: Tensor, name: str) -> Tensor | None:
-            norm: Any = model.get_submodule(name)
+            norm: Any = model.bridge.get_submodule(name)
             held = HeldNorm.at(norm.original_component, entered[name].detach(), y.detach(), share)
             if held is None:
                 unknown.append(name)
@@ -255,7 +255,7 @@ def past_the_mean(logits: Float[Tensor, "row vocab"], tokens: Int[Tensor, " row"
 
 def _mlps(model: Model) -> list[str]:
     names = [f"blocks.{layer}.mlp.hook_in" for layer in range(head_shape(model)[0])]
-    return [name for name in names if name in model.hook_dict]
+    return [name for name in names if name in model.bridge.hook_dict]
 
 
 def _run(prefix: PrefixCache, model: Model, acts: list[Act], kept: int = 1) -> Tensor:

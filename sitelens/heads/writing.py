@@ -134,7 +134,7 @@ def written(
     Raises:
         SitelensError: if such a norm is there and no prompts are given, or as `head_attribution` for an architecture.
     """
-    passes_norm = any(f"blocks.{layer}.ln1_post.hook_in" in model.hook_dict for layer in range(len(z)))
+    passes_norm = any(f"blocks.{layer}.ln1_post.hook_in" in model.bridge.hook_dict for layer in range(len(z)))
     if passes_norm and prompts is None:
         raise SitelensError(
             "what a head of this model writes passes a norm whose scale depends on the prompt: give prompts"

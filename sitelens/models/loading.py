@@ -16,7 +16,7 @@ from sitelens.checks.arguments import checked
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.models.catalogue import download_command
 from sitelens.models.gguf.converted import PACKAGED, gguf_folder, packaged_folder
-from sitelens.models.model import Model, _tokenizers, head_shape, model_name, z_hook
+from sitelens.models.model import Model, ModelLike, z_hook
 from sitelens.models.networks import load_network, quiet_transformers
 from sitelens.models.quantization import NO_8BIT, check_quantization, nf4_config, settle
 from sitelens.models.sources import DEFAULT_MODEL, check_device, hub_id
@@ -29,14 +29,14 @@ _loading = threading.RLock()  # transformers sets torch's default dtype, which i
 @checked
 @torch.inference_mode(False)  # nothing could be trained through weights made there
 def load_model(
-    name: str | Path | Model | None = None,
+    name: str | Path | TransformerBridge | None = None,
     *,
     dtype: torch.dtype | str | None = None,
     device: Any = None,
     device_map: Any = None,
     quantize: str | None = None,
     trust_remote_code: bool = False,
-) -> Model:
+) -> TransformerBridge:
     """A model with frozen weights and TransformerLens hook points.
 
     `name` is a packaged model (default: "smollm2-135m"), a hub id, a name that TransformerLens knows ("gpt2",
@@ -87,49 +87,56 @@ def load_model(
 
 
 @functools.cache
-def _default_model(dtype: str | None) -> Model:
+def _default_model(dtype: str | None) -> TransformerBridge:
     return load_model(dtype=dtype)
 
 
-def default_model() -> Model:
+def default_model() -> TransformerBridge:
     """The packaged default model in the dtype of the settings, loaded once per process and dtype."""
     with _loading:
         return _default_model(settings.dtype)
 
 
-def resolve_model(model: str | Path | Model | None) -> Model:
-    """The model that an optional argument means: None is the default model, a name is loaded.
+def resolve_model(model: ModelLike | str | Path | None) -> Model:
+    """The model that an argument of a public function means: None is the default model, a name is loaded.
+
+    A Model was checked at the door it came through, and is returned as it is.
 
     Raises:
         SitelensError: as `load_model`, and for a bridge without per-head z hooks or in training mode.
     """
-    if model is None:
-        return default_model()
-    if not isinstance(model, TransformerBridge):
-        return load_model(model)
-    if z_hook(0) not in model.hook_dict:
-        raise SitelensError(f"{model_name(model)} has no hook point {z_hook(0)}: its heads cannot be patched")
+    if type(model) is Model:
+        return model
+    resolved = Model(default_model() if model is None else load_model(model))
+    _check_bridge(resolved)
+    return resolved
+
+
+def _check_bridge(model: Model) -> None:
+    """Raise SitelensError if the heads of a bridge cannot be patched, or its passes are random."""
+    network = model.network
+    if z_hook(0) not in model.bridge.hook_dict:
+        raise SitelensError(f"{model.name} has no hook point {z_hook(0)}: its heads cannot be patched")
     _check_heads(model)
-    if getattr(model.original_model, "is_loaded_in_8bit", False):
-        raise SitelensError(f"{model_name(model)}: {NO_8BIT}")
-    if model.original_model.training:
-        raise SitelensError(f"{model_name(model)} is in training mode, where dropout is random: call model.eval()")
-    if (name := _random_dropout(model.original_model)) is not None:
-        raise SitelensError(f"{name} of {model_name(model)} is in training mode, where its dropout is random: "
+    if getattr(network, "is_loaded_in_8bit", False):
+        raise SitelensError(f"{model.name}: {NO_8BIT}")
+    if network.training:
+        raise SitelensError(f"{model.name} is in training mode, where dropout is random: call model.eval()")
+    if (name := _random_dropout(network)) is not None:
+        raise SitelensError(f"{name} of {model.name} is in training mode, where its dropout is random: "
                             "call model.eval()")  # fmt: skip
-    return model
 
 
 def _check_heads(model: Model) -> None:
     """Raise SitelensError if the output projections read anything but n_heads vectors of d_head numbers."""
-    _, heads, d_head = head_shape(model)
-    blocks: Any = model.blocks
+    _, heads, d_head = model.shape
+    blocks: Any = model.bridge.blocks
     for layer, block in enumerate(blocks):
         projection = getattr(getattr(block, "attn", None), "o", None)
         width = getattr(getattr(projection, "original_component", None), "in_features", heads * d_head)
         if width != heads * d_head:
             raise SitelensError(
-                f"{model_name(model)}: the output projection of layer {layer} reads {width} numbers, which "
+                f"{model.name}: the output projection of layer {layer} reads {width} numbers, which "
                 f"TransformerLens does not show as {heads} heads of {d_head}: its heads cannot be patched"
             )
 
@@ -145,7 +152,7 @@ def _random_dropout(network: torch.nn.Module) -> str | None:
     return None
 
 
-def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -> Model:
+def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -> TransformerBridge:
     from transformers import AutoTokenizer
 
     try:
@@ -160,7 +167,7 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
                                  "use more GPUs, quantize='nf4', or a smaller dtype")  # fmt: skip
         if options["quantization_config"] is not None:
             settle(network)
-        model = build_bridge_from_module(
+        bridge = build_bridge_from_module(
             network, type(network).__name__, hf_config=network.config, model_name=name,
             device=str(network.get_input_embeddings().weight.device),
         )  # fmt: skip
@@ -181,11 +188,12 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
             "`hf auth login` and its license accepted on its hub page; without a network, give a local folder or use a "
             "packaged model: " + ", ".join(PACKAGED) + ")"
         ) from error
-    model.requires_grad_(False)  # after the bridge is built: it makes new parameters where q, k and v are fused
+    bridge.requires_grad_(False)  # after the bridge is built: it makes new parameters where q, k and v are fused
     # Set only now: a tokenizer given to the builder is reloaded with a BOS token that the model may not know.
-    model.tokenizer = tokenizer
-    cfg = model.cfg
+    model = Model(bridge)
+    model.use_tokenizer(tokenizer)
+    cfg = bridge.cfg
     cfg.tokenizer_prepends_bos, cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(tokenizer)
     cfg.default_prepend_bos = cfg.tokenizer_prepends_bos
-    _tokenizers[model] = model.tokenizer, tokenizer
-    return resolve_model(model)
+    _check_bridge(model)
+    return bridge

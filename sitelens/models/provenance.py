@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from sitelens.models.fingerprints import fingerprint, unchanged, weights_digest
-from sitelens.models.model import Model, head_shape, model_dtype, model_name
+from sitelens.models.model import Model, ModelLike
 from sitelens.tasks import Task
 from sitelens.version import __version__
 
@@ -50,16 +49,17 @@ class Origin:
     sitelens: str | None = None
 
     @staticmethod
-    def of(model: Model, task: Task | None = None, **prompts: Any) -> Origin:
+    def of(model: ModelLike, task: Task | None = None, **prompts: Any) -> Origin:
         """Of what is made now with a model, for a task, from prompts (n_prompts, n_shots, seed)."""
+        model = Model.of(model)
         about: dict[str, Any] = {}
         if task is not None:
             about = {
                 "task_digest": task.digest, "template": task.template, "instruction": task.instruction,
                 "template_arguments": tuple(task.template_arguments),
             }  # fmt: skip
-        with unchanged(model):  # which reads the weights once
-            facts, weights = model_facts(model), weights_digest(model)
+        with model.unchanged():  # which reads the weights once
+            facts, weights = model_facts(model), model.weights_digest()
         return Origin(
             model=facts["name"], revision=facts["revision"], dtype=facts["dtype"], quantize=facts["quantize"],
             weights=weights,
@@ -75,7 +75,7 @@ class Origin:
         values = {field.name: [getattr(origin, field.name) for origin in known] for field in fields(Origin)}
         return Origin(**{name: of[0] for name, of in values.items() if all(one == of[0] for one in of)})
 
-    def other_precision(self, model: Model) -> str | None:
+    def other_precision(self, model: ModelLike) -> str | None:
         """The recorded precision, if `model` is the same model by name and revision in another one; else None."""
         now = model_facts(model)
         same = self.model is not None and (self.model, self.revision) == (now["name"], now["revision"])
@@ -93,17 +93,18 @@ class Origin:
         )
 
 
-def model_facts(model: Model) -> dict[str, Any]:
+def model_facts(model: ModelLike) -> dict[str, Any]:
     """Name, revision (the commit on the hub, where it is known), fingerprint, heads, dtype and quantize, as plain JSON.
 
     The name of a folder or file comes without the path that leads there.
     """
-    name, config = model_name(model), model.original_model.config
+    model = Model.of(model)
+    name, network = model.name, model.network
     return {
-        "name": Path(name).name if is_path(name) else name, "revision": getattr(config, "_commit_hash", None),
-        "fingerprint": fingerprint(model), "heads": list(head_shape(model)[:2]),
-        "dtype": str(model_dtype(model)).removeprefix("torch."),
-        "quantize": "nf4" if getattr(model.original_model, "is_loaded_in_4bit", False) else None,
+        "name": Path(name).name if is_path(name) else name, "revision": getattr(network.config, "_commit_hash", None),
+        "fingerprint": model.fingerprint(), "heads": list(model.shape[:2]),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": "nf4" if getattr(network, "is_loaded_in_4bit", False) else None,
     }  # fmt: skip
 
 
@@ -112,7 +113,7 @@ def is_path(name: str) -> bool:
     return name.endswith(".gguf") or name.startswith(("/", ".", "~")) or "\\" in name or Path(name).is_dir()
 
 
-def provenance(command: str, model: Model, name: str | None = None) -> dict[str, Any]:
+def provenance(command: str, model: ModelLike, name: str | None = None) -> dict[str, Any]:
     """As plain JSON: made_by, created (UTC), model (`model_facts`), versions, python, machine.
 
     The machine is its processor, its GPU where the model lies on one, and the number of threads; it is not named.
@@ -126,7 +127,7 @@ def provenance(command: str, model: Model, name: str | None = None) -> dict[str,
         "model": facts,
         "versions": versions(),
         "python": platform.python_version(),
-        "machine": machine(model),
+        "machine": machine(Model.of(model)),
     }
 
 
@@ -145,7 +146,7 @@ def machine(model: Model) -> dict[str, Any]:
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     found: dict[str, Any] = {"cpu": next(iter(named), "") or platform.processor() or platform.machine()}
     found["threads"] = torch.get_num_threads()
-    device = torch.device(model.cfg.device or "cpu")
+    device = torch.device(model.device or "cpu")
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found

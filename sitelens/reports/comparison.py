@@ -78,7 +78,7 @@ def fit_method(
 
     def make() -> Contents:
         with empty_cache(), metered() as spent:
-            condition = METHODS[name].fit(task, model, seed=seed, **(options or {}))
+            condition = METHODS[name].fit(task, Model.of(model).bridge, seed=seed, **(options or {}))
         cost = {
             "trained": METHODS[name].trained(condition), "forward_tokens": spent.forward,
             "backward_tokens": spent.backward, "fit_seconds": spent.seconds,

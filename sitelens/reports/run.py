@@ -31,7 +31,7 @@ from sitelens.files.writing import Outputs, file_names, write_csv, write_text
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import TrainResult, train_selections
 from sitelens.methods.site.workload import total, workload
-from sitelens.models.loading import load_model, resolve_model
+from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, head_shape, model_name, tokenization
 from sitelens.models.provenance import provenance
 from sitelens.models.sources import DEFAULT_MODEL
@@ -228,7 +228,7 @@ def run(
     tasks = [rewritten(task, config.template, config.instruction, config.template_arguments) for task in tasks]
     with Job("run", ["load the model", "embed", "train", "evaluate"]) as job:
         with job.stage("load the model"):
-            model = resolve_model(model) if model is not None else load_model(config.model)
+            model = resolve_model(model if model is not None else config.model)
         layers, heads, _ = head_shape(model)
         if config.k is not None and config.k > layers * heads:
             raise SitelensError(f"k must be at most {layers * heads}, the heads of {config.model}, got {config.k}")

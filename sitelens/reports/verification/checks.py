@@ -34,7 +34,7 @@ def _tokens(subject: Subject) -> Finding:
     detail = f"a text begins with {tokenizer.decode(ids[:3])!r}; " + (
         f"{tokenizer.bos_token!r} is put before it" if at_start else "no BOS token is put before it"
     )
-    given: Any = subject.model.tokenizer
+    given: Any = subject.model.bridge.tokenizer
     if given is not tokenizer and given("a")["input_ids"] != tokenizer("a")["input_ids"]:
         detail += "; the bridge's own tokenizer gives other tokens and is not used"
     if at_start > 1:
@@ -44,10 +44,10 @@ def _tokens(subject: Subject) -> Finding:
 
 def _bridge(subject: Subject) -> Finding:
     """Against the attention that transformers takes by default: a bridge computes its own."""
-    sdpa = bool(getattr(subject.model.original_model, "_supports_sdpa", False))
+    sdpa = bool(getattr(subject.model.network, "_supports_sdpa", False))
     network = subject.raw("sdpa" if sdpa else "eager")
     with torch.no_grad():
-        found = torch.cat([subject.model.forward(ids, use_cache=False)[:, -1] for ids in subject.ids])
+        found = torch.cat([subject.model.bridge.forward(ids, use_cache=False)[:, -1] for ids in subject.ids])
         expected = torch.cat([network(ids, use_cache=False).logits[:, -1] for ids in subject.ids])
     return subject.compared(found, expected)
 
@@ -179,7 +179,7 @@ def _stream(subject: Subject) -> Finding:
 
     network = subject.raw()
     subject.module(network, f"blocks.{layer}").register_forward_hook(act)
-    passes = Passes(model, AddToStream(vector, (layer,)).fwd_hooks(model))
+    passes = Passes(model, AddToStream(vector, (layer,)).fwd_hooks(model.bridge))
     with torch.no_grad():
         found = full_logits(subject.batch.rows([0]), passes)
         expected = network(subject.ids[0], use_cache=False).logits[:, -1]
@@ -201,8 +201,8 @@ def _outputs(subject: Subject) -> Finding:
     network = subject.raw()
     for point in points:
         name = point.removesuffix(".hook_out")
-        own: Any = model.get_submodule(name)
-        block: Any = model.get_submodule(".".join(name.split(".")[:2]))
+        own: Any = model.bridge.get_submodule(name)
+        block: Any = model.bridge.get_submodule(".".join(name.split(".")[:2]))
         if own.original_component is block.original_component:  # an MLP without a module of its own
             name += ".out"
         subject.module(network, name).register_forward_hook(act)
@@ -215,7 +215,7 @@ def _outputs(subject: Subject) -> Finding:
 
 
 def _lora(subject: Subject) -> Finding:
-    blocks: Any = subject.model.blocks
+    blocks: Any = subject.model.bridge.blocks
     for layer, block in enumerate(blocks):
         for name in PROJECTIONS:
             if not hasattr(getattr(block.attn, name, None), "original_component"):

@@ -63,13 +63,13 @@ class Subject:
     def names(self) -> dict[int, list[str]]:
         """The names that the modules which the bridge wraps have in the raw network, by the module's id."""
         found: dict[int, list[str]] = {}
-        for name, module in self.model.original_model.named_modules(remove_duplicate=False):
+        for name, module in self.model.network.named_modules(remove_duplicate=False):
             found.setdefault(id(module), []).append(name.replace("._original_component", ""))
         return found
 
     def module(self, network: Any, point: str) -> nn.Module:
         """The raw network's module at one of the bridge's components."""
-        wrapped: Any = self.model.get_submodule(point)
+        wrapped: Any = self.model.bridge.get_submodule(point)
         for name in self.names.get(id(wrapped.original_component), []):
             try:
                 return network.get_submodule(name)
@@ -79,7 +79,7 @@ class Subject:
 
     def raw(self, attention: str = "eager") -> Any:
         """The raw network."""
-        return network_twin(self.model, attention)
+        return network_twin(self.model.bridge, attention)
 
     @cached_property
     def logits(self) -> Float[Tensor, "row vocab"]:
