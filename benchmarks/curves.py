@@ -102,14 +102,16 @@ def main() -> None:
 
 
 def draw(frame: pd.DataFrame) -> None:
-    """Seconds each above, extra memory and the budget below, a column for each of the three."""
+    """Seconds per task or alpha above, extra memory and the budget below; one column per quantity varied."""
     names = list(dict.fromkeys(frame["against"]))
     figure = make_subplots(
         rows=2, cols=len(names), shared_xaxes="columns", horizontal_spacing=0.07, vertical_spacing=0.06
     )
     for column, name in enumerate(names, start=1):
         part = frame[frame["against"] == name]
-        for row, (y, title) in enumerate((("seconds", "Seconds each"), ("mib", "Extra memory (MiB)")), start=1):
+        for row, (y, title) in enumerate(
+            (("seconds", "Seconds per task or alpha"), ("mib", "Extra memory (MiB)")), start=1
+        ):
             line = go.Scatter(x=part["x"], y=part[y], mode="lines+markers", line={"color": COLORS[0], "width": 1.5})
             figure.add_trace(line, row, column)
             figure.update_yaxes(title=title if column == 1 else None, rangemode="tozero", row=row, col=column)

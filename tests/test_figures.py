@@ -178,12 +178,12 @@ STEPS = (25, 50, 400)
 BINS = [0.025 + i / 20 for i in range(20)]
 CASES: dict[str, Case] = {
     "soft_hard": Case(figures.soft_hard, soft_hard, _soft_hard, ("Threshold on alpha", ACCURACY)),
-    "random_heads": Case(figures.random_heads, random_heads, _random_heads, ("Heads patched", ACCURACY)),
+    "random_heads": Case(figures.random_heads, random_heads, _random_heads, ("Number of heads patched", ACCURACY)),
     "head_counts": Case(
         figures.head_counts,
         lambda t: rows(task=t, order=("high-alpha", "low-alpha"), change=("added", "removed"), k=range(0, 271, 30)),
         lambda f: each("k", "mean", "first", "change")(f.assign(first=f["order"] + " first")),
-        ("Heads added, or removed", ACCURACY),
+        ("Number of heads added or removed", ACCURACY),
     ),
     "task_agnostic": Case(
         figures.task_agnostic,
@@ -199,26 +199,26 @@ CASES: dict[str, Case] = {
         lambda f: each("n_prompts", "mean", "name")(
             f.assign(name=f["n_shots"].map({1: "1 shot", 2: "2 shots", 10: "10 shots"}))
         ),
-        ("Prompts averaged over (M)", ACCURACY),
+        ("Number of prompts in the embedding (M)", ACCURACY),
     ),
     "seed_variance": Case(
         figures.seed_variance, lambda t: rows(task=t, prompt_seed=range(5), training_seed=range(3)),
-        dotted("prompt_seed", prefix="prompt seed "), (f"{ACCURACY} (a dot for each training seed)", None),
+        dotted("prompt_seed", prefix="prompt seed "), (f"{ACCURACY} (one dot per training seed)", None),
     ),
     "initializations": Case(
         figures.initializations, lambda t: rows(task=t, init=("0.1", "0.5", "0.9", "random"), seed=(0, 1)),
-        dotted("init", prefix="init "), (f"{ACCURACY} (a dot for each seed)", None),
+        dotted("init", prefix="init "), (f"{ACCURACY} (one dot per seed)", None),
     ),
     "initialization_distances": Case(
         figures.initialization_distances,
         lambda t: rows(task=t, pair=("same init", "same seed", "both differ"), i=range(4))
         .rename(columns={"mean": "distance"}).drop(columns=["low", "high"]),
-        dotted("pair", x="distance"), ("Mean |difference| of alpha", None), share=False,
+        dotted("pair", x="distance"), ("Mean absolute difference of alpha", None), share=False,
     ),
     "loss_path": Case(
         figures.loss_path,
         lambda t: rows(path=[f"{name}, to another seed" for name in t[:4]], position=(0.0, 0.5, 1.0)),
-        each("position", "loss", "path"), ("Position between the two alphas", LOSS), share=False,
+        each("position", "loss", "path"), ("Interpolation between the two solutions", LOSS), share=False,
     ),
     "checkpoints": Case(
         figures.checkpoints, lambda t: rows(task=t, checkpoint=("best", "last")), dotted("checkpoint"),
@@ -597,7 +597,7 @@ def test_similarity_against_transfer_shows_every_pair_off_the_diagonal() -> None
     assert len(found) == 6
     for a, b in ((a, b) for a in names for b in names if a != b):
         assert found[f"{a}<br>on {b}"] == (x.loc[a, b], 1 - x.loc[b, a])
-    assert axis_titles(figure) == ("Similarity of alpha (Pearson r)", "Transfer (share of the own gain)")
+    assert axis_titles(figure) == ("Similarity of alpha (Pearson r)", "Transfer (share of target's own gain)")
 
 
 @pytest.mark.parametrize("name", ["task_agnostic", "soft_hard", "alpha_distribution"])

@@ -152,7 +152,7 @@ def test_heatmap_has_fixed_colors_every_name_and_the_numbers_in_its_hover(
     for row in range(3):
         assert zero_shot[row].tolist() == grid.zero_shot[names].tolist()
         assert own[row].tolist() == grid.own[names].tolist()
-    words = ("accuracy %{z", "share of the own gain %{customdata[0]", "zero-shot %{customdata[1]", "own heads %{custom")
+    words = ("accuracy %{z", "share of own gain %{customdata[0]", "zero-shot %{customdata[1]", "own heads %{custom")
     assert all(word in trace.hovertemplate for word in words)
 
 
@@ -198,7 +198,7 @@ def test_kinds_of_tasks_stand_beside_their_rows() -> None:
 def test_a_heatmap_says_what_was_swapped(swap: Swap, side: str) -> None:
     figure = matrix(VALUES, [0.0, 0.1, 0.05], swap=swap, model="m", metric="exact_match").heatmap()
     written = figure.to_json()
-    assert side in written and f"Transfer of {swap}: m" in written and "exact match accuracy" in written
+    assert side in written and f"Transfer of {swap}: m" in written and "Exact-match accuracy" in written
 
 
 # What is given, kept and refused

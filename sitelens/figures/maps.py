@@ -25,8 +25,8 @@ from sitelens.figures.style import (
 )
 from sitelens.files.escaping import figure_text
 
-CELL = 12  # pixels of a cell in a map of heads
-TREE = 60  # pixels of a dendrogram
+CELL = 12  # pixels per cell in a heatmap of heads
+TREE = 60  # height of a dendrogram in pixels
 
 
 def alpha_heatmap(alpha: np.ndarray, title: str = "") -> Figure:
@@ -47,9 +47,18 @@ def alpha_heatmap(alpha: np.ndarray, title: str = "") -> Figure:
 def head_heatmap(
     values: np.ndarray, title: str = "", label: str = "", low: Number | None = None, high: Number | None = None
 ) -> Figure:
-    """Any number of every head as layer (up) by head (across).
+    """Heatmap of any value per head, layers up and heads across.
 
-    values: `[layer head]`. Without limits the colors span the values, symmetric about 0 where some are negative.
+    Args:
+        values: `[layer head]`.
+        title: plain text above the figure.
+        label: name of the value, on the color bar and in the hover.
+        low, high: limits of the color scale. By default it spans the values, symmetric about 0 if some are negative.
+
+    Example:
+        >>> figure = sl.figures.head_heatmap(np.array([[-1.0, 0.5], [0.0, 2.0]]), label="logit")
+        >>> figure.data[0].zmin, figure.data[0].zmax
+        (-2.0, 2.0)
     """
     layers, heads = values.shape
     diverging = low is None and float(values.min()) < 0
@@ -80,12 +89,24 @@ def transfer_heatmap(
     axes: tuple[str, str] = ("Source of the heads", "Target task"),
     between: str = "on",
 ) -> Figure:
-    """Sources (down) by targets (across), the color scale fixed; the numbers stand in the hover.
+    """Heatmap of a value for each pair of tasks, sources down and targets across; the numbers are in the hover.
 
-    values: index the source tasks, columns the target tasks. groups: a kind for each task, shown by the color of a
-    strip at the left. tree: a scipy linkage, drawn above, whose leaves from left to right are the columns. hover:
-    further frames of the same shape. limits: of the colors; where they are below 0 the scale diverges. axes: their
-    titles, down and across. between: what stands between the two tasks in the hover.
+    Args:
+        values: index: source tasks; columns: target tasks.
+        title: plain text above the figure.
+        label: name of the value, on the color bar and in the hover.
+        groups: group of each task, shown as a colored strip on the left.
+        tree: a scipy linkage, drawn above; its leaves from left to right are the columns.
+        hover: further frames of the same shape, by name, for the hover.
+        limits: of the color scale, which diverges if they include negative values.
+        axes: titles of the axes, down and across.
+        between: word between the names of the two tasks in the hover.
+
+    Example:
+        >>> accuracy = pd.DataFrame([[0.9, 0.2], [0.4, 0.8]], ["antonym", "synonym"], ["antonym", "synonym"])
+        >>> figure = sl.figures.transfer_heatmap(accuracy, "Transfer")
+        >>> figure.layout.xaxis4.title.text
+        'Target task'
     """
     sources, targets = [str(name) for name in values.index], [str(name) for name in values.columns]
     shown = [figure_text(name) for name in sources], [figure_text(name) for name in targets]
@@ -146,16 +167,16 @@ def transfer_heatmap(
 
 
 def _tree_lines(tree: np.ndarray) -> list[go.Scatter]:
-    """A dendrogram above the columns; scipy puts leaf i at 10 i + 5."""
-    drawn = dendrogram(tree, no_plot=True)
+    """Lines of a dendrogram above the columns; scipy places leaf i at 10 i + 5."""
+    layout = dendrogram(tree, no_plot=True)
     return [
         go.Scatter(x=[(x - 5) / 10 for x in xs], y=ys, mode="lines", line={"color": "#666", "width": 1},
                    hoverinfo="skip", showlegend=False)
-        for xs, ys in zip(drawn["icoord"], drawn["dcoord"], strict=True)
+        for xs, ys in zip(layout["icoord"], layout["dcoord"], strict=True)
     ]  # fmt: skip
 
 
 def _ticks(count: int) -> dict[str, Any]:
-    """Whole numbers only, few enough to be read."""
+    """Integer ticks, few enough to be readable."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if count / step <= 16 or step == 100)
     return {"tickvals": list(range(0, count, step)), "range": [-0.5, count - 0.5], "showgrid": False}

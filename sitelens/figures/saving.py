@@ -1,4 +1,4 @@
-"""How figures are written: pages that share one plotly.min.js, and pictures drawn by Chrome by way of kaleido."""
+"""How figures are saved: HTML pages that share one plotly.min.js, and images drawn by Chrome through kaleido."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sitelens.files.writing import why_not_written, write_bytes, write_text
 
 STATIC = ("png", "svg", "pdf")
 FORMATS = ("html", *STATIC)
-PNG_SCALE = 3  # 288 pixels an inch
+PNG_SCALE = 3  # 288 pixels per inch
 LIBRARY = "plotly.min.js"
 START_SECONDS = 20  # that Chrome may take to start
 ASK_AGAIN_SECONDS = 60  # after which a Chrome that did not start is tried again
@@ -33,13 +33,22 @@ _tried: dict[str, tuple[float, str | None]] = {}  # Chrome's path -> when it was
 
 
 def save(figure: go.Figure, path: str | Path) -> Path:
-    """Write a figure as .html (plotly.js once per directory), .png (288 dpi), .svg or .pdf. Returns the path.
+    """Write a figure as .html (plotly.js once per folder), .png (288 dpi), .svg or .pdf. Returns the path.
 
     The file is written whole or not at all.
 
+    Args:
+        figure: any Plotly figure.
+        path: its ending decides the format.
+
     Raises:
-        SitelensError: for another ending, when kaleido or Chrome, which draw .png, .svg and .pdf, are missing or fail,
-            or when the file cannot be written.
+        SitelensError: for another ending, if kaleido or Chrome (which draw .png, .svg and .pdf) is missing or fails, or
+            if the file cannot be written.
+
+    Example:
+        >>> figure = sl.figures.alpha_heatmap(np.eye(2))
+        >>> sl.figures.save(figure, "alpha.html").name
+        'alpha.html'
     """
     path = Path(path)
     ending = path.suffix.lower().removeprefix(".")
@@ -57,24 +66,32 @@ def save(figure: go.Figure, path: str | Path) -> Path:
 
 
 def check_formats(formats: Iterable[str]) -> list[str]:
-    """The formats, each once.
+    """The formats as a list, each once.
 
     Raises:
-        SitelensError: for one that figures cannot be written in.
+        SitelensError: for a format that figures cannot be written in.
+
+    Example:
+        >>> sl.figures.check_formats(["html", "png", "html"])
+        ['html', 'png']
     """
     if isinstance(formats, str):
         raise SitelensError(f"formats must be a list: write [{formats!r}]")
-    chosen = list(dict.fromkeys(formats))
-    for name in chosen:
+    names = list(dict.fromkeys(formats))
+    for name in names:
         if name not in FORMATS:
             raise SitelensError(f"unknown format {name!r}; figures are written as {', '.join(FORMATS)}")
-    return chosen
+    return names
 
 
 def missing_tool(formats: Iterable[str] = STATIC) -> str | None:
-    """What is missing to write figures in these formats and how to get it, such as "needs kaleido: ..."; or None.
+    """What is missing to write figures in these formats and how to get it ("needs kaleido: ..."); None if nothing is.
 
-    Chrome is started once to see whether it can be; that takes up to a second.
+    Chrome is started once to check that it runs; that takes up to a second.
+
+    Example:
+        >>> sl.figures.missing_tool(["html"]) is None
+        True
     """
     if not set(formats) & set(STATIC):
         return None
@@ -94,9 +111,10 @@ def missing_tool(formats: Iterable[str] = STATIC) -> str | None:
 
 
 def show_static_too() -> bool:
-    """In a notebook, show a PNG with every figure from here on, so that it is seen where no script runs.
+    """In a notebook, show a PNG along with every figure from here on, for viewers that run no scripts.
 
-    Returns whether Chrome is there to draw them; without it figures stay interactive only.
+    Returns:
+        Whether Chrome is available to draw them; otherwise figures are interactive only.
     """
     pio.renderers["png"].scale = 2  # type: ignore[index]
     try:
@@ -146,7 +164,7 @@ def _picture(figure: go.Figure, name: str, ending: str) -> bytes:
 
 
 def _page(figure: go.Figure, name: str) -> str:
-    """A whole page: nothing of it comes from outside unescaped (Plotly escapes "<", ">" and "/" in its JSON)."""
+    """A whole HTML page; nothing in it comes from outside unescaped (Plotly escapes "<", ">" and "/" in its JSON)."""
     layout: Any = figure.layout
     text = html.unescape(re.sub(r"<[^<>]*>", " ", layout.title.text or ""))
     title = html.escape(visible(" ".join(text.split()) or name))
@@ -158,7 +176,7 @@ def _page(figure: go.Figure, name: str) -> str:
 
 
 def _write_library(folder: Path) -> None:
-    """Have this version's plotly.js in a folder, in place of another one and of one that is not whole."""
+    """Put this version's plotly.js into a folder, replacing another version or a damaged file."""
     content = get_plotlyjs().encode()
     path = folder / LIBRARY
     try:

@@ -1,4 +1,4 @@
-"""A figure for each study: it has the study's name and takes the frame that the study returns."""
+"""Figures of studies: each has the name of a function in `sl.studies` and draws the frame that it returns."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sitelens.figures.style import (
     SEQUENTIAL,
     SINGLE,
     Figure,
+    accuracy_label,
     colorbar,
     legend_height,
     styled,
@@ -24,12 +25,23 @@ from sitelens.figures.style import (
 )
 from sitelens.files.escaping import figure_text
 
-ACCURACY = "First-token accuracy"
+ACCURACY = accuracy_label("first_token")
 LOSS = "Cross-entropy (nats)"
 
 
 def soft_hard(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy of hard selections over the threshold, and of the soft one (dashed)."""
+    """Accuracy of hard selections against the threshold, and of the soft selection (dashed).
+
+    Args:
+        frame: of `sl.studies.soft_hard`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "threshold": [0.2, 0.5], "mean": [0.8, 0.9],
+        ...                       "low": 0.7, "high": 1.0, "soft": 0.85})
+        >>> [line.name for line in sl.figures.soft_hard(frame).data if line.name]
+        ['hard', 'soft']
+    """
     hard = frame[["task", "threshold", "mean", "low", "high"]].assign(selection="hard")
     soft = frame[["task", "threshold", "soft"]].rename(columns={"soft": "mean"}).assign(selection="soft")
     labels = {"threshold": "Threshold on alpha", "mean": ACCURACY}
@@ -38,73 +50,186 @@ def soft_hard(frame: pd.DataFrame, title: str = "") -> Figure:
 
 
 def random_heads(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy over the number of heads: the mean of the random draws with their whole range, and high-alpha heads."""
+    """Accuracy against the number of heads: mean and range of the random draws, and high-alpha heads.
+
+    Args:
+        frame: of `sl.studies.random_heads`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "heads": ["random", "random", "high-alpha"], "k": 10,
+        ...                       "draw": [0, 1, 0], "mean": [0.1, 0.3, 0.6]})
+        >>> [line.name for line in sl.figures.random_heads(frame).data if line.name]
+        ['random (mean and range of 2 draws)', 'high-alpha']
+    """
     ranged = frame.groupby(["task", "heads", "k"], sort=False)["mean"].agg(["mean", "min", "max"]).reset_index()
     ranged = ranged.rename(columns={"min": "low", "max": "high"})
     draws = frame.groupby("heads")["draw"].nunique().max()
     named = {"random": f"random (mean and range of {draws} draws)", "high-alpha": "high-alpha"}
-    labels = {"k": "Heads patched", "mean": ACCURACY}
+    labels = {"k": "Number of heads patched", "mean": ACCURACY}
     return lines(ranged.assign(heads=ranged["heads"].map(named)), "k", color="heads", facet="task", labels=labels,
                  title=title, interval="range")  # fmt: skip
 
 
 def head_counts(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy over the number of heads added or removed, from the highest alpha down and from the lowest up."""
+    """Accuracy against the number of heads added or removed, from the highest alpha down or from the lowest up.
+
+    Args:
+        frame: of `sl.studies.head_counts`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "order": "high-alpha", "change": "added", "k": [0, 10],
+        ...                       "mean": [0.0, 0.4]})
+        >>> sl.figures.head_counts(frame).data[0].name
+        'high-alpha first, added'
+    """
     named = frame.assign(order=frame["order"] + " first")
-    labels = {"k": "Heads added, or removed", "mean": ACCURACY}
+    labels = {"k": "Number of heads added or removed", "mean": ACCURACY}
     return lines(named, "k", color="order", dash="change", facet="task", labels=labels, title=title, markers=False)
 
 
 def task_agnostic(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy of each task under its own, the shared and the mean alpha, beside prompting."""
+    """Accuracy of each task under its own, the shared and the mean alpha, and under prompting.
+
+    Args:
+        frame: of `sl.studies.task_agnostic`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "condition": ["own alpha", "shared alpha"], "mean": [0.9, 0.8]})
+        >>> [dot.name for dot in sl.figures.task_agnostic(frame).data]
+        ['own alpha', 'shared alpha']
+    """
     return dots(frame, labels={"mean": ACCURACY}, title=title)
 
 
 def mixing(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy under convex and additive mixing, soft and hard."""
+    """Accuracy under convex and additive mixing, soft and hard.
+
+    Args:
+        frame: of `sl.studies.mixing`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "mixing": "convex", "hard": [False, True], "mean": [0.8, 0.9]})
+        >>> [dot.name for dot in sl.figures.mixing(frame).data]
+        ['convex, soft', 'convex, hard']
+    """
     kind = frame["mixing"] + frame["hard"].map({True: ", hard", False: ", soft"})
     return dots(frame.assign(kind=kind), color="kind", labels={"mean": ACCURACY}, title=title)
 
 
 def prompt_counts(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy of SITE over the number of prompts, a line for each number of shots."""
+    """Accuracy of SITE against the number of prompts in the embedding, one line per number of shots.
+
+    Args:
+        frame: of `sl.studies.prompt_counts`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "n_prompts": [1, 5], "n_shots": 10, "mean": [0.8, 0.9]})
+        >>> sl.figures.prompt_counts(frame).data[0].name
+        '10 shots'
+    """
     named = frame.assign(shots=[f"{n} {'shot' if n == 1 else 'shots'}" for n in frame["n_shots"]])
-    labels = {"n_prompts": "Prompts averaged over (M)", "mean": ACCURACY}
+    labels = {"n_prompts": "Number of prompts in the embedding (M)", "mean": ACCURACY}
     return lines(named, "n_prompts", color="shots", facet="task", labels=labels, title=title, log_x=True)
 
 
 def seed_variance(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy under every prompt and training seed, a dot a run."""
+    """Accuracy under every prompt seed and training seed, one dot per run.
+
+    Args:
+        frame: of `sl.studies.seed_variance`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "prompt_seed": [0, 1], "training_seed": 0, "mean": [0.8, 0.9],
+        ...                       "low": 0.7, "high": 1.0})
+        >>> [dot.name for dot in sl.figures.seed_variance(frame).data]
+        ['prompt seed 0', 'prompt seed 1']
+    """
     plain = frame.drop(columns=["low", "high"]).assign(seed="prompt seed " + frame["prompt_seed"].astype(str))
-    return dots(plain, color="seed", labels={"mean": f"{ACCURACY} (a dot for each training seed)"}, title=title)
+    return dots(plain, color="seed", labels={"mean": f"{ACCURACY} (one dot per training seed)"}, title=title)
 
 
 def initializations(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy after training from each initialization, a dot a seed."""
+    """Accuracy after training from each initialization of alpha, one dot per seed.
+
+    Args:
+        frame: of `sl.studies.initializations`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "init": ["0.5", "random"], "seed": 0, "mean": [0.8, 0.9]})
+        >>> [dot.name for dot in sl.figures.initializations(frame).data]
+        ['init 0.5', 'init random']
+    """
     return dots(frame.assign(init="init " + frame["init"]), color="init",
-                labels={"mean": f"{ACCURACY} (a dot for each seed)"}, title=title)  # fmt: skip
+                labels={"mean": f"{ACCURACY} (one dot per seed)"}, title=title)  # fmt: skip
 
 
 def initialization_distances(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Mean absolute distance of the alphas found, for pairs of runs that share the init, the seed, or neither."""
-    return dots(frame, "distance", color="pair", share=False, labels={"distance": "Mean |difference| of alpha"},
+    """Mean absolute difference of the trained alphas, for pairs of runs with the same init, the same seed, or neither.
+
+    Args:
+        frame: of `sl.studies.initialization_distances`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "pair": ["same init", "same seed"], "distance": [0.1, 0.2]})
+        >>> sl.figures.initialization_distances(frame).data[0].x
+        array([0.1])
+    """
+    return dots(frame, "distance", color="pair", share=False, labels={"distance": "Mean absolute difference of alpha"},
                 title=title)  # fmt: skip
 
 
 def loss_path(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Cross-entropy along the straight line between two alphas."""
-    labels = {"position": "Position between the two alphas", "loss": LOSS}
+    """Cross-entropy along the straight line between two alphas.
+
+    Args:
+        frame: of `sl.studies.loss_path`, optionally with a column `path` that tells several apart.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"position": [0.0, 1.0], "loss": [0.8, 0.7], "low": 0.5, "high": 0.9})
+        >>> sl.figures.loss_path(frame).data[0].y
+        array([0.8, 0.7])
+    """
+    labels = {"position": "Interpolation between the two solutions", "loss": LOSS}
     return lines(frame.drop(columns=["low", "high"]), "position", "loss",
                  color="path" if "path" in frame else None, labels=labels, title=title, share=False)  # fmt: skip
 
 
 def checkpoints(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy of the best and of the last checkpoint."""
+    """Accuracy of the best and of the last checkpoint.
+
+    Args:
+        frame: of `sl.studies.checkpoints`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "checkpoint": ["best", "last"], "mean": [0.8, 0.9]})
+        >>> [dot.name for dot in sl.figures.checkpoints(frame).data]
+        ['best', 'last']
+    """
     return dots(frame, color="checkpoint", labels={"mean": ACCURACY}, title=title)
 
 
 def alpha_distribution(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Histograms of alpha by task, lines over training, or the share of heads that are on in each layer."""
+    """Histograms of alpha by task, lines over training steps, or the share of selected heads per layer.
+
+    Args:
+        frame: of `sl.studies.alpha_distribution`, which decides among the three by its columns.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "alpha": [0.25, 0.75], "share": [0.6, 0.4]})
+        >>> sl.figures.alpha_distribution(frame).data[0].type
+        'bar'
+    """
     if "layer" in frame:
         labels = {"layer": "Layer", "on": "Share of heads with alpha > 0.5"}
         return lines(frame, "layer", "on", facet="task", labels=labels, title=title)
@@ -119,7 +244,17 @@ def alpha_distribution(frame: pd.DataFrame, title: str = "") -> Figure:
 
 
 def training_curves(histories: pd.DataFrame, title: str = "") -> Figure:
-    """Validation loss over training: frames of `TrainResult.history` with a column `task`."""
+    """Validation loss over training steps.
+
+    Args:
+        histories: frames of `TrainResult.history`, concatenated, with a column `task`.
+        title: plain text above the figure.
+
+    Example:
+        >>> history = pd.DataFrame({"task": "antonym", "step": [25, 50], "valid_loss": [1.2, 0.9]})
+        >>> sl.figures.training_curves(history).data[0].name
+        'antonym'
+    """
     measured = histories.dropna(subset="valid_loss")
     labels = {"step": "Step", "valid_loss": f"Validation {LOSS.lower()}"}
     few = measured["task"].nunique() <= len(COLORS)
@@ -128,7 +263,18 @@ def training_curves(histories: pd.DataFrame, title: str = "") -> Figure:
 
 
 def costs(frame: pd.DataFrame, title: str = "", quantity: Literal["seconds", "tokens"] = "seconds") -> Figure:
-    """Seconds, or tokens, over the number of prompts answered; both axes logarithmic."""
+    """Seconds, or tokens through the model, against the number of prompts answered; both axes are logarithmic.
+
+    Args:
+        frame: of `sl.studies.costs`.
+        title: plain text above the figure.
+        quantity: "seconds" or "tokens".
+
+    Example:
+        >>> frame = pd.DataFrame({"method": ["10-shot", "SITE"], "prompts": 100, "seconds": [15.0, 66.0]})
+        >>> [line.name for line in sl.figures.costs(frame).data]
+        ['10-shot', 'SITE']
+    """
     names = {"seconds": "Seconds", "tokens": "Tokens through the model"}
     labels = {"prompts": "Prompts answered", quantity: names[quantity]}
     return lines(frame, "prompts", quantity, color="method", labels=labels, title=title, share=False, log_x=True,
@@ -136,14 +282,34 @@ def costs(frame: pd.DataFrame, title: str = "", quantity: Literal["seconds", "to
 
 
 def head_overlap(frame: pd.DataFrame, title: str = "") -> Figure:
-    """AUC of each known kind of head for the selected ones; 0.5 is chance."""
+    """AUC of each known type of head for the selected heads; 0.5 is chance.
+
+    Args:
+        frame: of `sl.studies.head_overlap`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "kind": ["induction", "function vector"], "auc": [0.5, 0.6]})
+        >>> [dot.name for dot in sl.figures.head_overlap(frame).data]
+        ['induction', 'function vector']
+    """
     return dots(frame, "auc", color="kind", labels={"auc": "AUC for alpha > 0.5"}, title=title, reference=0.5)
 
 
 def shared_attention(frame: pd.DataFrame, title: str = "") -> Figure:
-    """How differently heads attend on the two tasks' prompts, by whether one or both tasks select them.
+    """How differently heads attend on two tasks' prompts, by whether both, one or neither task selects them.
 
-    Means over heads; the bars are 1.96 standard errors of these means, as if heads were independent of each other.
+    Dots are means over heads; bars are 1.96 standard errors of these means, as if heads were independent of each other.
+
+    Args:
+        frame: of `sl.studies.shared_attention`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task_a": "antonym", "task_b": "synonym", "layer": 0, "head": range(4),
+        ...                       "group": ["both", "both", "only a", "neither"], "distance": [0.1, 0.2, 0.3, 0.4]})
+        >>> [dot.name for dot in sl.figures.shared_attention(frame).data]
+        ['selected by both', 'selected by one', 'selected by neither']
     """
     heads = frame.drop_duplicates(["task_a", "task_b", "layer", "head"])
     pairs = heads["task_a"] + ", " + heads["task_b"]
@@ -159,7 +325,17 @@ def shared_attention(frame: pd.DataFrame, title: str = "") -> Figure:
 
 
 def attention_roles(frame: pd.DataFrame, title: str = "") -> Figure:
-    """On what heads attend, as stacked shares; the frame of `sl.heads.attention_roles`."""
+    """Attention of each head by token role, as stacked shares.
+
+    Args:
+        frame: of `sl.heads.attention_roles`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"layer": 1, "head": 3, "role": ["query", "template"], "share": [0.7, 0.3]})
+        >>> [bar.name for bar in sl.figures.attention_roles(frame).data]
+        ['query', 'template']
+    """
     heads = frame["layer"].astype(str) + "." + frame["head"].astype(str)
     figure = Figure()
     names = list(dict.fromkeys(heads))
@@ -179,15 +355,25 @@ def attention_roles(frame: pd.DataFrame, title: str = "") -> Figure:
 
 
 def attention_example(frame: pd.DataFrame, title: str = "") -> Figure:
-    """One prompt's tokens, and how much each head attends to them; the frame of `sl.heads.attention_example`."""
+    """The tokens of one prompt, and each head's attention to them.
+
+    Args:
+        frame: of `sl.heads.attention_example`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"position": [0, 1], "token": ["Q", ":"], "role": "template", "1.3": [0.9, 0.1]})
+        >>> sl.figures.attention_example(frame).data[0].z.shape
+        (1, 2)
+    """
     heads = [name for name in frame.columns if name not in ("position", "token", "role")]
     texts = [repr(token)[1:-1] for token in frame["token"]]
     down = 11 * len(frame) + 130 > DOUBLE  # a prompt too long for a page's width is read downwards
     weights = frame[heads].to_numpy()
     roles = zip(texts, frame["role"], strict=True)
-    told = np.array([[f"head {figure_text(h)}<br>{figure_text(f'{t} ({r})')}" for h in heads] for t, r in roles])
+    hover = np.array([[f"head {figure_text(h)}<br>{figure_text(f'{t} ({r})')}" for h in heads] for t, r in roles])
     figure = Figure(go.Heatmap(
-        z=weights if down else weights.T, zmin=0, zmax=1, colorscale=SEQUENTIAL, text=told if down else told.T,
+        z=weights if down else weights.T, zmin=0, zmax=1, colorscale=SEQUENTIAL, text=hover if down else hover.T,
         hovertemplate="%{text}<br>attention %{z:.3f}<extra></extra>", xgap=0.5, ygap=0.5,
         colorbar=colorbar("attention", tickvals=[0, 0.5, 1]),
     ))  # fmt: skip
@@ -213,25 +399,48 @@ def attention_example(frame: pd.DataFrame, title: str = "") -> Figure:
 
 
 def similarity_against_transfer(similarity: pd.DataFrame, transfer: pd.DataFrame, title: str = "") -> Figure:
-    """Every pair of tasks off the diagonal: similarity of heads across, normalized transfer up."""
+    """Similarity of alphas (across) against transfer (up), one dot per ordered pair of different tasks.
+
+    Args:
+        similarity: tasks by tasks, of `HeadSimilarity.frame`.
+        transfer: sources by targets, of `TransferMatrix.normalized`.
+        title: plain text above the figure.
+
+    Example:
+        >>> names = ["antonym", "synonym"]
+        >>> similarity = pd.DataFrame([[1.0, 0.2], [0.2, 1.0]], names, names)
+        >>> transfer = pd.DataFrame([[1.0, 0.5], [0.4, 1.0]], names, names)
+        >>> sl.figures.similarity_against_transfer(similarity, transfer).data[0].y
+        (0.5, 0.4)
+    """
     names = list(transfer.index)
     cells = [(a, b) for a in names for b in names if a != b]
     figure = Figure(go.Scatter(
         x=[similarity.loc[cell] for cell in cells], y=[transfer.loc[cell] for cell in cells], mode="markers",
         marker={"color": COLORS[0], "size": 5, "opacity": 0.6},
         text=[f"{figure_text(a)}<br>on {figure_text(b)}" for a, b in cells],
-        hovertemplate="%{text}<br>similarity %{x:.3f}<br>share of the own gain %{y:.3f}<extra></extra>",
+        hovertemplate="%{text}<br>similarity %{x:.3f}<br>share of target's own gain %{y:.3f}<extra></extra>",
     ))  # fmt: skip
     figure.update_xaxes(title="Similarity of alpha (Pearson r)")
-    figure.update_yaxes(title="Transfer (share of the own gain)")
+    figure.update_yaxes(title="Transfer (share of target's own gain)")
     return styled(figure, title, SINGLE, 210)
 
 
 def comparison(frame: pd.DataFrame, title: str = "") -> Figure:
-    """Mean accuracy of each method over the numbers it trains, and over the tokens that fitting it takes.
+    """Mean accuracy of each method against the numbers it trains and against the tokens of fitting.
 
-    Tokens are forward ones and backward ones, which cost twice as much. Bars are the range over tasks of the middle
-    half; methods that train nothing, or need no fitting, stand at the left edge.
+    Tokens are forward ones plus twice the backward ones. Error bars: interquartile range over tasks. Methods that train
+    nothing, or need no fitting, are at the left edge; equal methods are placed side by side.
+
+    Args:
+        frame: of `sl.compare`.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "antonym", "method": ["10-shot", "SITE"], "accuracy": [0.7, 0.8],
+        ...                       "trained": [0, 270], "forward_tokens": [0, 10_000], "backward_tokens": [0, 400]})
+        >>> [dot.name for dot in sl.figures.comparison(frame).data if dot.showlegend]
+        ['10-shot', 'SITE']
     """
     grouped = frame.assign(work=frame["forward_tokens"] + 2 * frame["backward_tokens"]).groupby("method", sort=False)
     means = grouped[["accuracy", "trained", "work"]].mean()
@@ -270,11 +479,19 @@ def comparison(frame: pd.DataFrame, title: str = "") -> Figure:
 
 
 def suite(frame: pd.DataFrame, title: str = "") -> Figure:
-    """A suite's tasks, by group and best under the last condition first: a dot for each condition's mean.
+    """Mean of each condition on each task of a suite, by group; tasks are sorted by the last condition.
 
-    Columns: task, group, condition, metric, mean, low, high.
+    Args:
+        frame: columns task, group, condition, metric, mean, low, high.
+        title: plain text above the figure.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "fv/antonym", "group": "abstractive", "condition": ["10-shot", "SITE"],
+        ...                       "metric": "first_token", "mean": [0.7, 0.8], "low": 0.6, "high": 0.9})
+        >>> sl.figures.suite(frame).layout.xaxis.title.text
+        'First-token accuracy'
     """
-    label = f"{str(frame['metric'].iloc[0]).replace('_', ' ').capitalize()} accuracy"
+    label = accuracy_label(str(frame["metric"].iloc[0]))
     last = frame["condition"].iloc[-1]
     order = frame[frame["condition"] == last].sort_values(["group", "mean"], ascending=[True, False])
     place = {task: i for i, task in enumerate(order["task"])}

@@ -16,12 +16,12 @@ from sitelens.errors import SitelensError
 from sitelens.files.escaping import figure_text, visible
 
 Number = float | int
-SINGLE, DOUBLE = 336, 692  # pixels: 89 and 183 mm, a journal's one and two columns at 96 pixels an inch
+SINGLE, DOUBLE = 336, 692  # pixels: 89 and 183 mm, one and two columns of a journal at 96 pixels per inch
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999933")  # Okabe and Ito's
 DASHES = ("solid", "dash", "dot", "dashdot")
-SEQUENTIAL = "Viridis"  # perceptually uniform, and safe for the color-blind
+SEQUENTIAL = "Viridis"  # perceptually uniform and safe for color-blind readers
 DIVERGING = "RdBu_r"  # likewise safe
-LETTER = 0.51  # of the font size: the mean width of a letter
+LETTER = 0.51  # mean width of a letter, as a share of the font size
 TEMPLATE = "sitelens"
 
 
@@ -47,10 +47,10 @@ pio.templates[TEMPLATE] = _template()
 
 
 class Figure(go.Figure):
-    """A Plotly figure whose `show` says what to do where there is nothing to show it in."""
+    """A Plotly figure whose `show` says what to do if there is no browser or notebook to show it in."""
 
     def show(self, *args: Any, **kwargs: Any) -> None:
-        """Show the figure, in a notebook beside its cell, else in a browser.
+        """Show the figure: in a notebook below its cell, otherwise in a browser.
 
         Raises:
             SitelensError: if there is no browser, or if a kernel lacks the nbformat package.
@@ -76,9 +76,15 @@ class Figure(go.Figure):
 
 
 def styled(figure: Figure, title: str, width: Number, plot: Number, above: Number = 0, **layout: Any) -> Figure:
-    """The common look; pixels of the whole width, of the plot's height, and above the plot beside the title's own.
+    """A figure in the common look.
 
-    title: plain text; what follows a line break stands below it, smaller.
+    Args:
+        figure: changed in place.
+        title: plain text; what follows a line break appears below the title, smaller.
+        width: of the whole figure, in pixels.
+        plot: height of the plot area, in pixels.
+        above: extra pixels between title and plot.
+        layout: further entries of the Plotly layout.
     """
     first, *further = [wrapped(line, width - 10, 12) for line in title.split("\n")]
     title = "<br>".join([first, *(f"<sub>{line}</sub>" for line in further)])
@@ -92,26 +98,31 @@ def styled(figure: Figure, title: str, width: Number, plot: Number, above: Numbe
     return figure
 
 
+def accuracy_label(metric: str) -> str:
+    """Axis title of a metric's mean: "first_token" as "First-token accuracy"."""
+    return f"{metric.replace('_', '-').capitalize()} accuracy"
+
+
 def text_width(texts: Collection[Any], size: Number = 11) -> float:
-    """Pixels of the longest of some texts."""
+    """Width in pixels of the longest of some texts."""
     return max((len(str(text)) for text in texts), default=0) * LETTER * size
 
 
 def wrapped(text: str, room: Number, size: Number = 11) -> str:
-    """A plain text for a figure, broken into lines that are at most `room` pixels wide."""
+    """A plain text for a figure, broken into lines at most `room` pixels wide."""
     letters = max(12, int(room / (LETTER * size)))
     lines = (line for part in text.split("\n") for line in textwrap.wrap(visible(part), letters))
     return "<br>".join(map(figure_text, lines))
 
 
 def legend_height(names: Collection[Any], width: Number) -> int:
-    """Pixels that a legend takes below a plot of some width, which Plotly keeps it to."""
+    """Height in pixels of a legend below a plot of some width; Plotly keeps it to that width."""
     in_a_line = max(1, int(width // (text_width(names, 10) + 48)))
     return 20 * math.ceil(len(names) / in_a_line)
 
 
 def colorbar(label: str, **more: Any) -> dict[str, Any]:
-    """A slim color bar, its title (plain text) along its side."""
+    """A slim color bar with its title (plain text) along its side."""
     return {
         "title": {"text": figure_text(label), "side": "right", "font": {"size": 11}},
         "thickness": 10,

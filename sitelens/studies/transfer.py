@@ -27,6 +27,7 @@ from sitelens.conditions.selection import HeadSelection
 from sitelens.errors import SitelensError, warned_once
 from sitelens.evaluation.cached import score_conditions
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
+from sitelens.figures.style import accuracy_label
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.methods.site.workload import total, workload
@@ -130,15 +131,15 @@ class TransferMatrix:
         shown = self.clustered() if order == "clustered" else self
         flat = shown.frame * 0
         hover = {
-            "share of the own gain": shown.normalized(),
+            "share of own gain": shown.normalized(),
             "zero-shot": flat + shown.zero_shot,
             "own heads": flat + shown.own,
         }
         known = [name for name in shown.frame.columns if name in self.groups]
         axes = {"heads": "Source of the heads", "embedding": "Source of the embedding"}
-        cells, label = shown.frame, f"{self.metric.replace('_', ' ')} accuracy"
+        cells, label = shown.frame, accuracy_label(self.metric)
         if values == "share":
-            cells, label = hover.pop("share of the own gain"), "share of the target's own gain"
+            cells, label = hover.pop("share of own gain"), "share of the target's own gain"
             hover = {"accuracy": shown.frame, **hover}
         return figures.transfer_heatmap(
             cells, title, label, groups=self.groups if known else None,
