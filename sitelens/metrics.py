@@ -1,11 +1,10 @@
-"""Metrics: each one is a value of `Metric`, and `METRICS` lists them; the commands and all checks read that list.
+"""The metrics: each is a `Metric`, listed in `METRICS`, which commands and checks read.
 
 `exact_match` compares texts in Unicode form NFC with full-width and half-width characters replaced by their ordinary
-forms ("x²" stays as it is), without white space at the ends, and without regard to case unless the task is
-case-sensitive. A generated text ends where the template would go on to the next demonstration (`answer_end`).
+forms ("x²" is unchanged), without surrounding white space, and ignoring case unless the task is case-sensitive. A
+generated text ends where the template would continue with the next demonstration (`answer_end`).
 
-`prefix_match` is the rule of SITE's released code, with both texts in NFC: it is lenient, so read it beside the echo
-baseline.
+`prefix_match` is the rule of SITE's released code, with both texts in NFC. It is lenient: compare it with echo.
 """
 
 from __future__ import annotations
@@ -20,12 +19,13 @@ from sitelens.errors import SitelensError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What a model says about one item.
+    """A model's output for one item.
 
-    token, token_text: the most likely next token of the whole vocabulary (-1 where there is none), and its text.
-    label, label_text: the most likely one among the first tokens of the task's answers (-1 unless a metric asks).
-    text: the greedy continuation without special tokens, exactly as decoded; empty unless a metric generates.
-    logprob, rank: of the preferred answer's first token; NaN where no model was run.
+    Args:
+        token, token_text: the most likely next token of the whole vocabulary (-1 if there is none), and its text.
+        label, label_text: the most likely of the first tokens of the task's answers (-1 unless a metric uses labels).
+        text: the greedy continuation without special tokens, as decoded; empty unless a metric generates.
+        logprob, rank: of the preferred answer's first token; NaN if no model was run.
     """
 
     token: int = -1
@@ -39,11 +39,13 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What counts as right for one item.
+    """What counts as correct for one item.
 
-    answers: the accepted answers, the preferred one first.
-    tokens, token_texts: the first tokens of the accepted answers, and their texts.
-    end: what ends a generated answer (see `answer_end`); None where nothing but the end of the text does.
+    Args:
+        answers: the accepted answers, the preferred one first.
+        tokens, token_texts: first tokens of the accepted answers, and their texts.
+        case_sensitive: whether case counts.
+        end: pattern that ends a generated answer (see `answer_end`); None if only the end of the text does.
     """
 
     answers: tuple[str, ...]
@@ -55,16 +57,23 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """How a prediction is scored.
+    """How an output is scored.
 
-    name: as it stands in tables and commands.
-    score: whether an output is right for a target.
-    generates: whether it reads `Output.text`, so that the model has to generate.
-    definition: one sentence for tables and help.
-    uses_labels: whether it reads `Output.label`.
-    prediction: what the column `predicted` shows (default: the generated text, or the most likely token).
-    complete: whether a text that is still being generated already decides the score (default: never).
-    form: an answer as it is compared, given whether case counts; an answer whose form is empty cannot be scored.
+    Args:
+        name: in tables and commands.
+        score: whether an output is correct for a target.
+        generates: whether it reads `Output.text`, so that the model has to generate.
+        definition: one sentence for tables and help.
+        uses_labels: whether it reads `Output.label`.
+        prediction: text of the column `predicted` (default: the generated text, or the most likely token).
+        complete: whether a partially generated text already decides the score (default: never).
+        form: the form in which answers are compared, given whether case counts; an answer with an empty form cannot be
+            scored.
+
+    Example:
+        >>> contains = sl.Metric("contains", lambda output, target: target.answers[0] in output.text, generates=True)
+        >>> contains.name, contains.generates
+        ('contains', True)
     """
 
     name: str
@@ -84,12 +93,17 @@ class Metric:
 
 
 def answer_end(tail: str, opening: str = "", *, one_line: bool = True) -> re.Pattern[str] | None:
-    r"""Where a generated answer ends: at what the template writes after an answer, or where a next item begins.
+    r"""The pattern that ends a generated answer: what the template writes after an answer, or the start of a next item.
 
-    `tail` is what the template writes after an answer, `opening` what it writes before the next input. A tail that
-    begins with a newline ends an answer at its first newline where all answers of the task have `one_line` (a model
-    often goes on with "\nB: ..." where the template has "\n\n"); else it takes the whole tail, or a new line that
-    begins like the next item. White space around a separator need not be exact: "; " also ends the text "cold;".
+    A tail that begins with a newline ends an answer at its first newline if all answers of the task have one line
+    (models often continue with "\nB: ..." where the template has "\n\n"); otherwise the answer ends at the whole tail,
+    or at a new line that begins like the next item. White space around a separator is optional: "; " also ends the text
+    "cold;".
+
+    Args:
+        tail: what the template writes after an answer.
+        opening: what it writes before the next input.
+        one_line: whether all answers of the task have one line.
     """
     separator = fold(tail).strip()
     head = (fold(opening).strip().splitlines() or [""])[0]
@@ -112,7 +126,7 @@ def answer_end(tail: str, opening: str = "", *, one_line: bool = True) -> re.Pat
 
 
 def fold(text: str) -> str:
-    """The text in NFC, with full-width and half-width characters as ordinary ones; "x²" stays as it is."""
+    """The text in NFC, with full-width and half-width characters as ordinary ones; "x²" is unchanged."""
     wide = ("<wide>", "<narrow>")
     plain = (
         unicodedata.normalize("NFKC", character) if unicodedata.decomposition(character).startswith(wide) else character
@@ -132,7 +146,7 @@ def _prefix_form(text: str, case_sensitive: bool) -> str:
 
 
 def _cuts(output: Output, target: Target) -> Iterator[str]:
-    """The text up to each place where it may end. An answer may itself contain what ends a text."""
+    """The text up to each possible end. An answer may itself contain what ends a text."""
     text = fold(output.text).strip()
     for match in target.end.finditer(text) if target.end else ():
         yield text[: match.start()].strip()
@@ -140,7 +154,7 @@ def _cuts(output: Output, target: Target) -> Iterator[str]:
 
 
 def _exact_prediction(output: Output, target: Target) -> str:
-    """The text that is compared: up to the first end, or to the one at which it is right."""
+    """The text that is compared: up to the first end, or up to the end at which it is correct."""
     answers = {_exact_form(answer, target.case_sensitive) for answer in target.answers}
     cuts = list(_cuts(output, target))
     return next((cut for cut in cuts if _exact_form(cut, target.case_sensitive) in answers), cuts[0])
@@ -155,7 +169,7 @@ def _exact_complete(text: str, target: Target) -> bool:
     if target.end is None:
         return False
     within = max(len(target.end.findall(fold(answer))) for answer in target.answers)
-    # The sign behind stands for what may still come: at the end of "3." it is open whether "3.5" or "3. " follows.
+    # The last character stands for what may still follow: after "3." it may be "3.5" or "3. ".
     return len(target.end.findall(fold(text).lstrip() + "\0")) > within
 
 
@@ -164,16 +178,16 @@ def _prefix_prediction(output: Output, target: Target) -> str:
 
 
 def _prefix_match(output: Output, target: Target) -> bool:
-    said = _prefix_form(output.text.strip().split("\n")[0], target.case_sensitive)
-    return any(said.startswith(_prefix_form(answer, target.case_sensitive)) for answer in target.answers)
+    form = _prefix_form(output.text.strip().split("\n")[0], target.case_sensitive)
+    return any(form.startswith(_prefix_form(answer, target.case_sensitive)) for answer in target.answers)
 
 
 def _first_token_ignore_case(output: Output, target: Target) -> bool:
     if output.token in target.tokens:
         return True
-    said = _exact_form(output.token_text, False)
-    # A token that is white space, or a part of a character only, says nothing about letters.
-    return bool(said) and "\ufffd" not in said and said in {_exact_form(text, False) for text in target.token_texts}
+    form = _exact_form(output.token_text, False)
+    # A token of white space, or of part of a character, cannot be compared by its letters.
+    return bool(form) and "\ufffd" not in form and form in {_exact_form(text, False) for text in target.token_texts}
 
 
 _LISTED = (
@@ -185,12 +199,13 @@ _LISTED = (
     Metric(
         "first_token_ignore_case",
         _first_token_ignore_case,
-        definition="as first_token, but the token's text counts, without regard to case and to space around it",
+        definition="as first_token, but comparing the tokens' texts, ignoring case and surrounding space",
     ),
     Metric(
         "label_token",
         lambda output, target: output.label in target.tokens,
-        definition="the most likely one among the first tokens of all answers of the task (its labels) is right",
+        definition="among the first tokens of all the task's answers (its labels), the most likely one belongs to an "
+        "accepted answer",
         uses_labels=True,
         prediction=lambda output, target: output.label_text,
     ),
@@ -198,7 +213,7 @@ _LISTED = (
         "exact_match",
         _exact_match,
         generates=True,
-        definition="the generated text, up to where the template goes on, equals an accepted answer",
+        definition="the generated text, up to where the template would continue, equals an accepted answer",
         prediction=_exact_prediction,
         complete=_exact_complete,
         form=_exact_form,
@@ -217,10 +232,10 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
 
 
 def checked_metrics(metrics: str | Metric | Sequence[str | Metric]) -> tuple[Metric, ...]:
-    """The metrics of these names; a `Metric` of one's own stands for itself.
+    """The metrics with these names; a `Metric` is returned unchanged.
 
     Raises:
-        SitelensError: for an unknown name, no metric, or two metrics of one name.
+        SitelensError: for an unknown name, no metric, or two metrics with one name.
     """
     listed = (metrics,) if isinstance(metrics, str | Metric) else tuple(metrics)
     unknown = [metric for metric in listed if not isinstance(metric, Metric) and metric not in METRICS]
@@ -235,7 +250,7 @@ def checked_metrics(metrics: str | Metric | Sequence[str | Metric]) -> tuple[Met
 
 
 def check_answers(metrics: Sequence[Metric], answers: Sequence[str], case_sensitive: bool, where: str) -> None:
-    """Raise SitelensError for an answer of which a metric that generates leaves nothing to compare."""
+    """Raise SitelensError for an answer that is empty in the form in which a generating metric compares it."""
     for metric in metrics:
         for answer in answers if metric.generates else ():
             if not metric.form(answer, case_sensitive):

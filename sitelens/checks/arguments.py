@@ -1,7 +1,7 @@
-"""Arguments checked at the door: `checked` wraps public functions and dataclasses, and reads their annotations.
+"""Checks of arguments by their annotations: `checked` wraps public functions and dataclasses.
 
-Each argument becomes what `sitelens.checks.values` makes of it, or the call is a SitelensError of one line before
-anything is computed. Names that a function does not take are answered with the nearest ones.
+Each argument is converted by `sitelens.checks.values`, or the call fails with a one-line SitelensError before anything
+is computed. For an unknown argument, the error suggests the most similar names.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ T = TypeVar("T")
 
 
 class Arguments:
-    """What a function or dataclass takes: its parameters, and what their annotations say.
+    """The parameters of a function or dataclass, and what their annotations say.
 
-    also: a dataclass whose fields the function takes as further keywords.
+    Args:
+        target: the function or dataclass.
+        also: a dataclass whose fields the function takes as further keywords.
     """
 
     def __init__(self, target: Callable[..., Any], also: type | None = None) -> None:
@@ -36,10 +38,10 @@ class Arguments:
         parameters = self.signature.parameters.values()
         self.hints: dict[str, Any] = {}
         self.positional: list[str] = []
-        self.open = False  # whether any keyword is taken
-        place = vars(sys.modules[target.__module__])
+        self.open = False  # whether any keyword is accepted
+        namespace = vars(sys.modules[target.__module__])
         for parameter in parameters:
-            hint = _resolved(parameter.annotation, place)
+            hint = _resolved(parameter.annotation, namespace)
             if parameter.kind is parameter.VAR_KEYWORD:
                 unpacked = get_args(hint)[0] if get_origin(hint) is typing.Unpack else None
                 if unpacked is None:
@@ -56,10 +58,10 @@ class Arguments:
         self.hints.pop("self", None)
 
     def bound(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional arguments and keywords as plain values.
+        """Positional arguments and keywords, converted to plain values.
 
         Raises:
-            SitelensError: for a missing, superfluous or unknown argument, and one that cannot be used.
+            SitelensError: for a missing, superfluous or unknown argument, or a value that cannot be used.
         """
         for name in keywords:
             if name not in self.hints and not self.open:
@@ -81,12 +83,15 @@ class Arguments:
         return bound.args, bound.kwargs
 
     def options(self, title: str, values: Mapping[str, Any], reserved: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Keywords of a call that is yet to come, as plain values.
+        """Keywords of a later call, converted to plain values.
 
-        title: what messages call the function; reserved: parameters that are given otherwise.
+        Args:
+            title: the function's name in messages.
+            values: the keywords.
+            reserved: parameters that are passed in another way.
 
         Raises:
-            SitelensError: for an unknown option, with the nearest ones, or a value that cannot be used.
+            SitelensError: for an unknown option, suggesting similar names, or a value that cannot be used.
         """
         known = [name for name in self.hints if name not in reserved]
         for name in values:
@@ -111,9 +116,11 @@ def checked(target: T, *, also: type | None = None) -> T: ...
 @typing.overload
 def checked(*, also: type) -> Callable[[T], T]: ...
 def checked(target: Any = None, *, also: type | None = None) -> Any:
-    """Decorate a public function, or a dataclass, so that its arguments are checked by their annotations first.
+    """Decorate a public function or dataclass so that its arguments are checked by their annotations first.
 
-    also: a dataclass whose fields the function takes as further keywords.
+    Args:
+        target: the function or dataclass.
+        also: a dataclass whose fields the function takes as further keywords.
     """
     if target is None:
         return lambda target: checked(target, also=also)
@@ -123,13 +130,13 @@ def checked(target: Any = None, *, also: type | None = None) -> Any:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **keywords: Any) -> Any:
-        if not arguments:  # at the first call: annotations may name what is defined further down
+        if not arguments:  # at the first call: annotations may name what is defined later
             arguments.append(Arguments(target, also))
         args, keywords = arguments[0].bound(args, keywords)
         return function(*args, **keywords)
 
     if is_class:
-        wrapper.__no_type_check__ = True  # type: ignore[attr-defined] # it takes more than its annotations say
+        wrapper.__no_type_check__ = True  # type: ignore[attr-defined] # it accepts more than its annotations say
         target.__init__ = wrapper
         return target
     wrapper.also = also  # type: ignore[attr-defined]
@@ -138,7 +145,7 @@ def checked(target: Any = None, *, also: type | None = None) -> Any:
 
 @functools.cache
 def arguments_of(target: Callable[..., Any]) -> Arguments:
-    """What a function or dataclass takes, decorated or not."""
+    """The parameters of a function or dataclass, decorated or not."""
     if inspect.isclass(target):
         return Arguments(target)
     return Arguments(inspect.unwrap(target), getattr(target, "also", None))
@@ -149,15 +156,15 @@ def _is_misplaced(value: Any) -> bool:
     return type(value).__module__.split(".")[0] in ("sitelens", "transformer_lens")
 
 
-def _resolved(annotation: Any, place: Mapping[str, Any]) -> Any:
-    """What an annotation means; Any where that is known to type checkers only."""
+def _resolved(annotation: Any, namespace: Mapping[str, Any]) -> Any:
+    """The type that an annotation stands for; Any if only type checkers know it."""
     if annotation is inspect.Parameter.empty:
         return Any
     annotation = getattr(annotation, "__forward_arg__", annotation)
     if not isinstance(annotation, str):
         return annotation
     try:
-        hint = eval(annotation, dict(place))
+        hint = eval(annotation, dict(namespace))
     except NameError:
         return Any
     return Any if getattr(hint, "__module__", "").startswith("jaxtyping") else hint

@@ -1,8 +1,8 @@
-"""What a file may hold: JSON and tensors checked against type hints before anything is made of them.
+"""Checks of file contents: JSON and tensors are checked against type hints before objects are made from them.
 
-A dataclass is its own schema. `unpacked` makes one from a file's content: every field has the type that the class
-declares, fields without a default are there, and there are no others. A tensor's hint, `Float[Tensor, "layer head"]`,
-says its number of dimensions, and an axis has the same length in every tensor that names it.
+A dataclass is its own schema. `unpacked` makes one from a file's content: every field has the declared type, fields
+without a default are present, and there are no others. A tensor's hint, `Float[Tensor, "layer head"]`, gives its number
+of dimensions; an axis has the same length in every tensor that names it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from sitelens.errors import SitelensError
 
 Made = TypeVar("Made")
 
-DEEPEST = 100  # levels of JSON in one another
-LARGEST = 2**64  # where an integer is asked for, it is smaller
+DEEPEST = 100  # nested levels of JSON
+LARGEST = 2**64  # integers must be smaller
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMES = {
     str: "text",
@@ -38,7 +38,11 @@ _NAMES = {
 
 
 def parsed_json(text: str | bytes, where: object) -> Any:
-    """JSON in which each key stands once and each number is finite.
+    """JSON in which each key occurs once and each number is finite.
+
+    Args:
+        text: the JSON.
+        where: how messages call it.
 
     Raises:
         SitelensError: naming what is wrong with it.
@@ -47,22 +51,22 @@ def parsed_json(text: str | bytes, where: object) -> Any:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise SitelensError(f"{where} is no JSON that can be read: {reason}") from error
+        raise SitelensError(f"{where} is not readable JSON: {reason}") from error
     level, depth = [value], 0
     while level := [inner for outer in level for inner in _inside(outer)]:
         depth += 1
         if depth > DEEPEST:
-            raise SitelensError(f"{where} is no JSON that can be read: it is nested too deeply")
+            raise SitelensError(f"{where} is not readable JSON: it is nested too deeply")
     return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:60]!r} stands twice")
-    return found
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated[:60]!r} occurs twice")
+    return value
 
 
 def _constant(text: str) -> float:
@@ -80,12 +84,17 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def conform(value: Any, hint: Any, what: str) -> Any:
-    """A JSON value as a type hint has it: lists become tuples and objects dataclasses where the hint says so.
+    """A JSON value as its type hint declares it: lists become tuples and objects dataclasses if the hint says so.
 
-    An integer stands for a float, nothing else for anything else: true is no integer, 1.0 is none.
+    An integer is accepted as a float; nothing else is accepted as anything else: true is no integer, 1.0 is none.
+
+    Args:
+        value: parsed JSON.
+        hint: the type hint.
+        what: how messages call the value.
 
     Raises:
-        SitelensError: if the value does not fit the hint; `what` names it.
+        SitelensError: if the value does not fit the hint.
     """
     kind, options = get_origin(hint), get_args(hint)
     if hint is Any or isinstance(hint, TypeVar):
@@ -118,7 +127,7 @@ def conform(value: Any, hint: Any, what: str) -> Any:
 
 def _one_of(value: Any, options: tuple[Any, ...], what: str) -> Any:
     errors: list[str] = []
-    for option in sorted(options, key=lambda option: option is float):  # 1 is an integer where it can be one
+    for option in sorted(options, key=lambda option: option is float):  # 1 is an integer if the hint allows one
         try:
             return conform(value, option, what)
         except SitelensError as error:
@@ -139,7 +148,7 @@ def _described(hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, int) and abs(value) >= LARGEST:  # Python writes out no number of more than 4300 digits
+    if isinstance(value, int) and abs(value) >= LARGEST:  # Python does not print numbers of more than 4300 digits
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -148,11 +157,14 @@ def _shown(value: Any) -> str:
 def unpacked(kind: type[Made], content: Any, tensors: Mapping[str, Tensor], where: str) -> Made:
     """The dataclass that a file's JSON object and tensors describe.
 
-    Tensors stand under the names of the fields, those of a field that is a dataclass, a dict or a DataFrame under
-    "FIELD.NAME".
+    Args:
+        kind: the dataclass.
+        content: the JSON object.
+        tensors: by field name; those of a field that is a dataclass, a dict or a DataFrame by "FIELD.NAME".
+        where: how messages call the file.
 
     Raises:
-        SitelensError: naming the file (`where`) and the field that is missing, unknown, or not what it must be.
+        SitelensError: naming the file and the field that is missing, unknown or of the wrong type.
     """
     if not isinstance(content, dict):
         raise SitelensError(f"{where} must be an object, not {_shown(content)}")
@@ -168,7 +180,7 @@ def unpacked(kind: type[Made], content: Any, tensors: Mapping[str, Tensor], wher
             values[name] = unpacked_frame(conform(content[name], list[Column], what), inner, what)
         elif name in tensors:
             if name in content or inner:
-                raise SitelensError(f"{what} stands twice")
+                raise SitelensError(f"{what} occurs twice")
             values[name] = checked_tensor(tensors[name], hint, what, sizes)
         elif inner and get_origin(hint) is dict:
             values[name] = {key: checked_tensor(tensor, Tensor, f"{what}.{key}") for key, tensor in inner.items()}
@@ -186,8 +198,9 @@ def unpacked(kind: type[Made], content: Any, tensors: Mapping[str, Tensor], wher
 
 
 def packed(value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the JSON object from which `unpacked` makes a dataclass again; fields that are None are left out
-    where that is their default.
+    """The tensors and the JSON object from which `unpacked` makes a dataclass again.
+
+    Fields that are None are left out if None is their default.
     """
     tensors: dict[str, Tensor] = {}
     content: dict[str, Any] = {}
@@ -209,7 +222,7 @@ def packed(value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def hints_of(kind: type) -> dict[str, Any]:
-    """The type hints of a class; none where they cannot be read (a class made within a function)."""
+    """The type hints of a class; empty if they cannot be read (a class defined inside a function)."""
     try:
         return typing.get_type_hints(kind)
     except (NameError, TypeError, AttributeError):
@@ -217,21 +230,26 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 
 def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise SitelensError if a name is given that is not known."""
+    """Raise SitelensError for the first name that is not known."""
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise SitelensError(
-            f"{where} holds {unknown[0][:60]!r}, which is not known here; it may hold {', '.join(known)}"
-        )
+        raise SitelensError(f"{where} holds {unknown[0][:60]!r}, which is unknown; it may hold {', '.join(known)}")
 
 
 def checked_tensor(
     tensor: Tensor, hint: Any, what: str, sizes: dict[str, int] | None = None, *, finite: bool = True
 ) -> Tensor:
-    """A tensor as its hint has it; `sizes` are the lengths of axes so far, to which those of this tensor are added.
+    """A tensor, if it fits its hint.
+
+    Args:
+        tensor: as read from a file.
+        hint: such as `Float[Tensor, "layer head"]`.
+        what: how messages call it.
+        sizes: lengths of axes seen so far; those of this tensor are added.
+        finite: whether all numbers must be finite.
 
     Raises:
-        SitelensError: for another dtype, number or length of dimensions, or numbers that are not finite.
+        SitelensError: for another dtype, number of dimensions or length of an axis, or numbers that are not finite.
     """
     options = [option for option in get_args(hint) or (hint,) if hasattr(option, "dim_str")]
     if not options:
@@ -253,7 +271,7 @@ def checked_tensor(
 
 
 def _dataclass_in(hint: Any, what: str) -> type:
-    found = [option for option in get_args(hint) or (hint,) if dataclasses.is_dataclass(option)]
-    if not found:
+    options = [option for option in get_args(hint) or (hint,) if dataclasses.is_dataclass(option)]
+    if not options:
         raise SitelensError(f"{what} must be {_described(hint)}, not an object with tensors")
-    return typing.cast(type, found[0])
+    return typing.cast(type, options[0])

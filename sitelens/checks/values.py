@@ -1,11 +1,11 @@
-"""One value brought to the plain Python value that an annotation asks for, or refused in one line.
+"""Conversion of one value to the plain Python value that its annotation declares, or a one-line error.
 
-What is taken beside the annotated type itself:
+Accepted in addition to the annotated type itself:
 
-- numbers of numpy, pandas and torch, and whole floats for whole numbers, become Python's int and float, so that they
-  make the same cache keys, seeds and JSON as plain numbers do;
-- arrays, ranges, Series and other iterables stand for a list; one text, or one task, stands for a list of one;
-- a class with `_from_argument` is made from what that takes, for example a TrainConfig from a dict of its fields.
+- numbers of numpy, pandas and torch, and whole floats for integers, become Python's int and float, so that they
+  give the same cache keys, seeds and JSON as plain numbers;
+- arrays, ranges, Series and other iterables are accepted as a list; a single text or task as a list of one;
+- a class with `_from_argument` is made from what that accepts, for example a TrainConfig from a dict of its fields.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from sitelens.errors import SitelensError
 
 @dataclass(frozen=True)
 class Between:
-    """A range for a number: at least `low`, at most `high`; `open_ends` leaves out the ends themselves.
+    """A range for a number: at least `low`, at most `high`; `open_ends` excludes the ends themselves.
 
-    words: what messages say of the range, where its ends would not be read.
+    Args:
+        low, high: the ends, or None.
+        open_ends: whether the ends are excluded.
+        words: how messages describe the range if its ends would be unreadable.
     """
 
     low: int | float | None = None
@@ -34,7 +37,7 @@ class Between:
     words: str = ""
 
     def check(self, name: str, value: Any) -> None:
-        """Raise SitelensError for a number outside of the range, and for one that is not finite."""
+        """Raise SitelensError for a number that is outside the range or not finite."""
         under = self.low is not None and (value <= self.low if self.open_ends else value < self.low)
         over = self.high is not None and (value >= self.high if self.open_ends else value > self.high)
         if under or over or not math.isfinite(value):
@@ -52,7 +55,7 @@ class Between:
 
 
 class UnusableValueError(SitelensError):
-    """A value of the right kind that cannot be used: a number outside of its range, a text that cannot be written."""
+    """A value of the right type that cannot be used: a number out of range, text that cannot be encoded."""
 
 
 Count = Annotated[int, Between(1)]
@@ -64,10 +67,15 @@ SplitSeed = Annotated[int, Between(0, 2**32 - 1)]  # what NumPy's RandomState ta
 
 
 def converted(name: str, value: Any, hint: Any) -> Any:
-    """`value` as its annotation wants it; `name` is what messages call it.
+    """The value as its annotation declares it.
+
+    Args:
+        name: how messages call it.
+        value: as the user passed it.
+        hint: the annotation.
 
     Raises:
-        SitelensError: if it cannot be.
+        SitelensError: if it cannot be converted.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any or isinstance(hint, str | TypeVar):
@@ -103,12 +111,12 @@ def converted(name: str, value: Any, hint: Any) -> Any:
 
 
 def str_of(value: Any) -> str | None:
-    """A text as Python's own str, or None for anything else."""
+    """A text as Python's own str; None for anything else."""
     return str(value) if isinstance(value, str) else None
 
 
 def _one_of(name: str, value: Any, parts: tuple[Any, ...]) -> Any:
-    """The value as the first kind of a union that takes it; those that it is of already come first."""
+    """The value as the first member of a union that accepts it; members of its own type are tried first."""
     if value is None and types.NoneType in parts:
         return None
     plain = [part for part in parts if isinstance(part, type) and type(value) is part]
@@ -147,7 +155,7 @@ def _several(name: str, value: Any, hint: Any) -> Any:
         except SitelensError:
             raise _refusal(name, value, hint) from None
     items: Any = value
-    return make(converted(f"{name}[{place}]", each, item) for place, each in enumerate(items))
+    return make(converted(f"{name}[{index}]", each, item) for index, each in enumerate(items))
 
 
 def _as_class(name: str, value: Any, kind: type) -> Any:
@@ -173,7 +181,7 @@ def _as_class(name: str, value: Any, kind: type) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy, pandas or torch as Python's own; anything else as it is."""
+    """A number of numpy, pandas or torch as Python's own; anything else unchanged."""
     if not hasattr(value, "item") or getattr(value, "ndim", None) != 0:
         return value
     try:
@@ -184,7 +192,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal number that a 32-bit float stands for: 0.1, not 0.10000000149011612."""
+    """The shortest decimal number that rounds to a 32-bit float: 0.1, not 0.10000000149011612."""
     candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
     return next((short for short in candidates if struct.pack("f", short) == struct.pack("f", value)), value)
 
@@ -200,34 +208,37 @@ def _finite(name: str, value: float) -> float:
 
 
 def tensor(name: str, value: Any, axes: str) -> Any:
-    """Numbers as a tensor of floats on the CPU, without gradient; lists, arrays, DataFrames and whole numbers, too.
+    """Numbers as a tensor of floats on the CPU, without gradient; lists, arrays, DataFrames and integers are accepted.
 
-    axes: the names of its axes, for example "layer head".
+    Args:
+        name: how messages call it.
+        value: the numbers.
+        axes: names of the axes, for example "layer head".
 
     Raises:
-        SitelensError: for anything that is no such tensor.
+        SitelensError: for anything else.
     """
     import torch
 
     try:
-        found = value if isinstance(value, torch.Tensor) else torch.tensor(getattr(value, "to_numpy", lambda: value)())
-        found = (found.to_dense() if found.layout is not torch.strided else found).detach().cpu()
+        result = value if isinstance(value, torch.Tensor) else torch.tensor(getattr(value, "to_numpy", lambda: value)())
+        result = (result.to_dense() if result.layout is not torch.strided else result).detach().cpu()
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
-        found = None
+        result = None
     if (
-        found is None
-        or found.is_complex()
-        or found.is_quantized
-        or found.ndim != len(axes.split())
-        or not found.numel()
+        result is None
+        or result.is_complex()
+        or result.is_quantized
+        or result.ndim != len(axes.split())
+        or not result.numel()
     ):
-        kind = _shown(value) if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+        kind = _shown(value) if result is None else f"{result.dtype} of shape {tuple(result.shape)}"
         raise SitelensError(f"{name} must be numbers of shape [{axes}], not {kind}")
-    return found if found.is_floating_point() else found.float()
+    return result if result.is_floating_point() else result.float()
 
 
 def _text(name: str, value: str) -> str:
-    """A text as Python's own str, which can be written to a file.
+    """A text as Python's own str, if it can be written to a file.
 
     Raises:
         SitelensError: for half of a surrogate pair.
@@ -241,7 +252,7 @@ def _text(name: str, value: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: what it is, where it is short, or else its kind."""
+    """A value in a message: its repr if that is short, otherwise its type."""
     if isinstance(value, str | bytes | int | float | list | tuple | dict | os.PathLike) or value is None:
         try:
             text = repr(value)
@@ -271,7 +282,7 @@ def _refusal(name: str, value: Any, hint: Any) -> SitelensError:
 
 
 def _said(hint: Any) -> list[str]:
-    """What a hint stands for, in words."""
+    """A type hint in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _said(parts[0])

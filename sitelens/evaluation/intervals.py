@@ -1,18 +1,18 @@
-"""95% intervals of mean accuracies and of paired differences, in closed form, that hold near 0 and 1.
+"""95% intervals of mean accuracies and paired differences, in closed form, valid near 0 and 1.
 
-Scores lie in an array [*sample task item repeat], NaN where an item was not answered; a repeat is another seed or draw
-on the same items. Leading dimensions hold many samples at once, which makes the simulation in tests/test_intervals.py
-cheap. Two ranges are told apart:
+Scores are an array [*sample task item repeat], NaN if an item was not answered; a repeat is another seed or draw on the
+same items. Leading dimensions hold many samples at once, which makes the simulation in tests/test_intervals.py cheap.
+There are two ranges:
 
-- items: these tasks, other items; and, where there are repeats, other repeats as well. With one repeat the interval
-  cannot know how much repeats differ, and does not cover it.
+- items: the same tasks with other items and, if there are several repeats, other repeats. A single repeat does not show
+  how much repeats differ, so its interval does not cover that.
 - tasks: other tasks like these, each with other items and repeats.
 
 Means over items: a Wilson interval whose variance is that within tasks (for one task and one repeat, Wilson's own).
 Differences over items: the interval of Bonett and Price (2012) for paired proportions, with z^2/2 instead of 2
-pseudo-counts. What repeats add comes from the analysis of variance of items x repeats, with the t quantile of its own
-degrees of freedom. Repeats are taken to differ in each task independently; where an F test (level 0.2) says that the
-same repeats are better in all tasks (the same random heads, say), that is added. Over tasks: Student's t of the task
+pseudo-counts. The contribution of repeats comes from the analysis of variance of items x repeats, with the t quantile
+of its own degrees of freedom. Repeats are assumed to differ independently in each task; if an F test (level 0.2) finds
+the same repeats better in all tasks (the same random heads, say), that is added. Over tasks: Student's t of the task
 means, as a score interval, in which the variance between tasks grows with p (1 - p) or with its square, whichever
 gives the wider interval.
 
@@ -53,10 +53,12 @@ HALVINGS = 60
 
 @dataclass(frozen=True, eq=False)
 class Repeats:
-    """What repeats add to the variance of a mean.
+    """The variance that repeats add to a mean.
 
-    seen: variance between the repeats' means, over their number; expected: that much comes from items alone; freedom:
-    degrees of freedom of `seen`.
+    Args:
+        seen: variance between the repeats' means, divided by their number.
+        expected: how much of it comes from items alone.
+        freedom: degrees of freedom of `seen`.
     """
 
     seen: Array
@@ -64,7 +66,7 @@ class Repeats:
     freedom: Array
 
     def __add__(self, other: Repeats) -> Repeats:
-        """Of a difference between two means whose repeats have nothing in common."""
+        """For a difference of two means whose repeats are independent."""
         seen = self.seen + other.seen
         freedom = _freedom(np.stack([self.seen, other.seen], -1), np.stack([self.freedom, other.freedom], -1))
         return Repeats(seen, self.expected + other.expected, freedom)
@@ -72,11 +74,15 @@ class Repeats:
 
 @dataclass(frozen=True, eq=False)
 class Strata:
-    """What the intervals need of every task's items: arrays [*sample task].
+    """What the intervals need to know of every task's items: arrays [*sample task].
 
-    mean, square, absolute: of the item means, of their squares, and of their absolute values. items: how many. spread:
-    their variance (unbiased). once: the mean of one over the number of an item's answers.
-    repeats: within each task. shared: of the means over tasks [*sample]; None unless all tasks have the same repeats.
+    Args:
+        mean, square, absolute: means of the item means, of their squares, and of their absolute values.
+        items: number of items.
+        spread: unbiased variance of the item means.
+        once: mean of one over the number of an item's answers.
+        repeats: within each task.
+        shared: of the means over tasks [*sample]; None unless all tasks have the same repeats.
     """
 
     mean: Array
@@ -90,7 +96,7 @@ class Strata:
 
     @staticmethod
     def of(values: Float[Array, "*sample task item repeat"]) -> Strata:
-        """The strata of scores, or of differences; every task needs an item."""
+        """The strata of scores, or of differences; every task needs at least one item."""
         known = ~np.isnan(values)
         filled = np.where(known, values, 0.0)
         rows = known.sum(-1)
@@ -112,7 +118,7 @@ class Strata:
         return Strata(mean, (item**2).sum(-1) / n, np.abs(item).sum(-1) / n, n, spread, once, repeats, shared)
 
     def with_repeats_of(self, a: Strata, b: Strata) -> Strata:
-        """These differences of item means, whose two sides have repeats with nothing in common."""
+        """These differences of item means, if the repeats of the two sides are independent."""
         shared = a.shared + b.shared if a.shared and b.shared else None
         return replace(self, repeats=a.repeats + b.repeats, shared=shared)
 
@@ -172,7 +178,7 @@ def _difference(strata: Strata, square: Array) -> Interval:
 
 
 def _mean(strata: Strata) -> tuple[Array, Array, Array]:
-    """The mean, one over the number of items in effect, and what one hit counts: 1, less where repeats differ."""
+    """The mean, one over the effective number of items, and the weight of one hit: 1, less if repeats differ."""
     own = ((strata.square - strata.mean**2) / strata.items).sum(-1)
     whole = (strata.mean * (1 - strata.mean) / strata.items).sum(-1)
     least = _ratio((strata.once / strata.items).sum(-1), (1 / strata.items).sum(-1))
@@ -188,12 +194,12 @@ def _size(strata: Strata) -> Array:
 
 
 def _within(strata: Strata) -> Array:
-    """The variance of the mean that comes from items."""
+    """The variance of the mean due to items."""
     return (strata.spread / strata.items).sum(-1) / strata.mean.shape[-1] ** 2
 
 
 def _between(strata: Strata) -> tuple[float, Array]:
-    """Student's quantile, and the variance of the mean as it shows between tasks."""
+    """Student's quantile, and the variance of the mean as estimated between tasks."""
     tasks = strata.mean.shape[-1]
     return float(t_distribution.ppf(0.975, tasks - 1)), strata.mean.var(-1, ddof=1) / tasks
 
@@ -201,8 +207,8 @@ def _between(strata: Strata) -> tuple[float, Array]:
 def _from_repeats(strata: Strata) -> Array:
     """The squared half-width that repeats add.
 
-    With few tasks and repeats, subtracting all that is expected from items leaves too little too often. The part that
-    stays, 1.5 / (repeats * tasks^2), is chosen by simulation.
+    With few tasks and repeats, subtracting everything expected from items leaves too little too often. The part that is
+    not subtracted, 1.5 / (repeats * tasks^2), was chosen by simulation.
     """
     own, tasks = strata.repeats, strata.mean.shape[-1]
     freedom = _freedom(own.seen, own.freedom)
@@ -212,7 +218,7 @@ def _from_repeats(strata: Strata) -> Array:
 
 
 def _from_shared(strata: Strata) -> Array:
-    """The squared half-width added by repeats that differ alike in all tasks, where an F test says that they do."""
+    """The squared half-width added by repeats that differ alike in all tasks, if an F test detects that."""
     own, shared, tasks = strata.repeats, strata.shared, strata.mean.shape[-1]
     nothing = np.zeros(strata.mean.shape[:-1])
     if shared is None:
@@ -225,10 +231,10 @@ def _from_shared(strata: Strata) -> Array:
 
 
 def _repeats(filled: Array, known: Array, item: Array, once: Array, spread: Array) -> tuple[Repeats, Array]:
-    """Each task's repeats, and their means [*sample task repeat] (NaN where a task lacks one).
+    """Each task's repeats, and their means [*sample task repeat] (NaN if a task lacks one).
 
-    Without a difference between repeats, scores are item + noise: the means of two repeats vary by the noise, and by
-    the items that they do not have in common.
+    If repeats do not differ, scores are item + noise: the means of two repeats vary by the noise and by items that they
+    do not share.
     """
     counts = known.sum(-2)
     number = (counts > 0).sum(-1)
@@ -255,7 +261,7 @@ def _repeats(filled: Array, known: Array, item: Array, once: Array, spread: Arra
 
 
 def _freedom(parts: Array, freedom: Array) -> Array:
-    """Satterthwaite's degrees of freedom of a sum of independent variances (last axis); 0 where there are none."""
+    """Satterthwaite's degrees of freedom of a sum of independent variances (last axis); 0 if there are none."""
     return _ratio(parts.sum(-1) ** 2, _ratio(parts**2, freedom, 0.0).sum(-1), 0.0)
 
 

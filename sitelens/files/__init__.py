@@ -1,1 +1,1 @@
-"""Files and folders that processes share, written whole or not at all, and text made safe for them."""
+"""Atomic writing, folders shared by processes, and escaping of text for every output."""

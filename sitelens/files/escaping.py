@@ -24,7 +24,7 @@ _MARKDOWN = re.compile(r"([\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[]))")
 
 
 def visible(text: str) -> str:
-    r"""The text on one line, with characters that are invisible or reorder others written as escapes ("\n", "\u202e").
+    r"""The text on one line, with invisible and reordering characters written as escapes ("\n", "\u202e").
 
     It cannot move a terminal's cursor, change its colors or hide part of itself.
     """
@@ -37,16 +37,15 @@ def visible(text: str) -> str:
 
 
 def figure_text(text: object) -> str:
-    """The text for any part of a Plotly figure.
+    """The text, escaped for any part of a Plotly figure, which then shows it unchanged.
 
-    Plotly reads tags (<b>, <a href>), entities, `%{...}` in hovers and, where MathJax is loaded, `$...$`; it shows what
-    this returns as the text is.
+    Plotly interprets tags (<b>, <a href>), entities, `%{...}` in hovers and, if MathJax is loaded, `$...$`.
     """
     return visible(str(text)).translate(_FIGURE).replace("%{", "%&#123;")
 
 
 def markdown_text(text: object) -> str:
-    """The text for a cell of a Markdown table: no pipe ends it, and no HTML, emphasis, code, link or math shows."""
+    """The text, escaped for a cell of a Markdown table: no pipe, HTML, emphasis, code, link or math takes effect."""
     escaped = _MARKDOWN.sub(r"\\\1", visible(str(text)))
     return re.sub(r"&(?=#?\w+;)", "&amp;", escaped).replace("<", "&lt;")
 
@@ -68,13 +67,13 @@ def html_text(text: object) -> str:
 
 
 def csv_text(text: str) -> str:
-    """The text for a cell of a CSV file: one that a spreadsheet would run as a formula gets an apostrophe before it.
+    """The text for a cell of a CSV file; an apostrophe precedes one that a spreadsheet would run as a formula.
 
-    A number stays as it is. `text_of_csv` is the inverse.
+    Numbers are unchanged. `text_of_csv` is the inverse.
     """
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
 
 def text_of_csv(cell: str) -> str:
-    """The text that `csv_text` made the cell of."""
+    """The text from which `csv_text` made the cell."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell

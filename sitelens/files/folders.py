@@ -1,4 +1,4 @@
-"""Folders and files that processes and users share: whole or absent, locked while they are made, swept afterwards."""
+"""Folders and files shared by processes and users: complete or absent, locked while they are made, cleaned up later."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from pathlib import Path
 
 from sitelens.errors import SitelensError, SitelensWarning
 
-WORK = ".sitelens-work-"  # what the names of work folders begin with
+WORK = ".sitelens-work-"  # prefix of the names of work folders
 CANNOT_WRITE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.EIO,
     errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG,
 }  # fmt: skip
-SAY_AFTER, GIVE_UP_AFTER = 5.0, 3600.0  # seconds of waiting for a lock
-BEING_MADE = 60.0  # seconds that a work folder may be without its lock
-OLD = 24 * 3600.0  # seconds after which work that cannot be locked counts as abandoned
+REPORT_AFTER, GIVE_UP_AFTER = 5.0, 3600.0  # seconds of waiting for a lock
+BEING_MADE = 60.0  # seconds for which a new work folder may be without its lock
+OLD = 24 * 3600.0  # seconds after which a folder whose lock cannot be tested counts as abandoned
 _warned: set[tuple[str, str]] = set()
 
 
 def warn_once(place: Path, text: str) -> None:
-    """A SitelensWarning, once a process for each place and text."""
+    """A SitelensWarning, given once per process for each place and text."""
     if (key := (str(place), text)) not in _warned:
         _warned.add(key)
         warnings.warn(text, SitelensWarning, stacklevel=3)
 
 
 def reason(error: BaseException) -> str:
-    """Why the system refused, in its own words, without the path."""
+    """The operating system's reason for a failure, without the path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, made where it is missing, also behind a link that leads nowhere; permissions follow the umask."""
+    """The folder, created if missing, also at the target of a dangling link; permissions follow the umask."""
     if not path.is_dir():
         Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
     return path
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's content, read once and so of one version, whoever replaces the file meanwhile.
+    """A file's content, read once and therefore of one version even if the file is replaced meanwhile.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        SitelensError: if there is one that cannot be read; that does not make it a damaged one.
+        SitelensError: if it exists but cannot be read; it does not count as damaged.
     """
-    for retry in (True, False):  # a network file system says ESTALE where a file was replaced: the name is good again
+    for retry in (True, False):  # network file systems report ESTALE for a replaced file: retry by name
         try:
             with open(path, "rb") as file:
                 return file.read()
@@ -69,13 +69,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> SitelensError:
-    """The error for a file that is there and cannot be read."""
+    """The error for a file that exists but cannot be read."""
     what = "it is a folder, not a file" if error.errno == errno.EISDIR else reason(error)
-    return SitelensError(f"{path} cannot be read: {what}. It was left as it is; try again when it can be read")
+    return SitelensError(f"{path} cannot be read: {what}. It was left unchanged; try again when it is readable")
 
 
 def share(path: Path) -> None:
-    """Give a file, or all in a folder, the permissions that the umask leaves: libraries make some private."""
+    """Give a file, or everything in a folder, the permissions of the umask: some libraries create private files."""
     mask = _umask()
     for place in [path, *(path.rglob("*") if path.is_dir() else ())]:
         with contextlib.suppress(OSError):
@@ -84,7 +84,7 @@ def share(path: Path) -> None:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; what cannot be looked at counts nothing."""
+    """Bytes of a file, or of all files in a folder; files that cannot be inspected count as 0."""
     total = 0
     with contextlib.suppress(OSError):
         if stat.S_ISREG(path.lstat().st_mode):
@@ -97,7 +97,7 @@ def size_of(path: Path) -> int:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it leads to), or a folder with all that is in it, as far as that is allowed."""
+    """Remove a file, a link (not its target) or a folder with its content, as far as permissions allow."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -110,17 +110,17 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, purpose: str) -> Iterator[bool]:
-    """One process at a time within, the others wait; yields whether the lock could be had.
+    """Run the block in one process at a time; yields whether the lock was obtained.
 
-    A lock saves work done twice; what is made under it is whole without it, too. So where the file system has no
-    locks, or the file cannot be opened, the work goes on with a False. A lock file that nobody holds does not matter,
-    however old: the system lets go of a lock when its process ends.
+    A lock only saves duplicate work; what is made under it is complete without it, too. So if the file system has no
+    locks, or the file cannot be opened, the block runs with False. A lock file that no process holds has no effect,
+    however old: the system releases a lock when its process ends.
 
     Raises:
-        SitelensError: after an hour of waiting.
+        SitelensError: after waiting for an hour.
     """
     descriptor = _opened(path)
-    started, said, held = time.monotonic(), False, False
+    started, reported, held = time.monotonic(), False, False
     try:
         while descriptor is not None and not held:
             held = _try_lock(descriptor)
@@ -132,10 +132,10 @@ def locked(path: Path, purpose: str) -> Iterator[bool]:
                     f"another process ({_holder(path)}) has been {purpose} for an hour and holds the lock {path}: "
                     "end that process, or use another cache folder (SITELENS_CACHE)"
                 )
-            if not held and waited > SAY_AFTER and not said:
+            if not held and waited > REPORT_AFTER and not reported:
                 print(f"sitelens: waiting for another process ({_holder(path)}) that is {purpose}; its lock is {path}",
                       file=sys.stderr)  # fmt: skip
-                said = True
+                reported = True
             if not held:
                 time.sleep(0.05)
         if held and descriptor is not None:
@@ -145,11 +145,11 @@ def locked(path: Path, purpose: str) -> Iterator[bool]:
         yield bool(held)
     finally:
         if descriptor is not None:
-            os.close(descriptor)  # which lets go of the lock
+            os.close(descriptor)  # releases the lock
 
 
 def is_free(path: Path) -> bool:
-    """Whether nobody holds a lock; True where that cannot be known but the file is old."""
+    """Whether no process holds a lock; if that cannot be determined, whether the file is old."""
     descriptor = _opened(path, create=False)
     if descriptor is None:
         return _age(path) > OLD
@@ -161,7 +161,7 @@ def is_free(path: Path) -> bool:
 
 
 def _opened(path: Path, create: bool = True) -> int | None:
-    """A descriptor to lock with; reading is enough where a file of another user may not be written."""
+    """A descriptor for locking; reading suffices for another user's file that cannot be written."""
     flags = getattr(os, "O_CLOEXEC", 0)
     with contextlib.suppress(OSError):
         if create:
@@ -173,7 +173,7 @@ def _opened(path: Path, create: bool = True) -> int | None:
 
 
 def _try_lock(descriptor: int) -> bool | None:
-    """Whether the lock was had now; None where there are no locks."""
+    """Whether the lock was obtained at once; None if there are no locks."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -192,7 +192,7 @@ def _holder(path: Path) -> str:
     with contextlib.suppress(OSError):
         if text := path.read_text("utf-8", errors="replace").strip():
             return text.splitlines()[0][:80]
-    return "its number is not known"
+    return "process number unknown"
 
 
 def _host() -> str:
@@ -206,9 +206,9 @@ def _host() -> str:
 
 @contextmanager
 def work_folder(parent: Path | None = None) -> Iterator[Path]:
-    """An empty folder for the time within, in `parent` or else where the system keeps temporary files.
+    """An empty folder for the duration of the block, in `parent` or in the system's temporary folder.
 
-    A lock in it says that it is in use: `sweep` removes those of processes that were killed.
+    A lock inside marks it as in use: `sweep` removes those of processes that were killed.
     """
     base = Path(tempfile.gettempdir()) if parent is None else make_folder(parent)
     folder = base / f"{WORK}{secrets.token_hex(6)}"
@@ -222,9 +222,10 @@ def work_folder(parent: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(cache: Path) -> Iterator[Path]:
-    """An empty folder for the time within: in the cache folder, or where temporary files go if that cannot be written.
+    """An empty folder for the duration of the block: in the cache, or in the temporary folder if the cache is
+    read-only.
 
-    What killed processes left there is swept.
+    What killed processes left in the cache is removed first.
     """
     sweep(cache)
     parent: Path | None = cache
@@ -239,9 +240,11 @@ def scratch_folder(cache: Path) -> Iterator[Path]:
 
 
 def sweep(parent: Path, ours: Path | None = None) -> int:
-    """Remove what killed processes left in `parent`. Returns its bytes.
+    """Remove what killed processes left in `parent`. Returns the number of bytes removed.
 
-    `ours` is the lock of a model that this process holds.
+    Args:
+        parent: the folder to clean up.
+        ours: the lock of a model that this process holds.
     """
     removed = 0
     for folder in leftovers(parent, ours):
@@ -253,7 +256,7 @@ def sweep(parent: Path, ours: Path | None = None) -> int:
 def leftovers(parent: Path, ours: Path | None = None) -> list[Path]:
     """The folders that `sweep` would remove: work folders whose lock is free, and those of sitelens 0.1.
 
-    These had no lock of their own, so they go where no model in `parent` is being converted.
+    The latter had no lock of their own, so they are removed only while no model in `parent` is being converted.
     """
     try:
         places = [place for place in parent.iterdir() if place.is_dir() and not place.is_symlink()]

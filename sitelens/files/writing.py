@@ -1,4 +1,4 @@
-"""Files written whole or not at all, under names that any file system takes, and what could not be written."""
+"""Atomic writing of files, portable file names, and the record of what could not be written."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from sitelens.files.folders import reason
 if TYPE_CHECKING:
     import pandas as pd
 
-LONGEST_NAME = 120  # bytes of a name without its ending: file systems take 255 with it, some encrypted ones 143
+LONGEST_NAME = 120  # bytes without the ending: file systems allow 255 with it, some encrypted ones 143
 PROBE_BYTES = 1 << 16
 TEMPORARY = ".sitelens-*.tmp"  # a file that is being written
-_FORBIDDEN = re.compile(r'[<>:"/\\|?*`$%#]')  # by Windows, or with a meaning in shells and addresses
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*`$%#]')  # by Windows, or special in shells and URLs
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|conin\$|conout\$)(\.|$)", re.IGNORECASE)  # devices of Windows
 
 
 class MissingOutputWarning(SitelensWarning):
-    """A file that was asked for could not be written; all others were."""
+    """A requested file could not be written; all others were."""
 
 
 def write_bytes(path: str | Path, data: bytes) -> Path:
-    """Write a file atomically: readers see the old one or all of the new one, and a failure leaves the old one.
+    """Write a file atomically: readers see the old file or the whole new one, and a failure keeps the old one.
 
-    The folder is made where it is missing; permissions are those that the umask gives. Returns the path.
+    The folder is created if it is missing; permissions follow the umask. Returns the path.
 
     Raises:
-        OSError: if it cannot be written; no temporary file is left.
+        OSError: if it cannot be written; no temporary file remains.
     """
     path = Path(path)
     target = path.resolve() if path.is_symlink() else path
@@ -58,15 +58,15 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a text as UTF-8, as `write_bytes` does; a lone surrogate, which UTF-8 lacks, as its escape."""
+    """Write a text as UTF-8, like `write_bytes`; a lone surrogate is written as its escape."""
     return write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_csv(path: str | Path, frame: pd.DataFrame, **options: Any) -> Path:
-    """Write a frame as CSV without its index, as `write_bytes` does.
+    """Write a frame as CSV without its index, like `write_bytes`.
 
-    Cells and column names that a spreadsheet would run as a formula begin with an apostrophe (`csv_text`); numbers
-    stay as they are. `options` are those of `DataFrame.to_csv`.
+    Cells and column names that a spreadsheet would run as a formula are prefixed with an apostrophe (`csv_text`);
+    numbers are unchanged. `options` are those of `DataFrame.to_csv`.
     """
     plain = frame.rename(columns=lambda name: csv_text(name) if isinstance(name, str) else name)
     for place, kind in enumerate(frame.dtypes):
@@ -79,11 +79,11 @@ def write_csv(path: str | Path, frame: pd.DataFrame, **options: Any) -> Path:
 
 
 def file_name(name: str) -> str:
-    """A name for a file without its ending, from any text: `name` itself where that can be one.
+    """A portable file name (without ending) for any text: the text itself if possible.
 
-    "/" becomes "-", as in "fv/antonym". Any other change (letters that a file system refuses or that lead out of the
-    folder, names of Windows devices, more than 120 bytes) is followed by a digest of `name`, so that two names that
-    differ keep files that differ. Within one folder, use `file_names`.
+    "/" becomes "-", as in "fv/antonym". After any other change (characters that file systems refuse or that leave the
+    folder, names of Windows devices, more than 120 bytes) a digest of `name` is appended, so that different names give
+    different files. For several files in one folder, use `file_names`.
     """
     plain = unicodedata.normalize("NFC", name)
     parts = plain.split("/")
@@ -94,19 +94,19 @@ def file_name(name: str) -> str:
 
 
 def file_names(names: Iterable[str]) -> dict[str, str]:
-    """`file_name` of each name, all different, also where a file system takes "A" for "a"."""
-    found = {name: file_name(name) for name in names}
-    folded = [_folded(file) for file in found.values()]
+    """`file_name` of each name; all differ, even on file systems that ignore case."""
+    files = {name: file_name(name) for name in names}
+    folded = [_folded(file) for file in files.values()]
     return {
-        name: file if folded.count(_folded(file)) == 1 else _with_digest(file, name) for name, file in found.items()
+        name: file if folded.count(_folded(file)) == 1 else _with_digest(file, name) for name, file in files.items()
     }
 
 
 def check_file_name(name: Any, what: str) -> str:
-    """The name, if files can be called that in every folder.
+    """The name, if it is a valid file name on every file system.
 
     Raises:
-        SitelensError: if not; `what` is what the name was given as.
+        SitelensError: if it is not; `what` is how messages call it.
     """
     if not isinstance(name, str) or file_name(name) != unicodedata.normalize("NFC", name):
         hint = f", for example {file_name(name)!r}" if isinstance(name, str) and name else ""
@@ -115,25 +115,25 @@ def check_file_name(name: Any, what: str) -> str:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Try whether files can be written to a folder, which is made for that and removed again where it is missing.
+    """Check that files can be written to a folder; a missing one is created for the check and removed again.
 
     Raises:
-        SitelensError: if not, with the reason.
+        SitelensError: with the reason if they cannot.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         path = Path(folder)
         missing = [path, *path.parents]
-        for place in reversed(missing[: next((i for i, p in enumerate(missing) if p.exists()), len(missing))]):
-            place.mkdir(exist_ok=True)
-            made.append(place)
+        for directory in reversed(missing[: next((i for i, p in enumerate(missing) if p.exists()), len(missing))]):
+            directory.mkdir(exist_ok=True)
+            created.append(directory)
         write_bytes(path / TEMPORARY.replace("*", f"probe-{secrets.token_hex(4)}"), bytes(PROBE_BYTES)).unlink()
     except (OSError, ValueError) as error:
         raise SitelensError(f"cannot write to the folder {str(folder)!r}: {why_not_written(error)}") from error
     finally:
-        for place in reversed(made):
-            with contextlib.suppress(OSError):  # another process has put something there
-                place.rmdir()
+        for directory in reversed(created):
+            with contextlib.suppress(OSError):  # another process has put something into it
+                directory.rmdir()
 
 
 def why_not_written(error: Exception) -> str:
@@ -144,11 +144,13 @@ def why_not_written(error: Exception) -> str:
 
 
 class Outputs:
-    """The files of one result, in one folder: each is written by itself, and one that fails does not stop the others.
+    """The files of one result in one folder; each is written separately, and a failure does not stop the others.
 
-    To be used in a `with` block. At its end a `MissingOutputWarning` says what is missing and why.
+    Use it in a `with` block. At its end a `MissingOutputWarning` says what is missing and why.
 
-    paths: what was written. missing: what was not, and why.
+    Attributes:
+        paths: files written.
+        missing: files not written, with the reason.
 
     Raises:
         SitelensError: at the end of the block, if nothing could be written.
@@ -160,7 +162,7 @@ class Outputs:
         self.missing: dict[str, str] = {}
 
     def write(self, name: str, writer: Callable[[Path], object]) -> None:
-        """Have `writer` write the file `name`."""
+        """Call `writer` with the path of the file `name`, and record the outcome."""
         path = self.folder / name
         try:
             writer(path)
@@ -191,16 +193,16 @@ class Outputs:
 
 
 def _as_file(name: str) -> str:
-    """What a file may be called that should have this name."""
-    shown = (letter if letter == " " or unicodedata.category(letter)[0] not in "CZ" else "-" for letter in name)
-    plain = _FORBIDDEN.sub("-", "".join(shown)).rstrip(" .")
+    """The valid file name closest to a name."""
+    letters = (letter if letter == " " or unicodedata.category(letter)[0] not in "CZ" else "-" for letter in name)
+    plain = _FORBIDDEN.sub("-", "".join(letters)).rstrip(" .")
     plain = re.sub(r"^[\s.~-]+", lambda match: "_" * bool(match), plain)
     plain = f"_{plain}" if _RESERVED.match(plain) else plain
     return plain.encode()[:LONGEST_NAME].decode(errors="ignore") or "unnamed"
 
 
 def _with_digest(file: str, name: str) -> str:
-    """A changed name with a digest of what it was, still short enough."""
+    """A changed name with a digest of the original, still short enough."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{file.encode()[: LONGEST_NAME - 9].decode(errors='ignore')}-{digest}"
 

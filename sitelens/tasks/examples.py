@@ -19,7 +19,17 @@ from sitelens.errors import SitelensError, SitelensWarning
 
 @dataclass(frozen=True)
 class Example:
-    """One item: an input, its answer, and further answers that count as right."""
+    """One item of a task.
+
+    Args:
+        input: the input, without template.
+        output: the preferred answer.
+        also: further accepted answers.
+
+    Example:
+        >>> sl.Example("color of the sky", "blue", also=("azure",)).answers
+        ('blue', 'azure')
+    """
 
     input: str
     output: str
@@ -27,12 +37,16 @@ class Example:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Every accepted answer, the preferred one first."""
+        """All accepted answers, the preferred one first."""
         return (self.output, *self.also)
 
 
 def parse_examples(items: Any, where: str) -> list[Example]:
-    """Examples from pairs, triples (with further answers), objects or Examples; `where` begins an error's text.
+    """Examples from pairs, triples (with further answers), objects or Examples.
+
+    Args:
+        items: the items.
+        where: how messages begin.
 
     Raises:
         SitelensError: naming the item (counted from 1) and the reason.
@@ -41,7 +55,7 @@ def parse_examples(items: Any, where: str) -> list[Example]:
 
 
 def check_text(text: object, what: str) -> None:
-    """Raise SitelensError unless `text` is text that can be encoded, and not empty."""
+    """Raise SitelensError unless `text` is non-empty text that can be encoded."""
     if not isinstance(text, str) or not text.strip():
         raise SitelensError(f"{what} must be text and not empty, not {text!r}")
     try:
@@ -55,18 +69,18 @@ def check_text(text: object, what: str) -> None:
 
 
 def warn_about_repeats(name: str, examples: Sequence[Example]) -> None:
-    """Warn of exact copies, and list inputs that stand there with different outputs."""
+    """Warn of exact copies, and of inputs that occur with different outputs."""
     repeats = [example for example, count in Counter(examples).items() if count > 1]
     if repeats:
         text = (
-            f"task {name!r}: {len(repeats)} items stand there more than once, for example {repeats[0].input!r}; "
+            f"task {name!r}: {len(repeats)} items occur more than once, for example {repeats[0].input!r}; "
             "copies may fall into different splits"
         )
         warnings.warn(text, SitelensWarning, stacklevel=3)
     outputs: dict[str, set[str]] = {}
     for example in examples:
         outputs.setdefault(example.input, set()).add(example.output)
-    clashes = [f"{source!r}: {', '.join(sorted(found))}" for source, found in outputs.items() if len(found) > 1]
+    clashes = [f"{source!r}: {', '.join(sorted(answers))}" for source, answers in outputs.items() if len(answers) > 1]
     if clashes:
         more = f" and {len(clashes) - 5} more" if len(clashes) > 5 else ""
         text = f"task {name!r}: the same input with different outputs: {'; '.join(clashes[:5])}{more}"
@@ -108,7 +122,7 @@ def _listed(also: Any, where: str) -> list[Any]:
 
 
 def _as_text(value: Any, where: str) -> str:
-    """Text as it is; a number as a person writes it: 2.0 as "2", 0.1 as "0.1" in any precision, never with exponent."""
+    """Text unchanged; a number in plain notation: 2.0 as "2", 0.1 as "0.1" in any precision, never with an exponent."""
     if isinstance(value, str):
         return str(value)
     if not isinstance(value, Real | Decimal) or isinstance(value, bool | np.bool_):
@@ -118,6 +132,6 @@ def _as_text(value: Any, where: str) -> str:
         return str(number)
     if not math.isfinite(number):
         raise SitelensError(f"{where}: {number!r} is no finite number; give every item a value")
-    if isinstance(number, Decimal):  # whose digits are meant
+    if isinstance(number, Decimal):  # all its digits count
         return format(number, "f")
     return str(int(number)) if number == int(number) else np.format_float_positional(number, trim="-")

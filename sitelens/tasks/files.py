@@ -1,4 +1,4 @@
-"""Task files: CSV, TSV, JSON and JSON Lines in, items (by split where the file has splits) and options out."""
+"""Task files: CSV, TSV, JSON and JSON Lines in, items (by split if the file has splits) and options out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import pandas as pd
 from sitelens.errors import SitelensError
 from sitelens.suggestions import nearest
 
-TABLES = {".csv": None, ".tsv": "\t", ".tab": "\t"}  # the separator that the ending implies
+TABLES = {".csv": None, ".tsv": "\t", ".tab": "\t"}  # separator implied by the ending
 LINES = (".jsonl", ".ndjson")
 ENDINGS = (*TABLES, *LINES, ".json")
 SPLIT_SEED = 32  # of the Function Vectors tasks
-SEPARATORS = ",;\t|"  # tried in this order where neither `sep` nor the ending says which it is
+SEPARATORS = ",;\t|"  # tried in this order if neither `sep` nor the ending decides
 SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid",
                "dev": "valid", "test": "test", "testing": "test"}  # fmt: skip
 OPTIONAL = {("also", "also"), ("split", "split")}
@@ -31,9 +31,9 @@ FIELD_LIMIT = 2**31 - 1  # characters in a cell; Python's own limit is 131072
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold an item's parts; matched as given, else ignoring case and surrounding spaces.
+    """Names of the columns of an item's parts; matched exactly, or else ignoring case and surrounding spaces.
 
-    The columns "also" and "split" are optional; under another name they must exist. None leaves a column out.
+    The columns "also" and "split" are optional; under another name they must exist. None omits a column.
     """
 
     input: Hashable = "input"
@@ -75,12 +75,17 @@ class Columns:
 
 
 def read_file(path: Path, columns: Columns | None = None, sep: str | None = None) -> dict[str, Any]:
-    """A task file as an object: its items as "examples", or as "train", "valid" and "test" where it has splits.
+    """A task file as an object: its items as "examples", or as "train", "valid" and "test" if it has splits.
 
     A JSON file that holds an object is returned with all its keys.
 
+    Args:
+        path: .csv, .tsv, .tab, .json, .jsonl or .ndjson.
+        columns: names of the columns or keys.
+        sep: separator of a table (default: from the ending or the header).
+
     Raises:
-        SitelensError: if the file is not there, cannot be read, or is not what its name says.
+        SitelensError: if the file is missing, cannot be read, or is not what its ending says.
     """
     ending = path.suffix.lower()
     if sep is not None and ending not in TABLES:
@@ -118,10 +123,10 @@ def frame_rows(frame: pd.DataFrame, columns: Columns, where: str) -> list[dict[s
 
 
 def by_split(rows: Sequence[Any], where: str) -> dict[str, Any]:
-    """Items with a split each as {"train": ..., "valid": ..., "test": ...}; items without as {"examples": ...}.
+    """Items that name a split as {"train": ..., "valid": ..., "test": ...}; otherwise as {"examples": ...}.
 
     Raises:
-        SitelensError: for a split with another name, an item without one, or a split without items.
+        SitelensError: for an unknown split, an item without one, or a split without items.
     """
     if not any(isinstance(row, Mapping) and "split" in row for row in rows):
         return {"examples": list(rows)}
@@ -179,7 +184,7 @@ def _renamed(items: list[Any], columns: Columns, path: Path) -> list[Any]:
 
 
 def _table(text: str, path: Path, columns: Columns, sep: str | None) -> list[dict[str, Any]]:
-    """The rows of a table that hold anything."""
+    """The non-empty rows of a table."""
     lines = io.StringIO(text, newline="")
     first = lines.readline()
     if first.lower().startswith("sep=") and len(first.strip()) == 5:  # as Excel marks the separator
@@ -217,7 +222,7 @@ def _row(cells: Sequence[str], header: Sequence[str], places: Mapping[str, int],
 
 
 def _separator(text: str, columns: Columns, path: Path) -> str:
-    """The separator under which the header names the columns; a comma where none does."""
+    """The separator with which the header contains the columns; a comma if none does."""
     header = next((line for line in text.splitlines() if line.strip()), "")
     for sep in SEPARATORS:
         try:
@@ -242,10 +247,14 @@ def _find(name: Hashable, header: Iterable[Hashable], where: str) -> int | None:
 
 
 def function_vectors_split(n: int, seed: int = SPLIT_SEED) -> tuple[list[int], list[int], list[int]]:
-    """Indices of train, valid and test as Todd et al. split: scikit-learn's train_test_split twice, by default seed 32.
+    """Indices of train, valid and test (70%, 9%, 21%), split like the Function Vectors tasks.
 
-    70% train, 9% valid, 21% test. (For a test size t, scikit-learn takes the first ceil(t n) indices of
-    `RandomState(seed).permutation(n)` as the test part and the following ones as the train part.)
+    Todd et al. call scikit-learn's train_test_split twice with seed 32. For a test size t, it takes the first ceil(t n)
+    indices of `RandomState(seed).permutation(n)` as the test part and the following ones as the train part.
+
+    Args:
+        n: number of items.
+        seed: of both permutations.
     """
 
     def halves(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""A task: pairs of an input and its answer, split into train, valid and test."""
+"""A task: pairs of an input and its answer, in three splits: train, valid and test."""
 
 from __future__ import annotations
 
@@ -33,22 +33,34 @@ from sitelens.tasks.templates import rewritten as rewritten
 SPLITS = ("train", "valid", "test")
 
 
-RENDERING = 2  # of conversations by `sitelens.models.chat`; to be raised when their text changes
+RENDERING = 2  # version of the conversations by `sitelens.models.chat`; increase it when their text changes
 
 
 @dataclass(frozen=True)
 class Task:
-    """Examples of one input-output rule.
+    """Items that follow one rule from input to output.
 
-    name, source: what it is called and where it comes from.
-    train, valid, test: demonstrations and training items come from train, choices are made on valid.
-    template: a text with {input} and {output}, or "chat" (see `sitelens.engine.prompts`).
-    instruction: said once before the demonstrations; a blank line follows it unless it ends in white space. For "chat"
-        it is the system message, or the head of the first question where the chat template takes no system message.
-    template_arguments: variables for the chat template, such as {"enable_thinking": False}; kept as sorted pairs.
-    case_sensitive: whether exact_match and prefix_match tell "Paris" from "paris".
-    published_metric: the metric that its makers report; nothing reads it, `evaluate(metrics=...)` decides.
-    note: anything a result should carry along (how it was split, what was dropped).
+    Args:
+        name: name in results and file names.
+        source: where it comes from.
+        train: demonstrations and training items are drawn from it.
+        valid: choices such as checkpoints are made on it.
+        test: results are computed on it.
+        template: a text with {input} and {output}, or "chat" (see `sitelens.engine.prompts`).
+        case_sensitive: whether exact_match and prefix_match distinguish "Paris" from "paris".
+        published_metric: the metric that the task's authors report; for information only, `evaluate(metrics=...)`
+            decides.
+        note: information that a result should carry along (how the task was split, what was dropped).
+        instruction: appears once before the demonstrations, followed by a blank line unless it ends in white space.
+            With the template "chat" it is the system message, or precedes the first question if the chat template has
+            none.
+        template_arguments: variables of the chat template, such as {"enable_thinking": False}; stored as sorted pairs.
+
+    Example:
+        >>> pairs = [("hot", "cold"), ("big", "small"), ("new", "old"), ("up", "down"), ("wet", "dry"), ("in", "out")]
+        >>> task = sl.Task.from_pairs("opposites", pairs)
+        >>> len(task.train), len(task.valid), len(task.test)
+        (4, 1, 1)
     """
 
     name: str
@@ -73,7 +85,7 @@ class Task:
                                         "Task.from_pairs takes pairs")  # fmt: skip
                 for text in (example.input, *example.answers):
                     check_text(text, f"task {self.name!r}, {split} item {number}: a text")
-            object.__setattr__(self, split, examples)  # a tuple, whatever was given: digests rely on it
+            object.__setattr__(self, split, examples)  # always a tuple: digests rely on it
         metric, case = self.published_metric, self.case_sensitive
         if metric not in METRICS:
             raise SitelensError(f"task {self.name!r}: unknown metric {metric!r}; one of {', '.join(METRICS)}")
@@ -90,7 +102,7 @@ class Task:
         """SHA-256 of everything that decides a result: name, items, template, instruction, arguments, case."""
         content = asdict(self)
         del content["source"], content["note"], content["published_metric"]
-        for name in ("instruction", "template_arguments"):  # tasks without them keep the digest they always had
+        for name in ("instruction", "template_arguments"):  # tasks without them keep their former digest
             if not content[name]:
                 del content[name]
         if self.template == "chat":
@@ -113,11 +125,18 @@ class Task:
     ) -> Task:
         """A task from (input, output) pairs, (input, output, further answers) triples, dicts, Examples or one mapping.
 
-        Items are split at random into 70% train, 9% valid and 21% test; `seed` decides which (the default is that of
-        the Function Vectors tasks). `options` are further fields of Task.
+        Args:
+            name: name of the task.
+            pairs: at least 4 items; they are split at random into 70% train, 9% valid and 21% test.
+            seed: of the split; the default is that of the Function Vectors tasks.
+            options: further fields of Task.
 
         Raises:
             SitelensError: naming the item that cannot be used and why, or if there are fewer than 4 items.
+
+        Example:
+            >>> sl.Task.from_pairs("upper", {"a": "A", "b": "B", "c": "C", "d": "D"}, case_sensitive=True).source
+            'own'
         """
         items = pairs.items() if isinstance(pairs, Mapping) else pairs
         if not isinstance(items, Iterable) or isinstance(items, str | bytes):
@@ -138,12 +157,24 @@ class Task:
     ) -> Task:
         """A task from a DataFrame, one row per item.
 
-        input, output, also, split: names of its columns. `also` (further accepted answers: lists, or text with "|"
-        between them) and `split` (train, valid or test) may be missing; without `split` the rows are split as
-        `from_pairs` does, by `seed`. split=None ignores that column. `options` are further fields of Task.
+        Args:
+            name: name of the task.
+            frame: the items.
+            input, output: columns of the input and its preferred answer.
+            also: optional column of further accepted answers: lists, or text with "|" between answers.
+            split: optional column with train, valid or test; without it (or with split=None) the rows are split at
+                random, as by `from_pairs`.
+            seed: of the random split.
+            options: further fields of Task.
 
         Raises:
             SitelensError: if a column is missing, for an unknown or empty split, and as `from_pairs`.
+
+        Example:
+            >>> frame = pd.DataFrame({"country": ["France", "Italy", "Spain", "Peru"],
+            ...                       "capital": ["Paris", "Rome", "Madrid", "Lima"]})
+            >>> sl.Task.from_frame("capitals", frame, input="country", output="capital").name
+            'capitals'
         """
         if not isinstance(frame, pd.DataFrame):
             raise SitelensError(f"from_frame takes a DataFrame, not {type(frame).__name__}; from_pairs takes pairs")

@@ -1,4 +1,4 @@
-"""Templates: what one must contain, and the arguments that a chat template may be given."""
+"""Templates: what they must contain, and the arguments that a chat template accepts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from sitelens.errors import SitelensError
 
 QA_TEMPLATE = "Q: {input}\nA: {output}\n\n"
-CLOCK = "strftime_now"  # what chat templates call for today's date
-# Names that apply_chat_template takes for itself.
-_NO_ARGUMENTS = frozenset({
+CLOCK = "strftime_now"  # the variable through which chat templates get today's date
+# Parameters of apply_chat_template itself.
+_RESERVED = frozenset({
     "self", "messages", "conversation", "conversations", "tools", "documents", "add_generation_prompt",
     "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
     "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -20,7 +20,7 @@ Arguments = tuple[tuple[str, Any], ...]  # names and values: text, numbers, True
 
 
 def check_template(template: str) -> None:
-    """Raise SitelensError unless `template` is "chat" or has {input} before {output}, once each."""
+    """Raise SitelensError unless `template` is "chat" or contains {input} before {output}, once each."""
     if not isinstance(template, str):
         raise SitelensError(f"a template must be text, not {template!r}; the default is {QA_TEMPLATE!r}")
     if template == "chat":
@@ -36,7 +36,7 @@ def check_template(template: str) -> None:
 
 
 def running_together(template: str) -> str:
-    """A warning if a template puts no sign between an answer and the next demonstration."""
+    """A warning if a template puts nothing between an answer and the next demonstration; otherwise ""."""
     between = template.partition("{output}")[2] + template.partition("{input}")[0]
     if between and not between[0].isalnum():
         return ""
@@ -50,25 +50,30 @@ def running_together(template: str) -> str:
 def rewritten(
     task: Any, template: str | None = None, instruction: str | None = None, template_arguments: Any = None
 ) -> Any:
-    """A task with another template, instruction or template arguments; None leaves what the task says.
+    """A task with another template, instruction or template arguments; None keeps the task's own.
 
     Raises:
         SitelensError: for a template or arguments that cannot be used.
     """
     changes: dict[str, Any] = {"template": template, "instruction": instruction}
     if template_arguments is not None or template not in (None, "chat"):  # other templates take no arguments
-        chosen = template if template is not None else task.template
-        changes["template_arguments"] = checked_arguments(template_arguments or (), chosen, f"task {task.name!r}")
+        new_template = template if template is not None else task.template
+        changes["template_arguments"] = checked_arguments(template_arguments or (), new_template, f"task {task.name!r}")
     changes = {name: value for name, value in changes.items() if value is not None}
     return replace(task, **changes) if changes else task
 
 
 def checked_arguments(arguments: Any, template: str, where: str) -> Arguments:
-    """Arguments for the template "chat", from a mapping or pairs, as sorted pairs.
+    """Arguments of a chat template, from a mapping or pairs, as sorted pairs.
+
+    Args:
+        arguments: names and values: text, numbers, True, False or None.
+        template: the task's template, which must be "chat" if there are arguments.
+        where: how messages begin.
 
     Raises:
-        SitelensError: for another template, a name that is no variable's or that sitelens gives itself, a value that is
-            neither text, a number, true, false nor none, or a `strftime_now` that is no date.
+        SitelensError: for another template, a name that is no identifier or is reserved, a value of another type, or a
+            `strftime_now` that is no date.
     """
     try:
         pairs = dict(arguments).items()
@@ -77,18 +82,18 @@ def checked_arguments(arguments: Any, template: str, where: str) -> Arguments:
             f"{where}: template_arguments must be like {{'enable_thinking': False}}, not {arguments!r}"
         ) from None
     for name, value in pairs:
-        if not isinstance(name, str) or not name.isidentifier() or name in _NO_ARGUMENTS:
+        if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
             raise SitelensError(f"{where}: {name!r} cannot be a template argument")
         if value is not None and not isinstance(value, str | int | float):
             raise SitelensError(f"{where}: the template argument {name} must be text, a number, True or False, not "
                                 f"{value!r}")  # fmt: skip
-    found = dict(pairs)
+    values = dict(pairs)
     try:
-        datetime.date.fromisoformat(str(found.get(CLOCK, "2024-07-26")))
+        datetime.date.fromisoformat(str(values.get(CLOCK, "2024-07-26")))
     except ValueError:
         raise SitelensError(
-            f"{where}: the template argument {CLOCK} must be a date such as '2024-07-26', not {found[CLOCK]!r}"
+            f"{where}: the template argument {CLOCK} must be a date such as '2024-07-26', not {values[CLOCK]!r}"
         ) from None
-    if found and template != "chat":
+    if values and template != "chat":
         raise SitelensError(f"{where}: template arguments are for the template 'chat'; the template is {template!r}")
-    return tuple(sorted(found.items()))
+    return tuple(sorted(values.items()))

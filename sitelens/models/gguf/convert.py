@@ -1,4 +1,4 @@
-"""One GGUF model in, a folder of safetensors, configuration and tokenizer out, checked before it is kept."""
+"""Conversion of one GGUF model to a folder of safetensors, configuration and tokenizer, checked before it is kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sitelens.models.networks import load_network, quiet_transformers, several
 
 
 def convert(files: tuple[Path, ...], work: Path, sha256: str, converter: int) -> Path:
-    """A folder in `work` with a GGUF model's weights in float32, configuration and tokenizer, checked."""
+    """The folder in `work` with a GGUF model as float32 weights, configuration and tokenizer, checked."""
     target = work / "new"
     target.mkdir()
     try:
@@ -43,7 +43,7 @@ def convert(files: tuple[Path, ...], work: Path, sha256: str, converter: int) ->
         _check(target, state, tokenizer)
     except SitelensError:
         raise
-    except Exception as error:  # transformers, tokenizers and gguf raise their own kinds for what is no model
+    except Exception as error:  # transformers, tokenizers and gguf raise errors of many types for invalid files
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             raise
         raise SitelensError(f"{files[0]} could not be read as a GGUF language model: {error}") from error
@@ -56,17 +56,17 @@ def convert(files: tuple[Path, ...], work: Path, sha256: str, converter: int) ->
 def _save(state: dict[str, Any], path: Path) -> None:
     try:
         save_file(state, path, {"format": "pt"})
-    except safetensors.SafetensorError as error:  # which is how it passes on a full disk
+    except safetensors.SafetensorError as error:  # raised for a full disk, among others
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
 
 
 def _check(folder: Path, state: dict[str, Any], tokenizer: Any) -> None:
-    """Load what was written: it has the same weights and tokens, and its logits are finite.
+    """Load the written folder: weights and tokens must be the same, and logits finite.
 
     Raises:
-        ValueError: if not.
+        ValueError: if they are not.
     """
     with quiet_transformers():
         again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -76,7 +76,7 @@ def _check(folder: Path, state: dict[str, Any], tokenizer: Any) -> None:
         raise ValueError(f"the written model has other weights: {several(different)}")
     text = "Q: 3 hot cakes\nA:  cold"
     if tokenizer(text)["input_ids"] != again(text)["input_ids"] or tokenizer.chat_template != again.chat_template:
-        raise ValueError("the written tokenizer makes other tokens")
+        raise ValueError("the written tokenizer gives other tokens")
     tokens = torch.arange(8)[None] % network.config.vocab_size
     with torch.inference_mode():
         if not torch.isfinite(network(tokens).logits).all():

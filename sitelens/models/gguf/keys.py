@@ -1,4 +1,4 @@
-"""The metadata keys of a GGUF file: what each holds, which have been read, and the error for one that is refused."""
+"""The metadata keys of a GGUF file: their values, which have been read, and the error for an unsupported one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Metadata:
         self.unread = {key.removeprefix(f"{self.arch}.") for key in values if key.startswith(f"{self.arch}.")}
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The architecture's value, a list of equal numbers as one; read from now on."""
+        """The architecture's value for a key, marked as read; a list of equal numbers counts as one number."""
         self.unread.discard(key)
         value = self.values.get(f"{self.arch}.{key}", default)
         if isinstance(value, list) and value and all(one == value[0] for one in value):
@@ -29,13 +29,13 @@ class Metadata:
         return value
 
     def need(self, key: str) -> Any:
-        """A value without which there is no model."""
+        """A required value."""
         if (value := self.get(key)) is None:
             raise SitelensError(f"{self.name} has no metadata {self.arch}.{key}")
         return value
 
     def refused(self, key: str, value: Any, why: str) -> SitelensError:
-        """The error for a key that this library cannot honor."""
+        """The error for a key that cannot be honored."""
         shown = f"{str(value)[:60]}..." if len(str(value)) > 60 else value
         return SitelensError(
             f"{self.name}: its metadata {self.arch}.{key} = {shown} {why}: the converted model would compute something "

@@ -1,7 +1,7 @@
-"""What the metadata of a GGUF file mean: a transformers configuration that computes the same, or a refusal by name.
+"""The metadata of a GGUF file as a transformers configuration that computes the same, or an error that names the key.
 
-The meaning of each key is llama.cpp's. Every key of the architecture must be read, or hold a value that changes
-nothing: one that is neither is an error, since a configuration without it would be another model.
+Keys have llama.cpp's meaning. Every key of the architecture must be read, or have a value without effect; anything else
+is an error, because a configuration that ignores it would describe another model.
 """
 
 from __future__ import annotations
@@ -20,12 +20,17 @@ from sitelens.models.gguf.rope import rope_parameters
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one of llama.cpp's architectures is called and configured in transformers.
+    """Name and configuration in transformers of one of llama.cpp's architectures.
 
-    eps: the configuration's name for the norms' epsilon; rms: whether these are RMS norms.
-    names: configuration names that differ from Llama's, None where there is none.
-    fixed: values that llama.cpp's code has and the file does not say.
-    read: further keys of the file, with their configuration names.
+    Args:
+        model_type: transformers' name.
+        eps: the configuration's name for the norms' epsilon.
+        rms: whether the norms are RMS norms.
+        names: configuration names that differ from Llama's; None for an entry that does not exist.
+        fixed: values in llama.cpp's code that the file does not contain.
+        read: further keys of the file, with their configuration names.
+        rope: whether there are rotary embeddings.
+        partial_rotary: whether they may apply to a part of each head.
     """
 
     model_type: str
@@ -174,7 +179,7 @@ def _head_dim(meta: Metadata, width: int, heads: int) -> int:
 
 
 def _vocabulary(meta: Metadata, tensors: Mapping[str, tuple[int, ...]]) -> int:
-    """How many rows the token embeddings have."""
+    """Number of rows of the token embeddings."""
     tokens = meta.values.get("tokenizer.ggml.tokens", [])
     stated = meta.get("vocab_size", len(tokens))
     rows = tensors.get("token_embd.weight", (stated,))[0]
@@ -186,7 +191,7 @@ def _vocabulary(meta: Metadata, tensors: Mapping[str, tuple[int, ...]]) -> int:
 def _particulars(
     meta: Metadata, kind: Architecture, found: dict[str, Any], tensors: Mapping[str, tuple[int, ...]], head_dim: int
 ) -> None:
-    """What single architectures say in other ways, or llama.cpp's code says for the file."""
+    """Settings that single architectures store differently, or that are fixed in llama.cpp's code."""
     layers, own = found.get("num_hidden_layers", 0), kind.model_type
     if own in ("llama", "granite"):
         found["attention_bias"] = "blk.0.attn_q.bias" in tensors
@@ -225,7 +230,7 @@ def _particulars(
 
 
 def _window_pattern(meta: Metadata, own: str, layers: int) -> None:
-    """Gemma's every second (sixth) layer sees everything; a file that says otherwise is refused."""
+    """Every second (sixth) layer of Gemma attends to all tokens; a file with another pattern is an error."""
     key, every = "attention.sliding_window_pattern", 2 if own == "gemma2" else 6
     meta.unread.discard(key)
     value = meta.values.get(f"{meta.arch}.{key}", every)

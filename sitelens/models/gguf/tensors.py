@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, or of all parts of a split one, by transformers' names: none missing, none left over."""
+"""The tensors of a GGUF file, or of all its parts, under transformers' names: none missing, none left over."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from sitelens.models.networks import several
 
 @dataclass(frozen=True)
 class GGUF:
-    """What a GGUF file and its other parts hold.
+    """The content of a GGUF file and its other parts.
 
-    `values` are the metadata, `tensors` the reader's entries by name, `files` the parts in order.
+    Args:
+        files: the parts in order.
+        values: the metadata.
+        tensors: the reader's entries by name.
     """
 
     files: tuple[Path, ...]
@@ -32,11 +35,11 @@ class GGUF:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors' shapes as torch has them."""
+        """The tensors' shapes in torch's order."""
         return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self.tensors.items()}
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor's numbers in float32."""
+        """A tensor in float32."""
         from gguf import dequantize
 
         tensor = self.tensors[name]
@@ -44,7 +47,7 @@ class GGUF:
 
 
 def read_gguf(files: tuple[Path, ...]) -> GGUF:
-    """Metadata and tensors of a model in one file or several; the tensors' numbers are read when asked for.
+    """Metadata and tensors of a model in one file or several; tensors are read when they are needed.
 
     Raises:
         SitelensError: if a file is no GGUF file, or the parts do not belong together.
@@ -70,11 +73,11 @@ def read_gguf(files: tuple[Path, ...]) -> GGUF:
 
 
 def state_dict(gguf: GGUF, network: Any) -> dict[str, Tensor]:
-    """The weights of `network` (which may lie on no device), from the file, by its own names.
+    """The weights of `network` (which may be on the meta device) from the file, under the network's names.
 
     Raises:
-        SitelensError: naming tensors that the file lacks, that have another shape, that hold numbers that are not
-            finite, or that nothing takes.
+        SitelensError: naming tensors that are missing, have another shape, are not finite, or have no place in the
+            network.
     """
     name, arch = gguf.files[0], str(gguf.values["general.architecture"])
     tied = network.config.tie_word_embeddings
@@ -108,29 +111,29 @@ def state_dict(gguf: GGUF, network: Any) -> dict[str, Tensor]:
 
 
 def _sources(keys: list[str], arch: str, config: Any) -> dict[str, tuple[str, ...]]:
-    """The GGUF names of the tensors that make each weight."""
+    """The names of the GGUF tensors that make up each weight."""
     import gguf
 
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[arch], config.num_hidden_layers)
-    found = {}
+    sources = {}
     for key in keys:
         stem, _, suffix = key.rpartition(".")
         layer = re.search(r"\.layers\.(\d+)\.", key)
         if key.endswith(".mlp.experts.gate_up_proj") and layer:
-            found[key] = tuple(f"blk.{layer[1]}.ffn_{half}_exps.weight" for half in ("gate", "up"))
+            sources[key] = tuple(f"blk.{layer[1]}.ffn_{half}_exps.weight" for half in ("gate", "up"))
         elif key.endswith(".mlp.experts.down_proj") and layer:
-            found[key] = (f"blk.{layer[1]}.ffn_down_exps.weight",)
+            sources[key] = (f"blk.{layer[1]}.ffn_down_exps.weight",)
         else:
             own = names.get_name(stem) if suffix in ("weight", "bias") else None
             if own is None:
                 raise SitelensError(f"the weight {key} has no counterpart in GGUF files of architecture {arch!r}")
-            found[key] = (f"{own}.{suffix}",)
-    return found
+            sources[key] = (f"{own}.{suffix}",)
+    return sources
 
 
 def _as_transformers_has_it(arch: str, name: str, array: np.ndarray, config: Any) -> np.ndarray:
-    """Undo what llama.cpp's converter did to a tensor's layout or values."""
+    """Undo changes that llama.cpp's converter made to a tensor's layout or values."""
     if arch in ("llama", "granite") and (turned := re.search(r"\.attn_([qk])\.", name)):
         heads = config.num_attention_heads if turned[1] == "q" else config.num_key_value_heads
         return rearrange(array, "(head half two) ... -> (head two half) ...", head=heads, two=2)

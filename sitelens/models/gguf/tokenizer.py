@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata, with its habits of adding tokens checked."""
+"""The tokenizer in a GGUF file's metadata, including whether it adds BOS and EOS."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def gguf_tokenizer(gguf: GGUF, work: Path) -> Any:
     """The tokenizer of a GGUF model, as transformers rebuilds it, adding BOS and EOS as the file says.
 
     Raises:
-        SitelensError: if transformers cannot rebuild it.
+        SitelensError: if it cannot be rebuilt exactly.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    alone = work / "alone"  # transformers would mix in tokenizer files that lie beside the model
+    alone = work / "alone"  # in its own folder: transformers would mix in tokenizer files next to the model
     alone.mkdir()
     (alone / "model.gguf").symlink_to(gguf.files[0].resolve())
     try:
         with quiet_transformers():
             try:
                 tokenizer: Any = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
-            except Exception:  # it reads the configuration too, and not that of every architecture
+            except Exception:  # it also reads the configuration, which is not supported for every architecture
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file="model.gguf")
-    except Exception as error:  # transformers' readers raise what they meet
+    except Exception as error:  # transformers' readers raise errors of many types
         raise SitelensError(f"{gguf.files[0]}: its tokenizer could not be rebuilt: {error}") from error
     _warn_of_cutting(gguf)
     _add_as_the_file_says(gguf, tokenizer)
@@ -49,14 +49,14 @@ def gguf_tokenizer(gguf: GGUF, work: Path) -> Any:
 
 
 def end_tokens(gguf: GGUF) -> list[int] | int | None:
-    """The ids after which a text ends: of the text, and of a turn or a message where the file names them."""
+    """Ids of the tokens that end a text, or a turn or message if the file defines them."""
     ids = [gguf.values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     distinct = list(dict.fromkeys(int(one) for one in ids if one is not None))
     return distinct if len(distinct) > 1 else next(iter(distinct), None)
 
 
 def _warn_of_cutting(gguf: GGUF) -> None:
-    """Say where transformers knows no rule for cutting texts before merging, and takes GPT-2's."""
+    """Warn if transformers has no rule for the file's pre-tokenization and uses GPT-2's."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     except ImportError:
@@ -71,7 +71,7 @@ def _warn_of_cutting(gguf: GGUF) -> None:
 
 
 def _add_as_the_file_says(gguf: GGUF, tokenizer: Any) -> None:
-    """Have BOS and EOS added exactly where the file's metadata say so; where they say nothing, as transformers does."""
+    """Add BOS and EOS exactly as the file's metadata say; if they say nothing, as transformers does."""
     from tokenizers.processors import TemplateProcessing
 
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
