@@ -34,22 +34,46 @@ class _Watcher:
 _watcher: ContextVar[_Watcher | None] = ContextVar("watcher", default=None)
 
 
-def tracked(items: Sequence[Item], label: str) -> Iterator[Item]:
-    """`items`, with a progress bar on standard error if `settings.progress` says so.
+@dataclass
+class Bar:
+    """How many of a loop's steps are done; the loop calls `update` as it goes on."""
 
-    Inside a job there is no bar of its own: the job's bar moves by the share of the items that are done. For innermost
-    loops; outer ones divide their stage by `portion`.
+    total: int
+    move: Callable[[int], object]  # what `update` calls with the number of steps done since
+    done: int = 0
+
+    def update(self, n: int = 1) -> None:
+        """Count `n` more steps as done."""
+        self.done += n
+        self.move(n)
+
+
+@contextmanager
+def progress(total: int, label: str) -> Iterator[Bar]:
+    """A bar for a loop of `total` steps, on standard error where `shows_bars`.
+
+        with progress(len(batches), "embed antonym") as bar:
+            for batch in batches:
+                ...
+                bar.update()
+
+    Inside a job there is no bar of its own: the job's bar moves by the fraction of the steps that are done. It is for
+    innermost loops; outer ones divide their stage by `portion`.
     """
     watcher = _watcher.get()
     if watcher is not None:
-        for done, item in enumerate(items, 1):
-            yield item
-            watcher.advance(done / len(items))
+        bar = Bar(total, lambda _: watcher.advance(bar.done / max(total, 1)))
+        yield bar
         return
     from tqdm.auto import tqdm
 
-    shows = settings.progress
-    yield from tqdm(items, desc=label, disable=None if shows is None else not shows, leave=False)
+    with tqdm(total=total, desc=label, disable=not shows_bars(), leave=False) as line:
+        yield Bar(total, line.update)
+
+
+def no_progress() -> AbstractContextManager[None]:
+    """A block whose loops and jobs show nothing and move no bar: for short loops of which there are many."""
+    return bound(_watcher, _Watcher(lambda share: None, lambda text: None))
 
 
 @contextmanager
@@ -98,7 +122,7 @@ class Job:
         self._bar: Any = None
 
     def __enter__(self) -> Job:
-        if self._outer is None and (self._progress or (self._progress is None and is_watched())):
+        if self._outer is None and shows_bars():
             from tqdm.auto import tqdm
 
             form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
@@ -171,6 +195,11 @@ class Job:
             _log.info("%s: %s", self.label, text)
         else:
             print(f"sitelens: {self.label}: {text}", file=sys.stderr, flush=True)
+
+
+def shows_bars() -> bool:
+    """Whether loops and jobs draw bars now: as `settings.progress` says, or where a person is looking."""
+    return is_watched() if settings.progress is None else settings.progress
 
 
 def is_watched() -> bool:

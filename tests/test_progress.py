@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from sitelens import progress
-from sitelens.progress import Job, duration, portion, portions, tracked
+from sitelens.progress import Job, duration, portion, portions
 from sitelens.settings import settings
 
 
@@ -71,9 +71,10 @@ def test_loops_and_jobs_inside_a_stage_move_its_bar_and_never_back():
         seen = []
         with job.stage("a"):
             for letters, part in portions([["a", "b", "c", "d"], ["x", "y"]]):
-                with part:
-                    for _ in tracked(letters, "letters"):
+                with part, progress.progress(len(letters), "letters") as bar:
+                    for _ in letters:
                         seen.append(job._share)
+                        bar.update()
             assert seen == [0, 0.125, 0.25, 0.375, 0.5, 0.75]
             with Job("inner", ["u", "v"]) as inner:
                 inner.plan({"u": 1.0, "v": 1.0})
@@ -133,7 +134,9 @@ def test_a_failed_job_does_not_say_that_it_is_done(capsys: pytest.CaptureFixture
     with pytest.raises(ZeroDivisionError), Job("run", ["a"]) as job, job.stage("a"):
         _ = 1 / 0
     assert capsys.readouterr().err == "sitelens: run: a\n"
-    assert list(tracked(["a", "b"], "letters")) == ["a", "b"]  # the job is no longer told
+    with progress.progress(2, "letters") as bar:  # the job is no longer told
+        bar.update(2)
+    assert bar.done == 2 and job._share == 0
 
 
 def test_in_a_terminal_the_bar_is_there_from_the_start(
@@ -153,12 +156,39 @@ def test_in_a_terminal_the_bar_is_there_from_the_start(
 
 
 @pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("asked", [True, None])
+def test_a_loop_alone_draws_its_bar_where_a_person_looks_or_asked_for_it(
+    watched: bool, asked: bool | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(progress, "is_watched", lambda: watched)
+    with settings.using(progress=asked), progress.progress(4, "letters") as bar:
+        bar.update(3)
+    assert ("letters:" in capsys.readouterr().err) is (watched or asked is True) and bar.done == 3
+
+
+def test_loops_and_jobs_without_progress_leave_the_stage_alone(capsys: pytest.CaptureFixture[str]):
+    with Job("job", ["a"]) as job:
+        job.plan({"a": 1.0})
+        with job.stage("a"), progress.no_progress():
+            with progress.progress(1, "letters") as bar:
+                bar.update()
+            with Job("inner", ["u"]) as inner, inner.stage("u"):
+                pass
+            assert job._share == 0
+        assert job._share == 1
+    assert capsys.readouterr().err.splitlines() == ["sitelens: job: a", "sitelens: job: done in 0 s"]
+
+
+@pytest.mark.parametrize("watched", [True, False])
 def test_switched_off_nothing_is_written(
     watched: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(progress, "is_watched", lambda: watched)
-    with settings.using(progress=False), Job("run", ["a"]) as job, job.stage("a"):
-        list(tracked(["a", "b"], "letters"))
+    with settings.using(progress=False):
+        with Job("run", ["a"]) as job, job.stage("a"), progress.progress(2, "letters") as bar:
+            bar.update(2)
+        with progress.progress(2, "letters") as bar:
+            bar.update(2)
     assert capsys.readouterr().err == ""
 
 

@@ -23,7 +23,7 @@ from sitelens.errors import SitelensError
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, ModelLike, check_fit, context_length, head_shape, own_tokenizer
 from sitelens.models.provenance import Origin
-from sitelens.progress import portions, tracked
+from sitelens.progress import portions, progress
 from sitelens.settings import settings
 from sitelens.store.artifact import Artifact
 from sitelens.store.folder import Contents
@@ -114,8 +114,10 @@ def embed_task(
         cost = functools.partial(forward_bytes, model)
         parts = chunks(batch.lengths, cost, settings.budget(), max_tokens=MAX_TOKENS)
         z = torch.empty(n_prompts, *head_shape(model), dtype=torch.float64)
-        for index in tracked(parts, f"embed {task.name}"):
-            z[index] = capture_z(batch.rows(index), model).double().cpu()
+        with progress(n_prompts, f"embed {task.name}") as bar:
+            for index in parts:
+                z[index] = capture_z(batch.rows(index), model).double().cpu()
+                bar.update(len(index))
         if not torch.isfinite(z).all():
             raise SitelensError(
                 f"task {task.name!r}: the model's head outputs are not finite (dtype {model.cfg.dtype})"

@@ -24,7 +24,7 @@ from sitelens.metrics import Metric, Output, Target, answer_end, check_answers, 
 from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, context_length, own_tokenizer
-from sitelens.progress import tracked
+from sitelens.progress import progress
 from sitelens.settings import settings
 from sitelens.tasks import Example, Task, load_task
 
@@ -74,8 +74,8 @@ def evaluate(
     for name, condition in conditions.items():
         groups.setdefault(condition.n_shots, {})[name] = condition
     rows: dict[tuple[str, str], list[tuple[Any, ...]]] = {}  # by metric and condition
-    bar = tracked(range(len(conditions) * len(items)), f"evaluate {task.name}")
-    with unchanged(model):  # each condition asks whether it fits
+    n_answers = len(conditions) * len(items)
+    with unchanged(model), progress(n_answers, f"evaluate {task.name}") as bar:  # each condition asks whether it fits
         parts = {n_shots: as_patches(group, model, generating) for n_shots, group in groups.items()}
         for n_shots, (patches, others) in parts.items():
             prompts = few_shot_prompts(task, items, n_shots, scoring.tokenizer, seed, split, chosen)
@@ -86,11 +86,10 @@ def evaluate(
             predictor = Predictor(
                 model, batch, budget, scoring.where, new_tokens, scoring.ends, complete, scoring.labels
             )
-            outputs = predictor.patched(patches, lambda n: _advance(bar, n))
-            outputs |= predictor.hooked(others, lambda n: _advance(bar, n))
+            outputs = predictor.patched(patches, bar.update)
+            outputs |= predictor.hooked(others, bar.update)
             for name, found in outputs.items():
                 rows |= {(metric.name, name): scoring.rows(name, metric, found, targets) for metric in chosen_metrics}
-    next(bar, None)
     frames = [row for metric in chosen_metrics for name in conditions for row in rows[metric.name, name]]
     frames += scoring.echo(echoed)
     return pd.DataFrame(frames, columns=list(COLUMNS))
@@ -254,8 +253,3 @@ class _Scoring:
 
 def _all_items(task: Task) -> Iterable[Example]:
     return (item for split in (task.train, task.valid, task.test) for item in split)
-
-
-def _advance(bar: Any, rows: int) -> None:
-    for _ in range(rows):
-        next(bar, None)

@@ -22,7 +22,7 @@ from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.heads.inputs import per_head, task_or_texts, text_batch, valid_items
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, computing_dtype, context_length, head_shape, own_tokenizer
-from sitelens.progress import tracked
+from sitelens.progress import progress
 from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 
@@ -76,8 +76,8 @@ def indirect_effects(
     vectors = embedding.mean_z.to(device, dtype)
     chance = torch.zeros(len(batch), len(alphas), dtype=torch.float64)
     share = budget // 3
-    bar = tracked(range(chance.numel()), f"indirect effects, {name}")
-    with torch.no_grad(), LastToken(model) as last_token:
+    label = f"indirect effects, {name}"
+    with torch.no_grad(), LastToken(model) as last_token, progress(chance.numel(), label) as bar:
         for index in chunks(batch.lengths, functools.partial(prefix_bytes, model), share):
             part = batch.rows(index)
             prefix = PrefixCache.of(part, model, share)
@@ -91,9 +91,7 @@ def indirect_effects(
                 found = logits.to(dtype).softmax(-1).gather(1, tokens[:, None])
                 places = torch.tensor([index[i] for i in items])
                 chance[places[:, None], torch.tensor(some)] = found.reshape(len(items), -1).double().cpu()
-                for _ in which:
-                    next(bar, None)
-    next(bar, None)
+                bar.update(len(which))
     gains = chance[:, 1:] - chance[:, :1]
     error = gains.std(0) / len(batch) ** 0.5 if len(batch) > 1 else torch.full_like(gains[0], torch.nan)
     return per_head(rearrange(gains.mean(0), "(layer head) -> layer head", head=heads), "effect").assign(

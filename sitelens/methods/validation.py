@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from sitelens.conditions.base import Condition
 from sitelens.evaluation.evaluate import evaluate
 from sitelens.models.model import Model
-from sitelens.settings import settings
+from sitelens.progress import no_progress
 from sitelens.tasks import Task
 
 Key = TypeVar("Key")
@@ -20,7 +20,7 @@ MAX_VALID = 50  # validation items on which layers, coefficients and learning ra
 def accuracy_on_valid(task: Task, conditions: Mapping[Any, Condition], model: Model) -> dict[Any, float]:
     """First-token accuracy of each condition on at most 50 validation items."""
     named = {str(i): condition for i, condition in enumerate(conditions.values())}
-    with settings.using(progress=False):
+    with no_progress():
         scores = evaluate(task, named, model, split="valid", n_items=MAX_VALID)
     means = scores.groupby("condition")["score"].mean()
     return {key: float(means[str(i)]) for i, key in enumerate(conditions)}

@@ -57,18 +57,18 @@ def load_model(
     if device is not None and device_map is not None:
         raise SitelensError("give device or device_map, not both")
     name = DEFAULT_MODEL if name is None else str(name)
-    precision = checked_dtype("dtype", dtype) or settings.dtype
-    dtype = None if precision is None else getattr(torch, precision)
+    dtype_name = checked_dtype("dtype", dtype) or settings.dtype
+    weights: torch.dtype | None = getattr(torch, dtype_name) if dtype_name else None
     check_device(device, device_map)
     packed = None
     if quantize is not None:
         check_quantization(quantize)
-        dtype = dtype or torch.bfloat16
-        packed = nf4_config(dtype)
+        weights = weights or torch.bfloat16
+        packed = nf4_config(weights)
     if name in PACKAGED:
-        folder, dtype = packaged_folder(name), dtype or torch.float32
+        folder, weights = packaged_folder(name), weights or torch.float32
     elif name.endswith(".gguf"):
-        folder, dtype = gguf_folder(Path(name).expanduser()), dtype or torch.float32
+        folder, weights = gguf_folder(Path(name).expanduser()), weights or torch.float32
     elif name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
     else:
@@ -80,7 +80,7 @@ def load_model(
         warnings.warn(f"Python code that comes with the model {name} is run, if it brings any (trust_remote_code)",
                       SitelensWarning, stacklevel=2)  # fmt: skip
     options = {
-        "dtype": dtype or "auto", "device_map": device_map, "quantization_config": packed,
+        "dtype": weights or "auto", "device_map": device_map, "quantization_config": packed,
         "trust_remote_code": bool(trust_remote_code),
     }  # fmt: skip
     return _boot(folder, name, options, place)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sitelens.settings import settings
+from sitelens.progress import shows_bars
 
 # Tensors of a checkpoint that a network may leave out: masks and tables that it computes itself, and parts that have
 # no say in the next token's logits (vision and audio towers, heads for predicting several tokens at once).
@@ -65,12 +64,11 @@ def several(names: Sequence[str], most: int = 3) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers' own progress bars only where ours are shown."""
+    """transformers' own progress bars only where ours are shown (`shows_bars`)."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    wanted = settings.progress if settings.progress is not None else sys.stderr.isatty()
-    (logging.enable_progress_bar if wanted else logging.disable_progress_bar)()
+    (logging.enable_progress_bar if shows_bars() else logging.disable_progress_bar)()
     try:
         yield
     finally:

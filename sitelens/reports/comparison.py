@@ -32,9 +32,8 @@ from sitelens.methods.site import state as training_state
 from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, model_name
-from sitelens.progress import Job
+from sitelens.progress import Job, portion
 from sitelens.reports.comparison_result import Comparison as Comparison
-from sitelens.settings import settings
 from sitelens.store.artifact import Artifact
 from sitelens.store.folder import Contents, empty_cache
 from sitelens.store.kinds import Kind
@@ -44,6 +43,7 @@ from sitelens.tasks import Task, load_tasks
 ALGORITHM = 1  # of prompting; the methods have their own
 PROMPTING = {"zero-shot": ZeroShot(), "10-shot": FewShot(10)}
 NAMES = (*PROMPTING, *METHODS)
+FIT_SHARE = 0.9  # of a cell's time, for the progress bar
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +182,10 @@ def _cells(
         for stage, (task, name) in cells.items():
             chosen = options.get(name)
             with job.stage(stage), unchanged(model):
-                fitted = fit_method(name, task, model, seed=seed, options=chosen)
-                scores, seconds = _scored(name, fitted, task, model, n_items, seed, chosen)
+                with portion(0.0, FIT_SHARE):
+                    fitted = fit_method(name, task, model, seed=seed, options=chosen)
+                with portion(FIT_SHARE, 1.0):
+                    scores, seconds = _scored(name, fitted, task, model, n_items, seed, chosen)
             yield fitted, scores, seconds
 
 
@@ -195,7 +197,7 @@ def _scored(
     spec = _spec(name, task, store.key, seed, options) | {"n_items": n_items}
 
     def make() -> Contents:
-        with settings.using(progress=False), metered() as spent:
+        with metered() as spent:
             scores = evaluate(task, {name: fitted.condition}, model, n_items=n_items, seed=seed)
         tensors = {column: torch.tensor(scores[column].to_numpy()) for column in ("item", "score")}
         return tensors, {"seconds": spent.seconds}

@@ -27,7 +27,7 @@ from sitelens.errors import SitelensError
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.state import Record, State
 from sitelens.models.model import Model, computing_dtype, context_length, head_shape, own_tokenizer
-from sitelens.progress import tracked
+from sitelens.progress import Bar, progress
 from sitelens.tasks import Task
 
 
@@ -79,10 +79,9 @@ def train_runs(
     disk at validations, and goes on from there after an interruption, with the same numbers.
     """
     groups = _groups(runs, tasks, model, config, budget // 2)
-    bar = tracked(range(len(groups) * config.steps), _label(runs, tasks))
-    for group in groups:
-        yield from _train_group(group, tasks, embeddings, model, config, budget, bar)
-    next(bar, None)
+    with progress(len(groups) * config.steps, _label(runs, tasks)) as bar:
+        for group in groups:
+            yield from _train_group(group, tasks, embeddings, model, config, budget, bar)
 
 
 def _train_group(
@@ -92,7 +91,7 @@ def _train_group(
     model: Model,
     config: TrainConfig,
     budget: int,
-    bar: Iterator[int],
+    bar: Bar,
 ) -> Iterator[dict[str, Tensor]]:
     dtype, device = computing_dtype(model), model.cfg.device
     vectors = torch.stack([embedding.mean_z.to(device, dtype) for embedding in embeddings])
@@ -109,8 +108,7 @@ def _train_group(
         )
         valid, valid_rows = _validation_rows(runs, tasks, model, config)
         validation = _Prompts(valid, model, budget // 2, share)
-        for _ in range(begin):
-            next(bar)
+        bar.update(begin)
         for start, stop in _windows(rows.prompt, train.lengths, model, share):
             if stop <= begin:
                 continue
@@ -119,7 +117,6 @@ def _train_group(
             for step, index in zip(range(start, stop), local, strict=True):
                 if step < begin:
                     continue
-                next(bar)
                 alpha = torch.sigmoid(logits)
                 losses, gradient = window.losses(alpha.detach(), replace(rows, prompt=index), losses_of, gradient=True)
                 _check_finite(losses, rows, runs, tasks, step)
@@ -133,6 +130,7 @@ def _train_group(
                     _check_finite(measured, valid_rows, runs, tasks, step, "validation loss")
                     record.validation(step, _mean_by_run(measured, valid_rows.run, len(runs)), alpha)
                     state.keep(step + 1)
+                bar.update()
     for i in range(len(runs)):
         yield {"alpha": record.alpha[i].cpu(), "history": record.history[:, i].clone()}
     state.forget()
