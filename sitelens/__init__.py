@@ -59,10 +59,12 @@ if TYPE_CHECKING:
     from sitelens.studies.transfer import TransferMatrix as TransferMatrix
     from sitelens.studies.transfer import transfer_matrix as transfer_matrix
     from sitelens.tasks import Example as Example
+    from sitelens.tasks import Suite as Suite
     from sitelens.tasks import Task as Task
     from sitelens.tasks import list_tasks as list_tasks
     from sitelens.tasks import load_task as load_task
     from sitelens.tasks import load_tasks as load_tasks
+    from sitelens.tasks import register_suite as register_suite
 
 _EXPORTS = {
     "conditions.ablation": ("Ablate",),
@@ -88,7 +90,7 @@ _EXPORTS = {
     "reports.verification.verify": ("Verification", "verify"),
     "studies.similarity": ("HeadSimilarity", "head_similarity", "similarity_predicts_transfer"),
     "studies.transfer": ("TransferMatrix", "transfer_matrix"),
-    "tasks": ("Example", "Task", "list_tasks", "load_task", "load_tasks"),
+    "tasks": ("Example", "Suite", "Task", "list_tasks", "load_task", "load_tasks", "register_suite"),
 }
 _MODULE_OF: dict[str, str] = {name: home for home, names in _EXPORTS.items() for name in names}
 

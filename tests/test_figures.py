@@ -19,7 +19,7 @@ from scipy.spatial.distance import squareform
 import sitelens as sl
 from sitelens import figures
 from sitelens.figures import style
-from sitelens.tasks.function_vectors import registry
+from sitelens.tasks.function_vectors import FILES
 
 needs_chrome = pytest.mark.skipif(
     not any(map(shutil.which, ("chromium", "google-chrome", "chrome"))), reason="no Chrome or Chromium is installed"
@@ -72,7 +72,7 @@ def test_static_files_are_written(ending: str, start: bytes, tmp_path: Path) -> 
 
 
 FOUR = ("antonym", "country-capital", "capitalize", "choose_first_of_3")
-ALL = tuple(f"fv/{name}" for name in sorted(registry()))
+ALL = tuple(f"fv/{name}" for name in sorted(FILES.registry))
 ACCURACY = "First-token accuracy"
 LOSS = "Cross-entropy (nats)"
 # Okabe and Ito's eight, but for yellow, which does not show on white; an olive of Tol's palette in its place.

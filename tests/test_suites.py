@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from sitelens.methods.site import state as training_state
 from sitelens.models.model import Model
 from sitelens.reports import suite as suites
 from sitelens.reports.suite import run_suite
-from sitelens.tasks import Task
+from sitelens.tasks import SUITES, Task
 from tests import micro
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +44,24 @@ def load(name: str) -> Task:
     return TASKS[name]
 
 
+class Micro(sl.Suite):
+    """A suite of micro tasks, in the place of the large one of its name."""
+
+    name = "bbh"
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(names)
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def load(self, name: str) -> Task:
+        return load(name)
+
+    def group(self, name: str) -> str:
+        return GROUPS[name]
+
+
 @pytest.fixture
 def model() -> Iterator[Model]:
     yield from micro.lent("Llama")
@@ -52,9 +70,7 @@ def model() -> Iterator[Model]:
 @pytest.fixture(autouse=True)
 def suite(monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite "bbh" is three micro tasks in two groups, and one whose data cannot be had."""
-    monkeypatch.setattr(suites, "suite_names", lambda name: [*TASKS, "four"])
-    monkeypatch.setattr(suites, "load_task", load)
-    monkeypatch.setattr(suites, "group_of", GROUPS.__getitem__)
+    monkeypatch.setitem(SUITES.own, "bbh", Micro([*TASKS, "four"]))
 
 
 def test_each_tasks_rows_are_what_it_gives_by_itself(model: Model) -> None:
@@ -196,16 +212,14 @@ def test_a_suites_bar_moves_within_a_batch_of_trainings(model: Model, monkeypatc
 SCRIPT = """
 import sys
 from pathlib import Path
-from sitelens import suites, training_state
-from sitelens.defaults import settings
+from sitelens.methods.site import state
+from sitelens.reports import suite as suites
+from sitelens.settings import settings
 from tests import micro, test_suites
 settings.cache_dir = Path(sys.argv[1])
-suites.suite_names = lambda name: list(test_suites.TASKS)
-suites.load_task = test_suites.load
-suites.group_of = test_suites.GROUPS.__getitem__
 suites.TOGETHER = int(sys.argv[3])
-training_state.KEEP_SECONDS = 0
-found = suites.run_suite("bbh", micro.bridge("Llama"), **test_suites.SMALL)
+state.KEEP_SECONDS = 0
+found = suites.run_suite(test_suites.Micro(test_suites.TASKS), micro.bridge("Llama"), **test_suites.SMALL)
 found.scores.to_csv(sys.argv[2], index=False)
 """
 

@@ -109,7 +109,7 @@ def test_the_split_is_that_of_scikit_learn(n: int):
 
 
 def test_all_57_tasks_are_known_with_checksum_and_size_but_one():
-    registry = function_vectors.registry()
+    registry = function_vectors.FILES.registry
     assert set(registry) == set(PUBLISHED) and len(registry) == 57
     for name, row in registry.items():
         if name != "squad_val":

@@ -33,15 +33,18 @@ def tokenizer() -> Any:
     )
 
 
-@functools.cache
-def model() -> Model:
-    """A Llama of 2 layers and 4 heads per layer with random weights, as a TransformerBridge."""
-    words = tokenizer()
+def network() -> Any:
+    """A Llama of 2 layers and 4 heads per layer with random weights, of the transformers library."""
     config = transformers.LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        network = transformers.LlamaForCausalLM(config).eval()
-    return micro.bridged(network, "tiny", words)
+        return transformers.LlamaForCausalLM(config).eval()
+
+
+@functools.cache
+def model() -> Model:
+    """The network as a TransformerBridge."""
+    return micro.bridged(network(), "tiny", tokenizer())

@@ -69,7 +69,7 @@ def compare_options(parser: argparse.ArgumentParser) -> None:
 
 def suite_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("suite", choices=["fv57", "anli", "mmlu-pro", "bbh", "builtin"], help="which benchmark")
+    add("suite", metavar="SUITE", help="fv57, anli, mmlu-pro, bbh, builtin, or one that an installed package brings")
     add("--tasks", nargs="+", metavar="TASK", help="only these of its tasks")
     add("--methods", nargs="+", metavar="METHOD", default=["SITE"],
         help="beside prompting: of many-shot, FV, TV, ICV, MTV, I2CL, LTV, LoFiT, LoRA, SITE")  # fmt: skip

@@ -34,7 +34,7 @@ from sitelens.progress import Job, portions
 from sitelens.reports.comparison import PROMPTING, checked_methods, fit_method
 from sitelens.reports.suite_result import SuiteResult as SuiteResult
 from sitelens.suggestions import did_you_mean
-from sitelens.tasks import Task, group_of, load_task, suite_names
+from sitelens.tasks import Suite, Task, task_of, the_suite
 
 TOGETHER = 16  # tasks that train in one batch: past this the time per task no longer falls
 SITE = "SITE"
@@ -46,7 +46,7 @@ EMBED, TRAIN, SCORE = "embed", "train", "score"  # the stages of a batch
 @checked
 @warned_once()
 def run_suite(
-    name: str,
+    suite: str | Suite,
     model: Model | str | None = None,
     *,
     methods: Sequence[str] = (SITE,),
@@ -59,7 +59,9 @@ def run_suite(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     seed: Seed = 0,
 ) -> SuiteResult:
-    """All tasks of "fv57", "anli", "mmlu-pro", "bbh" or "builtin", zero-shot, few-shot and by some methods.
+    """All tasks of a suite, zero-shot, few-shot and by some methods.
+
+    `suite` is "fv57", "anli", "mmlu-pro", "bbh", "builtin", the name of a registered one, or a `Suite` of your own.
 
     `methods` are names of `sl.methods`; SITE trains up to 16 tasks in one batch, the others are fitted task by task,
     with `options` as in `compare`. As in the paper, SITE and few-shot prompting draw from all training items; the other
@@ -76,12 +78,13 @@ def run_suite(
     Raises:
         SitelensError: for an unknown suite, method, metric, option or task, or if no task of the suite can be run.
     """
-    chosen = check_suite(name, tasks=tasks, methods=methods, metric=metric, n_items=n_items, options=options)
+    suite = the_suite(suite)
+    chosen = check_suite(suite, tasks=tasks, methods=methods, metric=metric, n_items=n_items, options=options)
     model, config = resolve_model(model), config or TrainConfig()
-    left_out = {task: NOT_ASKED for task in suite_names(name) if task not in chosen}
+    left_out = {task: NOT_ASKED for task in suite.names() if task not in chosen}
     loaded: list[Task] = []
     about: list[dict[str, Any]] = []
-    for task, row, reason in _loaded(chosen, model, n_shots):
+    for task, row, reason in _loaded(suite, chosen, model, n_shots):
         if reason is None:
             loaded.append(task)
             about.append(row)
@@ -104,7 +107,7 @@ def run_suite(
         n_fits = len(batch) * (len(fitted) - (SITE in fitted))
         stages[SCORE + part] = total(costs, "prompt", "patch") + FIT_TOKENS * n_fits
     run = _Run(model, fitted, config, measured, scored, chosen_options, left_out)
-    with unchanged(model), Job(f"suite {name}", list(stages)) as job:
+    with unchanged(model), Job(f"suite {suite.name}", list(stages)) as job:
         job.plan(stages)
         names = iter(stages)
         for batch in batches:
@@ -117,20 +120,20 @@ def run_suite(
                 run.score(batch)
     if not run.frames:
         reasons = [f"{task}: {reason}" for task, reason in left_out.items() if reason != NOT_ASKED]
-        raise SitelensError(f"no task of the suite {name!r} can be run: {'; '.join(reasons[:3])}")
+        raise SitelensError(f"no task of the suite {suite.name!r} can be run: {'; '.join(reasons[:3])}")
     scores = pd.concat(run.frames, ignore_index=True)
     scores = scores.assign(model=model_name(model), training_seed=config.seed)
     scores.insert(1, "group", scores["task"].map({row["task"]: row["group"] for row in about}))
     record = experiment_record(
-        "sl.run_suite", model, loaded, n_items, suite=name, **measured, metric=metric, train=asdict(config),
+        "sl.run_suite", model, loaded, n_items, suite=suite.name, **measured, metric=metric, train=asdict(config),
         methods=list(methods), options=chosen_options,
     )  # fmt: skip
     about_tasks = pd.DataFrame(about)
-    return SuiteResult(name, scores, about_tasks, left_out, run.embeddings, run.selections, record)
+    return SuiteResult(suite.name, scores, about_tasks, left_out, run.embeddings, run.selections, record)
 
 
 def check_suite(
-    name: str,
+    suite: str | Suite,
     *,
     tasks: Sequence[str] | None,
     methods: Sequence[str],
@@ -143,7 +146,8 @@ def check_suite(
     Raises:
         SitelensError: for anything that cannot be run.
     """
-    names = suite_names(name)
+    suite = the_suite(suite)
+    names = list(suite.names())
     fitted = [method for method in checked_methods(methods) if method not in (*PROMPTING, SITE)]
     checked_metrics([metric])
     if n_items is not None and n_items < 1:
@@ -156,7 +160,7 @@ def check_suite(
     for task in tasks or ():
         if task not in names:
             hint = did_you_mean(task, names)
-            raise SitelensError(f"the suite {name!r} has no task {task!r}{hint and f': {hint}'}")
+            raise SitelensError(f"the suite {suite.name!r} has no task {task!r}{hint and f': {hint}'}")
     return [task for task in names if tasks is None or task in tasks]
 
 
@@ -234,12 +238,14 @@ class _Run:
         self.frames.append(score_conditions(task, conditions, self.model, with_echo=with_echo, **self.scored))
 
 
-def _loaded(names: Iterable[str], model: Model, n_shots: int) -> Iterator[tuple[Task, dict[str, Any], str | None]]:
+def _loaded(
+    suite: Suite, names: Iterable[str], model: Model, n_shots: int
+) -> Iterator[tuple[Task, dict[str, Any], str | None]]:
     """Each task without its too long items, a row about it, and why it cannot be run (None: it can)."""
     tokenizer, context = own_tokenizer(model), context_length(model)
     for name in names:
         try:
-            whole = load_task(name)
+            whole = task_of(suite, name)
         except SitelensError as error:
             yield Task(name, "", (), (), ()), {}, str(error)
             continue
@@ -253,7 +259,7 @@ def _loaded(names: Iterable[str], model: Model, n_shots: int) -> Iterator[tuple[
             continue
         shared = shared_first_tokens(task, tokenizer)
         row = {
-            "task": name, "group": group_of(name), **splits, "dropped": dropped,
+            "task": name, "group": suite.group(name), **splits, "dropped": dropped,
             "shared": sum(item.output in shared for item in task.test) / splits["test"], "note": task.note,
             "digest": task.digest,
         }  # fmt: skip

@@ -23,7 +23,7 @@ from sitelens.methods.site.train import train_selections
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, head_shape, model_name
 from sitelens.studies.transfer import TransferMatrix
-from sitelens.tasks import Task, kinds_of, load_tasks
+from sitelens.tasks import Task, groups_of, load_tasks
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -121,7 +121,7 @@ def head_similarity(
     return HeadSimilarity(
         _pairs(selections, names, seeds, k), _floor(list(selections.values()), k, n_permutations), names,
         {name: selections[name, seeds[0]].default_k if k is None else k for name in names}, model_name(model),
-        kinds_of(names),
+        groups_of(names),
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from sitelens.models.provenance import Origin
 from sitelens.progress import Job, portions
 from sitelens.store.artifact import Artifact
 from sitelens.store.kinds import Kind
-from sitelens.tasks import Task, kinds_of, load_tasks
+from sitelens.tasks import Task, groups_of, load_tasks
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -274,4 +274,4 @@ def transfer_matrix(
     frame = pd.DataFrame(columns)
     origin = Origin.of(model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
     name = model_name(model)
-    return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, name, kinds_of(names), origin)
+    return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, name, groups_of(names), origin)

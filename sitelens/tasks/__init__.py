@@ -2,20 +2,25 @@
 
 Built-in tasks need no download (`antonym`), `fv/NAME` is one of the 57 Function Vectors tasks, `anli/ROUND`,
 `mmlu-pro/CATEGORY` and `bbh/NAME` are benchmarks, and own tasks come from a file (CSV, TSV, JSON, JSON Lines), a
-DataFrame or a list of pairs.
+DataFrame, a list of pairs, or a suite of one's own (`Suite`).
 """
 
 from sitelens.tasks.examples import Example as Example
 from sitelens.tasks.files import ENDINGS as ENDINGS
 from sitelens.tasks.files import function_vectors_split as function_vectors_split
-from sitelens.tasks.listing import SUITES as SUITES
-from sitelens.tasks.listing import group_of as group_of
-from sitelens.tasks.listing import kinds_of as kinds_of
-from sitelens.tasks.listing import list_tasks as list_tasks
-from sitelens.tasks.listing import suite_names as suite_names
-from sitelens.tasks.listing import task_names as task_names
 from sitelens.tasks.loading import load_task as load_task
 from sitelens.tasks.loading import load_tasks as load_tasks
+from sitelens.tasks.loading import task_of as task_of
+from sitelens.tasks.suite import Suite as Suite
+from sitelens.tasks.suites import SUITES as SUITES
+from sitelens.tasks.suites import group_of as group_of
+from sitelens.tasks.suites import groups_of as groups_of
+from sitelens.tasks.suites import list_tasks as list_tasks
+from sitelens.tasks.suites import register_suite as register_suite
+from sitelens.tasks.suites import suite_names as suite_names
+from sitelens.tasks.suites import suite_of as suite_of
+from sitelens.tasks.suites import task_names as task_names
+from sitelens.tasks.suites import the_suite as the_suite
 from sitelens.tasks.task import SPLITS as SPLITS
 from sitelens.tasks.task import Task as Task
 from sitelens.tasks.templates import CLOCK as CLOCK

@@ -27,9 +27,11 @@ from typing import Any
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.files.writing import write_text
 from sitelens.settings import settings
-from sitelens.tasks.examples import Example
+from sitelens.tasks.examples import Example, note_on_shared_inputs
 from sitelens.tasks.pinned import PinnedFiles
 from sitelens.tasks.rows import file_rows, hub_rows, local_file
+from sitelens.tasks.suite import Suite
+from sitelens.tasks.task import Task, check_number, random_split
 
 Parts = dict[str, tuple[Example, ...]]
 """Items by the name that upstream gives a split: train, development and test, or the only one."""
@@ -137,18 +139,59 @@ def bbh(name: str) -> Parts:
     return {"examples": tuple(_reasoning(item, f"{where} {number}") for number, item in items)}
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One benchmark: its name in a results table, where it is from, its tasks' names and sizes (None: it depends)."""
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Suite):
+    """One benchmark as a suite; its tasks are called NAME/TASK.
 
+    title: the group of its tasks in a results table.
+    tasks: the tasks' own names, and how many items each has (None: it depends).
+    read: the items of a task, by its own name.
+    context: what several items share: its name, and how it is found in an input.
+    """
+
+    name: str
     title: str
     source: str
     description: str
     tasks: Callable[[], Mapping[str, int | None]]
     read: Callable[[str], Parts]
-    context: tuple[str, Callable[[str], str]] | None = None  # what several items share: its name, and how to find it
+    context: tuple[str, Callable[[str], str]] | None = None
 
-    def shared_context(self, train: Sequence[Example], test: Sequence[Example]) -> str:
+    def names(self) -> list[str]:
+        """The names of its tasks."""
+        return [f"{self.name}/{own}" for own in self.tasks()]
+
+    def load(self, name: str) -> Task:
+        """A task in its official splits where it has three, else split as the Function Vectors tasks are."""
+        parts = self.read(self._own(name))
+        if len(parts) == 3:
+            train, valid, test = parts.values()
+            notes = [f"the official splits {', '.join(parts)}"]
+        else:
+            [(split, examples)] = parts.items()
+            check_number(name, examples)
+            train, valid, test = random_split(examples)
+            notes = [f"70/9/21 of {split} (seed 32)"]
+        notes += [self._shared_context(train, test), note_on_shared_inputs(train, test)]
+        note = "; ".join(filter(None, notes))
+        return Task(name, self.source, train, valid, test, published_metric="exact_match", note=note)
+
+    def describe(self, name: str) -> str:
+        """The paper."""
+        return self.description
+
+    def group(self, name: str) -> str:
+        """The benchmark's title."""
+        return self.title
+
+    def n_items(self, name: str) -> int | None:
+        """How many items a task has upstream; None where that depends on the data at hand."""
+        return self.tasks()[self._own(name)]
+
+    def _own(self, name: str) -> str:
+        return name.removeprefix(f"{self.name}/")
+
+    def _shared_context(self, train: Sequence[Example], test: Sequence[Example]) -> str:
         """How many test items have a context that also stands in train, in words; empty if none has."""
         if self.context is None:
             return ""
@@ -158,34 +201,20 @@ class Benchmark:
         return f"{count} of {len(test)} test items have a {name} that also stands in train" if count else ""
 
 
-BENCHMARKS = {
-    "anli": Benchmark("ANLI", ANLI, "Nie et al. 2020", lambda: ROUNDS, anli, context=("premise", premise)),
-    "mmlu-pro": Benchmark(
-        "MMLU-Pro",
-        MMLU_PRO,
-        "Wang et al. 2024",
-        lambda: {category.replace(" ", "-"): n for category, n in CATEGORIES.items()},
-        mmlu_pro,
+BENCHMARKS = (
+    Benchmark(
+        name="anli", title="ANLI", source=ANLI, description="Nie et al. 2020", tasks=lambda: ROUNDS, read=anli,
+        context=("premise", premise),
     ),
-    "bbh": Benchmark(
-        "BBH",
-        BBH_FILES.source,
-        "Suzgun et al. 2022",
-        lambda: {name: row["examples"] for name, row in sorted(BBH_FILES.registry.items())},
-        bbh,
+    Benchmark(
+        name="mmlu-pro", title="MMLU-Pro", source=MMLU_PRO, description="Wang et al. 2024", read=mmlu_pro,
+        tasks=lambda: {category.replace(" ", "-"): n for category, n in CATEGORIES.items()},
     ),
-}
-
-
-def names(suite: str) -> list[str]:
-    """The names of a benchmark's tasks, as `load_task` knows them, sorted."""
-    return [f"{suite}/{own}" for own in BENCHMARKS[suite].tasks()]
-
-
-def find(name: str) -> tuple[Benchmark, str] | None:
-    """The benchmark that a task belongs to and the task's name within it; None if it belongs to none."""
-    suite, _, own = name.partition("/")
-    return (BENCHMARKS[suite], own) if suite in BENCHMARKS and own in BENCHMARKS[suite].tasks() else None
+    Benchmark(
+        name="bbh", title="BBH", source=BBH_FILES.source, description="Suzgun et al. 2022", read=bbh,
+        tasks=lambda: {name: row["examples"] for name, row in sorted(BBH_FILES.registry.items())},
+    ),
+)  # fmt: skip
 
 
 # Checksums

@@ -15,6 +15,11 @@ from importlib.resources import files
 from itertools import chain, islice, pairwise, zip_longest
 from typing import Literal
 
+from sitelens.tasks.examples import Example
+from sitelens.tasks.function_vectors import is_about_case
+from sitelens.tasks.suite import Suite
+from sitelens.tasks.task import Task
+
 Pair = tuple[str, str, tuple[str, ...]]
 Maker = Callable[[random.Random], list[Pair]]
 
@@ -251,3 +256,35 @@ def split_sizes(name: str, n: int) -> tuple[int, int, int]:
     percent = (70, 9) if _known(name) in GENERATED else (50, 15)
     train, valid = ((n * share + 50) // 100 for share in percent)
     return train, valid, n - train - valid
+
+
+class BuiltIn(Suite):
+    """The built-in tasks: they need no download."""
+
+    name = "builtin"
+    source = "built in"
+
+    def names(self) -> list[str]:
+        """The names of all built-in tasks, sorted."""
+        return names()
+
+    def load(self, name: str) -> Task:
+        """A task, its items shuffled and split."""
+        examples = [Example(*pair) for pair in pairs(name)]
+        random.Random(f"sitelens/split/{name}").shuffle(examples)
+        n_train, n_valid, _ = split_sizes(name, len(examples))
+        parts = examples[:n_train], examples[n_train : n_train + n_valid], examples[n_train + n_valid :]
+        train, valid, test = (tuple(part) for part in parts)
+        return Task(name, self.source, train, valid, test, case_sensitive=is_about_case(name))
+
+    def describe(self, name: str) -> str:
+        """What the output of a task is, in one line."""
+        return describe(name)
+
+    def group(self, name: str) -> str:
+        """Extractive or abstractive."""
+        return kind(name)
+
+    def n_items(self, name: str) -> int:
+        """How many items a task has."""
+        return len(pairs(name))

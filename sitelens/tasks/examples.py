@@ -87,6 +87,12 @@ def warn_about_repeats(name: str, examples: Sequence[Example]) -> None:
         warnings.warn(text, SitelensWarning, stacklevel=3)
 
 
+def note_on_shared_inputs(train: Sequence[Example], test: Sequence[Example]) -> str:
+    """How many inputs stand in both splits, in words; empty if none does."""
+    n_shared = len({example.input for example in train} & {example.input for example in test})
+    return f"{n_shared} inputs of train also stand in test" if n_shared else ""
+
+
 def _example(item: Any, where: str) -> Example:
     if isinstance(item, Example):
         source, output, also = item.input, item.output, item.also

@@ -6,9 +6,10 @@ Files come from the authors' repository at a pinned commit and are checked again
 
 from __future__ import annotations
 
-from typing import Any
-
+from sitelens.tasks.examples import Example, note_on_shared_inputs
 from sitelens.tasks.pinned import PinnedFiles
+from sitelens.tasks.suite import Suite
+from sitelens.tasks.task import Task, random_split
 
 COMMIT = "fb9eac7b6dc707ea1475a717379916007fe448d5"
 FILES = PinnedFiles(
@@ -21,25 +22,51 @@ FILES = PinnedFiles(
 )
 
 
-def names() -> list[str]:
-    """The names of the 57 tasks, as `load_task` knows them, sorted."""
-    return [f"fv/{name}" for name in sorted(registry())]
+class FunctionVectors(Suite):
+    """The 57 tasks of Todd et al., as "fv/NAME"."""
+
+    name = "fv57"
+
+    @property
+    def source(self) -> str:  # type: ignore[override]
+        """Repository and commit."""
+        return FILES.source
+
+    def names(self) -> list[str]:
+        """The names of the 57 tasks, sorted."""
+        return [f"fv/{name}" for name in sorted(FILES.registry)]
+
+    def load(self, name: str) -> Task:
+        """A task in its published splits.
+
+        Raises:
+            SitelensError: if the file can neither be found nor downloaded, or is not the expected one.
+        """
+        items = FILES.items(_own(name))
+        train, valid, test = random_split([Example(item["input"], item["output"]) for item in items])
+        shared = note_on_shared_inputs(train, test)
+        return Task(
+            name, self.source, train, valid, test, published_metric="prefix_match", case_sensitive=is_about_case(name),
+            note=f"{shared} (as upstream)" if shared else "",
+        )  # fmt: skip
+
+    def describe(self, name: str) -> str:
+        """The paper."""
+        return "Todd et al. 2024"
+
+    def group(self, name: str) -> str:
+        """Extractive or abstractive, as upstream sorts them."""
+        return FILES.registry[_own(name)]["category"]
+
+    def n_items(self, name: str) -> int | None:
+        """How many items a task has; None where upstream does not say."""
+        return FILES.registry[_own(name)]["examples"]
 
 
-def registry() -> dict[str, dict[str, Any]]:
-    """name -> category, sha256 (None: not known), bytes, examples, of every task."""
-    return FILES.registry
+def _own(name: str) -> str:
+    return name.removeprefix("fv/")
 
 
-def items(name: str) -> list[dict[str, Any]]:
-    """The task's examples as upstream wrote them.
-
-    Raises:
-        SitelensError: if the file can neither be found nor downloaded, or is not the expected one.
-    """
-    return FILES.items(name)
-
-
-def about_case(name: str) -> bool:
+def is_about_case(name: str) -> bool:
     """Whether a task of this name tells upper case from lower case, by the rule of SITE's released code."""
     return "capitalize" in name or "lowercase" in name

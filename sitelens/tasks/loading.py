@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,11 @@ import pandas as pd
 from sitelens.checks.values import SplitSeed, converted
 from sitelens.errors import SitelensError
 from sitelens.suggestions import did_you_mean
-from sitelens.tasks import benchmarks, builtin, function_vectors
-from sitelens.tasks.examples import Example
 from sitelens.tasks.files import ENDINGS, SPLIT_SEED, Columns, read_file
-from sitelens.tasks.files import function_vectors_split as function_vectors_split
-from sitelens.tasks.listing import SUITES as SUITES
-from sitelens.tasks.listing import group_of as group_of
-from sitelens.tasks.listing import kinds_of as kinds_of
-from sitelens.tasks.listing import list_tasks as list_tasks
-from sitelens.tasks.listing import suite_names as suite_names
-from sitelens.tasks.listing import task_names as task_names
-from sitelens.tasks.task import Task, _check_number, _from_items, _split
-from sitelens.tasks.templates import CLOCK as CLOCK
-from sitelens.tasks.templates import QA_TEMPLATE as QA_TEMPLATE
-from sitelens.tasks.templates import Arguments as Arguments
-from sitelens.tasks.templates import check_template as check_template
-from sitelens.tasks.templates import checked_arguments as checked_arguments
-from sitelens.tasks.templates import rewritten as rewritten
+from sitelens.tasks.suite import Suite
+from sitelens.tasks.suites import suite_of, task_names
+from sitelens.tasks.task import Task, task_from_items
+from sitelens.tasks.templates import QA_TEMPLATE, checked_arguments
 
 
 def load_task(
@@ -72,14 +59,23 @@ def load_task(
         return _from_file(path, content, SPLIT_SEED if seed is None else seed)
     if given:
         raise SitelensError(f"columns, sep and seed are for files ({', '.join(ENDINGS)}); {text!r} is none")
-    if text in builtin.names():
-        return _builtin(text)
-    if text.startswith("fv/") and text[3:] in function_vectors.registry():
-        return _function_vectors(text[3:])
-    if found := benchmarks.find(text):
-        return _benchmark(text, *found)
+    if (suite := suite_of(text)) is not None:
+        return task_of(suite, text)
     hint = did_you_mean(text, task_names(), n=4) or "sl.list_tasks() lists them all"
     raise SitelensError(f"unknown task {text!r}: {hint} (a file must end in {', '.join(ENDINGS)})")
+
+
+def task_of(suite: Suite, name: str) -> Task:
+    """A task of a suite.
+
+    Raises:
+        SitelensError: if its data cannot be had, or the suite gives something else.
+    """
+    task = suite.load(name)
+    if not isinstance(task, Task) or task.name != name:
+        given = f"the task {task.name!r}" if isinstance(task, Task) else repr(task)
+        raise SitelensError(f"the suite {suite.name!r} was asked for the task {name!r} and gave {given}")
+    return task
 
 
 def load_tasks(names: Iterable[str | Path | Task] | str | Path | Task) -> list[Task]:
@@ -101,38 +97,6 @@ def _hint(value: object) -> str:
     return ": use load_tasks for several, Task.from_pairs(name, pairs) for items" if isinstance(value, Iterable) else ""
 
 
-def _builtin(name: str) -> Task:
-    examples = [Example(*pair) for pair in builtin.pairs(name)]
-    random.Random(f"sitelens/split/{name}").shuffle(examples)
-    n_train, n_valid, _ = builtin.split_sizes(name, len(examples))
-    parts = examples[:n_train], examples[n_train : n_train + n_valid], examples[n_train + n_valid :]
-    train, valid, test = (tuple(part) for part in parts)
-    return Task(name, "built in", train, valid, test, case_sensitive=function_vectors.about_case(name))
-
-
-def _function_vectors(name: str) -> Task:
-    examples = [Example(item["input"], item["output"]) for item in function_vectors.items(name)]
-    train, valid, test = _split(examples)
-    shared = _shared(train, test)
-    note = f"{shared} (as upstream)" if shared else ""
-    facts: dict[str, Any] = {"published_metric": "prefix_match", "case_sensitive": function_vectors.about_case(name)}
-    return Task(f"fv/{name}", function_vectors.FILES.source, train, valid, test, note=note, **facts)
-
-
-def _benchmark(name: str, benchmark: benchmarks.Benchmark, own: str) -> Task:
-    parts = benchmark.read(own)
-    if len(parts) == 3:
-        train, valid, test = parts.values()
-        notes = [f"the official splits {', '.join(parts)}"]
-    else:
-        [(split, examples)] = parts.items()
-        _check_number(name, examples)
-        train, valid, test = _split(examples)
-        notes = [f"70/9/21 of {split} (seed 32)"]
-    note = "; ".join(filter(None, [*notes, benchmark.shared_context(train, test), _shared(train, test)]))
-    return Task(name, benchmark.source, train, valid, test, published_metric="exact_match", note=note)
-
-
 def _from_file(path: Path, content: dict[str, Any], seed: int) -> Task:
     content = {"published_metric" if key == "metric" else key: value for key, value in content.items()}
     fields = ("published_metric", "template", "instruction", "note", "case_sensitive")
@@ -145,10 +109,4 @@ def _from_file(path: Path, content: dict[str, Any], seed: int) -> Task:
         options["template_arguments"] = checked_arguments(
             content["template_arguments"], content.get("template", QA_TEMPLATE), str(path)
         )
-    return _from_items(name, content, str(path), seed, {"source": str(path), **options})
-
-
-def _shared(train: Sequence[Example], test: Sequence[Example]) -> str:
-    """How many inputs stand in both; no text for none."""
-    shared = len({example.input for example in train} & {example.input for example in test})
-    return f"{shared} inputs of train also stand in test" if shared else ""
+    return task_from_items(name, content, str(path), seed, {"source": str(path), **options})

@@ -15,20 +15,8 @@ from sitelens.checks.values import SplitSeed, converted
 from sitelens.errors import SitelensError
 from sitelens.metrics import METRICS
 from sitelens.tasks.examples import Example, check_text, parse_examples, warn_about_repeats
-from sitelens.tasks.files import SPLIT_SEED, Columns, by_split, frame_rows
-from sitelens.tasks.files import function_vectors_split as function_vectors_split
-from sitelens.tasks.listing import SUITES as SUITES
-from sitelens.tasks.listing import group_of as group_of
-from sitelens.tasks.listing import kinds_of as kinds_of
-from sitelens.tasks.listing import list_tasks as list_tasks
-from sitelens.tasks.listing import suite_names as suite_names
-from sitelens.tasks.listing import task_names as task_names
-from sitelens.tasks.templates import CLOCK as CLOCK
-from sitelens.tasks.templates import QA_TEMPLATE as QA_TEMPLATE
-from sitelens.tasks.templates import Arguments as Arguments
-from sitelens.tasks.templates import check_template as check_template
-from sitelens.tasks.templates import checked_arguments as checked_arguments
-from sitelens.tasks.templates import rewritten as rewritten
+from sitelens.tasks.files import SPLIT_SEED, Columns, by_split, frame_rows, function_vectors_split
+from sitelens.tasks.templates import QA_TEMPLATE, Arguments, check_template, checked_arguments
 
 SPLITS = ("train", "valid", "test")
 
@@ -141,7 +129,7 @@ class Task:
         items = pairs.items() if isinstance(pairs, Mapping) else pairs
         if not isinstance(items, Iterable) or isinstance(items, str | bytes):
             raise SitelensError(f"pairs must be a list of (input, output) pairs or a dict, not {items!r}")
-        return _from_items(name, {"examples": list(items)}, f"task {name!r}", seed, {"source": "own", **options})
+        return task_from_items(name, {"examples": list(items)}, f"task {name!r}", seed, {"source": "own", **options})
 
     @staticmethod
     def from_frame(
@@ -180,19 +168,19 @@ class Task:
             raise SitelensError(f"from_frame takes a DataFrame, not {type(frame).__name__}; from_pairs takes pairs")
         where = f"task {name!r}"
         content = by_split(frame_rows(frame, Columns(input, output, also, split), where), where)
-        return _from_items(name, content, where, seed, {"source": "own", **options})
+        return task_from_items(name, content, where, seed, {"source": "own", **options})
 
 
-def _from_items(name: str, content: dict[str, Any], where: str, seed: int, options: dict[str, Any]) -> Task:
+def task_from_items(name: str, content: dict[str, Any], where: str, seed: int, options: dict[str, Any]) -> Task:
     """A task from raw items: "examples", which are split here, or "train", "valid" and "test"."""
     seed = converted("seed", seed, SplitSeed)
     if unknown := sorted(options.keys() - {field.name for field in fields(Task)}):
         raise SitelensError(f"{where}: a task has no field {unknown[0]!r}")
     if "examples" in content:
         examples = parse_examples(_listed(content["examples"], where), f"{where}, ")
-        _check_number(name, examples)
+        check_number(name, examples)
         warn_about_repeats(name, examples)
-        train, valid, test = _split(examples, seed)
+        train, valid, test = random_split(examples, seed)
         return Task(name, train=train, valid=valid, test=test, **options)
     if not set(SPLITS) <= content.keys():
         raise SitelensError(f'{where} must hold "examples", or "train", "valid" and "test"')
@@ -204,12 +192,14 @@ def _from_items(name: str, content: dict[str, Any], where: str, seed: int, optio
     return Task(name, **parts, **options)
 
 
-def _check_number(name: str, examples: Sequence[Example]) -> None:
+def check_number(name: str, examples: Sequence[Example]) -> None:
+    """Raise SitelensError unless the items can fill every split."""
     if len(examples) < 4:
         raise SitelensError(f"task {name!r} has {len(examples)} items: at least 4 are needed to fill every split")
 
 
-def _split(examples: Sequence[Example], seed: int = SPLIT_SEED) -> list[tuple[Example, ...]]:
+def random_split(examples: Sequence[Example], seed: int = SPLIT_SEED) -> list[tuple[Example, ...]]:
+    """Train, valid and test, split as the Function Vectors tasks are."""
     return [tuple(examples[i] for i in part) for part in function_vectors_split(len(examples), seed)]
 
 

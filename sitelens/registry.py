@@ -1,0 +1,113 @@
+"""Values by name: those of sitelens, those that a user registers, and those that installed packages bring.
+
+A package brings a suite, for example, by an entry point in its pyproject.toml:
+
+    [project.entry-points."sitelens.suites"]
+    mine = "my_package.tasks:MySuite"
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.suggestions import did_you_mean
+
+Value = TypeVar("Value")  # it has a name
+
+
+class Registry(Mapping[str, Value]):
+    """Values by name, sitelens's own first.
+
+    Entry points of the group "sitelens.suites" (for suites) are loaded at the first question that sitelens's own
+    values do not answer. One that cannot be loaded is named in a warning, and the rest goes on.
+
+    what: what a value is called in messages ("suite").
+    kind: the class of the values; a subclass of it stands for the instance that it makes.
+    own: sitelens's values; no other value may take their names.
+    definition: the class or function that defines a value. A value whose definition has the same module and name as
+        an earlier one's takes its place, as when a cell of a notebook is run again.
+    check: called with each new value; raises SitelensError for one that cannot be used.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        kind: type,
+        own: Iterable[Any] = (),
+        *,
+        definition: Callable[[Any], Any] = type,
+        check: Callable[[Any], None] = lambda value: None,
+    ) -> None:
+        self.what, self.kind, self.definition, self.check = what, kind, definition, check
+        self.own: dict[str, Any] = {value.name: value for value in own}
+        self._added: dict[str, Any] = {}
+        self._asked = False  # whether the entry points have been loaded
+
+    def register(self, value: Any) -> Any:
+        """Add a value, or an instance of a class of values; returns what it was given, so it may be a decorator.
+
+        Raises:
+            SitelensError: if it is no such value, or another one has its name.
+        """
+        self._add(value)
+        return value
+
+    def named(self, name: object) -> Value:
+        """The value of a name.
+
+        Raises:
+            SitelensError: for an unknown name, with the known ones and the nearest of them.
+        """
+        if isinstance(name, str) and name in self:
+            return self[name]
+        hint = did_you_mean(name, self, n=1)
+        raise SitelensError(f"unknown {self.what} {name!r}{hint and f' ({hint})'}; there are: {', '.join(self)}")
+
+    def __getitem__(self, name: str) -> Value:
+        return self.own[name] if name in self.own else self._others()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.own, *self._others()])
+
+    def __len__(self) -> int:
+        return len(self.own) + len(self._others())
+
+    def _others(self) -> dict[str, Any]:
+        if not self._asked:
+            self._asked = True  # first of all: what is loaded may register values itself
+            for entry in entry_points(group=f"sitelens.{self.what}s"):
+                try:
+                    self._add(entry.load())
+                except Exception as error:  # anything may go wrong in another package
+                    warnings.warn(
+                        f"the {self.what} {_told(entry)} cannot be used: {type(error).__name__}: {error}",
+                        SitelensWarning, stacklevel=4,
+                    )  # fmt: skip
+        return self._added
+
+    def _add(self, value: Any) -> None:
+        if isinstance(value, type) and issubclass(value, self.kind):
+            value = value()
+        if not isinstance(value, self.kind):
+            raise SitelensError(f"a {self.what} must be a sitelens.{self.kind.__name__}, not {value!r}")
+        name = value.name
+        if not isinstance(name, str) or not name.strip():
+            raise SitelensError(f"the name of a {self.what} must be text and not empty, not {name!r}")
+        other = self.own.get(name) or self._added.get(name)
+        if other is not None and (name in self.own or self._place(other) != self._place(value)):
+            raise SitelensError(f"there is a {self.what} {name!r} already, {self._place(other)}; choose another name")
+        self.check(value)
+        self._added[name] = value
+
+    def _place(self, value: Any) -> str:
+        definition = self.definition(value)
+        return f"{definition.__module__}:{definition.__qualname__}"
+
+
+def _told(entry: EntryPoint) -> str:
+    """An entry point, and the package that it is of."""
+    return f"{entry.name!r} ({entry.value})" + (f" of {entry.dist.name}" if entry.dist is not None else "")

@@ -1,0 +1,99 @@
+"""Which suites and tasks there are; nothing that would be downloaded is read for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from sitelens.errors import SitelensError
+from sitelens.registry import Registry
+from sitelens.tasks.benchmarks import BENCHMARKS
+from sitelens.tasks.builtin import BuiltIn
+from sitelens.tasks.files import ENDINGS
+from sitelens.tasks.function_vectors import FunctionVectors
+from sitelens.tasks.suite import Suite
+
+OWN = "own"  # the group of a task that is in no suite
+
+
+def _check_names(suite: Suite) -> None:
+    """Raise SitelensError unless the names of a suite's tasks can be told from all others and from files."""
+    names = list(suite.names())
+    for name in names:
+        if not isinstance(name, str) or not name.strip() or name.lower().endswith(ENDINGS):
+            raise SitelensError(f"suite {suite.name!r}: the name of a task must be text that is not empty and does "
+                                f"not end like a file, not {name!r}")  # fmt: skip
+        if names.count(name) > 1:
+            raise SitelensError(f"suite {suite.name!r} has {names.count(name)} tasks {name!r}")
+        other = suite_of(name)
+        if other is not None and other.name != suite.name:
+            raise SitelensError(f"suite {suite.name!r}: {name!r} is a task of the suite {other.name!r}; "
+                                f"names such as {suite.name + '/' + name!r} tell them apart")  # fmt: skip
+
+
+SUITES: Registry[Suite] = Registry("suite", Suite, [BuiltIn(), FunctionVectors(), *BENCHMARKS], check=_check_names)
+
+
+def register_suite(suite: Suite | type[Suite]) -> Suite | type[Suite]:
+    """Make a suite known by its name, and its tasks by theirs; returns it, so it may stand over a class as a decorator.
+
+    An installed package does the same with an entry point of the group "sitelens.suites".
+
+    Raises:
+        SitelensError: if it is no `Suite`, or another suite or task has one of its names.
+    """
+    return SUITES.register(suite)
+
+
+def the_suite(suite: str | Suite) -> Suite:
+    """The suite of a name; a suite stands for itself.
+
+    Raises:
+        SitelensError: for an unknown name, with the known ones and the nearest of them.
+    """
+    return suite if isinstance(suite, Suite) else SUITES.named(suite)
+
+
+def suite_of(task: str) -> Suite | None:
+    """The suite that a task is in, by the task's name; None if it is in none."""
+    for suites in (SUITES.own, SUITES):
+        for suite in suites.values():
+            if task in suite.names():
+                return suite
+    return None
+
+
+def task_names() -> list[str]:
+    """All names that `load_task` knows."""
+    return [name for suite in SUITES.values() for name in suite.names()]
+
+
+def suite_names(suite: str | Suite) -> list[str]:
+    """The names of a suite's tasks.
+
+    Raises:
+        SitelensError: as `the_suite`.
+    """
+    return list(the_suite(suite).names())
+
+
+def list_tasks() -> pd.DataFrame:
+    """One row per task: name, kind (its group), items (missing if not known beforehand), source, description."""
+    rows = [
+        (name, suite.group(name), suite.n_items(name), suite.source, suite.describe(name))
+        for suite in SUITES.values()
+        for name in suite.names()
+    ]
+    frame = pd.DataFrame(rows, columns=["name", "kind", "items", "source", "description"])
+    return frame.astype({"items": "Int64"})
+
+
+def groups_of(names: Iterable[str]) -> dict[str, str]:
+    """The group of every named task that is in a suite."""
+    return {name: suite.group(name) for name in names if (suite := suite_of(name)) is not None}
+
+
+def group_of(name: str) -> str:
+    """What a table of results counts a task to: "extractive" or "abstractive", a benchmark, or "own"."""
+    return groups_of([name]).get(name, OWN)

@@ -1,0 +1,203 @@
+"""A suite, a metric, a condition or a study of a user's own file: it gets whatever sitelens's own get.
+
+Every test runs a file outside of the package in a fresh process; the file uses public names only.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+SUITE = '''
+import sitelens as sl
+
+
+class Mine(sl.Suite):
+    """Two tasks over the words of built-in ones."""
+
+    name = "mine"
+    source = "my laboratory"
+
+    def names(self):
+        return ["mine/capitals", "mine/opposites"]
+
+    def load(self, name):
+        task = sl.load_task("country-capital" if name == "mine/capitals" else "antonym")
+        pairs = [(item.input, item.output) for item in task.train[:40]]
+        return sl.Task.from_pairs(name, pairs)
+
+    def describe(self, name):
+        return f"forty pairs of {name}"
+
+    def group(self, name):
+        return "facts" if name == "mine/capitals" else "words"
+
+    def n_items(self, name):
+        return 40
+'''
+
+RUN = """
+small = {"n_prompts": 2, "n_shots": 2, "n_items": 4, "config": sl.TrainConfig(steps=2, eval_every=1, n_valid=2)}
+model = sl.load_model("model")
+"""
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as a user would have it: a folder of the transformers library."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.network().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path: Path, model_folder: Path) -> Path:
+    """A user's folder with the model in it."""
+    (tmp_path / "model").symlink_to(model_folder)
+    return tmp_path
+
+
+def run(home: Path, *arguments: str, expect: int = 0) -> str:
+    """Standard output of a fresh Python in a user's folder."""
+    environment = {**os.environ, "PYTHONPATH": f"{home}{os.pathsep}{ROOT}", "SITELENS_CACHE": str(home / "cache")}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=home, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == expect, done.stderr
+    return done.stdout if expect == 0 else done.stderr
+
+
+def run_file(home: Path, text: str) -> list[str]:
+    """The lines that a user's file prints."""
+    (home / "script.py").write_text(text)
+    return run(home, "script.py").splitlines()
+
+
+def install(home: Path, group: str, name: str, value: str) -> None:
+    """Make the modules of the folder an installed package with one entry point."""
+    folder = home / "mine-1.0.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    with (folder / "entry_points.txt").open("a") as file:
+        file.write(f"[{group}]\n{name} = {value}\n")
+
+
+# Suites
+
+
+def test_a_suite_runs_as_a_value(home: Path) -> None:
+    lines = run_file(home, SUITE + RUN + '''
+result = sl.run_suite(Mine(), model, **small)
+print(*result.tasks["task"], *result.tasks["group"], sep=",")
+print(result.left_out)
+result.save("out", "python script.py")
+print(sorted(set(result.scores["condition"])))
+''')  # fmt: skip
+    assert lines == [
+        "mine/capitals,mine/opposites,facts,words", "{}", "['2-shot', 'SITE', 'zero-shot']",
+    ]  # fmt: skip
+    assert {"suite-mine.csv", "suite-mine.html", "suite-mine.json"} <= {path.name for path in (home / "out").iterdir()}
+    assert "| facts" in (home / "out" / "suite-mine.md").read_text()
+
+
+def test_the_tasks_of_a_registered_suite_are_known_by_name(home: Path) -> None:
+    lines = run_file(home, SUITE.replace("class Mine", "@sl.register_suite\nclass Mine") + RUN + '''
+print(len(sl.load_task("mine/capitals").train))
+print(*sl.list_tasks().set_index("name").loc["mine/opposites"], sep=", ")
+for name in ("mine/capital", "fv58"):
+    try:
+        sl.load_task(name) if "/" in name else sl.run_suite(name, model)
+    except sl.SitelensError as error:
+        print(error)
+print(sl.run_suite("mine", model, tasks=["mine/capitals"], **small).left_out)
+grid = sl.transfer_matrix(["mine/capitals", "mine/opposites"], model, **small)
+print(grid.groups)
+''')  # fmt: skip
+    assert lines[:2] == ["28", "words, 40, my laboratory, forty pairs of mine/opposites"]
+    assert lines[2].startswith("unknown task 'mine/capital': did you mean mine/capitals?")
+    assert lines[3].endswith("(did you mean fv57?); there are: builtin, fv57, anli, mmlu-pro, bbh, mine")
+    assert lines[4:] == [
+        "{'mine/opposites': 'not asked for'}", "{'mine/capitals': 'facts', 'mine/opposites': 'words'}",
+    ]  # fmt: skip
+
+
+def test_a_suite_of_an_installed_package_is_known_to_the_commands(home: Path) -> None:
+    (home / "laboratory.py").write_text(SUITE)
+    install(home, "sitelens.suites", "mine", "laboratory:Mine")
+    assert "forty pairs of mine/opposites" in run(home, "-m", "sitelens.cli", "tasks", "mine/")
+    options = ["--model", "model", "--n-prompts", "2", "--n-shots", "2", "--steps", "2", "--n-items", "4"]
+    assert "facts" in run(home, "-m", "sitelens.cli", "suite", "mine", "--methods", "zero-shot", *options)
+    error = run(home, "-m", "sitelens.cli", "suite", "mime", expect=1)
+    assert "unknown suite 'mime' (did you mean mine?)" in error
+
+
+def test_a_broken_entry_point_is_named_and_the_rest_goes_on(home: Path) -> None:
+    install(home, "sitelens.suites", "lost", "nowhere:Lost")
+    lines = run_file(home, '''
+import warnings
+import sitelens as sl
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert sl.load_task("antonym").train and not caught
+    assert len(sl.list_tasks()) > 100
+    sl.list_tasks()
+print(*[warning.message for warning in caught], sep="\\n")
+''')  # fmt: skip
+    assert lines == ["the suite 'lost' (nowhere:Lost) of mine cannot be used: ModuleNotFoundError: No module named "
+                     "'nowhere'"]  # fmt: skip
+
+
+def test_a_suite_that_cannot_be_told_from_others_is_refused(home: Path) -> None:
+    lines = run_file(home, SUITE + '''
+class Elsewhere(Mine):
+    def names(self):
+        return ["antonym"]
+
+class Taken(Mine):
+    name = "bbh"
+
+class Other(Mine):
+    pass
+
+class File(Mine):
+    name = "file"
+    def names(self):
+        return ["file/words.csv"]
+
+class Wrong(Mine):
+    name = "wrong"
+    def load(self, name):
+        return sl.load_task("antonym")
+
+sl.register_suite(Mine)
+sl.register_suite(Mine())  # again, as when a cell is run again
+for act in (
+    lambda: sl.register_suite(Elsewhere), lambda: sl.register_suite(Taken), lambda: sl.register_suite(Other),
+    lambda: sl.register_suite(File), lambda: sl.register_suite(3), lambda: sl.register_suite(sl.Task),
+    lambda: sl.register_suite(Wrong),
+):
+    try:
+        act()
+    except sl.SitelensError as error:
+        print(error)
+''')  # fmt: skip
+    for line, said in zip(lines, (
+        "there is a suite 'mine' already, __main__:Mine; choose another name",
+        "there is a suite 'bbh' already, sitelens.tasks.benchmarks:Benchmark; choose another name",
+        "there is a suite 'mine' already, __main__:Mine; choose another name",
+        "suite 'file': the name of a task must be text that is not empty and does not end like a file",
+        "a suite must be a sitelens.Suite, not 3",
+        "a suite must be a sitelens.Suite, not <class",
+        "suite 'wrong': 'mine/capitals' is a task of the suite 'mine'",
+    ), strict=True):  # fmt: skip
+        assert line.startswith(said)
