@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 
 import sitelens as sl
+from sitelens.tasks import SUITES
 from tests import tiny
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -71,6 +72,9 @@ MISSING: set[str] = {
 }
 
 
+REGISTRIES = [SUITES]
+
+
 def public() -> Iterator[tuple[str, Any]]:
     """Name and object of each public function and class, as a user writes it (`heads.attention`)."""
     for name in sl.__all__:
@@ -103,6 +107,8 @@ EXAMPLES = {name + end: text for name, value in PUBLIC.items() for end, text in 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_does_what_it_shows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for registry in REGISTRIES:
+        monkeypatch.setattr(registry, "_added", {})  # what an example registers is forgotten
     names = {"sl": sl, "model": tiny.model(), "task": sl.load_task("country-capital"), "np": np, "pd": pd}
     example = doctest.DocTestParser().get_doctest(EXAMPLES[name], names, name, None, None)
     report: list[str] = []

@@ -42,6 +42,17 @@ def register_suite(suite: Suite | type[Suite]) -> Suite | type[Suite]:
 
     Raises:
         SitelensError: if it is no `Suite`, or another suite or task has one of its names.
+
+    Example:
+        >>> @sl.register_suite
+        ... class Numbers(sl.Suite):
+        ...     name = "numbers"
+        ...     def names(self):
+        ...         return ["numbers/next"]
+        ...     def load(self, name):
+        ...         return sl.Task.from_pairs(name, {str(n): str(n + 1) for n in range(50)})
+        >>> sl.load_task("numbers/next").test[0].answers
+        ('...',)
     """
     return SUITES.register(suite)
 
