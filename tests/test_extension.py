@@ -123,7 +123,7 @@ grid = sl.transfer_matrix(["mine/capitals", "mine/opposites"], model, **small)
 print(grid.groups)
 ''')  # fmt: skip
     assert lines[:2] == ["28", "words, 40, my laboratory, forty pairs of mine/opposites"]
-    assert lines[2].startswith("unknown task 'mine/capital': did you mean mine/capitals?")
+    assert lines[2].startswith("unknown task 'mine/capital': did you mean mine/capitals,")
     assert lines[3].endswith("(did you mean fv57?); there are: builtin, fv57, anli, mmlu-pro, bbh, mine")
     assert lines[4:] == [
         "{'mine/opposites': 'not asked for'}", "{'mine/capitals': 'facts', 'mine/opposites': 'words'}",
