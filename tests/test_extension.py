@@ -99,7 +99,7 @@ def test_a_suite_runs_as_a_value(home: Path) -> None:
 result = sl.run_suite(Mine(), model, **small)
 print(*result.tasks["task"], *result.tasks["group"], sep=",")
 print(result.left_out)
-result.save("out", "python script.py")
+result.save("out")
 print(sorted(set(result.scores["condition"])))
 ''')  # fmt: skip
     assert lines == [
