@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,14 @@ def test_an_interrupt_at_any_line_puts_the_setting_back(tmp_path: Path) -> None:
 
     for _ in interruption.at_every_line(work, [bound, settings.using]):
         assert repr(settings) == outside
+
+
+def test_the_command_leaves_output_and_warnings_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
+    monkeypatch.setattr(sys, "stdout", screen)
+    before = warnings.showwarning, list(warnings.filters)
+    assert cli.main(["tasks", "--names", "--built-in", "--cache", str(tmp_path)]) == 0
+    assert screen.errors == "strict" and (warnings.showwarning, list(warnings.filters)) == before
 
 
 def test_the_command_leaves_no_setting_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

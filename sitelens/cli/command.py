@@ -9,7 +9,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,29 @@ from sitelens.version import __version__
 TRACEBACK = "SITELENS_TRACEBACK"  # set in the environment: an error that is not expected is raised
 
 
+@contextlib.contextmanager
+def _escapes() -> Iterator[None]:
+    """Within it, output shows characters that its terminal does not have as escapes."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            with contextlib.suppress(OSError, ValueError):  # closed, or its reader has left
+                stream.reconfigure(errors=errors)
+
+
+@_escapes()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code.
+    """Run one command. Returns the exit code; settings, warnings and output streams are left as they were.
 
     0: all went well. 1: input that cannot be used, or a file that was asked for and could not be written. 2: a wrong
     command line. 130: interrupted. An error that sitelens did not expect is one line, too; with SITELENS_TRACEBACK=1 in
     the environment it is raised.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode shows escapes
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = command_parser().parse_args(words)
     options.words = words

@@ -28,6 +28,7 @@ from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.state import Record, State
 from sitelens.models.model import Model, computing_dtype, context_length, head_shape, own_tokenizer
 from sitelens.progress import Bar, progress
+from sitelens.settings import settings
 from sitelens.tasks import Task
 
 
@@ -70,7 +71,6 @@ def train_runs(
     embeddings: Sequence[TaskEmbedding],
     model: Model,
     config: TrainConfig,
-    budget: int,
 ) -> Iterator[dict[str, Tensor]]:
     """Train all runs; yields each one's alpha and history.
 
@@ -78,6 +78,7 @@ def train_runs(
     once; a group's results come before the next group begins. A training of more than some seconds keeps its state on
     disk at validations, and goes on from there after an interruption, with the same numbers.
     """
+    budget = settings.budget()
     groups = _groups(runs, tasks, model, config, budget // 2)
     with progress(len(groups) * config.steps, _label(runs, tasks)) as bar:
         for group in groups:

@@ -28,7 +28,6 @@ from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, head_shape
 from sitelens.models.provenance import Origin
-from sitelens.settings import settings
 from sitelens.store.artifact import Artifact
 from sitelens.store.digests import content_digest, digest
 from sitelens.store.folder import Contents
@@ -153,7 +152,7 @@ def train_jobs(
             for config, batch in batches.items():
                 keys = [digest(specs[i]) if store.open else "" for i in batch]
                 runs, used, vectors = _runs([jobs[i] for i in batch], keys)
-                trained = train_runs(runs, used, vectors, model, config, settings.budget())
+                trained = train_runs(runs, used, vectors, model, config)
                 for i, tensors in zip(batch, trained, strict=True):
                     how = jobs[i].config
                     provenance = f"SITE, {how.checkpoint} of {how.steps} steps, seed {how.seed}"
