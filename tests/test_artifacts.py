@@ -29,6 +29,7 @@ from sitelens.conditions.streams import AddToStream, InContextVector, LinearComb
 from sitelens.engine.forward import Hook
 from sitelens.errors import SitelensError
 from sitelens.evaluation.cached import score_conditions
+from sitelens.evaluation.result import Result
 from sitelens.models.model import Model
 from sitelens.models.provenance import Origin
 from sitelens.reports.run import RunConfig
@@ -67,7 +68,19 @@ def matrix() -> sl.TransferMatrix:
     names = ["a", "b"]
     frame = pd.DataFrame(torch.rand(2, 2, dtype=torch.float64).numpy(), names, names)
     ones = pd.Series([0.5, 0.25], names)
-    return sl.TransferMatrix(frame, ones, pd.Series([4, 4], names), "heads", "first_token", "tiny", {"a": "x"}, ORIGIN)
+    n = pd.Series([4, 4], names)
+    return sl.TransferMatrix(frame, ones, n, "heads", "first_token", "tiny", {"a": "x"}, ORIGIN, {"seed": 0})
+
+
+def comparison() -> sl.Comparison:
+    costs = dict.fromkeys(("trained", "forward_tokens", "backward_tokens", "fit_seconds", "seconds_per_prompt"), 1.5)
+    row = {"task": "a", "method": "x", "accuracy": 0.5, "low": 0.1, "high": 0.9, "n": 2, **costs}
+    scores = pd.DataFrame({"task": ["a", "a"], "condition": "x", "item": [0, 1], "score": [0.0, 1.0]})
+    return sl.Comparison(pd.DataFrame([row]), scores, {"seed": 0})
+
+
+def written(thing: Any, path: Path) -> Path:
+    return thing.artifact().save(path) if isinstance(thing, Result) else thing.save(path)
 
 
 def saved(folder: Path) -> list[tuple[Artifact, Load]]:
@@ -77,9 +90,10 @@ def saved(folder: Path) -> list[tuple[Artifact, Load]]:
         (SELECTION, sl.HeadSelection.load),
         (EMBEDDING, sl.TaskEmbedding.load),
         (matrix(), sl.TransferMatrix.load),
+        (comparison(), sl.Comparison.load),
         *((condition, Condition.load) for condition in CONDITIONS),
     ]
-    return [(Artifact.load(thing.save(path)), load) for thing, load in things]
+    return [(Artifact.load(written(thing, path)), load) for thing, load in things]
 
 
 def plain(artifact: Artifact) -> Any:
@@ -102,7 +116,7 @@ def test_every_kind_of_condition_is_tried():
 
 def test_what_is_saved_comes_back_equal(tmp_path: Path):
     for artifact, load in saved(tmp_path):
-        again = load(artifact.save(tmp_path / "one.safetensors")).save(tmp_path / "again.safetensors")
+        again = written(load(artifact.save(tmp_path / "one.safetensors")), tmp_path / "again.safetensors")
         assert plain(Artifact.load(again)) == plain(artifact)
 
 
@@ -180,7 +194,7 @@ def test_a_changed_file_is_refused_in_words_or_read_as_what_it_says(
     if isinstance(found, str):
         assert str(path) in found
         return
-    said, read = plain(Artifact.load(path)), plain(Artifact.load(found.save(folder / "read.safetensors")))
+    said, read = plain(Artifact.load(path)), plain(Artifact.load(written(found, folder / "read.safetensors")))
     if said != read:  # only what a file may leave out, or a whole number where a float is meant
         assert said[1] == read[1]
         assert json.loads(json.dumps(said[0])) == json.loads(json.dumps(read[0])) or _defaults(mutant, read[0])

@@ -96,13 +96,14 @@ def test_the_transfer_command_prints_and_writes_the_matrix(
     assert main(["transfer", *task_files, *options, "--out", str(out), "--no-progress"]) == 0
     printed = capsys.readouterr().out
     grid = sl.TransferMatrix.load(out / "transfer.safetensors")
-    assert list(grid.frame.columns) == ["one", "two", "three"] and grid.swap == "both" and set(grid.n) == {5}
-    for name, row in (100 * grid.frame).round().astype(int).iterrows():
+    assert list(grid.matrix.columns) == ["one", "two", "three"] and grid.swap == "both" and set(grid.n) == {5}
+    for name, row in (100 * grid.matrix).round().astype(int).iterrows():
         line = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
         assert [int(value) for value in line.split()[1:]] == row.tolist()
     assert "zero-shot" in printed
     assert {path.name for path in out.iterdir()} == {
-        "transfer.csv", "transfer.json", "transfer.html", "transfer.safetensors", "plotly.min.js",
+        "transfer.csv", "transfer-summary.csv", "transfer.md", "transfer.tex", "transfer.json", "transfer.html",
+        "transfer.safetensors", "plotly.min.js",
     }  # fmt: skip
     record: dict[str, Any] = json.loads((out / "transfer.json").read_text())
     assert record["train"]["steps"] == 3 and "--swap both" in record["made_by"]

@@ -53,7 +53,26 @@ def suite() -> sl.SuiteResult:
     return sl.SuiteResult("bbh", scores, pd.DataFrame(rows), {NAMES[3]: NAMES[0]}, record=RECORD)
 
 
-RESULTS: dict[str, Callable[[], Result]] = {"Comparison": comparison, "SuiteResult": suite}
+def transfer() -> sl.TransferMatrix:
+    matrix = pd.DataFrame([[0.5 + 0.1 * (i == j) - 0.04 * i for j in range(4)] for i in range(4)], NAMES, NAMES)
+    zero_shot, n = pd.Series([0.1, 0.2, 0.58, 0.0], NAMES), pd.Series([4, 4, 4, 3], NAMES)
+    return sl.TransferMatrix(matrix, zero_shot, n, "both", "first_token", NAMES[1], {NAMES[0]: NAMES[1]}, None, RECORD)
+
+
+def similarity() -> sl.HeadSimilarity:
+    pairs = [(a, b, i, 1) for place, a in enumerate(NAMES) for b in NAMES[place:] for i in range(1 + (a != b))]
+    rows = [{"measure": measure, "a": a, "b": b, "seed_a": i, "seed_b": j, "similarity": 0.5 + 0.1 * i}
+            for measure in ("pearson", "spearman", "jaccard") for a, b, i, j in pairs]  # fmt: skip
+    floor = [{"measure": row["measure"], "permuted": permuted, "similarity": 0.1}
+             for row in rows[::5] for permuted in ("heads", "within layers")]  # fmt: skip
+    k = dict.fromkeys(NAMES, 3)
+    return sl.HeadSimilarity(pd.DataFrame(rows), pd.DataFrame(floor), NAMES, k, NAMES[1], {NAMES[0]: NAMES[1]}, RECORD)
+
+
+RESULTS: dict[str, Callable[[], Result]] = {
+    "Comparison": comparison, "SuiteResult": suite, "TransferMatrix": transfer,
+    "HeadSimilarity": similarity,
+}  # fmt: skip
 SAVED = [name for name in RESULTS if name != "RunReport"]
 
 

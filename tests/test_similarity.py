@@ -121,7 +121,7 @@ def test_pairs_are_of_the_trained_alphas(model: Model) -> None:
     options: dict[str, Any] = {"seeds": (1, 0), "embeddings": vectors, "config": config}
     found = head_similarity(TASKS, model, n_permutations=5, **options)
     runs = sl.train_selections(TASKS, model, **options)
-    for row in found.pairs.itertuples():
+    for row in found.frame.itertuples():
         a, b = runs[row.a, row.seed_a].selection, runs[row.b, row.seed_b].selection
         assert row.similarity == alpha_similarity(a, b, str(row.measure))
     assert found.tasks == NAMES and found.model == "Llama" and found.groups == {}
@@ -130,7 +130,7 @@ def test_pairs_are_of_the_trained_alphas(model: Model) -> None:
 
 
 def test_every_pair_of_tasks_and_seeds_stands_there_once(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
-    pairs = of(random_alphas((2, 0, 1)), monkeypatch, model).pairs
+    pairs = of(random_alphas((2, 0, 1)), monkeypatch, model).frame
     for measure in MEASURES:
         rows = pairs[pairs["measure"] == measure]
         keys = [frozenset([(r.a, r.seed_a), (r.b, r.seed_b)]) for r in rows.itertuples()]
@@ -147,7 +147,7 @@ def test_the_frame_is_symmetric_with_the_ceiling_on_its_diagonal(
 ) -> None:
     alphas = random_alphas()
     found = of(alphas, monkeypatch, model, k=3)
-    frame = found.frame(measure)
+    frame = found.matrix(measure)
     assert list(frame.index) == list(frame.columns) == list(NAMES) and set(found.k.values()) == {3}
 
     def like(a: tuple[str, int], b: tuple[str, int]) -> float:
@@ -166,8 +166,8 @@ def test_the_frame_is_symmetric_with_the_ceiling_on_its_diagonal(
 
 def test_one_seed_has_no_ceiling(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     found = of(random_alphas((0,)), monkeypatch, model)
-    assert np.isnan(np.diag(found.frame())).all() and found.summary()["ceiling"].isna().all()
-    off = found.frame().to_numpy()[~np.eye(3, dtype=bool)]
+    assert np.isnan(np.diag(found.matrix())).all() and found.summary()["ceiling"].isna().all()
+    off = found.matrix().to_numpy()[~np.eye(3, dtype=bool)]
     assert not np.isnan(off).any()
     found.heatmap()
 
@@ -210,7 +210,7 @@ def drawn_names(figure: Any) -> list[str]:
 def test_a_heatmap_shows_the_frame_with_fixed_colors(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     found = of(random_alphas(), monkeypatch, model)
     for measure in MEASURES:
-        figure, frame = found.heatmap(measure), found.frame(measure)
+        figure, frame = found.heatmap(measure), found.matrix(measure)
         (trace,) = (trace for trace in figure.data if trace.type == "heatmap")
         assert sum(trace.type == "scatter" for trace in figure.data) == len(NAMES) - 1
         names = drawn_names(figure)
@@ -233,7 +233,7 @@ def test_a_heatmap_of_a_constant_alpha_is_drawn(monkeypatch: pytest.MonkeyPatch,
     for seed in (0, 1):
         alphas["two", seed] = alpha(*[0.3] * 8)
     found = of(alphas, monkeypatch, model)
-    assert math.isnan(found.frame().loc["one", "two"])
+    assert math.isnan(found.matrix().loc["one", "two"])
     found.heatmap()
 
 
@@ -366,13 +366,13 @@ def of_four(monkeypatch: pytest.MonkeyPatch, model: Model) -> HeadSimilarity:
 def test_similarity_that_predicts_transfer_is_seen_in_any_order(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
     similar = of_four(monkeypatch, model)
     names = list("cadb")
-    shares = 0.2 + 0.5 * similar.frame("spearman").loc[names, names].to_numpy()
+    shares = 0.2 + 0.5 * similar.matrix("spearman").loc[names, names].to_numpy()
     found = similarity_predicts_transfer(similar, grid_of(shares, names), n_permutations=300, seed=2)
     assert found["measure"].tolist() == list(MEASURES)
     assert (found["cells"] == 12).all() and (found["permutations"] == 300).all()
     rows = found.set_index("measure")
     assert rows.loc["spearman", "r"] == pytest.approx(1) and rows.loc["spearman", "p"] < 0.1
-    pearson = similar.frame("pearson").loc[names, names].to_numpy()
+    pearson = similar.matrix("pearson").loc[names, names].to_numpy()
     r, p, _ = qap(pearson, shares, 300, seed=2)
     assert rows.loc["pearson", "r"] == pytest.approx(r) and rows.loc["pearson", "p"] == pytest.approx(p)
     assert abs(r) < 0.999
@@ -385,7 +385,7 @@ def test_targets_without_a_gain_of_their_own_are_left_out(monkeypatch: pytest.Mo
     assert (found["cells"] == 9).all()
     known = ~np.eye(4, dtype=bool)
     known[:, 2] = False
-    expected = np.corrcoef(similar.frame().to_numpy()[known], shares[known])[0, 1]
+    expected = np.corrcoef(similar.matrix().to_numpy()[known], shares[known])[0, 1]
     assert found["r"].iloc[0] == pytest.approx(expected)
     nothing = similarity_predicts_transfer(similar, grid_of(shares, names, [0.01] * 4), n_permutations=50)
     assert nothing["r"].isna().all() and nothing["p"].isna().all() and (nothing["cells"] == 0).all()

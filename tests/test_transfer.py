@@ -49,7 +49,7 @@ def test_every_cell_is_the_evaluation_of_its_pair(swap: Swap, model: Model) -> N
             alpha = runs[source.name if swap != "embedding" else target.name, 0].selection
             mean_z = vectors[source.name if swap != "heads" else target.name]
             scores = sl.evaluate(target, {"cell": sl.PatchHeads(alpha, mean_z)}, model, n_items=100)
-            assert grid.frame.loc[source.name, target.name] == scores["score"].mean()
+            assert grid.matrix.loc[source.name, target.name] == scores["score"].mean()
         assert grid.zero_shot[target.name] == sl.evaluate(target, {"z": sl.ZeroShot()}, model)["score"].mean()
         assert grid.n[target.name] == len(target.test)
 
@@ -64,9 +64,9 @@ def test_normalized_is_the_share_of_the_own_gain_and_missing_where_there_is_none
 def test_clustering_puts_similar_tasks_together_and_changes_no_cell() -> None:
     grid = matrix([[0.9, 0.0, 0.8], [0.0, 0.9, 0.1], [0.8, 0.0, 0.9]], [0.0, 0.0, 0.0])
     clustered = grid.clustered()
-    order = list(clustered.frame.columns)
-    assert order == list(clustered.frame.index) and abs(order.index("a") - order.index("c")) == 1
-    pd.testing.assert_frame_equal(clustered.frame.loc[list("abc"), list("abc")], grid.frame)
+    order = list(clustered.matrix.columns)
+    assert order == list(clustered.matrix.index) and abs(order.index("a") - order.index("c")) == 1
+    pd.testing.assert_frame_equal(clustered.matrix.loc[list("abc"), list("abc")], grid.matrix)
 
 
 def test_the_tree_is_of_mean_normalized_transfer_and_what_is_not_known_counts_as_none() -> None:
@@ -80,7 +80,7 @@ def test_the_tree_is_of_mean_normalized_transfer_and_what_is_not_known_counts_as
     assert heights[0, 3] == pytest.approx(ad)
     assert heights[0, 1] == heights[1, 3] == pytest.approx((ab + bd) / 2)
     assert heights[2, :2] == pytest.approx(1)
-    order = list(grid.clustered().frame.columns)
+    order = list(grid.clustered().matrix.columns)
     assert order[0] == "c" or order[-1] == "c"
     assert abs(order.index("a") - order.index("d")) == 1
     # a and d keep 1/2 of the gain between them, b with those 5/16, c nothing
@@ -96,21 +96,21 @@ def test_the_tree_is_of_mean_normalized_transfer_and_what_is_not_known_counts_as
 def test_clustering_moves_every_fact_with_its_task() -> None:
     grid = matrix([[0.9, 0.0, 0.8], [0.0, 0.7, 0.1], [0.8, 0.0, 0.9]], [0.0, 0.1, 0.05], groups={"a": "x"})
     clustered = grid.clustered()
-    assert list(clustered.frame.columns) != ["a", "b", "c"]
+    assert list(clustered.matrix.columns) != ["a", "b", "c"]
     for name in "abc":
         assert (clustered.zero_shot[name], clustered.n[name]) == (grid.zero_shot[name], grid.n[name])
-    assert list(clustered.zero_shot.index) == list(clustered.n.index) == list(clustered.frame.index)
+    assert list(clustered.zero_shot.index) == list(clustered.n.index) == list(clustered.matrix.index)
     assert (clustered.groups, clustered.swap) == (grid.groups, grid.swap)
 
 
 def test_long_form_and_file_hold_every_cell(tmp_path: Path) -> None:
     groups = {"a": "words", "b": "größe"}
     grid = matrix([[0.5, 0.3, 0.2], [0.3, 0.9, 0.2], [0.1, 0.1, 0.24]], [0.1, 0.1, 0.2], groups=groups)
-    rows = grid.long().set_index(["source", "target"])
+    rows = grid.frame.set_index(["source", "target"])
     assert len(rows) == 9 and rows.loc[("b", "a"), "accuracy"] == 0.3 and rows.loc[("b", "a"), "own"] == 0.5
     assert rows.loc[("a", "c"), ["zero_shot", "n"]].tolist() == [0.2, 12]
-    again = sl.TransferMatrix.load(grid.save(tmp_path / "grid.safetensors"))
-    pd.testing.assert_frame_equal(again.frame, grid.frame)
+    again = sl.TransferMatrix.load(grid.artifact().save(tmp_path / "grid.safetensors"))
+    pd.testing.assert_frame_equal(again.matrix, grid.matrix)
     pd.testing.assert_series_equal(again.zero_shot, grid.zero_shot)
     pd.testing.assert_series_equal(again.n, grid.n)
     assert (again.swap, again.metric, again.model, again.groups) == ("heads", "first_token", "m", groups)
@@ -144,9 +144,9 @@ def test_heatmap_has_fixed_colors_every_name_and_the_numbers_in_its_hover(
     figure = grid.heatmap(order=order)
     (trace,) = traces(figure, "heatmap")
     names = drawn_names(figure)
-    assert names == (list(grid.clustered().frame.columns) if order == "clustered" else ["a", "b", "c"])
+    assert names == (list(grid.clustered().matrix.columns) if order == "clustered" else ["a", "b", "c"])
     assert (trace.zmin, trace.zmax) == (0, 1)
-    np.testing.assert_array_equal(trace.z, grid.frame.loc[names, names])
+    np.testing.assert_array_equal(trace.z, grid.matrix.loc[names, names])
     share, zero_shot, own = np.moveaxis(np.array(trace.customdata), -1, 0)
     np.testing.assert_allclose(share, grid.normalized().loc[names, names])
     for row in range(3):
@@ -161,12 +161,12 @@ def test_a_heatmap_of_shares_shows_them_and_keeps_accuracy_in_its_hover() -> Non
     figure = grid.heatmap(values="share")
     (trace,) = traces(figure, "heatmap")
     names = drawn_names(figure)
-    assert names == list(grid.clustered().frame.columns)
+    assert names == list(grid.clustered().matrix.columns)
     shares = np.array(trace.z, float)
     np.testing.assert_allclose(shares, grid.normalized().loc[names, names])
     assert np.isnan(shares[:, names.index("b")]).all()  # a gain of 4 points
     assert shares[names.index("c"), names.index("a")] == pytest.approx(2 / 3)
-    np.testing.assert_allclose(np.array(trace.customdata)[..., 0], grid.frame.loc[names, names])
+    np.testing.assert_allclose(np.array(trace.customdata)[..., 0], grid.matrix.loc[names, names])
     assert "share of the target's own gain %{z" in trace.hovertemplate and "accuracy %{cust" in trace.hovertemplate
 
 
@@ -253,7 +253,7 @@ def test_given_embeddings_and_selections_stand_in_and_nothing_is_trained(
     monkeypatch.setattr(transfer, "train_selections", None)
     seen = scored(monkeypatch)
     grid = fast(model, swap=swap, **parts)
-    np.testing.assert_array_equal(grid.frame, cells(parts, model, swap))
+    np.testing.assert_array_equal(grid.matrix, cells(parts, model, swap))
     for target, conditions in zip(TASKS, seen, strict=True):
         for source in TASKS:
             patch = conditions[f"from {source.name}"]
@@ -316,7 +316,7 @@ def test_an_interrupted_grid_goes_on_where_it_stopped(model: Model, monkeypatch:
     assert names == ["one", "two"]
     grid = fast(model, **parts)
     assert names == ["one", "two", "three"]
-    np.testing.assert_array_equal(grid.frame, cells(parts, model, "heads"))
+    np.testing.assert_array_equal(grid.matrix, cells(parts, model, "heads"))
 
 
 def test_a_second_call_evaluates_and_trains_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +327,7 @@ def test_a_second_call_evaluates_and_trains_nothing(model: Model, monkeypatch: p
         micro.silence(patch)
         second = fast(model)
     assert names == ["one", "two", "three"]
-    pd.testing.assert_frame_equal(second.frame, first.frame)
+    pd.testing.assert_frame_equal(second.matrix, first.matrix)
     fast(model, seed=1, **given(model))
     assert len(names) == 6
 

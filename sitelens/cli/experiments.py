@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from sitelens.cli.options import run_options
@@ -14,7 +13,6 @@ from sitelens.cli.parser import Parser
 from sitelens.cli.reading import method_options, number, tasks_of, template_options, typed_command
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.files.escaping import visible
-from sitelens.files.writing import Outputs
 from sitelens.progress import Job
 
 if TYPE_CHECKING:
@@ -125,8 +123,6 @@ def transfer(options: argparse.Namespace) -> None:
         with job.stage(LOAD):
             train = _train_config(options)
             tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
-            from sitelens.evaluation.record import data_facts
-            from sitelens.reports.gallery import write_figure
             from sitelens.studies.transfer import transfer_matrix
             from sitelens.tasks import rewritten
 
@@ -140,18 +136,13 @@ def transfer(options: argparse.Namespace) -> None:
             )  # fmt: skip
     print(f"{options.metric.replace('_', ' ')} accuracy in per cent, model {options.model}: sources down, targets "
           f"across, {options.swap} of the source\n")  # fmt: skip
-    print((100 * grid.frame).round().astype(int).rename(visible, axis=0).rename(visible, axis=1).to_string() + "\n")
+    print((100 * grid.matrix).round().astype(int).rename(visible, axis=0).rename(visible, axis=1).to_string() + "\n")
     print((100 * grid.zero_shot).round().astype(int).rename(visible).rename("zero-shot").to_frame().T.to_string())
     if options.out is not None:
-        name, command = options.name, typed_command(options)
-        facts = {"tasks": [task.name for task in tasks], "left_out": left_out, "swap": options.swap,
-                 "metric": options.metric, "n_prompts": options.n_prompts, "n_shots": options.n_shots,
-                 "seed": options.seed, "train": asdict(train),
-                 **data_facts(tasks, options.n_items or None)}  # fmt: skip
-        with kept(options), Outputs(options.out) as outputs:
-            outputs.write(f"{name}.safetensors", grid.save)
-            write_figure(outputs, grid.heatmap(), grid.long(), name, options.formats, command, model, facts)
-        print(f"\nheatmap, {name}.csv, {name}.json and {name}.safetensors are in {options.out}")
+        with kept(options):
+            command, facts = typed_command(options), {"left_out": left_out}
+            grid.save(options.out, options.formats, name=options.name, command=command, facts=facts)
+        print(f"\ntables, heatmap, their numbers and their origin are in {options.out}")
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -50,8 +50,8 @@ class Result(ABC):
         """The tables that `markdown`, `latex` and a notebook show."""
 
     @abstractmethod
-    def figure(self, title: str = "") -> go.Figure:
-        """The figure that shows it."""
+    def figure(self, title: str | None = None) -> go.Figure:
+        """The figure that shows it; without a title, under its usual one or none."""
 
     @abstractmethod
     def description(self) -> dict[str, Any]:

@@ -95,9 +95,9 @@ class Comparison(Result):
             Table(texts, f"{accuracy}, and costs: means over tasks."),
         ]
 
-    def figure(self, title: str = "") -> go.Figure:
+    def figure(self, title: str | None = None) -> go.Figure:
         """Mean accuracy of each method over the numbers it trains, and over the tokens that fitting it takes."""
-        return figures.comparison(self.frame, title)
+        return figures.comparison(self.frame, title or "")
 
     def frames(self) -> dict[str, pd.DataFrame]:
         return {**super().frames(), "-scores": self.scores}

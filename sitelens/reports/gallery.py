@@ -164,12 +164,12 @@ def _grid(on: Sequence[Task], model: Model, config: TrainConfig, options: Option
 
 def _transfer(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
     grid = _grid(on, model, config, options)
-    return grid.clustered().long(), grid.heatmap("")
+    return grid.clustered().frame, grid.heatmap("")
 
 
 def _similarity(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
     similarity = head_similarity(on, model, config=config)
-    return similarity.pairs, similarity.heatmap("pearson", "")
+    return similarity.frame, similarity.heatmap("pearson", "")
 
 
 def _similarity_summary(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:
@@ -178,7 +178,7 @@ def _similarity_summary(on: Sequence[Task], model: Model, config: TrainConfig, o
     frame = similarity.summary().merge(found, on="measure")
     r, p = float(found["r"].iloc[0]), float(found["p"].iloc[0])
     title = f"r = {r:.2f}, QAP p {'<' if p < 0.001 else '='} {max(p, 0.001):.3f}"
-    return frame, figures.similarity_against_transfer(similarity.frame(), grid.normalized(), title)
+    return frame, figures.similarity_against_transfer(similarity.matrix(), grid.normalized(), title)
 
 
 def _loss_path(on: Sequence[Task], model: Model, config: TrainConfig, options: Options) -> Made:

@@ -81,9 +81,9 @@ class SuiteResult(Result):
         caption = f"{self.name}: {metric} accuracy in per cent, means over tasks (n: answers)."
         return [Table(wide, caption, INTERVALS if "tasks_low" in means else "")]
 
-    def figure(self, title: str = "") -> go.Figure:
+    def figure(self, title: str | None = None) -> go.Figure:
         """Every task under every condition, by group, best under the last condition first."""
-        return figures.suite(self.frame, title)
+        return figures.suite(self.frame, title or "")
 
     def frames(self) -> dict[str, pd.DataFrame]:
         return {**super().frames(), "-tasks": self.tasks, "-scores": self.scores}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,9 @@ from sitelens.checks.values import CountOrZero, Seed
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.selection import HeadSelection
 from sitelens.errors import SitelensError
+from sitelens.evaluation.record import experiment_record
+from sitelens.evaluation.result import Result
+from sitelens.evaluation.tables import Table
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.models.loading import resolve_model
@@ -31,27 +34,35 @@ if TYPE_CHECKING:
 MEASURES = ("pearson", "spearman", "jaccard")
 
 
-@dataclass(frozen=True, eq=False)
-class HeadSimilarity:
-    """How alike the head selections of tasks are.
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadSimilarity(Result):
+    """How similar the head selections of tasks are.
 
-    pairs: one row per measure, pair of tasks and pair of training seeds: measure, a, b, seed_a, seed_b, similarity.
-    Pairs of a task with itself are under different seeds. floor: one row per measure and permutation: measure,
-    permuted ("heads": all of them; "within layers": the layers' profile is kept), similarity.
-    k: heads in each task's top-k set, for jaccard.
+    Attributes:
+        frame: one row per measure, pair of tasks and pair of training seeds: measure, a, b, seed_a, seed_b, similarity.
+            Pairs of a task with itself are under different seeds.
+        floor: one row per measure and permutation: measure, permuted ("heads": all of them; "within layers": each
+            layer's profile is kept), similarity.
+        tasks, model: their names.
+        k: heads in each task's top-k set, for jaccard.
+        groups: each task's kind, for figures.
+        record: how it was made.
     """
 
-    pairs: pd.DataFrame
+    kind: ClassVar[str] = "similarity"
+    columns: ClassVar[tuple[str, ...]] = ("measure", "a", "b", "seed_a", "seed_b", "similarity")
+    frame: pd.DataFrame
     floor: pd.DataFrame
     tasks: tuple[str, ...]
     k: Mapping[str, int]
     model: str
     groups: Mapping[str, str] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @checked
-    def frame(self, measure: str = "pearson") -> pd.DataFrame:
+    def matrix(self, measure: str = "pearson") -> pd.DataFrame:
         """Tasks by tasks, means over pairs of seeds; on the diagonal a task with itself (NaN under one seed)."""
-        rows = self.pairs[self.pairs["measure"] == _known(measure)]
+        rows = self.frame[self.frame["measure"] == _known(measure)]
         means = rows.groupby(["a", "b"])["similarity"].mean()
         values = [[means.get((a, b), means.get((b, a), np.nan)) for b in self.tasks] for a in self.tasks]
         return pd.DataFrame(values, list(self.tasks), list(self.tasks), dtype=float)
@@ -63,7 +74,7 @@ class HeadSimilarity:
         """
         rows = []
         for measure in MEASURES:
-            here = self.pairs[self.pairs["measure"] == measure]
+            here = self.frame[self.frame["measure"] == measure]
             same = here["a"] == here["b"]
             row = {"measure": measure, "between tasks": here.loc[~same, "similarity"].mean(),
                    "ceiling": here.loc[same, "similarity"].mean()}  # fmt: skip
@@ -73,10 +84,30 @@ class HeadSimilarity:
             rows.append(row)
         return pd.DataFrame(rows)
 
+    def tables(self) -> list[Table]:
+        """The summary: measures down; mean between tasks, ceiling and floors across."""
+        cells = self.summary().set_index("measure").map(lambda value: "" if pd.isna(value) else f"{value:.2f}")
+        names = {"floor_heads": "floor (heads)", "floor_layers": "floor (within layers)"}
+        names |= {f"{name}_97.5%": "97.5% quantile" for name in names}
+        caption = f"Similarity of the head selections of {len(self.tasks)} tasks; model {self.model}."
+        note = "Ceiling: the same task under another training seed. Floors: heads permuted, mean over permutations."
+        return [Table(cells.rename(columns=names), caption, note)]
+
+    def figure(self, title: str | None = None) -> go.Figure:
+        """The heatmap of Pearson's r, clustered."""
+        return self.heatmap("pearson", title)
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        return {**super().frames(), "-floor": self.floor}
+
+    def description(self) -> dict[str, Any]:
+        seeds = len(set(self.frame["seed_a"]) | set(self.frame["seed_b"]))
+        return {"tasks": len(self.tasks), "seeds": seeds, "model": self.model}
+
     @checked
     def heatmap(self, measure: str = "pearson", title: str | None = None) -> go.Figure:
         """Tasks by tasks in clustered order with the dendrogram; colors fixed to [-1, 1], or [0, 1] for jaccard."""
-        frame = self.frame(measure)
+        frame = self.matrix(measure)
         distance = 1 - frame.fillna(0).to_numpy()  # a constant alpha is like nothing
         np.fill_diagonal(distance, 0)
         tree = linkage(squareform(distance, checks=False), "average")
@@ -118,10 +149,14 @@ def head_similarity(
     results = train_selections(loaded, model, seeds=seeds, config=config, embeddings=embeddings)
     selections = {key: result.selection for key, result in results.items()}
     names = tuple(task.name for task in loaded)
+    record = experiment_record(
+        "sl.head_similarity", model, loaded, None, "train", seeds=list(seeds), k=k, n_permutations=n_permutations,
+        train=asdict(config or TrainConfig()),
+    )  # fmt: skip
     return HeadSimilarity(
         _pairs(selections, names, seeds, k), _floor(list(selections.values()), k, n_permutations), names,
         {name: selections[name, seeds[0]].default_k if k is None else k for name in names}, model_name(model),
-        groups_of(names),
+        groups_of(names), record,
     )  # fmt: skip
 
 
@@ -154,7 +189,7 @@ def similarity_predicts_transfer(
     Raises:
         SitelensError: if the two hold different tasks, or fewer than three.
     """
-    names = list(grid.frame.columns)
+    names = list(grid.matrix.columns)
     if set(names) != set(similarity.tasks):
         raise SitelensError("the similarity and the transfer matrix hold different tasks")
     if len(names) < 3:
@@ -162,7 +197,7 @@ def similarity_predicts_transfer(
     transfer = grid.normalized().to_numpy()
     rows: list[dict[str, Any]] = []
     for measure in MEASURES:
-        r, p, cells = qap(similarity.frame(measure).loc[names, names].to_numpy(), transfer, n_permutations, seed)
+        r, p, cells = qap(similarity.matrix(measure).loc[names, names].to_numpy(), transfer, n_permutations, seed)
         rows.append({"measure": measure, "r": r, "p": p, "cells": cells, "permutations": n_permutations})
     return pd.DataFrame(rows)
 

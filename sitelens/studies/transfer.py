@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,9 @@ from sitelens.conditions.selection import HeadSelection
 from sitelens.errors import SitelensError, warned_once
 from sitelens.evaluation.cached import score_conditions
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
+from sitelens.evaluation.record import experiment_record
+from sitelens.evaluation.result import Result
+from sitelens.evaluation.tables import Table
 from sitelens.figures.style import accuracy_label
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
@@ -45,19 +48,24 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 Swap = Literal["heads", "embedding", "both"]
+SWAPPED: dict[Swap, str] = {"heads": "heads", "embedding": "embedding", "both": "heads and the embedding"}
 SMALLEST_GAIN = 0.05  # of a task's own heads; below it a share of the gain means nothing
 
 
-@dataclass(frozen=True, eq=False)
-class TransferMatrix:
-    """Accuracy of every target task (columns) with what was swapped in from every source task (rows).
+@dataclass(frozen=True, eq=False, repr=False)
+class TransferMatrix(Result):
+    """Accuracy of every target task with what was swapped in from every source task.
 
-    frame: shares; zero_shot: each target's accuracy without a patch; n: its test items.
-    swap: what comes from the source: "heads" (alpha), "embedding", or "both". metric, model: as evaluated.
-    groups: each task's kind, for figures. origin: the model and the prompts behind it, where they are known.
+    Attributes:
+        matrix: accuracy (shares), sources down, targets across.
+        zero_shot: each target's accuracy without a patch. n: its test items.
+        swap: what comes from the source: "heads" (alpha), "embedding", or "both". metric, model: as evaluated.
+        groups: each task's kind, for figures. origin: the model and the prompts behind it, where they are known.
+        record: how it was made.
     """
 
-    frame: pd.DataFrame
+    kind: ClassVar[str] = str(Kind.TRANSFER)
+    matrix: pd.DataFrame
     zero_shot: pd.Series
     n: pd.Series
     swap: Swap
@@ -65,21 +73,29 @@ class TransferMatrix:
     model: str
     groups: Mapping[str, str] = field(default_factory=dict)
     origin: Origin | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def frame(self) -> pd.DataFrame:  # type: ignore[override]
+        """One row per cell: source, target, accuracy, zero_shot, own, n."""
+        rows = self.matrix.rename_axis("source").reset_index().melt("source", var_name="target", value_name="accuracy")
+        facts = {"zero_shot": self.zero_shot, "own": self.own, "n": self.n}
+        return rows.assign(**{name: rows["target"].map(values) for name, values in facts.items()})
 
     @property
     def own(self) -> pd.Series:
         """Each target's accuracy with its own heads and embedding (the diagonal)."""
-        return pd.Series({name: self.frame.loc[name, name] for name in self.frame.columns}, dtype=float)
+        return pd.Series({name: self.matrix.loc[name, name] for name in self.matrix.columns}, dtype=float)
 
     def normalized(self) -> pd.DataFrame:
         """Each cell as a share of the target's own gain over zero-shot; NaN where that gain is under 5 points."""
         gain = self.own - self.zero_shot
-        return self.frame.sub(self.zero_shot, axis=1).div(gain.where(gain >= SMALLEST_GAIN), axis=1)
+        return self.matrix.sub(self.zero_shot, axis=1).div(gain.where(gain >= SMALLEST_GAIN), axis=1)
 
     def clustered(self) -> TransferMatrix:
         """Rows and columns in one order in which similar tasks stand together: the leaves of `tree()`."""
-        names = [self.frame.columns[i] for i in leaves_list(self.tree())]
-        return replace(self, frame=self.frame.loc[names, names], zero_shot=self.zero_shot[names], n=self.n[names])
+        names = [self.matrix.columns[i] for i in leaves_list(self.tree())]
+        return replace(self, matrix=self.matrix.loc[names, names], zero_shot=self.zero_shot[names], n=self.n[names])
 
     def tree(self) -> np.ndarray:
         """A scipy linkage of the tasks: average linkage on 1 - the mean of both directions' normalized transfer.
@@ -105,14 +121,40 @@ class TransferMatrix:
         labels = fcluster(self.tree(), 1 - share, "distance")
         found: dict[int, list[str]] = {}
         for i in leaves_list(self.tree()):
-            found.setdefault(int(labels[i]), []).append(str(self.frame.columns[i]))
+            found.setdefault(int(labels[i]), []).append(str(self.matrix.columns[i]))
         return sorted(found.values(), key=len, reverse=True)
 
-    def long(self) -> pd.DataFrame:
-        """One row a cell: source, target, accuracy, zero_shot, own, n."""
-        rows = self.frame.rename_axis("source").reset_index().melt("source", var_name="target", value_name="accuracy")
-        facts = {"zero_shot": self.zero_shot, "own": self.own, "n": self.n}
-        return rows.assign(**{name: rows["target"].map(values) for name, values in facts.items()})
+    def summary(self) -> pd.DataFrame:
+        """One row per task: how well it is served by the others, and how well it serves them.
+
+        Columns: task, n, zero_shot, own (accuracy with its own heads and embedding), as_target (share of its own gain
+        that the other tasks' heads reach, mean over them), as_source (share of the other tasks' gains that its heads
+        reach). Shares that are not known are left out of the means.
+        """
+        share = self.normalized()
+        others = share.mask(np.eye(len(share), dtype=bool))
+        facts = {"n": self.n, "zero_shot": self.zero_shot, "own": self.own, "as_target": others.mean(axis=0),
+                 "as_source": others.mean(axis=1)}  # fmt: skip
+        names = list(self.matrix.columns)
+        return pd.DataFrame({"task": names, **{name: values[names].to_list() for name, values in facts.items()}})
+
+    def tables(self) -> list[Table]:
+        """Accuracy in per cent, sources down and targets across, zero-shot accuracy in the last row."""
+        rows = pd.concat([self.matrix, self.zero_shot.rename("zero-shot").to_frame().T])
+        cells = rows.map(lambda share: f"{100 * share:.0f}").rename_axis(f"{self.swap} of")
+        metric, least, most = self.metric.replace("_", " ").capitalize(), int(self.n.min()), int(self.n.max())
+        caption = (
+            f"{metric} accuracy in per cent of each target task (columns) with the {SWAPPED[self.swap]} of each source "
+            f"task (rows); model {self.model}."
+        )
+        return [Table(cells, caption, f"Test items per target: {least if least == most else f'{least} to {most}'}.")]
+
+    def figure(self, title: str | None = None) -> go.Figure:
+        """The heatmap, clustered."""
+        return self.heatmap(title)
+
+    def description(self) -> dict[str, Any]:
+        return {"tasks": len(self.matrix), "swap": self.swap, "metric": self.metric, "model": self.model}
 
     @checked
     def heatmap(
@@ -129,47 +171,42 @@ class TransferMatrix:
         """
         title = f"Transfer of {self.swap}: {self.model}" if title is None else title
         shown = self.clustered() if order == "clustered" else self
-        flat = shown.frame * 0
+        flat = shown.matrix * 0
         hover = {
             "share of own gain": shown.normalized(),
             "zero-shot": flat + shown.zero_shot,
             "own heads": flat + shown.own,
         }
-        known = [name for name in shown.frame.columns if name in self.groups]
+        known = [name for name in shown.matrix.columns if name in self.groups]
         axes = {"heads": "Source of the heads", "embedding": "Source of the embedding"}
-        cells, label = shown.frame, accuracy_label(self.metric)
+        cells, label = shown.matrix, accuracy_label(self.metric)
         if values == "share":
             cells, label = hover.pop("share of own gain"), "share of the target's own gain"
-            hover = {"accuracy": shown.frame, **hover}
+            hover = {"accuracy": shown.matrix, **hover}
         return figures.transfer_heatmap(
             cells, title, label, groups=self.groups if known else None,
             tree=self.tree() if order == "clustered" else None, hover=hover,
             axes=(axes.get(self.swap, "Source of heads and embedding"), "Target task"),
         )  # fmt: skip
 
-    def save(self, path: str | Path) -> Path:
-        """Write to a safetensors file with its metadata."""
+    def artifact(self) -> Artifact:
         saved = _Saved(
-            torch.tensor(self.frame.to_numpy(float)), torch.tensor(self.zero_shot.to_numpy(float)),
-            torch.tensor(self.n.to_numpy(int)), tuple(self.frame.columns), self.swap, self.metric, self.model,
-            dict(self.groups), self.origin,
+            torch.tensor(self.matrix.to_numpy(float)), torch.tensor(self.zero_shot.to_numpy(float)),
+            torch.tensor(self.n.to_numpy(int)), tuple(self.matrix.columns), self.swap, self.metric, self.model,
+            dict(self.groups), self.origin, dict(self.record) or None,
         )  # fmt: skip
-        return Artifact(Kind.TRANSFER, {}, *packed(saved)).save(path)
+        return Artifact(self.kind, {}, *packed(saved))
 
-    @staticmethod
-    def load(path: str | Path) -> TransferMatrix:
-        """Read a saved matrix.
-
-        Raises:
-            SitelensError: if there is no such file, or it is damaged or holds something else.
-        """
-        kept = Artifact.load(path, Kind.TRANSFER).made(_Saved)
-        names = list(kept.tasks)
-        frame = pd.DataFrame(kept.accuracy.numpy(), index=names, columns=names)
-        facts = {name: getattr(kept, name) for name in ("swap", "metric", "model", "groups", "origin")}
+    @classmethod
+    def from_artifact(cls, artifact: Artifact) -> TransferMatrix:
+        saved = artifact.made(_Saved)
+        names = list(saved.tasks)
+        matrix = pd.DataFrame(saved.accuracy.numpy(), index=names, columns=names)
+        facts = {name: getattr(saved, name) for name in ("swap", "metric", "model", "groups", "origin")}
         return TransferMatrix(
-            frame, pd.Series(kept.zero_shot.numpy(), names), pd.Series(kept.n.numpy(), names), **facts
-        )
+            matrix, pd.Series(saved.zero_shot.numpy(), names), pd.Series(saved.n.numpy(), names), **facts,
+            record=saved.record or {},
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +222,7 @@ class _Saved:
     model: str
     groups: dict[str, str]
     origin: Origin | None = None
+    record: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.accuracy.shape) != (len(self.tasks),) * 2 or len(set(self.tasks)) < len(self.tasks):
@@ -271,7 +309,13 @@ def transfer_matrix(
                     means = scores.groupby("condition")["score"].mean()
                     columns[target.name] = means[[f"from {source}" for source in names]].set_axis(names)
                     zero_shot[target.name], n[target.name] = float(means["zero-shot"]), int(scores["item"].nunique())
-    frame = pd.DataFrame(columns)
+    matrix = pd.DataFrame(columns)
+    record = experiment_record(
+        "sl.transfer_matrix", model, loaded, n_items, split, swap=swap, metric=metric, n_prompts=n_prompts,
+        n_shots=n_shots, seed=seed, train=asdict(config),
+    )  # fmt: skip
     origin = Origin.of(model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
     name = model_name(model)
-    return TransferMatrix(frame, pd.Series(zero_shot), pd.Series(n), swap, metric, name, groups_of(names), origin)
+    return TransferMatrix(
+        matrix, pd.Series(zero_shot), pd.Series(n), swap, metric, name, groups_of(names), origin, record
+    )
