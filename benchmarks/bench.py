@@ -325,9 +325,10 @@ def keep(section: str, figure: Figure) -> None:
         "met": figure.ratio >= figure.target, "date": f"{date.today()}", "machine": machine(),
     }  # fmt: skip
     former = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(row))
-    rows = [*former[former["work"] != figure.work].to_dict("records"), row]
+    rows: list[dict[Any, Any]] = [*former[former["work"] != figure.work].to_dict("records"), row]
     RESULTS.mkdir(exist_ok=True)
-    pd.DataFrame(sorted(rows, key=lambda r: list(SECTIONS).index(r["section"]))).to_csv(path, index=False)
+    rows.sort(key=lambda line: list(SECTIONS).index(line["section"]))
+    pd.DataFrame(rows).to_csv(path, index=False)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from benchmarks.bench import RESULTS, machine, padded, seconds
 from sitelens.engine.prompts import few_shot_prompts, tokenize
 from sitelens.figures.style import COLORS, DOUBLE, styled
 from sitelens.models.model import Model, head_shape, own_tokenizer
-from sitelens.settings import settings
+from sitelens.settings import parse_bytes
 
 BUDGET = "512MiB"
 CONFIG = sl.TrainConfig(steps=20, eval_every=10, n_valid=16)
@@ -104,8 +104,9 @@ def main() -> None:
 def draw(frame: pd.DataFrame) -> None:
     """Seconds per task or alpha above, extra memory and the budget below; one column per quantity varied."""
     names = list(dict.fromkeys(frame["against"]))
-    figure = make_subplots(
-        rows=2, cols=len(names), shared_xaxes="columns", horizontal_spacing=0.07, vertical_spacing=0.06
+    shared: Any = "columns"  # plotly annotates a bool, and takes words
+    figure: Any = make_subplots(
+        rows=2, cols=len(names), shared_xaxes=shared, horizontal_spacing=0.07, vertical_spacing=0.06
     )
     for column, name in enumerate(names, start=1):
         part = frame[frame["against"] == name]
@@ -115,7 +116,7 @@ def draw(frame: pd.DataFrame) -> None:
             line = go.Scatter(x=part["x"], y=part[y], mode="lines+markers", line={"color": COLORS[0], "width": 1.5})
             figure.add_trace(line, row, column)
             figure.update_yaxes(title=title if column == 1 else None, rangemode="tozero", row=row, col=column)
-        figure.add_hline(settings.budget(BUDGET) / 2**20, row=2, col=column, line={"dash": "dash", "width": 1})  # type: ignore[arg-type]
+        figure.add_hline(y=parse_bytes(BUDGET) / 2**20, row=2, col=column, line={"dash": "dash", "width": 1})
         ticks = sorted(set(part["x"]))
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=[str(x) for x in ticks], tickangle=0, col=column)
         figure.update_xaxes(title=f"Number of {name}", row=2, col=column)

@@ -7,7 +7,7 @@ or keep, the heads' outputs z at one position.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,7 +57,9 @@ def logits(network: Any, ids: Ids) -> Tensor:
     return network(torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
 
 
-def patched_logits(network: Any, rows: Sequence[Ids], alpha: Tensor, vectors: Tensor, mixing: str = "convex") -> Tensor:
+def patched_logits(
+    network: Any, rows: Sequence[Ids], alpha: Iterable[Tensor], vectors: Iterable[Tensor], mixing: str = "convex"
+) -> Tensor:
     """`[row vocab]`, each row with its own alpha `[row layer head]` and vectors; differentiable in both."""
     found = []
     for ids, row_alpha, row_vectors in zip(rows, alpha, vectors, strict=True):

@@ -69,7 +69,7 @@ def test_ablation_is_that_of_the_raw_model(family: str, kind: Any, positions: An
         with torch.no_grad(), ablated(network, HEADS, source, where):
             said = network(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)[answer]
         assert scores.loc[("ablated", item), "logprob"] == pytest.approx(float(said), abs=2e-4)
-        changed += abs(float(said) - scores.loc[("whole", item), "logprob"])
+        changed += abs(float(said) - scores["logprob"]["whole", item])
     assert changed > 0.01
 
 

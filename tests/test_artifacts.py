@@ -22,7 +22,7 @@ from torch import Tensor
 
 import sitelens as sl
 from sitelens.conditions.adapters import LowRank
-from sitelens.conditions.base import Condition
+from sitelens.conditions.base import Condition, Scope
 from sitelens.conditions.heads import HeadOffsets
 from sitelens.conditions.registry import HOMES
 from sitelens.conditions.streams import AddToStream, InContextVector, LinearCombination, ReplaceStream
@@ -177,7 +177,10 @@ def mutants(draw: st.DrawFn, artifacts: list[tuple[Artifact, Load]]) -> tuple[Ar
     return Artifact(artifact.kind, artifact.spec, tensors, meta), load
 
 
-@hypothesis_settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+CHECKS = HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.large_base_example
+
+
+@hypothesis_settings(max_examples=250, deadline=None, suppress_health_check=CHECKS)
 @given(data=st.data())
 def test_a_changed_file_is_refused_in_words_or_read_as_what_it_says(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -341,8 +344,8 @@ def test_a_name_that_another_class_has_is_refused_when_the_class_is_made():
 def test_a_class_of_ones_own_has_the_name_that_it_asks_for_and_may_be_defined_anew(tmp_path: Path):
     try:
         own(saved_as="mine")
-        latest = own(saved_as="mine")
-        found = Condition.load(latest(2.5).save(tmp_path / "own.safetensors"))
+        latest: Any = own(saved_as="mine")
+        found: Any = Condition.load(latest(2.5).save(tmp_path / "own.safetensors"))
         assert type(found) is latest and found.strength == 2.5
     finally:
         del Condition.kinds["mine"]
@@ -448,7 +451,7 @@ def test_what_the_store_holds_of_another_content_is_made_anew():
             embedding.mean_z.tolist(),
             selection.alpha.tolist(),
             scores["logprob"].tolist(),
-            compared["accuracy"].tolist(),
+            compared.frame["accuracy"].tolist(),
         ]
 
     expected, root = all_kinds(), default_store().root
@@ -464,7 +467,8 @@ def test_what_the_store_holds_of_another_content_is_made_anew():
 
 
 def test_a_condition_that_says_steps_as_earlier_editions_wrote_it_loads(tmp_path: Path) -> None:
-    for steps, scope in (("every", "generation"), ("prompt", "prompt")):
+    scopes: dict[str, Scope] = {"every": "generation", "prompt": "prompt"}
+    for steps, scope in scopes.items():
         tensors, meta = sl.PatchHeads(SELECTION, EMBEDDING, scope=scope).state()
         assert meta.pop("scope") == scope
         path = Artifact("condition", {}, tensors, meta | {"steps": steps}).save(tmp_path / "old.safetensors")

@@ -62,11 +62,11 @@ def test_rows_say_how_much_memory_and_which_command() -> None:
     with settings.using(memory_budget="1GiB"):
         frame = list_models().set_index("name")
     assert list(frame.index) == [*PACKAGED, *PAPER]
-    large = frame.loc["meta-llama/Llama-3.1-70B"]
+    large = frame.loc["meta-llama/Llama-3.1-70B"].to_dict()
     assert (large["quantize"], large["dtype"], large["d_head"]) == ("nf4", "bfloat16", 128)
     assert large["prefix_kib"] == 2 * 80 * 8 * 128 * 2 / 1024
     assert large["prefix_tokens"] == 2**30 // (320 * 1024)
-    assert large["weights_gib"] == round(weight_bytes(PAPER[large.name]) / 2**30, 2) < 70.6e9 / 2**30
+    assert large["weights_gib"] == round(weight_bytes(PAPER["meta-llama/Llama-3.1-70B"]) / 2**30, 2) < 70.6e9 / 2**30
     assert large["download_command"].startswith("hf auth login && hf download meta-llama/Llama-3.1-70B ")
     assert not large["cached"]
     plain = 'hf download Qwen/Qwen3-8B --exclude "original/*" "consolidated*"'

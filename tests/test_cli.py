@@ -219,7 +219,9 @@ def full_cache(own_cache: Path) -> Path:
     store = default_store()
     store.put(Artifact("embedding", {"task": "antonym", "model": "0123456789abcdef"}, {"z": torch.zeros(9)}))
     store.put(Artifact("selection", {"task": "synonym", "model": "0123456789abcdef"}, {"a": torch.zeros(9)}))
-    store.put(Artifact("selection", {"task": "broken"}, {})).write_bytes(b"rubbish")
+    broken = store.put(Artifact("selection", {"task": "broken"}, {}))
+    assert broken is not None
+    broken.write_bytes(b"rubbish")
     folder = own_cache / "models" / "gguf-0123"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(2_000_000))

@@ -66,7 +66,7 @@ def test_the_answers_behind_the_table_give_paired_differences(model: Model) -> N
     frame, scores = comparison.frame, comparison.scores
     found = sl.summarize(scores, by=("task", "condition"), against="SITE").set_index("condition")
     assert found["mean"].tolist() == frame["accuracy"].tolist()
-    assert found.loc["TV", "difference"] == pytest.approx(found.loc["TV", "mean"] - found.loc["SITE", "mean"])
+    assert found["difference"]["TV"] == pytest.approx(found["mean"]["TV"] - found["mean"]["SITE"])
     paired = comparison.differences("SITE").set_index("method")
     assert paired.index.tolist() == ["zero-shot", "TV"] and paired["difference"].equals(
         found["difference"].drop("SITE").rename_axis("method")
@@ -89,7 +89,7 @@ def test_what_was_finished_before_an_interruption_is_kept(model: Model, monkeypa
 
 def test_a_fits_cost_does_not_depend_on_what_lies_in_the_cache(model: Model) -> None:
     alone = fit_method("SITE", TASK, model, options=SMALL["SITE"])
-    sl.settings.cache_dir = None if sl.settings.cache_dir is None else sl.settings.cache_dir / "other"
+    sl.settings.cache_dir = sl.settings.cache() / "other"
     sl.embed_task(TASK, model, n_prompts=3, n_shots=2)
     again = fit_method("SITE", TASK, model, options=SMALL["SITE"])
     assert (alone.forward_tokens, alone.backward_tokens) == (again.forward_tokens, again.backward_tokens)

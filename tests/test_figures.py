@@ -32,8 +32,8 @@ def test_heatmap_cells_stand_where_they_belong(shape: tuple[int, int]) -> None:
     figure = figures.alpha_heatmap(alpha, "title")
     (trace,) = figure.data
     assert np.array_equal(trace.z, alpha) and (trace.zmin, trace.zmax) == (0, 1)
-    assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("Head", "Layer")
-    assert max(figure.layout.width, figure.layout.height) < 1200
+    assert (layout_of(figure).xaxis.title.text, layout_of(figure).yaxis.title.text) == ("Head", "Layer")
+    assert max(layout_of(figure).width, layout_of(figure).height) < 1200
     for word in ("layer", "head", "alpha"):
         assert word in trace.hovertemplate
 
@@ -71,6 +71,11 @@ def test_static_files_are_written(ending: str, start: bytes, tmp_path: Path) -> 
     assert path.read_bytes().startswith(start)
 
 
+def layout_of(figure: go.Figure) -> Any:
+    """The layout of a figure, for which plotly has no types."""
+    return figure.layout
+
+
 FOUR = ("antonym", "country-capital", "capitalize", "choose_first_of_3")
 ALL = tuple(f"fv/{name}" for name in sorted(FILES.registry))
 ACCURACY = "First-token accuracy"
@@ -105,7 +110,8 @@ def pairs_of(tasks: Sequence[str]) -> pd.DataFrame:
     """A frame of shared_attention: distances by group, each head under two roles."""
     pairs = list(pairwise(tasks))
     frame = rows(pair=pairs, layer=range(4), head=range(5), role=("query", "template"))
-    group = (frame["layer"] + frame["head"]).map(lambda i: ("both", "only a", "only b", "neither")[i % 4])
+    groups = ("both", "only a", "only b", "neither")
+    group = ((frame["layer"] + frame["head"]) % 4).map(dict(enumerate(groups)))
     named = frame.assign(task_a=frame["pair"].str[0], task_b=frame["pair"].str[1], group=group)
     return named.assign(distance=named["layer"] / 4 + named["head"] / 20).drop(columns=["pair", "mean", "low", "high"])
 
@@ -268,7 +274,7 @@ CASES: dict[str, Case] = {
 
 def shown(figure: go.Figure) -> Iterator[tuple[str, Any]]:
     """Every trace but bands and trees, with its panel's title."""
-    titles = [a.text for a in figure.layout.annotations or () if a.text]
+    titles = [a.text for a in layout_of(figure).annotations or () if a.text]
     for trace in figure.data:
         if trace.hoverinfo != "skip":
             panel = int((trace.xaxis or "x")[1:] or 1) - 1
@@ -277,7 +283,7 @@ def shown(figure: go.Figure) -> Iterator[tuple[str, Any]]:
 
 def points_shown(figure: go.Figure) -> list[Point]:
     """What a figure shows, in the terms of a Case."""
-    names = figure.layout.yaxis.ticktext
+    names = layout_of(figure).yaxis.ticktext
     found = []
     for panel, trace in shown(figure):
         for x, y in zip(trace.x, trace.y, strict=True):
@@ -299,8 +305,8 @@ def assert_same(found: list[Point], expected: list[Point], panels: bool) -> None
 
 def axis_titles(figure: go.Figure) -> tuple[str | None, str | None]:
     """Those of one plot, or of all panels together."""
-    own = figure.layout.xaxis.title.text, figure.layout.yaxis.title.text
-    texts = [a.text for a in figure.layout.annotations or ()][-2:]
+    own = layout_of(figure).xaxis.title.text, layout_of(figure).yaxis.title.text
+    texts = [a.text for a in layout_of(figure).annotations or ()][-2:]
     x, y = texts if len(texts) == 2 else own
     return x.replace("<br>", " "), y
 
@@ -318,7 +324,7 @@ def test_a_figure_shows_the_numbers_of_its_study(name: str, tasks: tuple[str, ..
     panels = not (name in ("loss_path", "costs") or (name == "training_curves" and len(tasks) < 9))
     assert_same(points_shown(figure), case.points(frame), panels)
     assert axis_titles(figure) == case.axes
-    layout = figure.layout
+    layout = layout_of(figure)
     assert layout.template.layout.font.family.startswith("Arial") and layout.title.text == "A title"
     assert figures.SINGLE <= layout.width <= figures.DOUBLE + 60
     assert layout.height <= 1250 and (len(tasks) > 5 or layout.height <= 560)
@@ -355,7 +361,7 @@ def test_what_differs_looks_different_and_is_named_once(name: str) -> None:
         trace.name: (trace.marker.symbol, trace.marker.color or trace.line.color, trace.line.dash) for trace in named
     }
     assert len(set(looks.values())) == len(looks)
-    assert bool(figure.layout.showlegend) == (len(legend) > 1)
+    assert bool(layout_of(figure).showlegend) == (len(legend) > 1)
 
 
 class TestLines:
@@ -392,11 +398,11 @@ class TestLines:
     def test_what_the_first_panel_lacks_is_in_the_legend(self) -> None:
         frame = rows(task=("a", "b"), kind=("x", "y"), x=(1, 2))
         figure = figures.lines(frame[(frame["task"] == "b") | (frame["kind"] == "x")], "x", color="kind", facet="task")
-        assert [t.name for t in figure.data if t.showlegend] == ["x", "y"] and figure.layout.showlegend
+        assert [t.name for t in figure.data if t.showlegend] == ["x", "y"] and layout_of(figure).showlegend
 
     def test_the_lowest_panel_of_every_column_has_its_numbers(self) -> None:
         figure = figures.lines(rows(task=list("abcdef"), x=(1, 2)), "x", facet="task")
-        below = [figure.layout[f"xaxis{i or ''}"].showticklabels for i in ("", 2, 3, 4, 5, 6)]
+        below = [layout_of(figure)[f"xaxis{i or ''}"].showticklabels for i in ("", 2, 3, 4, 5, 6)]
         assert below == [False, False, True, True, True, True]
 
     def test_points_are_joined_from_left_to_right(self) -> None:
@@ -406,14 +412,18 @@ class TestLines:
 
     def test_logarithmic_axes_name_what_was_measured(self) -> None:
         figure = figures.costs(CASES["costs"].frame(FOUR))
-        assert (figure.layout.xaxis.type, figure.layout.yaxis.type) == ("log", "log")
-        assert figure.layout.xaxis.tickvals == (1, 10, 300) and figure.layout.xaxis.ticktext == ("1", "10", "300")
+        assert (layout_of(figure).xaxis.type, layout_of(figure).yaxis.type) == ("log", "log")
+        assert layout_of(figure).xaxis.tickvals == (1, 10, 300) and layout_of(figure).xaxis.ticktext == (
+            "1",
+            "10",
+            "300",
+        )
         tokens = figures.costs(CASES["costs"].frame(FOUR).rename(columns={"seconds": "tokens"}), quantity="tokens")
         assert axis_titles(tokens)[1] == "Tokens through the model"
 
     def test_many_ticks_are_thinned(self) -> None:
         figure = figures.lines(rows(x=range(40)), "x", log_x=True)
-        assert 5 <= len(figure.layout.xaxis.tickvals) <= 8 and 0 not in figure.layout.xaxis.tickvals
+        assert 5 <= len(layout_of(figure).xaxis.tickvals) <= 8 and 0 not in layout_of(figure).xaxis.tickvals
 
 
 class TestDots:
@@ -427,7 +437,7 @@ class TestDots:
         assert "95% interval %{customdata[1]:.3f} to %{customdata[2]:.3f}" in best.hovertemplate
 
     def test_tasks_go_down_in_their_order(self) -> None:
-        axis = figures.checkpoints(CASES["checkpoints"].frame(FOUR)).layout.yaxis
+        axis = layout_of(figures.checkpoints(CASES["checkpoints"].frame(FOUR))).yaxis
         assert axis.ticktext == FOUR and axis.tickvals == (0, 1, 2, 3) and axis.range == (3.5, -0.5)
 
     def test_dots_of_one_task_stay_nearer_to_it_than_to_the_next(self) -> None:
@@ -440,7 +450,7 @@ class TestDots:
     def test_there_is_room_for_the_longest_label_and_the_axis_title(self, name: str) -> None:
         for tasks in (FOUR, ALL):
             figure = CASES[name].draw(CASES[name].frame(tasks))
-            layout = figure.layout
+            layout = layout_of(figure)
             longest = max(map(len, layout.yaxis.ticktext))
             assert layout.margin.l >= 5.5 * longest + 8  # of Arial at 11 pixels a letter is about 5.5 wide
             plot = layout.width - layout.margin.l - layout.margin.r
@@ -448,7 +458,7 @@ class TestDots:
             assert all(5.5 * len(line) <= plot for line in layout.xaxis.title.text.split("<br>"))
 
     def test_chance_is_marked(self) -> None:
-        (line,) = figures.head_overlap(CASES["head_overlap"].frame(FOUR)).layout.shapes
+        (line,) = layout_of(figures.head_overlap(CASES["head_overlap"].frame(FOUR))).shapes
         assert (line.x0, line.x1, line.line.dash) == (0.5, 0.5, "dash")
 
     def test_intervals_of_shared_attention_are_those_of_a_mean(self) -> None:
@@ -468,10 +478,10 @@ class TestTransferHeatmap:
         values = self.values.iloc[[2, 0, 3]]
         figure = figures.transfer_heatmap(values, hover={"double": 2 * values})
         (heatmap,) = figure.data
-        sources, targets = figure.layout.yaxis4.ticktext, figure.layout.xaxis4.ticktext
+        sources, targets = layout_of(figure).yaxis4.ticktext, layout_of(figure).xaxis4.ticktext
         assert sources == ("c", "a", "d") and targets == self.names and (heatmap.zmin, heatmap.zmax) == (0, 1)
-        assert figure.layout.yaxis4.visible and figure.layout.yaxis4.showticklabels
-        assert figure.layout.yaxis4.range == (2.5, -0.5)  # the first source at the top
+        assert layout_of(figure).yaxis4.visible and layout_of(figure).yaxis4.showticklabels
+        assert layout_of(figure).yaxis4.range == (2.5, -0.5)  # the first source at the top
         for i, source in enumerate(sources):
             for j, target in enumerate(targets):
                 expected = self.values.loc[source, target]
@@ -493,8 +503,8 @@ class TestTransferHeatmap:
         assert set(joins) == {1.0, 3.0, 7.0} and joins[7.0] == ()
         assert sorted(joins[1.0]) == sorted((place["a"], place["c"]))
         assert sorted(joins[3.0]) == sorted((place["b"], place["d"]))
-        assert figure.layout.yaxis2.range[0] == 0 and figure.layout.yaxis2.range[1] > 7
-        assert figure.layout.xaxis4.range == (-0.5, 3.5) and figure.layout.xaxis2.matches == "x4"
+        assert layout_of(figure).yaxis2.range[0] == 0 and layout_of(figure).yaxis2.range[1] > 7
+        assert layout_of(figure).xaxis4.range == (-0.5, 3.5) and layout_of(figure).xaxis2.matches == "x4"
 
     def test_kinds_stand_beside_their_rows(self) -> None:
         groups = {"a": "x", "b": "y", "d": "x"}
@@ -502,8 +512,8 @@ class TestTransferHeatmap:
         bars = {bar.name: (list(bar.y), list(bar.customdata)) for bar in figure.data if bar.type == "bar"}
         assert bars == {"x": ([0, 3], ["a", "d"]), "y": ([1], ["b"]), "other": ([2], ["c"])}
         assert len({bar.marker.color for bar in figure.data if bar.type == "bar"}) == 3
-        assert figure.layout.yaxis3.ticktext == self.names and figure.layout.yaxis3.visible
-        assert not figure.layout.yaxis4.visible and figure.layout.yaxis3.range == figure.layout.yaxis4.range
+        assert layout_of(figure).yaxis3.ticktext == self.names and layout_of(figure).yaxis3.visible
+        assert not layout_of(figure).yaxis4.visible and layout_of(figure).yaxis3.range == layout_of(figure).yaxis4.range
 
     def test_negative_limits_diverge(self) -> None:
         (heatmap,) = figures.transfer_heatmap(self.values - 0.5, limits=(-1, 1), axes=("down", "across")).data
@@ -515,7 +525,7 @@ class TestTransferHeatmap:
         values = pd.DataFrame(np.random.default_rng(0).random((57, 57)), list(ALL), list(ALL))
         tree = linkage(values.to_numpy(), "average")
         groups = {name: str(i % 5) for i, name in enumerate(ALL)}
-        layout = figures.transfer_heatmap(values, "Transfer", groups=groups, tree=tree).layout
+        layout = layout_of(figures.transfer_heatmap(values, "Transfer", groups=groups, tree=tree))
         assert layout.width <= figures.DOUBLE + 60 and layout.height <= 1000
         font = layout.xaxis4.tickfont.size
         assert font >= 7 and layout.yaxis3.tickfont.size == font
@@ -536,7 +546,7 @@ class TestHeadHeatmap:
 
     def test_a_long_title_is_broken_and_has_room(self) -> None:
         title = "Direct effect of heads: fv/conll2003_organization"
-        short, long = (figures.head_heatmap(np.zeros((30, 9)), text).layout for text in ("short", title))
+        short, long = (layout_of(figures.head_heatmap(np.zeros((30, 9)), text)) for text in ("short", title))
         assert long.title.text.replace("<br>", " ") == title and "<br>" in long.title.text
         assert all(6.1 * len(line) <= long.width for line in long.title.text.split("<br>"))
         assert long.margin.t == short.margin.t + 17 * long.title.text.count("<br>")
@@ -551,17 +561,17 @@ class TestAttention:
 
     def test_roles_are_stacked_shares(self) -> None:
         figure = figures.attention_roles(self.roles, "title")
-        assert [bar.name for bar in figure.data] == ["query", "template"] and figure.layout.barmode == "stack"
+        assert [bar.name for bar in figure.data] == ["query", "template"] and layout_of(figure).barmode == "stack"
         for bar in figure.data:
             part = self.roles[self.roles["role"] == bar.name]
             assert list(bar.x) == part["share"].tolist() and list(bar.y) == ["0.0", "0.1", "1.0", "1.1"]
             assert bar.marker.color in SAFE and "%{x:.3f}" in bar.hovertemplate
-        assert figure.layout.xaxis.range == (0, 1) and figure.layout.legend.traceorder == "normal"
+        assert layout_of(figure).xaxis.range == (0, 1) and layout_of(figure).legend.traceorder == "normal"
         assert axis_titles(figure) == ("Share of the last token's attention", "Head (layer.head)")
 
     def test_many_heads_stay_readable_on_a_page_or_two(self) -> None:
         frame = pd.concat([self.roles.assign(layer=self.roles["layer"] + 2 * i) for i in range(60)])
-        layout = figures.attention_roles(frame).layout
+        layout = layout_of(figures.attention_roles(frame))
         assert layout.height < 2400 and layout.yaxis.tickfont.size >= 7 and len(layout.yaxis.tickvals) == 240
 
     @staticmethod
@@ -574,7 +584,7 @@ class TestAttention:
     def test_a_prompt_goes_across_or_where_too_long_down(self, length: int) -> None:
         frame = self.prompt(length)
         figure = figures.attention_example(frame)
-        (heatmap,), layout, down = figure.data, figure.layout, length == 200
+        (heatmap,), layout, down = figure.data, layout_of(figure), length == 200
         tokens, heads = (layout.yaxis, layout.xaxis) if down else (layout.xaxis, layout.yaxis)
         assert (
             tokens.ticktext == tuple(repr(token)[1:-1] for token in frame["token"]) and len(tokens.tickvals) == length
@@ -596,7 +606,7 @@ def test_similarity_against_transfer_shows_every_pair_off_the_diagonal() -> None
     found = {text: (a, b) for text, a, b in zip(dots.text, dots.x, dots.y, strict=True)}
     assert len(found) == 6
     for a, b in ((a, b) for a in names for b in names if a != b):
-        assert found[f"{a}<br>on {b}"] == (x.loc[a, b], 1 - x.loc[b, a])
+        assert found[f"{a}<br>on {b}"] == (x[b][a], 1 - x[a][b])
     assert axis_titles(figure) == ("Similarity of alpha (Pearson r)", "Transfer (share of target's own gain)")
 
 

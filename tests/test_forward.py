@@ -138,6 +138,7 @@ def test_prefix_path_gives_the_oracles_logits_and_gradients(family: str, mixing:
     assert bool(heard) == watched
     summed_loss(logits).backward()
     assert_close(logits.detach(), expected.detach())
+    assert alpha.grad is not None and expected_alpha.grad is not None
     assert_close(alpha.grad, expected_alpha.grad)
     assert ((expected - untouched).abs().amax(-1) > 0.05 * expected.abs().max()).all()  # every row was patched
 
@@ -451,6 +452,7 @@ def test_rows_alone_give_the_same_logits_and_gradients_in_float64(gpt2_double: M
     summed_loss(together).backward()
     summed_loss(torch.cat(apart)).backward()
     assert_close(torch.cat(apart).detach(), together.detach(), 1e-13)
+    assert alone.grad is not None and whole.grad is not None
     assert_close(alone.grad, whole.grad, 1e-13)
 
 
@@ -499,7 +501,7 @@ def test_bfloat16_paths_agree_within_its_own_noise_and_alpha_stays_float32(famil
     full = torch.cat([hooked_logits(model, batch_of([text]), edit.rows(torch.tensor([row])).hooks())[:, -1]
                       for row, text in enumerate(TEXTS)])  # fmt: skip
     assert fast.dtype == full.dtype == torch.bfloat16
-    assert edit.keep.dtype == alpha.grad.dtype == torch.float32
+    assert alpha.grad is not None and edit.keep.dtype == alpha.grad.dtype == torch.float32
     exact = oracle.patched_logits(raw(family), ids_of(TEXTS), alpha.detach(), vectors)
     scale = exact.abs().max()
     noise = (full.float() - exact).abs().max() / scale
@@ -562,7 +564,7 @@ def test_chunks_stay_within_their_limits_or_are_one_row(lengths: list[int], **li
         ({"budget": AMPLE, "max_tokens": 11}, [2, 2, 1]),
     ],
 )
-def test_chunks_reach_their_limits(limits: dict[str, int], sizes: list[int]) -> None:
+def test_chunks_reach_their_limits(limits: dict[str, Any], sizes: list[int]) -> None:
     assert [len(part) for part in chunks([4] * 5, cost, **limits)] == sizes
 
 

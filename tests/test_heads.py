@@ -85,7 +85,8 @@ def worded(name: str = "worded", n: int = 40) -> Task:
 def embedding_for(model: Model, task: Task, **options: Any) -> TaskEmbedding:
     shape = LAYERS, HEADS, model.cfg.d_head
     mean_z = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    return TaskEmbedding(mean_z, task.name, None, **({"n_prompts": 3, "n_shots": 2, "seed": 0} | options))
+    options = {"n_prompts": 3, "n_shots": 2, "seed": 0} | options
+    return TaskEmbedding(mean_z, task.name, None, **options)
 
 
 def by_head(frame: pd.DataFrame, name: str) -> Tensor:

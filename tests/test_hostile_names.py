@@ -127,7 +127,8 @@ def test_no_markup_from_outside_reaches_a_figure(name: str) -> None:
     assert type(figure) is figures.Figure
     texts = shown_texts(figure)
     assert not [text for text in texts if "<" in text or "$" in text or "%{" in text or not text.isprintable()]
-    title = html.unescape(figure.layout.title.text.replace("<br>", ""))
+    layout: Any = figure.layout
+    title = html.unescape(layout.title.text.replace("<br>", ""))
     assert "".join(title.split()) == "".join(visible(NAMES[1]).split())
 
 

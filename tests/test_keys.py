@@ -502,7 +502,7 @@ def test_the_libraries_own_hooks_do_not_count():
 
 def test_an_artifact_of_the_same_weights_fits_where_only_libraries_or_settings_differ() -> None:
     here, elsewhere, other = micro.bridge("Llama"), micro.bridge("Llama"), micro.bridge("Llama", seed=1)
-    rotary = next(module for module in elsewhere.original_model.modules() if hasattr(module, "inv_freq"))
+    rotary: Any = next(module for module in elsewhere.original_model.modules() if hasattr(module, "inv_freq"))
     with torch.no_grad():
         rotary.inv_freq[0] = torch.nextafter(rotary.inv_freq[0], torch.tensor(2.0))  # as another processor rounds
     assert sl.fingerprint(here) != sl.fingerprint(elsewhere) and weights_digest(here) == weights_digest(elsewhere)

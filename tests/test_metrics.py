@@ -193,7 +193,8 @@ def test_a_metric_of_ones_own_is_a_value(llama: Model):
     own = Metric("contains", contains, generates=True)
     [said] = sl.generate([f"Q: {micro.WORDS[0]}\nA:"], model=llama, max_new_tokens=3, stop=None)
     part = said[1:4]
-    task = Task("own", "", *[(Example(micro.WORDS[0], part),)] * 3)
+    examples = (Example(micro.WORDS[0], part),)
+    task = Task("own", "", examples, examples, examples)
     frame = sl.evaluate(task, {"z": sl.ZeroShot()}, llama, metrics=(own,), max_new_tokens=3)
     assert frame[["metric", "score", "predicted"]].to_numpy().tolist() == [["contains", 1, said]]
 
@@ -282,8 +283,12 @@ def test_a_chat_answer_ends_at_the_special_token_of_its_turn():
 # Labels
 
 
-LABELS = Task("labels", "", *[tuple(Example(word, label) for word, label in zip(
-    micro.WORDS[place : place + 12], ["ab", "cd", "ef"] * 4, strict=True)) for place in (0, 12, 24)])  # fmt: skip
+def labeled(start: int) -> tuple[Example, ...]:
+    """Twelve words from `start` on, each with one of three labels."""
+    return tuple(map(Example, micro.WORDS[start : start + 12], ["ab", "cd", "ef"] * 4))
+
+
+LABELS = Task("labels", "", labeled(0), labeled(12), labeled(24))
 
 
 def test_label_token_is_the_argmax_over_the_labels(llama: Model):
@@ -295,11 +300,11 @@ def test_label_token_is_the_argmax_over_the_labels(llama: Model):
     with torch.no_grad():
         logits = [raw(row).logits[0, -1] for row in prompts]
     best = [max(ids, key=lambda label, row=row: float(row[ids[label]])) for row in logits]
-    assert [text.strip() for text in frame.loc["label_token", "predicted"]] == best
-    assert frame.loc["label_token", "score"].tolist() == [
+    assert [text.strip() for text in frame["predicted"]["label_token"]] == best
+    assert frame["score"]["label_token"].tolist() == [
         int(label == item.output) for label, item in zip(best, LABELS.test, strict=True)
     ]
-    assert not set(frame.loc["first_token", "predicted"].str.strip()) <= set(ids)
+    assert not set(frame["predicted"]["first_token"].str.strip()) <= set(ids)
 
 
 def test_label_token_of_the_echo_counts_labels_only(llama: Model):
@@ -453,7 +458,8 @@ def test_what_is_neither_true_nor_false_is_no_case_sensitivity():
 
 def test_no_name_decides_scoring(llama: Model):
     for name in ("capitalize", "place"):
-        task = Task(name, "", *[(Example("paris", "Paris"),)] * 3)
+        examples = (Example("paris", "Paris"),)
+        task = Task(name, "", examples, examples, examples)
         assert sl.echo(task, llama, metrics=("exact_match",))["score"].tolist() == [1]
         strict = replace(task, case_sensitive=True)
         assert sl.echo(strict, llama, metrics=("exact_match", "prefix_match"))["score"].tolist() == [0, 0]

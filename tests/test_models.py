@@ -150,7 +150,8 @@ def test_every_dense_edit_through_data_changes_the_fingerprint():
 def test_a_replaced_parameter_changes_the_fingerprint():
     bridge = micro.bridge("Llama")
     before = fingerprint(bridge)
-    head = bridge.original_model.get_output_embeddings()
+    network: Any = bridge.original_model
+    head = network.get_output_embeddings()
     weight = head.weight if isinstance(head.weight, torch.nn.Parameter) else next(head.parameters())
     weight.data = weight.data + 1
     assert fingerprint(bridge) != before
@@ -173,7 +174,8 @@ def test_the_sliding_window_changes_the_fingerprint(monkeypatch: pytest.MonkeyPa
 def test_a_sliding_window_set_later_changes_the_fingerprint():
     bridge = micro.bridge("Mistral")
     before, logits = fingerprint(bridge), bridge(TOKENS)
-    bridge.original_model.config.sliding_window = micro.WINDOW // 2
+    network: Any = bridge.original_model
+    network.config.sliding_window = micro.WINDOW // 2
     assert not torch.equal(bridge(TOKENS), logits)
     assert fingerprint(bridge) != before
 
@@ -570,7 +572,7 @@ def test_half_of_a_checkpoint_in_parts_is_refused(tmp_path: Path):
 
 
 def test_an_architecture_without_a_bridge_is_refused(tmp_path: Path):
-    sizes = {"n_embd": 16, "dff": 16, "n_layer": 1, "n_head": 2}
+    sizes: dict[str, Any] = {"n_embd": 16, "dff": 16, "n_layer": 1, "n_head": 2}
     config = transformers.CTRLConfig(vocab_size=len(micro.tokenizer()), **sizes)
     transformers.CTRLLMHeadModel(config).save_pretrained(tmp_path)
     micro.tokenizer().save_pretrained(tmp_path)

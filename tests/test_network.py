@@ -167,7 +167,8 @@ def test_what_is_known_of_a_model_does_not_keep_it_alive() -> None:
 
 def test_unknown_families_run_through_the_bridge() -> None:
     model = micro.bridge("Llama")
-    model.original_model.config.model_type = "something-new"
+    network: Any = model.original_model
+    network.config.model_type = "something-new"
     assert not Passes(model).plain
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
+from torch import Tensor
 
 from sitelens.engine.prompts import (
     Prompt,
@@ -44,10 +45,11 @@ def tokenizer() -> Any:
 
 
 def zero_shot(text: str, tokenizer: Any, *answers: str) -> Prompt:
-    return few_shot_prompt(QA_TEMPLATE, [], Example(text, *(answers or ("ba",))[:1], answers[1:]), tokenizer)
+    output, *also = answers or ("ba",)
+    return few_shot_prompt(QA_TEMPLATE, [], Example(text, output, tuple(also)), tokenizer)
 
 
-def pieces(ids: Sequence[int], tokenizer: Any) -> list[str]:
+def pieces(ids: Sequence[int] | Tensor, tokenizer: Any) -> list[str]:
     return tokenizer.convert_ids_to_tokens(list(ids))
 
 

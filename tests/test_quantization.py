@@ -86,7 +86,8 @@ def test_experts_are_packed_to_what_bitsandbytes_makes_of_them(packed: Model) ->
     from bitsandbytes import functional
 
     plain = micro.raw("Mixtral-8x7B", torch.bfloat16).model.layers[1].mlp.experts
-    found: Any = packed.original_model.get_submodule("model.layers.1.mlp").original_component.experts
+    mlp: Any = packed.original_model.get_submodule("model.layers.1.mlp")
+    found: Any = mlp.original_component.experts
     for name in ("gate_up_proj", "down_proj"):
         weight = getattr(plain, name).data
         parts, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
@@ -111,7 +112,7 @@ def test_packed_weights_give_what_they_unpack_to(family: str, tmp_path: Path) ->
     layers, heads, d_head = packed.cfg.n_layers, packed.cfg.n_heads, packed.cfg.d_head
     vectors = torch.randn(layers, heads, d_head, generator=torch.Generator().manual_seed(0))
     alphas = [torch.full((layers, heads), 0.3, requires_grad=True) for _ in range(2)]
-    expected = oracle.patched_logits(plain, ids, *([x] * len(ids) for x in (alphas[0], vectors)))
+    expected = oracle.patched_logits(plain, ids, [alphas[0]] * len(ids), [vectors] * len(ids))
     batch = tokenize([Prompt(text, ()) for text in TEXTS], micro.tokenizer())
     edit = HeadEdit.mix(alphas[1].expand(3, -1, -1), vectors.expand(3, -1, -1, -1))
     with LastToken(packed) as run:
@@ -119,7 +120,9 @@ def test_packed_weights_give_what_they_unpack_to(family: str, tmp_path: Path) ->
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * expected.detach().abs().max().item())
     for found_logits in (expected, logits):
         found_logits.square().sum().backward()
-    torch.testing.assert_close(alphas[1].grad, alphas[0].grad, rtol=1e-3, atol=1e-4 * alphas[0].grad.abs().max().item())
+    grad, expected_grad = (alpha.grad for alpha in alphas[::-1])
+    assert grad is not None and expected_grad is not None
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-4 * expected_grad.abs().max().item())
 
 
 @needs_bitsandbytes
@@ -148,7 +151,8 @@ def test_eight_bits_are_refused_with_the_reason(name: str, tmp_path: Path) -> No
 
 def test_a_bridge_in_eight_bits_is_refused() -> None:
     model = micro.bridge("Llama")
-    model.original_model.is_loaded_in_8bit = True
+    network: Any = model.original_model
+    network.is_loaded_in_8bit = True
     with pytest.raises(sl.SitelensError, match="8-bit weights are refused"):
         resolve_model(model)
 
@@ -174,7 +178,7 @@ def test_what_dispatches_a_model_to_devices_changes_no_number(family: str) -> No
     """accelerate's hooks on every module, as with several GPUs, though all of them place it on the CPU here."""
     from accelerate import dispatch_model
 
-    network = dispatch_model(micro.raw(family), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    network = dispatch_model(micro.raw(family), {"": "cpu"}, main_device=torch.device("cpu"), force_hooks=True)
     assert sum(hasattr(module, "_hf_hook") for module in network.modules()) > 5
     spread, plain = micro.bridged(network, family, micro.tokenizer()), micro.bridge(family)
     task, config = micro.task(), sl.TrainConfig(steps=4, eval_every=2, n_valid=2)

@@ -186,7 +186,7 @@ def test_scores_of_two_models_are_not_averaged_by_mistake(report: RunReport) -> 
     with pytest.raises(sl.SitelensError, match=r"rows of several models \(Llama, other\).*add 'model' to by"):
         sl.summarize(both)
     found = sl.summarize(both, by=("model", "task", "condition", "metric")).set_index("model")
-    assert (found.loc["other", "mean"] == 1).all()
+    assert (found["mean"]["other"] == 1).all()
 
 
 def test_whatever_has_changed_since_a_run_is_said_in_a_line_each(report: RunReport, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_latex_and_markdown_hold_the_cells(result: Result) -> None:
 
 
 def test_a_figure_is_ours(result: Result) -> None:
-    figure = result.figure("Title")
+    figure: Any = result.figure("Title")
     assert isinstance(figure, go.Figure) and figure.layout.title.text == "Title" and len(figure.data)
 
 

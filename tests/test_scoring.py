@@ -57,7 +57,7 @@ def test_the_rows_are_those_of_evaluate_at_first_and_from_the_cache(
     for frame in (found, score_conditions(TASK, conditions(), model, **options)):
         pd.testing.assert_frame_equal(frame, expected, check_exact=True)
     with pytest.raises(AssertionError, match="the model was run"):
-        score_conditions(TASK, conditions(), model, **options | {"seed": 4})
+        score_conditions(TASK, conditions(), model, **{**options, "seed": 4})
 
 
 def other_item(task: Task) -> Task:

@@ -372,7 +372,7 @@ class TestFigureAndFrame:
         assert (trace.zmin, trace.zmax) == (0, 1)
 
     def test_the_hover_has_layer_head_and_alpha(self) -> None:
-        figure = HeadSelection(torch.rand(3, 5)).heatmap()
+        figure: Any = HeadSelection(torch.rand(3, 5)).heatmap()
         (trace,) = figure.data
         assert [part in trace.hovertemplate for part in ("layer %{y}", "head %{x}", "alpha %{z")] == [True] * 3
         assert trace.x is None and trace.y is None  # so x and y count heads and layers from 0
@@ -383,7 +383,8 @@ class TestFigureAndFrame:
         [("antonym", None, "Head selection: antonym"), ("", None, "Head selection"), ("antonym", "Own", "Own")],
     )
     def test_the_heatmap_is_titled(self, task: str, given: str | None, title: str) -> None:
-        assert HeadSelection(torch.rand(2, 2), task).heatmap(given).layout.title.text == title
+        figure: Any = HeadSelection(torch.rand(2, 2), task).heatmap(given)
+        assert figure.layout.title.text == title
 
     @quick
     @hypothesis.given(selections)

@@ -64,7 +64,7 @@ def test_async_tasks_do_not_see_each_others_blocks(tmp_path: Path) -> None:
             return settings.cache()
 
     async def both() -> list[Path]:
-        return await asyncio.gather(task("a"), task("b"))
+        return list(await asyncio.gather(task("a"), task("b")))
 
     assert asyncio.run(both()) == [tmp_path / "a", tmp_path / "b"]
 

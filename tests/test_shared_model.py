@@ -186,7 +186,7 @@ def mean_z(model: Model) -> Tensor:
     rows = []
     for prompt in embedding_prompts(TASK, micro.tokenizer(), 3, 2, 0):
         kept: list[Tensor] = []
-        hooks = [(z_hook(layer), lambda z, hook: kept.append(z[0, -1].clone())) for layer in range(2)]  # noqa: B023
+        hooks: list[Any] = [(z_hook(layer), lambda z, hook: kept.append(z[0, -1].clone())) for layer in range(2)]  # noqa: B023
         with torch.no_grad():
             model.run_with_hooks(torch.tensor([oracle.encode(prompt.text)]), fwd_hooks=hooks)
         rows.append(torch.stack(kept))
@@ -267,9 +267,10 @@ def test_training_goes_through_whole_prompts_where_the_user_listens() -> None:
         losses = []
         for item in [TASK.train[i] for i in run.draws(TASK, CONFIG)[0]]:
             edit = forward.HeadEdit.mix(alpha[None], embedding.mean_z.double()[None])
+            hooks: list[Any] = edit.hooks()
             ids = torch.tensor([oracle.encode(f"Q: {item.input}\nA:")])
             with torch.no_grad():
-                logits = model.run_with_hooks(ids, fwd_hooks=edit.hooks())[0, -1]
+                logits = model.run_with_hooks(ids, fwd_hooks=hooks)[0, -1]
             losses.append(-logits.log_softmax(-1)[oracle.encode(" " + item.output)[0]].item())
     assert result.history["loss"].iloc[0] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert free.history["loss"].iloc[0] != pytest.approx(sum(losses) / len(losses), rel=1e-4)
@@ -477,7 +478,9 @@ def test_an_interrupt_at_any_line_does_no_harm(llama: Model) -> None:
                 forward.full_logits(batch, passes)
             cache = prefix.PrefixCache.of(batch, llama, 10**9)
             with forward.LastToken(llama) as run:
-                run(cache, patch(llama).patch(llama).edit(llama))
+                patched = patch(llama).patch(llama)
+                assert patched is not None
+                run(cache, patched.edit(llama))
 
         outer, loop = [twins.hooked_here, Here], [twins._remove]
         runs = [(own, outer, 1), (own, loop, 53), (adapted, outer, 1), (adapted, loop, 53)]

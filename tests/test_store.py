@@ -75,6 +75,13 @@ def numbered(n: int, size: int = 64) -> Artifact:
     return Artifact("embedding", {"n": n}, {"z": torch.full((size,), float(n))}, {"task": f"task {n}"})
 
 
+def stored(store: Store, artifact: Artifact) -> Path:
+    """The file of an artifact that the store could write."""
+    path = store.put(artifact)
+    assert path is not None
+    return path
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "artifacts")
@@ -189,7 +196,7 @@ def test_specs_of_different_types_differ(one: dict[str, Any], other: dict[str, A
 
 
 def test_an_entry_is_named_by_kind_and_digest(store: Store):
-    path = store.put(numbered(1))
+    path = stored(store, numbered(1))
     assert path.parent == store.root / "embedding"
     assert path.suffix == ".safetensors" and len(path.stem) == 40 and set(path.stem) <= set("0123456789abcdef")
 
@@ -249,7 +256,7 @@ def test_appended_bytes_are_noticed(tmp_path: Path):
 
 
 def test_a_damaged_entry_is_named_removed_and_made_anew(store: Store):
-    path = store.put(numbered(1))
+    path = stored(store, numbered(1))
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.warns(SitelensWarning, match=path.name) as caught:
         assert store.get("embedding", {"n": 1}) is None
@@ -262,7 +269,7 @@ def test_a_damaged_entry_is_named_removed_and_made_anew(store: Store):
 
 def test_an_entry_under_another_name_is_noticed(store: Store):
     wrong = store.path("embedding", {"n": 2})
-    store.put(numbered(1)).rename(wrong)
+    stored(store, numbered(1)).rename(wrong)
     with pytest.warns(SitelensWarning, match="does not hold what its name says"):
         assert store.get("embedding", {"n": 2}) is None
     assert not wrong.exists()
@@ -322,7 +329,7 @@ def broken_open(monkeypatch: pytest.MonkeyPatch, error: int, mode: str = "r") ->
 
 @pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE], ids=os.strerror)
 def test_an_artifact_that_cannot_be_read_is_left_as_it_is(store: Store, monkeypatch: pytest.MonkeyPatch, error: int):
-    path = store.put(numbered(1))
+    path = stored(store, numbered(1))
     with monkeypatch.context() as broken:
         broken_open(broken, error)
         with pytest.warns(SitelensWarning, match=f"cannot be read: {os.strerror(error)}.*goes on without it") as said:
@@ -345,14 +352,14 @@ def test_a_folder_in_an_artifacts_place_is_no_damage(store: Store):
 
 
 def test_a_file_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch):
-    path, real, opened = store.put(numbered(1)), builtins.open, []
+    path, real, opened = stored(store, numbered(1)), builtins.open, []
     monkeypatch.setattr(builtins, "open", lambda file, *rest, **more: opened.append(file) or real(file, *rest, **more))
     assert same(numbered(1), store.get("embedding", {"n": 1}))
     assert opened == [path]
 
 
 def test_a_good_artifact_that_takes_a_damaged_ones_place_just_then_stays(store: Store, monkeypatch: pytest.MonkeyPatch):
-    path = store.put(numbered(1))
+    path = stored(store, numbered(1))
     good, replace = path.read_bytes(), os.replace
     path.write_bytes(good[:-1])
 
@@ -370,7 +377,7 @@ def test_a_good_artifact_that_takes_a_damaged_ones_place_just_then_stays(store: 
 
 
 def test_a_damaged_artifact_goes_when_the_new_one_is_whole(store: Store):
-    path = store.put(numbered(1))
+    path = stored(store, numbered(1))
     path.write_bytes(b"rubbish")
     with pytest.warns(SitelensWarning, match="made anew"):
         store.get("embedding", {"n": 1})
@@ -419,7 +426,7 @@ def test_a_store_behind_a_link_works(tmp_path: Path, there: bool):
 def test_permissions_follow_the_umask(store: Store):
     before = os.umask(0o002)
     try:
-        path = store.put(numbered(1))
+        path = stored(store, numbered(1))
     finally:
         os.umask(before)
     assert path is not None
@@ -510,23 +517,23 @@ def test_a_killed_writer_leaves_nothing_half_written(store: Store, workers: Any)
 
 def test_entries_lists_what_is_there(store: Store):
     assert store.entries().empty and list(store.entries()) == ["kind", "task", "model", "bytes", "modified", "path"]
-    path = store.put(Artifact("selection", {"model": "abc"}, {"a": torch.zeros(2)}, {"task": "antonym"}))
+    path = stored(store, Artifact("selection", {"model": "abc"}, {"a": torch.zeros(2)}, {"task": "antonym"}))
     store.put(numbered(1))
-    store.put(numbered(2)).write_bytes(b"rubbish")
+    stored(store, numbered(2)).write_bytes(b"rubbish")
     rows = store.entries().set_index("kind").sort_index()
     assert list(rows.index) == ["damaged", "embedding", "selection"]
-    assert rows.loc["selection", ["task", "model", "bytes", "path"]].tolist() == [
+    assert [rows[name]["selection"] for name in ("task", "model", "bytes", "path")] == [
         "antonym", "abc", path.stat().st_size, str(path),
     ]  # fmt: skip
     assert rows.loc["embedding", "task"] == "task 1"
-    assert abs(rows.loc["selection", "modified"].timestamp() - path.stat().st_mtime) <= 0.5
+    assert abs(rows["modified"]["selection"].timestamp() - path.stat().st_mtime) <= 0.5
 
 
 @hypothesis.settings(quick, max_examples=100)
 @hypothesis.given(st.data())
 def test_entries_bears_any_changed_byte(data: st.DataObject):
     with tempfile.TemporaryDirectory() as folder:
-        path = Store(Path(folder)).put(SMALL)
+        path = stored(Store(Path(folder)), SMALL)
         content = bytearray(path.read_bytes())
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
         path.write_bytes(content)
@@ -546,14 +553,14 @@ def test_clear_removes_one_kind_or_all_and_counts(store: Store):
 
 def test_clear_damaged_removes_damaged_files_only(store: Store):
     store.put(numbered(1))
-    broken = store.put(numbered(2))
+    broken = stored(store, numbered(2))
     broken.write_bytes(b"rubbish")
     assert store.clear("damaged") == 1
     assert store.entries()["kind"].tolist() == ["embedding"] and not broken.exists()
 
 
 def test_clear_removes_stale_temporaries_but_not_those_being_written(store: Store):
-    folder = store.put(numbered(1)).parent
+    folder = stored(store, numbered(1)).parent
     stale, fresh = folder / ".a.1-0.tmp", folder / ".a.2-0.tmp"
     for temporary in (stale, fresh):
         temporary.write_bytes(b"half")

@@ -92,7 +92,7 @@ def test_the_table_has_means_over_the_tasks_of_each_group_and_of_all(model: Mode
     table = found.summary().set_index(["condition", "group"])
     for condition in ("zero-shot", "2-shot", "SITE"):
         for group, tasks in (("left", 2), ("right", 1)):
-            row = table.loc[(condition, group)]
+            row: Any = table.loc[(condition, group)]
             assert row["mean"] == pytest.approx(by_task[condition, group].mean())
             assert (row["tasks"], row["n"]) == (tasks, 6 * tasks) and row["low"] <= row["mean"] <= row["high"]
         assert table.loc[(condition, "all"), "mean"] == pytest.approx(by_task[condition].mean())
@@ -133,8 +133,9 @@ def test_a_name_that_is_not_in_the_suite_is_refused(model: Model) -> None:
     with pytest.raises(SitelensError, match=r"options are given for 'FV', .* with options: TV"):
         run_suite("bbh", model, methods=["SITE", "TV"], options={"FV": {}})
     for wrong in ("n_items", "n_shots", "n_prompts"):
+        options: dict[str, Any] = {wrong: 0}
         with pytest.raises(SitelensError, match=rf"{wrong}.* must be at least 1, got .*0"):
-            run_suite("bbh", model, **{wrong: 0})
+            run_suite("bbh", model, **options)
 
 
 def test_what_fails_is_left_out_and_the_rest_goes_on(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,9 +278,9 @@ def test_dropped_items_are_counted_and_no_prompt_is_longer_than_the_context(
     long = [(" ".join(micro.WORDS[i : i + 60]), micro.WORDS[i]) for i in range(8)]
     pairs = [*((item.input, item.output) for item in TASKS["one"].train), *long]
     monkeypatch.setitem(TASKS, "one", Task.from_pairs("one", pairs))
-    found = run_suite("bbh", model, tasks=["one", "two"], **SMALL | {"n_shots": 4})
+    found = run_suite("bbh", model, tasks=["one", "two"], **{**SMALL, "n_shots": 4})
     assert found.tasks.set_index("task")["dropped"].to_dict() == {"one": 8, "two": 0}
-    assert "8 of" in found.tasks.set_index("task").loc["one", "note"]
+    assert "8 of" in found.tasks.set_index("task")["note"]["one"]
 
 
 def test_answers_that_begin_alike_are_counted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

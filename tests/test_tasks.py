@@ -172,7 +172,7 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments, directory=str(folder))
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
     monkeypatch.delenv("SITELENS_DATA", raising=False)
@@ -298,7 +298,7 @@ def test_list_tasks_has_a_row_for_every_name():
     frame = list_tasks()
     assert frame["name"].tolist() == task_names()
     assert len(frame) == len(builtin.names()) + 57 + 3 + 14 + 27
-    row = frame.set_index("name").loc["antonym"]
+    row = frame.set_index("name").loc["antonym"].to_dict()
     assert row["items"] == len(builtin.pairs("antonym")) and row["source"] == "built in" and row["description"]
     absent = frame.set_index("name")["items"].isna()
     assert absent.index[absent].tolist() == ["fv/squad_val", "anli/r1", "anli/r2", "anli/r3"]
@@ -399,7 +399,12 @@ def test_numbers_become_text():
 
 
 def test_options_are_fields_of_the_task():
-    options = {"published_metric": "exact_match", "template": "{input} -> {output}\n", "source": "s", "note": "n"}
+    options: dict[str, Any] = {
+        "published_metric": "exact_match",
+        "template": "{input} -> {output}\n",
+        "source": "s",
+        "note": "n",
+    }
     task = Task.from_pairs("own", PAIRS, case_sensitive=True, **options)
     assert {name: getattr(task, name) for name in options} == options and task.case_sensitive
 
@@ -477,7 +482,9 @@ def test_a_json_file_may_name_and_describe_its_task(tmp_path: Path):
     chat = {"template": "chat", "template_arguments": {"enable_thinking": False, "date": "1 May"}}
     for options in (plain, chat):
         path = written(tmp_path / "mine.json", {"name": "opposites", "examples": LISTED, **options})
-        fields = {"published_metric" if name == "metric" else name: value for name, value in options.items()}
+        fields: dict[str, Any] = {
+            "published_metric" if name == "metric" else name: value for name, value in options.items()
+        }
         assert load_task(path) == Task.from_pairs("opposites", PAIRS, source=str(path), **fields)
     assert load_task(path).template_arguments == (("date", "1 May"), ("enable_thinking", False))
     path = written(tmp_path / "mine.json", {"examples": LISTED, "template": "chat", "template_arguments": [1]})
@@ -622,7 +629,7 @@ def test_a_frame_may_say_each_items_split():
 
 def test_columns_may_have_other_names(tmp_path: Path):
     frame = pd.DataFrame(SPLIT, columns=["Question", "label"]).assign(part=LABELS, more=["icy|cool", "", "", "", ""])
-    names = {"input": "question", "output": "label", "also": "more", "split": "part"}
+    names: dict[str, Any] = {"input": "question", "output": "label", "also": "more", "split": "part"}
     expected = Task.from_frame("mine", frame, **names)
     assert own_splits(expected) == PARTS and expected.train[0].also == ("icy", "cool")
     for name in ("mine.csv", "mine.jsonl", "mine.json"):
@@ -655,7 +662,8 @@ def test_a_seed_decides_the_split(tmp_path: Path):
 
 
 def test_what_is_for_files_is_refused_elsewhere():
-    for options in ({"seed": 1}, {"input": "question"}, {"sep": ";"}):
+    examples: list[dict[str, Any]] = [{"seed": 1}, {"input": "question"}, {"sep": ";"}]
+    for options in examples:
         with pytest.raises(SitelensError, match=r"columns, sep and seed are for files .*'antonym' is none"):
             load_task("antonym", **options)
         with pytest.raises(SitelensError, match="'own' is a task already"):
@@ -699,7 +707,7 @@ def test_text_that_no_file_could_hold_is_refused_wherever_it_stands(tmp_path: Pa
 def test_a_task_made_by_hand_is_checked_and_cannot_change():
     examples = [Example(*pair) for pair in PAIRS]
     task = Task("own", "own", examples, examples[:1], tuple(examples[:2]))  # type: ignore[arg-type]
-    digest = Task("own", "own", *map(tuple, (examples, examples[:1], examples[:2]))).digest
+    digest = Task("own", "own", tuple(examples), tuple(examples[:1]), tuple(examples[:2])).digest
     examples.pop()
     assert task.digest == digest and len(task.train) == 4
     with pytest.raises(SitelensError, match=r"'own', valid item 1: .* is no Example; Task.from_pairs takes pairs"):

@@ -85,8 +85,12 @@ def test_what_is_put_before_and_behind_a_text(form: str):
 
 
 def test_a_tokenizer_that_knows_no_letter_a_still_shows_its_bos():
-    for kind in (models.BPE, models.WordLevel):  # the one leaves out what it does not know, the other fails
-        model = Tokenizer(kind({"<bos>": 0, "1": 1}, *([[]] if kind is models.BPE else [])))
+    ids = {"<bos>": 0, "1": 1}
+    for kind in (
+        models.BPE(ids, []),
+        models.WordLevel(ids),
+    ):  # the one leaves out what it does not know, the other fails
+        model = Tokenizer(kind)
         model.pre_tokenizer = pre_tokenizers.Whitespace()
         model.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<bos>")
@@ -182,6 +186,7 @@ def test_a_model_whose_tokenizer_has_no_padding_and_no_end_evaluates_as_with_the
         if bare:
             tokenizer.pad_token = tokenizer.eos_token = None
         model = micro.bridged(micro.raw("Llama"), "bare", tokenizer)
-        model.original_model.generation_config.eos_token_id = None
+        network: Any = model.original_model
+        network.generation_config.eos_token_id = None
         frames.append(sl.evaluate(task, conditions, model, n_items=3))
     assert frames[0].equals(frames[1])

@@ -61,7 +61,8 @@ def double(family: str) -> Model:
     """A micro model in float64; the default kernel of a mixture of experts has no such precision."""
     model = micro.bridge(family, torch.float64)
     if family.startswith("Mixtral"):
-        model.original_model.set_experts_implementation("eager")
+        network: Any = model.original_model
+        network.set_experts_implementation("eager")
     return model
 
 
@@ -653,7 +654,7 @@ class TestBadInput:
         ],
     )
     @pytest.mark.usefixtures("unchecked")
-    def test_a_config_names_what_is_wrong(self, field: str, value: object, message: str) -> None:
+    def test_a_config_names_what_is_wrong(self, field: str, value: Any, message: str) -> None:
         with pytest.raises(SitelensError, match=message):
             TrainConfig(**{field: value})
 
@@ -695,8 +696,8 @@ class TestLossThatIsNoNumber:
         """A model that does not bear one word."""
         model = micro.bridge("Llama")
         with torch.no_grad():
-            embed = model.original_model.get_input_embeddings()
-            embed.weight[model.tokenizer.get_vocab()[f" {self.word}"]] = torch.nan
+            network: Any = model.original_model
+            network.get_input_embeddings().weight[model.tokenizer.get_vocab()[f" {self.word}"]] = torch.nan
         return model
 
     def task(self, name: str, split: str | None = None) -> Task:

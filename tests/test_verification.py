@@ -60,7 +60,7 @@ def test_a_report_is_a_table_in_words(llama: Model) -> None:
     assert all(check in str(report) for check in CHECKS)
     errors = report.frame.dropna(subset="error")
     assert len(errors) == 8 and (errors["error"] <= errors["limit"]).all() and (errors["error"] < 1e-4).all()
-    assert "no BOS token" in report.frame.set_index("check").loc["tokens", "detail"]
+    assert "no BOS token" in report.frame.set_index("check")["detail"]["tokens"]
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_fault_is_noticed(fault: Any, check: str, llama: Model, monkeypatch: p
     with monkeypatch.context() as patch:
         fault(patch)
         report = verify(llama, task=micro.task())
-    found = report.frame.set_index("check").loc[check]
+    found = report.frame.set_index("check").loc[check].to_dict()
     if fault is wrong_gain:  # contributions that do not add up are what every function refuses
         assert found["result"] == UNSUPPORTED and "miss the logits by 0.1%" in found["detail"]
     else:

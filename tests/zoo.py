@@ -234,9 +234,11 @@ class Held:
             edited = self.z[module].clone()
             edited[0, -1].view(self.heads, -1)[head] = value
             kept: list[Tensor] = []
-            handle = behind.register_forward_hook(
-                lambda m, a, y, kept=kept: kept.append(y[0] if isinstance(y, tuple) else y)
-            )
+
+            def keep(module: Any, inputs: Any, output: Any, kept: list[Tensor] = kept) -> None:
+                kept.append(output[0] if isinstance(output, tuple) else output)
+
+            handle = behind.register_forward_hook(keep)
             try:
                 self._with({module: edited})
             finally:
