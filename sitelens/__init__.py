@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from sitelens.studies.similarity import HeadSimilarity as HeadSimilarity
     from sitelens.studies.similarity import head_similarity as head_similarity
     from sitelens.studies.similarity import similarity_predicts_transfer as similarity_predicts_transfer
-    from sitelens.studies.transfer import TransferMatrix as TransferMatrix
     from sitelens.studies.transfer import transfer_matrix as transfer_matrix
+    from sitelens.studies.transfer_result import TransferMatrix as TransferMatrix
     from sitelens.tasks import Example as Example
     from sitelens.tasks import Suite as Suite
     from sitelens.tasks import Task as Task
@@ -89,7 +89,8 @@ _EXPORTS = {
     "reports.suite": ("SuiteResult", "run_suite"),
     "reports.verification.verify": ("Verification", "verify"),
     "studies.similarity": ("HeadSimilarity", "head_similarity", "similarity_predicts_transfer"),
-    "studies.transfer": ("TransferMatrix", "transfer_matrix"),
+    "studies.transfer": ("transfer_matrix",),
+    "studies.transfer_result": ("TransferMatrix",),
     "tasks": ("Example", "Suite", "Task", "list_tasks", "load_task", "load_tasks", "register_suite"),
 }
 _MODULE_OF: dict[str, str] = {name: home for home, names in _EXPORTS.items() for name in names}

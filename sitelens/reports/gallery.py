@@ -28,7 +28,8 @@ from sitelens.progress import Job
 from sitelens.reports.records import train_options
 from sitelens.studies import Options
 from sitelens.studies.similarity import head_similarity, similarity_predicts_transfer
-from sitelens.studies.transfer import TransferMatrix, transfer_matrix
+from sitelens.studies.transfer import transfer_matrix
+from sitelens.studies.transfer_result import TransferMatrix
 from sitelens.tasks import Task, load_tasks
 
 if TYPE_CHECKING:

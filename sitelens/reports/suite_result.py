@@ -17,6 +17,7 @@ from sitelens.conditions.selection import HeadSelection
 from sitelens.evaluation.result import Result
 from sitelens.evaluation.summary import summarize
 from sitelens.evaluation.tables import INTERVALS, Table, format_interval
+from sitelens.figures.style import accuracy_label
 from sitelens.store.artifact import Artifact
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class SuiteResult(Result):
             columns.append(f"{group} ({n_tasks} task{'' if n_tasks == 1 else 's'}, n={most[group]})")
         cells = means.assign(text=texts, column=columns)
         wide = cells.pivot_table(index="condition", columns="column", values="text", aggfunc="first", sort=False)
-        metric = str(means["metric"].iloc[0]).replace("_", " ").capitalize()
-        caption = f"{self.name}: {metric} accuracy in per cent, means over tasks (n: answers)."
+        metric = accuracy_label(str(means["metric"].iloc[0]))
+        caption = f"{metric} in per cent on the suite {self.name}: means over tasks (n: answers)."
         return [Table(wide, caption, INTERVALS if "tasks_low" in means else "")]
 
     def figure(self, title: str | None = None) -> go.Figure:

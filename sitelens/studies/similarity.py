@@ -25,7 +25,7 @@ from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, head_shape, model_name
-from sitelens.studies.transfer import TransferMatrix
+from sitelens.studies.transfer_result import TransferMatrix
 from sitelens.tasks import Task, groups_of, load_tasks
 
 if TYPE_CHECKING:
