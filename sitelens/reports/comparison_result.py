@@ -100,9 +100,11 @@ class Comparison(Result):
         return figures.comparison(self.frame, title or "")
 
     def frames(self) -> dict[str, pd.DataFrame]:
+        """The frames that are written as CSV, by the ending of their file's name."""
         return {**super().frames(), "-scores": self.scores}
 
     def description(self) -> dict[str, Any]:
+        """What it is in a few words, for its repr."""
         models = self.frame["model"].unique() if "model" in self.frame else []
         return {"tasks": self.frame["task"].nunique(), "methods": list(self.frame["method"].unique()),
                 "model": ", ".join(map(str, models))}  # fmt: skip

@@ -87,19 +87,24 @@ class SuiteResult(Result):
         return figures.suite(self.frame, title or "")
 
     def frames(self) -> dict[str, pd.DataFrame]:
+        """The frames that are written as CSV, by the ending of their file's name."""
         return {**super().frames(), "-tasks": self.tasks, "-scores": self.scores}
 
     @property
     def default_name(self) -> str:
+        """What its files are called, unless they are given a name."""
         return f"{self.kind}-{self.name}"
 
     def saved_record(self) -> dict[str, Any]:
+        """What NAME.json says, but for the command."""
         table = json.loads(self.summary().round(5).to_json(orient="records"))
         return {**self.record, "table": table, "left_out": dict(self.left_out)}
 
     def artifact(self) -> Artifact:
+        """What NAME.safetensors holds."""
         return Artifact(self.kind, {}, *packed(replace(self, embeddings={}, selections={})))
 
     def description(self) -> dict[str, Any]:
+        """What it is in a few words, for its repr."""
         return {"suite": self.name, "tasks": self.scores["task"].nunique(), "left_out": len(self.left_out),
                 "conditions": list(self.scores["condition"].unique()), "model": self.model_name}  # fmt: skip

@@ -98,9 +98,11 @@ class HeadSimilarity(Result):
         return self.heatmap("pearson", title)
 
     def frames(self) -> dict[str, pd.DataFrame]:
+        """The frames that are written as CSV, by the ending of their file's name."""
         return {**super().frames(), "-floor": self.floor}
 
     def description(self) -> dict[str, Any]:
+        """What it is in a few words, for its repr."""
         seeds = len(set(self.frame["seed_a"]) | set(self.frame["seed_b"]))
         return {"tasks": len(self.tasks), "seeds": seeds, "model": self.model}
 

@@ -137,6 +137,7 @@ class TransferMatrix(Result):
         return self.heatmap(title)
 
     def description(self) -> dict[str, Any]:
+        """What it is in a few words, for its repr."""
         return {"tasks": len(self.matrix), "swap": self.swap, "metric": self.metric, "model": self.model}
 
     @checked
@@ -173,6 +174,7 @@ class TransferMatrix(Result):
         )  # fmt: skip
 
     def artifact(self) -> Artifact:
+        """What NAME.safetensors holds."""
         saved = _Saved(
             torch.tensor(self.matrix.to_numpy(float)), torch.tensor(self.zero_shot.to_numpy(float)),
             torch.tensor(self.n.to_numpy(int)), tuple(self.matrix.columns), self.swap, self.metric, self.model,
@@ -182,6 +184,7 @@ class TransferMatrix(Result):
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> TransferMatrix:
+        """The result that `artifact` described."""
         saved = artifact.made(_Saved)
         names = list(saved.tasks)
         matrix = pd.DataFrame(saved.accuracy.numpy(), index=names, columns=names)
