@@ -36,7 +36,7 @@ _watcher: ContextVar[_Watcher | None] = ContextVar("watcher", default=None)
 
 @dataclass
 class Bar:
-    """How many of a loop's steps are done; the loop calls `update` as it goes on."""
+    """The number of steps that a loop has done; the loop calls `update`."""
 
     total: int
     move: Callable[[int], object]  # what `update` calls with the number of steps done since
@@ -50,15 +50,19 @@ class Bar:
 
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Bar]:
-    """A bar for a loop of `total` steps, on standard error where `shows_bars`.
+    """A progress bar for one loop, drawn on standard error if `shows_bars`.
 
         with progress(len(batches), "embed antonym") as bar:
             for batch in batches:
                 ...
                 bar.update()
 
-    Inside a job there is no bar of its own: the job's bar moves by the fraction of the steps that are done. It is for
-    innermost loops; outer ones divide their stage by `portion`.
+    Inside a job no bar of its own is drawn: the job's bar moves by the fraction of steps that are done. Use it for
+    innermost loops; outer loops divide their stage by `portion`.
+
+    Args:
+        total: the number of steps.
+        label: the text beside the bar.
     """
     watcher = _watcher.get()
     if watcher is not None:
@@ -72,13 +76,13 @@ def progress(total: int, label: str) -> Iterator[Bar]:
 
 
 def no_progress() -> AbstractContextManager[None]:
-    """A block whose loops and jobs show nothing and move no bar: for short loops of which there are many."""
+    """A context manager in which loops and jobs draw no bar and move none, for many short loops inside one stage."""
     return bound(_watcher, _Watcher(lambda share: None, lambda text: None))
 
 
 @contextmanager
 def portion(start: float, stop: float) -> Iterator[None]:
-    """Inside this block, progress counts as that from `start` to `stop`, shares of the surrounding stage."""
+    """Inside this block, loops move the bar from `start` to `stop`, fractions of the surrounding stage."""
     watcher = _watcher.get()
     if watcher is None:
         yield
@@ -198,7 +202,7 @@ class Job:
 
 
 def shows_bars() -> bool:
-    """Whether loops and jobs draw bars now: as `settings.progress` says, or where a person is looking."""
+    """Whether loops and jobs draw bars: `settings.progress` or, where that is None, `is_watched`."""
     return is_watched() if settings.progress is None else settings.progress
 
 

@@ -1,4 +1,4 @@
-"""What a user sets once: memory, dtype, progress bars, folders."""
+"""Global settings: memory, dtype, progress bars, folders."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def checked_dtype(name: str, value: Any) -> str | None:
 
 
 class _Setting(Generic[Value]):
-    """One setting: its value in the innermost `using` block of this context, or else the process's."""
+    """One setting: its value in the innermost `using` block of this context, otherwise the value of the process."""
 
     def __init__(self, default: Value, check: Callable[[str, Any], Value]) -> None:
         self.default, self.check, self.name = default, check, ""
@@ -80,18 +80,27 @@ class _Setting(Generic[Value]):
 
 
 class Settings:
-    """Defaults for every call; `sl.settings` is the one instance.
+    """The global settings; `sl.settings` is the only instance.
 
-    `sl.settings.progress = False` holds for the whole process; `with sl.settings.using(progress=False):` holds for the
-    block, in its own thread or async task only (threads started inside it see the process's values), and wins over
-    assignments meanwhile. An unknown name or a bad value is a SitelensError at once.
+    `sl.settings.progress = False` holds for the whole process. `with sl.settings.using(progress=False):` holds for one
+    block, in its own thread or async task only (threads started inside it see the values of the process), and takes
+    precedence over assignments made meanwhile.
 
-    memory_budget: extra bytes that training and evaluation may take beside the weights, an int or "2GiB".
-    dtype: of models that are loaded without one, a name ("bfloat16") or torch's object; None means float32 for GGUF
-        weights (the packaged models are such) and the checkpoint's own otherwise.
-    progress: True, False, or None for bars only where a person is looking (a terminal or a notebook).
-    cache_dir: where artifacts and converted models lie; None means SITELENS_CACHE or the user's cache folder.
-    data_dir: a folder with data sets in their upstream layout; None means SITELENS_DATA, or download.
+    Attributes:
+        memory_budget: bytes that training and evaluation may use beside the weights, an int or a text like "2GiB".
+        dtype: the dtype in which `load_model` loads weights unless it is given one, by name ("bfloat16") or as torch's
+            object; None: float32 for GGUF files, such as the packaged models, and the checkpoint's own otherwise.
+        progress: True or False for progress bars or none; None: bars in a terminal or a notebook only.
+        cache_dir: the folder of cached results and converted models; None: SITELENS_CACHE, or the user's cache folder.
+        data_dir: a folder with data sets in their upstream layout; None: SITELENS_DATA, or download.
+
+    Raises:
+        SitelensError: at once, for an unknown name or a value that a setting cannot have.
+
+    Example:
+        >>> with sl.settings.using(memory_budget="4GiB", progress=False):
+        ...     sl.settings.budget()
+        4294967296
     """
 
     memory_budget = _Setting[int | str]("2GiB", _checked_size)
@@ -101,10 +110,13 @@ class Settings:
     data_dir = _Setting[str | Path | None](None, _checked_folder)
 
     def using(self, **values: Any) -> AbstractContextManager[None]:
-        """The named settings at these values for a `with` block, in its own thread or async task only.
+        """A context manager that sets settings for one block, in its own thread or async task only.
+
+        Args:
+            values: new values by the settings' names; the others stay as they are.
 
         Raises:
-            SitelensError: for an unknown name or a bad value.
+            SitelensError: for an unknown name or a value that a setting cannot have.
         """
         checked = {name: self._setting(name).check(name, value) for name, value in values.items()}
         return bound(_using, {**_using.get(), **checked})
@@ -117,7 +129,7 @@ class Settings:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """What the settings are called."""
+        """The names of all settings."""
         return tuple(cls._settings())
 
     @classmethod
