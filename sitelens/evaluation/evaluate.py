@@ -158,8 +158,8 @@ def generate(
     )
     patches, others = as_patches({"": condition}, model, generating=True)
     outputs = predictor.patched(patches, lambda _: None) | predictor.hooked(others, lambda _: None)
-    said = [out.text.lstrip() for out in outputs[""]]
-    return [(end.split(text, maxsplit=1)[0] if end else text).strip() for text in said]
+    continuations = [out.text.lstrip() for out in outputs[""]]
+    return [(end.split(text, maxsplit=1)[0] if end else text).strip() for text in continuations]
 
 
 def sample_items(task: Task, split: str, n_items: int | None, seed: int) -> list[int]:

@@ -81,35 +81,35 @@ class Predictor:
             return {}
         names = list(patches)
         edits = HeadEdit.stack([patch.edit(self.model) for patch in patches.values()])
-        found: list[list[Output | None]] = [[None] * len(self.batch) for _ in patches]
+        outputs_of: list[list[Output | None]] = [[None] * len(self.batch) for _ in patches]
         share = self.budget // 3  # the prefixes, what is computed, and what decoding keeps
         with torch.no_grad(), LastToken(self.model) as last_token:
             for index in chunks(self.batch.lengths, functools.partial(prefix_bytes, self.model), share):
                 part = self.batch.rows(index)
                 prefix = PrefixCache.of(part, self.model, share)
                 for items, which in crossed(part.lengths, len(patches), self._step_cost(), share):
-                    some = prefix.rows(torch.tensor(items), repeats=len(which))
+                    prefix_rows = prefix.rows(torch.tensor(items), repeats=len(which))
                     edit = edits.rows(torch.tensor(which * len(items), device=edits.keep.device))
                     cache = None
                     if self.max_new_tokens:
-                        logits, cache = last_token.step(some, edit)
+                        logits, cache = last_token.step(prefix_rows, edit)
                     else:
-                        logits = last_token(some, edit)
+                        logits = last_token(prefix_rows, edit)
                     pairs = [(i, c) for i in items for c in which]
                     labels = [(names[c], index[i]) for i, c in pairs]
-                    chosen = part.rows([i for i, _ in pairs])
-                    outputs = self._outputs(logits, chosen, cache, some.mask, labels, last_token.passes)
+                    rows = part.rows([i for i, _ in pairs])
+                    outputs = self._outputs(logits, rows, cache, prefix_rows.mask, labels, last_token.passes)
                     for (i, c), out in zip(pairs, outputs, strict=True):
-                        found[c][index[i]] = out
+                        outputs_of[c][index[i]] = out
                     advance(len(pairs))
-        return {name: [out for out in row if out] for name, row in zip(patches, found, strict=True)}
+        return {name: [out for out in row if out] for name, row in zip(patches, outputs_of, strict=True)}
 
     def hooked(self, conditions: Mapping[str, Condition], advance: Callable[[int], None]) -> dict[str, list[Output]]:
         """Any condition: whole prompts run, and decoded, while it is applied.
 
         Those that leave all but the last token alone share its prefix and run that token only.
         """
-        found: dict[str, list[Output | None]] = {name: [None] * len(self.batch) for name in conditions}
+        outputs_of: dict[str, list[Output | None]] = {name: [None] * len(self.batch) for name in conditions}
         share = self.budget // 2  # the other half is for what decoding keeps
         for index in chunks(
             self.batch.lengths, self._full_cost, share, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, same_length=True
@@ -129,9 +129,9 @@ class Predictor:
                     labels = [(name, i) for i in index]
                     outputs = self._outputs(logits, part, cache, part.mask.to(logits.device), labels, passes)
                 for i, out in zip(index, outputs, strict=True):
-                    found[name][i] = out
+                    outputs_of[name][i] = out
                 advance(len(index))
-        return {name: [out for out in row if out] for name, row in found.items()}
+        return {name: [out for out in row if out] for name, row in outputs_of.items()}
 
     def _full_cost(self, length: int) -> int:
         """Bytes of one row of whole prompts with its logits."""

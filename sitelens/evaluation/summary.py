@@ -124,10 +124,10 @@ class _Answers:
 def _mean(answers: _Answers) -> dict[str, float]:
     strata = answers.strata
     mean, low, high = map(float, mean_over_items(strata))
-    found = {"mean": mean, "low": low, "high": high}
+    row = {"mean": mean, "low": low, "high": high}
     if answers.tasks > 1:
-        _, found["tasks_low"], found["tasks_high"] = map(float, mean_over_tasks(strata))
-    return found
+        _, row["tasks_low"], row["tasks_high"] = map(float, mean_over_tasks(strata))
+    return row
 
 
 def _difference(a: _Answers, b: _Answers, what: str) -> dict[str, float]:
@@ -154,10 +154,10 @@ def _difference(a: _Answers, b: _Answers, what: str) -> dict[str, float]:
         sides = _Answers(left, a.names).strata, _Answers(right, b.names).strata
         strata = _Answers(means, ()).strata.with_repeats_of(*sides)
     mean, low, high = map(float, difference_over_items(strata))
-    found = {"difference": mean, "difference_low": low, "difference_high": high}
+    row = {"difference": mean, "difference_low": low, "difference_high": high}
     if index.get_level_values("task").nunique() > 1:
-        _, found["difference_tasks_low"], found["difference_tasks_high"] = map(float, difference_over_tasks(strata))
-    return found
+        _, row["difference_tasks_low"], row["difference_tasks_high"] = map(float, difference_over_tasks(strata))
+    return row
 
 
 def _checked_columns(scores: pd.DataFrame, by: Sequence[str], against: str | None) -> list[str]:

@@ -109,7 +109,7 @@ def transfer_heatmap(
         'Target task'
     """
     sources, targets = [str(name) for name in values.index], [str(name) for name in values.columns]
-    shown = [figure_text(name) for name in sources], [figure_text(name) for name in targets]
+    texts = [figure_text(name) for name in sources], [figure_text(name) for name in targets]
     n = len(targets)
     font = 11 if n <= 24 else 9 if n <= 40 else 7.5
     labels = text_width([*sources, *targets], font)
@@ -129,7 +129,7 @@ def transfer_heatmap(
         colorscale=DIVERGING if limits[0] < 0 else SEQUENTIAL, colorbar=colorbar(label, len=0.8, y=0.4),
         x=list(range(n)), y=list(range(len(sources))),
         customdata=np.stack(list(details.values()), -1) if details else None,
-        text=[[f"{source}<br>{figure_text(between)} {target}" for target in shown[1]] for source in shown[0]],
+        text=[[f"{source}<br>{figure_text(between)} {target}" for target in texts[1]] for source in texts[0]],
         hovertemplate=f"%{{text}}<br>{figure_text(label)} %{{z:.3f}}{extra}<extra></extra>",
     )  # fmt: skip
     figure.add_trace(heatmap, 2, 2)
@@ -140,20 +140,20 @@ def transfer_heatmap(
             figure.update_yaxes(range=[0, 1.02 * float(tree[:, 2].max())], row=1, col=column)
     kinds = sorted({(groups or {}).get(name, "other") for name in sources}) if groups else []
     for i, kind in enumerate(kinds):
-        places = [place for place, name in enumerate(sources) if (groups or {}).get(name, "other") == kind]
+        indices = [index for index, name in enumerate(sources) if (groups or {}).get(name, "other") == kind]
         figure.add_trace(go.Bar(
-            y=places, x=[1] * len(places), width=1, orientation="h", name=figure_text(kind),
-            marker_color=COLORS[i % len(COLORS)], customdata=[shown[0][place] for place in places],
+            y=indices, x=[1] * len(indices), width=1, orientation="h", name=figure_text(kind),
+            marker_color=COLORS[i % len(COLORS)], customdata=[texts[0][index] for index in indices],
             hovertemplate=f"%{{customdata}}<extra>{figure_text(kind)}</extra>",
         ), 2, 1)  # fmt: skip
     for row, column in ((1, 1), (1, 2), (2, 1)):
         figure.update_xaxes(visible=False, row=row, col=column)
     figure.update_yaxes(visible=False)
     names: dict[str, Any] = {"showgrid": False, "ticks": "", "showline": False, "tickfont": {"size": font}}
-    figure.update_xaxes(title=figure_text(axes[1]), tickvals=list(range(n)), ticktext=shown[1],
+    figure.update_xaxes(title=figure_text(axes[1]), tickvals=list(range(n)), ticktext=texts[1],
                         tickangle=-90 if n > 24 else -45, range=[-0.5, n - 0.5], **names, row=2, col=2)  # fmt: skip
     side: dict[str, Any] = {
-        "title": figure_text(axes[0]), "tickvals": list(range(len(sources))), "ticktext": shown[0], "visible": True,
+        "title": figure_text(axes[0]), "tickvals": list(range(len(sources))), "ticktext": texts[0], "visible": True,
         "showticklabels": True, "range": [len(sources) - 0.5, -0.5], **names,
     }  # fmt: skip
     figure.update_yaxes(range=side["range"], row=2, col=2)

@@ -92,7 +92,7 @@ def comparison(frame: pd.DataFrame, title: str = "") -> Figure:
     means = means.assign(low=grouped["accuracy"].quantile(0.25), high=grouped["accuracy"].quantile(0.75))
     figure = Figure()
     make_subplots(figure=figure, cols=2, shared_yaxes=True, horizontal_spacing=0.04)
-    for place, column in enumerate(("trained", "work"), start=1):
+    for panel, column in enumerate(("trained", "work"), start=1):
         known = means[column][means[column] > 0]
         least, most = (known.min(), known.max()) if len(known) else (1.0, 1.0)
         first = math.floor(math.log10(least)) - 1  # where nothing is shown
@@ -105,15 +105,15 @@ def comparison(frame: pd.DataFrame, title: str = "") -> Figure:
             below, above = row["accuracy"] - row["low"], row["high"] - row["accuracy"]
             figure.add_trace(go.Scatter(
                 x=[at[name]], y=[row["accuracy"]], mode="markers", name=figure_text(name),
-                legendgroup=figure_text(name), showlegend=place == 1,
+                legendgroup=figure_text(name), showlegend=panel == 1,
                 marker={"color": COLORS[i % len(COLORS)], "size": 8, "symbol": marker(i)},
                 error_y={"type": "data", "symmetric": False, "array": [max(above, 0)], "arrayminus": [max(below, 0)],
                          "thickness": 1, "width": 0},
                 hovertemplate=f"{figure_text(name)}<br>accuracy %{{y:.3f}}<br>{column} {row[column]:,.0f}"
                 "<extra></extra>",
-            ), 1, place)  # fmt: skip
+            ), 1, panel)  # fmt: skip
         powers = range(first, math.ceil(math.log10(most)) + 1)
-        figure.update_xaxes(type="log", tickvals=[10.0**p for p in powers], col=place,
+        figure.update_xaxes(type="log", tickvals=[10.0**p for p in powers], col=panel,
                             ticktext=["none", *(f"10<sup>{p}</sup>" for p in powers[1:])])  # fmt: skip
     figure.update_xaxes(title="Trained parameters", col=1)
     figure.update_xaxes(title="Tokens of fitting (forward + 2 backward)", col=2)
@@ -139,9 +139,9 @@ def suite(frame: pd.DataFrame, title: str = "") -> Figure:
     label = accuracy_label(str(frame["metric"].iloc[0]))
     last = frame["condition"].iloc[-1]
     order = frame[frame["condition"] == last].sort_values(["group", "mean"], ascending=[True, False])
-    place = {task: i for i, task in enumerate(order["task"])}
+    position = {task: i for i, task in enumerate(order["task"])}
     conditions = list(dict.fromkeys(frame["condition"]))
-    key = {"task": place.__getitem__, "condition": conditions.index}
+    key = {"task": position.__getitem__, "condition": conditions.index}
     ordered = frame.sort_values(["task", "condition"], key=lambda column: column.map(key[str(column.name)]))
     figure = dots(ordered, labels={"mean": label}, title=title)
     starts = order["group"].ne(order["group"].shift()).to_numpy().nonzero()[0]

@@ -77,10 +77,10 @@ def unreadable(path: Path, error: OSError) -> SitelensError:
 def share(path: Path) -> None:
     """Give a file, or everything in a folder, the permissions of the umask: some libraries create private files."""
     mask = _umask()
-    for place in [path, *(path.rglob("*") if path.is_dir() else ())]:
+    for target in [path, *(path.rglob("*") if path.is_dir() else ())]:
         with contextlib.suppress(OSError):
-            if not place.is_symlink():
-                place.chmod((0o777 if place.is_dir() else 0o666) & ~mask)
+            if not target.is_symlink():
+                target.chmod((0o777 if target.is_dir() else 0o666) & ~mask)
 
 
 def size_of(path: Path) -> int:
@@ -259,15 +259,15 @@ def leftovers(parent: Path, ours: Path | None = None) -> list[Path]:
     The latter had no lock of their own, so they are removed only while no model in `parent` is being converted.
     """
     try:
-        places = [place for place in parent.iterdir() if place.is_dir() and not place.is_symlink()]
+        paths = [path for path in parent.iterdir() if path.is_dir() and not path.is_symlink()]
     except OSError:
         return []
     abandoned = [
-        place for place in places
-        if place.name.startswith(WORK)
-        and (is_free(place / ".lock") if (place / ".lock").exists() else _age(place) > BEING_MADE)
+        path for path in paths
+        if path.name.startswith(WORK)
+        and (is_free(path / ".lock") if (path / ".lock").exists() else _age(path) > BEING_MADE)
     ]  # fmt: skip
-    older = [place for place in places if _is_of_first_edition(place)]
+    older = [path for path in paths if _is_of_first_edition(path)]
     if older and all(lock == ours or is_free(lock) for lock in parent.glob("gguf-*.lock")):
         abandoned += older
     return abandoned

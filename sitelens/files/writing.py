@@ -69,10 +69,10 @@ def write_csv(path: str | Path, frame: pd.DataFrame, **options: Any) -> Path:
     numbers are unchanged. `options` are those of `DataFrame.to_csv`.
     """
     plain = frame.rename(columns=lambda name: csv_text(name) if isinstance(name, str) else name)
-    for place, kind in enumerate(frame.dtypes):
+    for index, kind in enumerate(frame.dtypes):
         if kind.kind == "O":
-            cells = [csv_text(cell) if isinstance(cell, str) else cell for cell in frame.iloc[:, place]]
-            plain.isetitem(place, cells)
+            cells = [csv_text(cell) if isinstance(cell, str) else cell for cell in frame.iloc[:, index]]
+            plain.isetitem(index, cells)
     buffer = io.StringIO(newline="")
     plain.to_csv(buffer, index=False, lineterminator="\n", **options)
     return write_text(path, buffer.getvalue())

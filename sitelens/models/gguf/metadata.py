@@ -120,30 +120,30 @@ def config_of(name: str, values: Mapping[str, Any], tensors: Mapping[str, tuple[
         "intermediate_size": meta.get("feed_forward_length"), "num_attention_heads": heads,
         "num_key_value_heads": meta.get("attention.head_count_kv", heads), "head_dim": head_dim,
     }  # fmt: skip
-    found: dict[str, Any] = {
+    entries: dict[str, Any] = {
         own: value
         for key, value in shape.items()
         if value is not None and (own := kind.names.get(key, key)) is not None
     }
-    found[kind.eps] = meta.need("attention.layer_norm_rms_epsilon" if kind.rms else "attention.layer_norm_epsilon")
-    found["vocab_size"] = _vocabulary(meta, tensors)
-    found["tie_word_embeddings"] = "output.weight" not in tensors
-    found |= dict(kind.fixed)
-    found |= {own: value for key, own in kind.read.items() if (value := meta.get(key)) is not None}
+    entries[kind.eps] = meta.need("attention.layer_norm_rms_epsilon" if kind.rms else "attention.layer_norm_epsilon")
+    entries["vocab_size"] = _vocabulary(meta, tensors)
+    entries["tie_word_embeddings"] = "output.weight" not in tensors
+    entries |= dict(kind.fixed)
+    entries |= {own: value for key, own in kind.read.items() if (value := meta.get(key)) is not None}
     # None where the file names none: the class's own defaults are those of one checkpoint
-    found |= {
+    entries |= {
         f"{own}_token_id": values.get(f"tokenizer.ggml.{key}_token_id")
         for own, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items()
     }
     if (unknown := values.get("tokenizer.ggml.unknown_token_id")) is not None:
-        found["unk_token_id"] = unknown
-    _particulars(meta, kind, found, tensors, head_dim)
+        entries["unk_token_id"] = unknown
+    _particulars(meta, kind, entries, tensors, head_dim)
     if kind.rope:
-        found |= rope_parameters(meta, kind.partial_rotary, head_dim, length, tensors, factors)
+        entries |= rope_parameters(meta, kind.partial_rotary, head_dim, length, tensors, factors)
     meta.get("rope.dimension_count")
     _check_rest(meta, head_dim, length)
     try:
-        return CONFIG_MAPPING[kind.model_type](**found)
+        return CONFIG_MAPPING[kind.model_type](**entries)
     except Exception as error:  # transformers checks the values' types, by several libraries
         raise SitelensError(f"{name}: its metadata make no {kind.model_type} configuration: {error}") from error
 
