@@ -1,8 +1,9 @@
 """Examples in docstrings run and show what they say; every public function has one, except a list that only shrinks.
 
 An example starts from these names: `sl` (sitelens), `model` (a tiny random Llama of 2 layers and 4 heads per layer,
-whose answers are nonsense: `tests/tiny.py`), `task` (the built-in task "country-capital"), `np` and `pd`. It runs in an
-empty folder with an empty cache and should take milliseconds: a few prompts, shots and steps. `...` matches any text.
+whose answers are nonsense: `tests/tiny.py`), `task` (the built-in task "country-capital"), `embedding` and `alpha` (its
+task embedding and head selection), `config` (a TrainConfig of 4 steps), `np` and `pd`. It runs in an empty folder; all
+examples share one cache. It should take milliseconds: a few prompts, shots and steps. `...` matches any text.
 """
 
 from __future__ import annotations
@@ -25,20 +26,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # Public names that have no example yet. Write one, and remove the name here.
 MISSING: set[str] = {
     "compare",
-    "echo",
-    "embed_task",
-    "evaluate",
     "figures.show_static_too",
-    "fingerprint",
-    "generate",
-    "head_similarity",
-    "heads.attention",
-    "heads.attention_example",
-    "heads.attention_roles",
-    "heads.head_attribution",
-    "heads.indirect_effects",
-    "heads.induction_scores",
-    "heads.written_tokens",
     "list_tasks",
     "load_model",
     "load_task",
@@ -46,28 +34,6 @@ MISSING: set[str] = {
     "methods.checked_options",
     "run",
     "run_suite",
-    "similarity_predicts_transfer",
-    "studies.alpha_distribution",
-    "studies.checkpoints",
-    "studies.costs",
-    "studies.head_counts",
-    "studies.head_overlap",
-    "studies.initialization_distances",
-    "studies.initialization_runs",
-    "studies.initializations",
-    "studies.loss_path",
-    "studies.mixing",
-    "studies.prompt_counts",
-    "studies.random_heads",
-    "studies.seed_variance",
-    "studies.shared_attention",
-    "studies.soft_hard",
-    "studies.task_agnostic",
-    "studies.variance_components",
-    "summarize",
-    "train_selection",
-    "train_selections",
-    "transfer_matrix",
     "verify",
 }
 
@@ -104,15 +70,30 @@ PUBLIC = dict(public())
 EXAMPLES = {name + end: text for name, value in PUBLIC.items() for end, text in docstrings(value) if ">>> " in text}
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of all examples."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def namespace() -> dict[str, Any]:
+    """The names from which every example starts."""
+    model, task, config = tiny.model(), sl.load_task("country-capital"), tiny.CONFIG
+    embedding = sl.embed_task(task, model, n_prompts=4, n_shots=2)
+    alpha = sl.train_selection(task, model, embedding=embedding, config=config).selection
+    return {"sl": sl, "np": np, "pd": pd, "model": model, "task": task, "config": config, "embedding": embedding,
+            "alpha": alpha}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_does_what_it_shows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_does_what_it_shows(name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for registry in REGISTRIES:
         monkeypatch.setattr(registry, "_added", {})  # what an example registers is forgotten
-    names = {"sl": sl, "model": tiny.model(), "task": sl.load_task("country-capital"), "np": np, "pd": pd}
-    example = doctest.DocTestParser().get_doctest(EXAMPLES[name], names, name, None, None)
     report: list[str] = []
-    doctest.DocTestRunner(optionflags=FLAGS).run(example, out=report.append)
+    with sl.settings.using(cache_dir=cache):
+        example = doctest.DocTestParser().get_doctest(EXAMPLES[name], namespace(), name, None, None)
+        doctest.DocTestRunner(optionflags=FLAGS).run(example, out=report.append)
     assert not report, "".join(report)
 
 

@@ -10,11 +10,13 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from sitelens.methods.site.config import TrainConfig
 from sitelens.models.model import Model
 from sitelens.tasks import load_task
 from tests import micro
 
 TASKS = ["antonym", "capitalize", "choose_first_of_3", "country-capital", "present-past", "synonym"]
+CONFIG = TrainConfig(steps=4, eval_every=2, n_valid=4)
 PATTERN = r"\n\n|\n| ?[^\s:,]+|[:,]| "  # a space goes with the word behind it, as in byte-level BPE
 
 

@@ -91,6 +91,10 @@ def embed_task(
 
     Raises:
         SitelensError: for an unknown task or model, too few training items, or prompts longer than the context.
+
+    Example:
+        >>> sl.embed_task(task, model, n_prompts=2, n_shots=2).mean_z.shape  # layers, heads per layer, d_head
+        torch.Size([2, 4, 8])
     """
     task, model = load_task(task), resolve_model(model)
     store = ResultStore(model, [task])

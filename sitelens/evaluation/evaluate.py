@@ -59,6 +59,12 @@ def evaluate(
     Raises:
         SitelensError: for unknown metrics or splits, no items, an answer that a metric cannot score, a condition made
             for another model, or logits that are not finite.
+
+    Example:
+        >>> conditions = {"zero-shot": sl.ZeroShot(), "SITE": sl.PatchHeads(alpha, embedding)}
+        >>> scores = sl.evaluate(task, conditions, model, n_items=4)
+        >>> scores.groupby("condition")["score"].count().to_dict()
+        {'SITE': 4, 'zero-shot': 4}
     """
     task, conditions, model = load_task(task), checked_conditions(conditions), resolve_model(model)
     chosen_metrics = checked_metrics(metrics)
@@ -108,6 +114,11 @@ def echo(
     """The echo baseline: the scores of answering with the query itself, as `evaluate` gives them.
 
     logprob and rank are missing: no model is run (first_token compares the first tokens of query and answer).
+
+    Example:
+        >>> scores = sl.echo(task, model, n_items=4)
+        >>> (scores["predicted"] == scores["input"]).all()
+        np.True_
     """
     task, model = load_task(task), resolve_model(model)
     chosen_metrics = checked_metrics(metrics)
@@ -135,6 +146,11 @@ def generate(
     Raises:
         SitelensError: if a prompt is empty or too long, the condition was made for another model, or logits are not
             finite.
+
+    Example:
+        >>> texts = sl.generate(["Q: France\\nA:"], sl.PatchHeads(alpha, embedding), model, max_new_tokens=2)
+        >>> len(texts)
+        1
     """
     model = resolve_model(model)
     if isinstance(prompts, str):

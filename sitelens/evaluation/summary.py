@@ -50,6 +50,11 @@ def summarize(
 
     Warns:
         SitelensWarning: for rows that are exact copies, counted once, and for items left out of a difference.
+
+    Example:
+        >>> scores = sl.evaluate(task, {"zero-shot": sl.ZeroShot(), "2-shot": sl.FewShot(2)}, model, n_items=4)
+        >>> sl.summarize(scores)[["condition", "n", "interval"]].values.tolist()
+        [['zero-shot', 4, 'wilson'], ['2-shot', 4, 'wilson']]
     """
     columns = _checked_columns(scores, by, against)
     answers = _without_copies(scores.assign(score=_checked_scores(scores)))

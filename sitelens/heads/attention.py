@@ -47,6 +47,10 @@ def attention(
 
     Raises:
         SitelensError: if there is no such head, or the model's bridge does not show its attention.
+
+    Example:
+        >>> sl.heads.attention("Q: France\\nA:", ["L1H3"], model).shape  # prompts, heads, positions
+        torch.Size([1, 1, 6])
     """
     model = resolve_model(model)
     chosen = checked_heads(heads, model)
@@ -79,6 +83,11 @@ def attention_example(
 
     Raises:
         SitelensError: if there is no such head or item, and as `attention_roles`.
+
+    Example:
+        >>> frame = sl.heads.attention_example(task, ["L1H3"], model, n_shots=1)
+        >>> list(frame.columns)
+        ['position', 'token', 'role', '1.3']
     """
     model = resolve_model(model)
     chosen = checked_heads(heads, model)
@@ -110,6 +119,11 @@ def attention_roles(
     Raises:
         SitelensError: as `embed_task`, if there is no such head, for prompts of your own, a chat template, a tokenizer
             that cannot tell where in a text its tokens stand, or a model whose bridge does not show its attention.
+
+    Example:
+        >>> frame = sl.heads.attention_roles(task, ["L1H3"], model, n_prompts=2, n_shots=1)
+        >>> round(float(frame["share"].sum()), 3)
+        1.0
     """
     task, model = task_or_texts(task), resolve_model(model)
     if isinstance(task, list):
@@ -145,6 +159,10 @@ def induction_scores(
     Raises:
         SitelensError: if twice `length`, and a token before, is longer than the context, or the model's bridge does
             not show its attention.
+
+    Example:
+        >>> sl.heads.induction_scores(model, n_rows=2, length=8).columns.tolist()
+        ['layer', 'head', 'induction', 'previous_token']
     """
     model = resolve_model(model)
     limit = context_length(model)

@@ -50,6 +50,11 @@ def indirect_effects(
     Raises:
         SitelensError: as `embed_task`, for no validation items, prompts of your own without answers, or an embedding of
             another model.
+
+    Example:
+        >>> frame = sl.heads.indirect_effects(task, model, embedding=embedding, n_prompts=2, n_shots=1)
+        >>> len(frame)  # one row per head
+        8
     """
     task, model = task_or_texts(task), resolve_model(model)
     embedding.check_fits(model)

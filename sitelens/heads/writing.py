@@ -52,6 +52,11 @@ def head_attribution(
         SitelensError: for an unknown task, no validation items, an `answer` beside a task, an embedding of another
             model, or an architecture in which the heads' contributions do not add up to the logit (see
             `DirectPath.check`).
+
+    Example:
+        >>> frame = sl.heads.head_attribution(task, model, n_items=2, n_shots=1)
+        >>> len(frame)  # one row per head
+        8
     """
     task, model = task_or_texts(task), resolve_model(model)
     if isinstance(task, list):
@@ -98,6 +103,11 @@ def written_tokens(
     Raises:
         SitelensError: if there is no such head, the embedding comes from another model, or as `head_attribution` for
             an architecture.
+
+    Example:
+        >>> frame = sl.heads.written_tokens(embedding, "L1H3", task, model, n=2)
+        >>> len(frame)  # the two highest and the two lowest
+        4
     """
     task, model = task_or_texts(task), resolve_model(model)
     embedding.check_fits(model)

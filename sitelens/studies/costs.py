@@ -46,6 +46,11 @@ def costs(
 
     Raises:
         SitelensError: for a count below 1, a split without items, and as `train_selection`.
+
+    Example:
+        >>> frame = sl.studies.costs(task, model, counts=[1, 10], config=config)
+        >>> sorted(set(frame["method"]))
+        ['10-shot', 'SITE', 'SITE, prepared', 'zero-shot']
     """
     if not counts or min(counts) < 1:
         raise SitelensError(f"counts must be at least 1, got {list(counts)}")

@@ -42,6 +42,11 @@ def head_overlap(
 
     Raises:
         SitelensError: for a k larger than the number of heads, and as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.head_overlap([task], model, k=2, config=config)
+        >>> frame["kind"].tolist()
+        ['induction', 'previous token', 'function vector']
     """
     model, sample = resolve_model(model), Sample(**options)
     layers, heads, _ = head_shape(model)
@@ -93,6 +98,11 @@ def shared_attention(
 
     Raises:
         SitelensError: for fewer than two tasks, and as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.shared_attention([task, "antonym"], model, n_prompts=2, n_shots=2, config=config)
+        >>> sorted(set(frame["role"]))
+        ['demonstration answer', 'demonstration input', 'first token', 'query', 'template']
     """
     model, sample = resolve_model(model), Sample(**options)
     prepared = prepare(tasks, model, config, sample, at_least=2)

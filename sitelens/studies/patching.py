@@ -43,6 +43,11 @@ def soft_hard(
 
     Raises:
         SitelensError: for a threshold outside of [0, 1], and as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.soft_hard([task], model, thresholds=[0.25, 0.5], config=config, n_items=4)
+        >>> frame[["task", "threshold", "n"]].values.tolist()
+        [['country-capital', 0.25, 4], ['country-capital', 0.5, 4]]
     """
     wrong = [threshold for threshold in thresholds if not 0 <= threshold <= 1]
     if wrong or not thresholds:
@@ -81,6 +86,11 @@ def random_heads(
 
     Raises:
         SitelensError: for a k larger than the number of heads, fewer than one draw, and as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.random_heads([task], model, ks=[2], draws=2, config=config, n_items=4)
+        >>> frame[["heads", "k", "draw"]].values.tolist()
+        [['high-alpha', 2, 0], ['random', 2, 0], ['random', 2, 1]]
     """
     if draws < 1:
         raise SitelensError(f"draws must be at least 1, got {draws}")
@@ -117,6 +127,12 @@ def head_counts(
 
     Raises:
         SitelensError: for a k larger than the number of heads, and as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.head_counts([task], model, ks=[2], config=config, n_items=4)
+        >>> frame[["order", "change", "k"]].values.tolist()
+        [['high-alpha', 'added', 2], ['high-alpha', 'removed', 2],
+         ['low-alpha', 'added', 2], ['low-alpha', 'removed', 2]]
     """
     model, sample = resolve_model(model), Sample(**options)
     counts = checked_counts(ks, model)
@@ -151,6 +167,11 @@ def task_agnostic(
 
     Raises:
         SitelensError: for fewer than two tasks, and as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.task_agnostic([task, "antonym"], model, config=config, n_items=4)
+        >>> sorted(set(frame["condition"]))
+        ['10-shot', 'mean alpha', 'own alpha', 'shared alpha', 'zero-shot']
     """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
     prepared = prepare(tasks, model, config, sample, at_least=2)
@@ -193,6 +214,11 @@ def mixing(
 
     Raises:
         SitelensError: as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.mixing([task], model, config=config, n_items=4)
+        >>> frame[["mixing", "hard"]].values.tolist()
+        [['convex', False], ['convex', True], ['additive', False], ['additive', True]]
     """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
     loaded = some_tasks(tasks)

@@ -38,6 +38,12 @@ def seed_variance(
 
     Raises:
         SitelensError: as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.seed_variance([task], model, prompt_seeds=[0], training_seeds=[0, 1], config=config,
+        ...                                  n_items=4)
+        >>> frame[["prompt_seed", "training_seed"]].values.tolist()
+        [[0, 0], [0, 1]]
     """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
     loaded = some_tasks(tasks)
@@ -74,6 +80,12 @@ def variance_components(frame: pd.DataFrame) -> pd.DataFrame:
 
     Raises:
         SitelensError: if a column is missing, or a task lacks a pair of seeds or has one twice.
+
+    Example:
+        >>> frame = sl.studies.seed_variance([task], model, prompt_seeds=[0, 1], training_seeds=[0, 1], config=config,
+        ...                                  n_items=4)
+        >>> sl.studies.variance_components(frame)["task"].tolist()
+        ['country-capital']
     """
     missing = {"task", "prompt_seed", "training_seed", "mean", "n"} - set(frame.columns)
     if missing:

@@ -141,6 +141,11 @@ def head_similarity(
 
     Raises:
         SitelensError: for fewer than two tasks, a k larger than the number of heads, and as `train_selections`.
+
+    Example:
+        >>> similarity = sl.head_similarity([task, "antonym"], model, config=config, n_permutations=10)
+        >>> similarity.frame("pearson").shape
+        (2, 2)
     """
     loaded, model = load_tasks(tasks), resolve_model(model)
     if len(loaded) < 2:
@@ -190,6 +195,13 @@ def similarity_predicts_transfer(
 
     Raises:
         SitelensError: if the two hold different tasks, or fewer than three.
+
+    Example:
+        >>> tasks = [task, "antonym", "synonym"]
+        >>> similarity = sl.head_similarity(tasks, model, config=config, n_permutations=10)
+        >>> grid = sl.transfer_matrix(tasks, model, config=config, n_items=4)
+        >>> sl.similarity_predicts_transfer(similarity, grid)["measure"].tolist()
+        ['pearson', 'spearman', 'jaccard']
     """
     names = list(grid.matrix.columns)
     if set(names) != set(similarity.tasks):

@@ -48,6 +48,11 @@ def prompt_counts(
 
     Raises:
         SitelensError: for tasks with too few items for the largest N, and as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.prompt_counts([task], model, n_prompts=[1, 2], n_shots=[1], config=config, n_items=4)
+        >>> frame[["n_prompts", "n_shots"]].values.tolist()
+        [[1, 1], [2, 1]]
     """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
     loaded = some_tasks(tasks)
@@ -87,6 +92,11 @@ def initializations(
 
     Raises:
         SitelensError: as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.initializations([task], model, inits=[0.5], seeds=[0, 1], config=config, n_items=4)
+        >>> frame[["init", "seed"]].values.tolist()
+        [['0.5', 0], ['0.5', 1]]
     """
     model, sample = resolve_model(model), Sample(**options)
     frames = []
@@ -120,6 +130,11 @@ def initialization_distances(
     Columns: task, init_a, seed_a, init_b, seed_b, pair ("same init" under two seeds, "same seed" from two inits, or
     "both differ"), distance (mean absolute difference of alpha), pearson, hard_agreement (share of heads on the
     same side of 0.5).
+
+    Example:
+        >>> frame = sl.studies.initialization_distances([task], model, inits=[0.5], seeds=[0, 1], config=config)
+        >>> frame["pair"].tolist()
+        ['same init']
     """
     results = initialization_runs(tasks, model, inits=inits, seeds=seeds, config=config, **options)
     rows = []
@@ -150,7 +165,13 @@ def initialization_runs(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> dict[tuple[str, float | str, int], tuple[TaskEmbedding, TrainResult]]:
-    """The runs of `initializations`, by task name, init and seed, with the embedding that they were trained on."""
+    """The runs of `initializations`, by task name, init and seed, with the embedding that they were trained on.
+
+    Example:
+        >>> runs = sl.studies.initialization_runs([task], model, inits=[0.5], seeds=[0, 1], config=config)
+        >>> list(runs)
+        [('country-capital', 0.5, 0), ('country-capital', 0.5, 1)]
+    """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
     cells = [
         (task, embed_task(task, model, seed=sample.seed), init, seed)
@@ -185,6 +206,11 @@ def loss_path(
 
     Raises:
         SitelensError: for fewer than two points, or selections of another model or of different shapes.
+
+    Example:
+        >>> frame = sl.studies.loss_path(task, alpha, alpha.hard(), embedding, model, points=3, n_items=4)
+        >>> frame["position"].tolist()
+        [0.0, 0.5, 1.0]
     """
     if points < 2:
         raise SitelensError(f"points must be at least 2, got {points}")
@@ -214,6 +240,10 @@ def checkpoints(
 
     Raises:
         SitelensError: as `train_selections`.
+
+    Example:
+        >>> sl.studies.checkpoints([task], model, config=config, n_items=4)["checkpoint"].tolist()
+        ['best', 'last']
     """
     model, sample, config = resolve_model(model), Sample(**options), config or TrainConfig()
     loaded = some_tasks(tasks)
@@ -247,6 +277,11 @@ def alpha_distribution(
 
     Raises:
         SitelensError: for an unknown `by`, and as `train_selections`.
+
+    Example:
+        >>> frame = sl.studies.alpha_distribution([task], model, by="layer", config=config)
+        >>> frame["layer"].tolist()
+        [0, 1]
     """
     if by not in ("task", "layer", "step"):
         raise SitelensError(f"by must be 'task', 'layer' or 'step', got {by!r}")

@@ -59,6 +59,11 @@ def transfer_matrix(
     Raises:
         SitelensError: for fewer than two tasks, an unknown swap, an artifact of another model, and as the functions
             it calls.
+
+    Example:
+        >>> grid = sl.transfer_matrix([task, "antonym"], model, n_prompts=2, n_shots=2, config=config, n_items=4)
+        >>> grid.frame.shape
+        (2, 2)
     """
     if swap not in get_args(Swap):
         raise SitelensError(f"unknown swap {swap!r}; one of {', '.join(get_args(Swap))}")

@@ -67,6 +67,11 @@ def train_selection(
 
     Raises:
         SitelensError: for bad input, an embedding of another model, or a loss that is not a number.
+
+    Example:
+        >>> run = sl.train_selection(task, model, embedding=embedding, config=config)
+        >>> run.selection.alpha.shape  # layers, heads per layer
+        torch.Size([2, 4])
     """
     config = config or TrainConfig()
     task = load_tasks([task])[0]
@@ -93,6 +98,12 @@ def train_selections(
 
     Raises:
         SitelensError: as `train_selection`.
+
+    Example:
+        >>> embeddings = {task.name: embedding}
+        >>> runs = sl.train_selections([task], model, embeddings=embeddings, seeds=[0, 1], config=config)
+        >>> list(runs)
+        [('country-capital', 0), ('country-capital', 1)]
     """
     config, model = config or TrainConfig(), resolve_model(model)
     loaded = load_tasks(tasks)
