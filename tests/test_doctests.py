@@ -26,11 +26,6 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # Public names that have no example yet. Write one, and remove the name here.
 MISSING: set[str] = {
     "compare",
-    "figures.show_static_too",
-    "list_tasks",
-    "load_model",
-    "load_task",
-    "load_tasks",
     "methods.checked_options",
     "run",
     "run_suite",
@@ -76,23 +71,27 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def namespace() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def names(cache: Path) -> dict[str, Any]:
     """The names from which every example starts."""
     model, task, config = tiny.model(), sl.load_task("country-capital"), tiny.CONFIG
-    embedding = sl.embed_task(task, model, n_prompts=4, n_shots=2)
-    alpha = sl.train_selection(task, model, embedding=embedding, config=config).selection
+    with sl.settings.using(cache_dir=cache, progress=False):
+        embedding = sl.embed_task(task, model, n_prompts=4, n_shots=2)
+        alpha = sl.train_selection(task, model, embedding=embedding, config=config).selection
     return {"sl": sl, "np": np, "pd": pd, "model": model, "task": task, "config": config, "embedding": embedding,
             "alpha": alpha}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_does_what_it_shows(name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_does_what_it_shows(
+    name: str, names: dict[str, Any], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for registry in REGISTRIES:
         monkeypatch.setattr(registry, "_added", {})  # what an example registers is forgotten
     report: list[str] = []
     with sl.settings.using(cache_dir=cache):
-        example = doctest.DocTestParser().get_doctest(EXAMPLES[name], namespace(), name, None, None)
+        example = doctest.DocTestParser().get_doctest(EXAMPLES[name], dict(names), name, None, None)
         doctest.DocTestRunner(optionflags=FLAGS).run(example, out=report.append)
     assert not report, "".join(report)
 

@@ -47,7 +47,7 @@ def similarity_against_transfer(similarity: pd.DataFrame, transfer: pd.DataFrame
     """Similarity of alphas (across) against transfer (up), one dot per ordered pair of different tasks.
 
     Args:
-        similarity: tasks by tasks, of `HeadSimilarity.frame`.
+        similarity: tasks by tasks, of `HeadSimilarity.matrix`.
         transfer: sources by targets, of `TransferMatrix.normalized`.
         title: plain text above the figure.
 

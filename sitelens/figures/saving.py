@@ -115,6 +115,10 @@ def show_static_too() -> bool:
 
     Returns:
         Whether Chrome is available to draw them; otherwise figures are interactive only.
+
+    Example:
+        >>> sl.figures.show_static_too()  # doctest: +SKIP
+        True
     """
     pio.renderers["png"].scale = 2  # type: ignore[index]
     try:

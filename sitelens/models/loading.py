@@ -51,6 +51,11 @@ def load_model(
         SitelensError: for an unknown model (with the nearest names), weights that cannot be had (with the command that
             gets them), a model that brings code, a device that is not there, a quantisation that is not to be trusted,
             or both `device` and `device_map`.
+
+    Example:
+        >>> model = sl.load_model("smollm2-135m")  # doctest: +SKIP
+        >>> model.cfg.n_layers, model.cfg.n_heads  # doctest: +SKIP
+        (30, 9)
     """
     if isinstance(name, TransformerBridge):
         return name

@@ -48,7 +48,7 @@ def costs(
         SitelensError: for a count below 1, a split without items, and as `train_selection`.
 
     Example:
-        >>> frame = sl.studies.costs(task, model, counts=[1, 10], config=config)
+        >>> frame = sl.studies.costs("antonym", model, counts=[1, 4], config=config)
         >>> sorted(set(frame["method"]))
         ['10-shot', 'SITE', 'SITE, prepared', 'zero-shot']
     """

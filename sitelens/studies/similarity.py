@@ -144,8 +144,8 @@ def head_similarity(
 
     Example:
         >>> similarity = sl.head_similarity([task, "antonym"], model, config=config, n_permutations=10)
-        >>> similarity.frame("pearson").shape
-        (2, 2)
+        >>> sorted(set(similarity.frame["measure"]))
+        ['jaccard', 'pearson', 'spearman']
     """
     loaded, model = load_tasks(tasks), resolve_model(model)
     if len(loaded) < 2:

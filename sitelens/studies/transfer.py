@@ -62,7 +62,7 @@ def transfer_matrix(
 
     Example:
         >>> grid = sl.transfer_matrix([task, "antonym"], model, n_prompts=2, n_shots=2, config=config, n_items=4)
-        >>> grid.frame.shape
+        >>> grid.matrix.shape
         (2, 2)
     """
     if swap not in get_args(Swap):

@@ -29,17 +29,29 @@ def load_task(
     sep: str | None = None,
     seed: int | None = None,
 ) -> Task:
-    """A task by name ("antonym", "fv/antonym", "bbh/navigate") or from a file. A Task is returned as is.
+    """A task by name ("antonym", "fv/antonym", "bbh/navigate") or from a file. A Task is returned unchanged.
 
-    Files are tables (.csv, .tsv; the separator is recognized, or given as `sep`), JSON Lines (.jsonl) or .json: a list
-    of items, or an object with "examples" (such a list) or with "train", "valid" and "test" (three of them), and
-    optionally "name", "metric" (the published one) and other fields of Task. Further options are for files, too:
+    Files are tables (.csv, .tsv), JSON Lines (.jsonl) or JSON (.json): a list of items, or an object with "examples"
+    (such a list) or with "train", "valid" and "test" (three of them), and optionally "name", "metric" (the published
+    one) and other fields of Task.
 
-    input, output, also, split: names of the columns or keys. `also` and `split` (train, valid, test) may be missing;
-    without `split` the items are split as `Task.from_pairs` does, by `seed`. split=None ignores that column.
+    Args:
+        name: a name, a path or a Task; the further arguments apply to files only.
+        input, output: columns (or keys) of the input and its preferred answer.
+        also: optional column of further accepted answers.
+        split: optional column with train, valid or test; without it (or with split=None) the items are split at random,
+            as by `Task.from_pairs`.
+        sep: separator of a table (default: recognized).
+        seed: of the random split.
 
     Raises:
-        SitelensError: for an unknown name (with the nearest ones) or a file that cannot be used (which item, why).
+        SitelensError: for an unknown name, suggesting similar ones, or for a file that cannot be used, naming the item
+            and the reason.
+
+    Example:
+        >>> task = sl.load_task("antonym")
+        >>> task.train[0].input, task.train[0].answers
+        ('clockwise', ('counterclockwise', 'anticlockwise'))
     """
     input, output = converted("input", input, str), converted("output", output, str)
     also, split = converted("also", also, str | None), converted("split", split, str | None)
@@ -83,6 +95,10 @@ def load_tasks(names: Iterable[str | Path | Task] | str | Path | Task) -> list[T
 
     Raises:
         SitelensError: as `load_task`, and if two different tasks have the same name.
+
+    Example:
+        >>> [task.name for task in sl.load_tasks(["antonym", "synonym"])]
+        ['antonym', 'synonym']
     """
     tasks = [load_task(name) for name in ([names] if isinstance(names, str | Path | Task) else names)]
     for name, count in Counter(task.name for task in tasks).items():

@@ -90,7 +90,13 @@ def suite_names(suite: str | Suite) -> list[str]:
 
 
 def list_tasks() -> pd.DataFrame:
-    """One row per task: name, kind (its group), items (missing if not known beforehand), source, description."""
+    """One row per task: name, kind (its group), items (missing if not known beforehand), source, description.
+
+    Example:
+        >>> tasks = sl.list_tasks().set_index("name")
+        >>> int(tasks.loc["antonym", "items"])
+        240
+    """
     rows = [
         (name, suite.group(name), suite.n_items(name), suite.source, suite.describe(name))
         for suite in SUITES.values()
