@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sitelens.methods.site.train import train_selections as train_selections
     from sitelens.metrics import METRICS as METRICS
     from sitelens.metrics import Metric as Metric
+    from sitelens.metrics import register_metric as register_metric
     from sitelens.models.catalogue import list_models as list_models
     from sitelens.models.fingerprints import fingerprint as fingerprint
     from sitelens.models.loading import load_model as load_model
@@ -78,7 +79,7 @@ _EXPORTS = {
     "evaluation.summary": ("summarize",),
     "methods.site.config": ("TrainConfig",),
     "methods.site.train": ("TrainResult", "train_selection", "train_selections"),
-    "metrics": ("METRICS", "Metric"),
+    "metrics": ("METRICS", "Metric", "register_metric"),
     "models.catalogue": ("list_models",),
     "models.fingerprints": ("fingerprint",),
     "models.loading": ("load_model",),

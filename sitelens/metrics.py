@@ -1,5 +1,7 @@
 """The metrics: each is a `Metric`, listed in `METRICS`, which commands and checks read.
 
+A user's own metric is passed as a value wherever a metric's name may stand, or registered under its name.
+
 `exact_match` compares texts in Unicode form NFC with full-width and half-width characters replaced by their ordinary
 forms ("x²" is unchanged), without surrounding white space, and ignoring case unless the task is case-sensitive. A
 generated text ends where the template would continue with the next demonstration (`answer_end`).
@@ -15,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sitelens.errors import SitelensError
+from sitelens.registry import Registry
+from sitelens.suggestions import did_you_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,10 @@ class Metric:
     prediction: Callable[[Output, Target], str] | None = None
     complete: Callable[[str, Target], bool] = lambda text, target: False
     form: Callable[[str, bool], str] = lambda text, case_sensitive: text.strip()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise SitelensError(f"the name of a metric must be text and not empty, not {self.name!r}")
 
     def predicted(self, output: Output, target: Target) -> str:
         """The text of the column `predicted`."""
@@ -228,7 +236,25 @@ _LISTED = (
         form=_prefix_form,
     ),
 )
-METRICS: dict[str, Metric] = {metric.name: metric for metric in _LISTED}
+METRICS: Registry[Metric] = Registry("metric", Metric, _LISTED, definition=lambda metric: metric.score)
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Make a metric known by its name, so that the name may stand wherever a metric is asked for; returns it.
+
+    An installed package does the same with an entry point of the group "sitelens.metrics". A metric that is passed as
+    a value needs neither.
+
+    Raises:
+        SitelensError: if it is no `Metric`, or another metric has its name.
+
+    Example:
+        >>> vowel = sl.Metric("vowel", lambda output, target: output.token_text.strip()[:1] in "aeiou")
+        >>> vowel = sl.register_metric(vowel)
+        >>> sl.evaluate(task, sl.ZeroShot(), model, n_items=2, metrics=["vowel"])["metric"].tolist()
+        ['vowel', 'vowel']
+    """
+    return METRICS.register(metric)
 
 
 def checked_metrics(metrics: str | Metric | Sequence[str | Metric]) -> tuple[Metric, ...]:
@@ -241,7 +267,8 @@ def checked_metrics(metrics: str | Metric | Sequence[str | Metric]) -> tuple[Met
     unknown = [metric for metric in listed if not isinstance(metric, Metric) and metric not in METRICS]
     if unknown or not listed:
         names = ", ".join(map(repr, unknown)) or "(none given)"
-        raise SitelensError(f"unknown metric {names}; one of {', '.join(METRICS)}")
+        hint = did_you_mean(unknown[0], METRICS) if unknown else ""
+        raise SitelensError(f"unknown metric {names}{hint and f' ({hint})'}; one of {', '.join(METRICS)}")
     values = tuple(metric if isinstance(metric, Metric) else METRICS[metric] for metric in listed)
     names = [metric.name for metric in values]
     if len(set(names)) < len(names):

@@ -33,7 +33,7 @@ MISSING: set[str] = {
 }
 
 
-REGISTRIES = [SUITES]
+REGISTRIES = [SUITES, sl.METRICS]
 
 
 def public() -> Iterator[tuple[str, Any]]:

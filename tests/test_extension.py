@@ -201,3 +201,112 @@ for act in (
         "suite 'wrong': 'mine/capitals' is a task of the suite 'mine'",
     ), strict=True):  # fmt: skip
         assert line.startswith(said)
+
+
+# Metrics and conditions
+
+METRIC = """
+import sitelens as sl
+
+VOWELS = "aeiou"
+
+def begins_with_a_vowel(output, target):
+    return output.token_text.strip()[:1] in VOWELS
+
+def close(output, target):
+    return output.rank <= 100
+
+vowel = sl.Metric("vowel", begins_with_a_vowel, definition="the likeliest token begins with a vowel")
+"""
+
+CONDITION = '''
+from dataclasses import dataclass
+
+@dataclass(frozen=True, eq=False)
+class Louder(sl.Condition):
+    """The last token's final state, scaled."""
+
+    factor: float = 2.0
+
+    def fwd_hooks(self, model):
+        return [("ln_final.hook_out", lambda tensor, hook=None: tensor * self.factor)]
+'''
+
+
+def artifacts(home: Path) -> dict[str, int]:
+    """The files of the cache, and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (home / "cache").rglob("*.safetensors")}
+
+
+def test_a_metric_is_a_value_and_its_scores_are_kept(home: Path) -> None:
+    script = (
+        METRIC
+        + RUN
+        + """
+pairs = [sl.load_task("antonym"), sl.load_task("synonym")]
+frame = sl.evaluate(pairs[0], sl.ZeroShot(), model, n_items=9, metrics=[vowel, "first_token"])
+print(sorted(set(frame["metric"])))
+grid = sl.transfer_matrix(pairs, model, metric=vowel, **small)
+print(grid.metric, grid.frame.to_numpy().tolist())
+result = sl.run_suite("builtin", model, tasks=["antonym"], methods=["zero-shot"], metric=vowel, **small)
+print(result.scores["metric"].unique(), result.scores["score"].tolist())
+"""
+    )
+    first = run_file(home, script)
+    before = artifacts(home)
+    assert first[0] == "['first_token', 'vowel']" and first[1].startswith("vowel [[")
+    assert run_file(home, script) == first and artifacts(home) == before
+    # Another metric of the same name shares nothing with it.
+    again = run_file(home, script.replace('VOWELS = "aeiou"', 'VOWELS = "bcdfghjklmnpqrstvwxyz"'))
+    assert again[1:] != first[1:] and len(artifacts(home)) > len(before) and before.items() <= artifacts(home).items()
+
+
+def test_a_metric_of_an_installed_package_is_known_by_name(home: Path) -> None:
+    (home / "laboratory.py").write_text(METRIC)
+    install(home, "sitelens.metrics", "vowel", "laboratory:vowel")
+    sizes = ["--n-prompts", "2", "--n-shots", "2", "--steps", "2", "--n-items", "4", "--draws", "1"]
+    words = ["run", "antonym", "--model", "model", "--metrics", "vowel", *sizes]
+    assert "vowel" in run(home, "-m", "sitelens.cli", *words)
+        home, "-m", "sitelens.cli", "run", "antonym", "--metrics", "vowel", "--model", "model", *sizes
+    )
+
+
+def test_metrics_that_cannot_be_told_apart_are_refused(home: Path) -> None:
+    lines = run_file(home, METRIC + '''
+sl.register_metric(vowel)
+sl.register_metric(vowel)
+for act in (
+    lambda: sl.register_metric(sl.Metric("vowel", close)), lambda: sl.register_metric(sl.Metric("first_token", close)),
+    lambda: sl.Metric(" ", close), lambda: sl.register_metric(close),
+    lambda: sl.evaluate("antonym", sl.ZeroShot(), "model", metrics=[vowel, sl.Metric("vowel", close)]),
+    lambda: sl.evaluate("antonym", sl.ZeroShot(), "model", metrics=["vowels"]),
+):
+    try:
+        act()
+    except sl.SitelensError as error:
+        print(error)
+''')  # fmt: skip
+    for line, said in zip(lines, (
+        "there is a metric 'vowel' already, __main__:begins_with_a_vowel; choose another name",
+        "there is a metric 'first_token' already, sitelens.metrics:<lambda>; choose another name",
+        "the name of a metric must be text and not empty, not ' '",
+        "a metric must be a sitelens.Metric, not <function close",
+        "each metric may be given once, got vowel, vowel",
+        "unknown metric 'vowels' (did you mean vowel?); one of first_token,",
+    ), strict=True):  # fmt: skip
+        assert line.startswith(said)
+
+
+def test_a_condition_is_saved_and_loaded_by_its_module(home: Path) -> None:
+    (home / "laboratory.py").write_text("import sitelens as sl\n" + CONDITION)
+    lines = run_file(home, "from laboratory import Louder\nimport sitelens as sl\n" + RUN + '''
+task = sl.load_task("antonym")
+path = Louder(0.5).save("louder.safetensors")
+one, other = (sl.evaluate(task, {"louder": condition}, model, n_items=5) for condition in
+              (Louder(0.5), sl.Condition.load(path)))
+print(one.equals(other), sl.summarize(one)["n"].tolist())
+''')  # fmt: skip
+    assert lines == ["True [5]"]
+    assert run_file(home, "import laboratory, sitelens as sl\nprint(sl.Condition.load('louder.safetensors'))") == [
+        "Louder(factor=0.5)"
+    ]

@@ -146,15 +146,31 @@ class Shouting(sl.ZeroShot):
 LOUDNESS = 2.0
 
 
-def test_a_condition_of_ones_own_is_never_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_condition_of_ones_own_is_kept_by_what_it_computes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     both: dict[str, Condition] = {"shouting": Shouting(), "zero-shot": sl.ZeroShot()}
     expected = sl.evaluate(TASK, both, model, n_items=4)[KEPT]
     loud = score_conditions(TASK, both, model, n_items=4)
     pd.testing.assert_frame_equal(loud, expected, check_exact=True)
+    assert len(files()) == 1
     monkeypatch.setattr(f"{__name__}.LOUDNESS", 0.5)
     quiet = score_conditions(TASK, both, model, n_items=4)
-    assert files() == []
+    assert len(files()) == 2
     assert not quiet["logprob"].equals(loud["logprob"])
+    pd.testing.assert_frame_equal(quiet, sl.evaluate(TASK, both, model, n_items=4)[KEPT], check_exact=True)
+    monkeypatch.setattr(f"{__name__}.LOUDNESS", torch.nn.Parameter(torch.tensor(0.5)).requires_grad_(False))
+    again = score_conditions(TASK, both, model, n_items=4)
+    assert len(files()) == 3
+    pd.testing.assert_frame_equal(again, quiet)
+    monkeypatch.setattr(f"{__name__}.LOUDNESS", Half())
+    score_conditions(TASK, both, model, n_items=4)
+    assert len(files()) == 3  # an object whose content cannot be told: nothing is kept
+
+
+class Half:
+    """Something that multiplies."""
+
+    def __rmul__(self, tensor: Any) -> Any:
+        return tensor * 0.5
 
 
 def test_a_damaged_entry_is_named_and_made_anew(model: Model) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sitelens.metrics import METRICS
 
-METRIC_HELP = "; ".join(f"{metric.name}: {metric.definition}" for metric in METRICS.values())
+METRIC_HELP = "; ".join(f"{metric.name}: {metric.definition}" for metric in METRICS.own.values())
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -31,7 +31,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     _training_options(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
-    group.add_argument("--metrics", nargs="+", choices=list(METRICS),
+    group.add_argument("--metrics", nargs="+", choices=METRICS, metavar="METRIC",
                        default=["first_token"],
                        help=f"how answers are scored (default: first_token); {METRIC_HELP}")  # fmt: skip
     group.add_argument("--k", type=int, help="heads in high-alpha, low-alpha and random (default: a quarter of all)")
@@ -164,6 +164,6 @@ def _evaluation_options(parser: argparse.ArgumentParser, metric: bool = False) -
     group = parser.add_argument_group("evaluation")
     group.add_argument("--n-items", metavar="ITEMS", type=int, default=100, help="test items a task at most; 0: all")
     if metric:
-        group.add_argument("--metric", choices=list(METRICS), default="first_token",
+        group.add_argument("--metric", choices=METRICS, metavar="METRIC", default="first_token",
                            help=f"how answers are scored; {METRIC_HELP}")  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="decides prompts, training and test items")

@@ -1,15 +1,15 @@
 """Scores kept on disk: `evaluate` for what asks the same again.
 
-Only conditions and metrics that sitelens itself defines are kept; what one of a user's own does may depend on more than
-its fields.
+Scores under a condition or a metric of a user's own are kept by what its code computes (`code_digest`); where that
+cannot be told, they are computed each time.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.metrics import METRICS, Metric, checked_metrics
 from sitelens.models.model import Model, own_tokenizer
 from sitelens.store.artifact import Artifact
+from sitelens.store.code import code_digest
 from sitelens.store.digests import content_digest, digest
 from sitelens.store.folder import Contents
 from sitelens.store.kinds import Kind
@@ -63,14 +64,14 @@ def score_conditions(
     }  # fmt: skip
     chosen = checked_metrics(metrics)
     columns = list(COLUMNS) if texts else KEPT
-    own = any(type(condition).__module__.split(".")[0] != "sitelens" for condition in conditions.values())
-    if own or any(METRICS.get(metric.name) is not metric for metric in chosen):
+    code = _code(conditions.values(), chosen)
+    if code is None:
         return evaluate(task, conditions, model, **options)[columns]
     store = ResultStore(model, [task])
     spec = {
         "algorithm": ALGORITHM, "task": task.name, "items": task.digest, **store.key, "split": split,
         "n_items": n_items, "metrics": [metric.name for metric in chosen], "seed": seed, "with_echo": with_echo,
-        "conditions": [[name, _digest(condition)] for name, condition in conditions.items()],
+        "conditions": [[name, _digest(condition)] for name, condition in conditions.items()], **code,
     }  # fmt: skip
     if any(metric.generates for metric in chosen):
         spec["ends"] = sorted(end_tokens(model, own_tokenizer(model)))
@@ -144,6 +145,33 @@ def _check_likelihoods(logprob: Tensor, rank: Tensor, n: int, where: str) -> Non
         raise SitelensError(f"{where}: logprob must be finite and at most 0")
     if not torch.equal(missing, torch.isnan(rank)) or bool((ranks < 1).any() or (ranks != ranks.round()).any()):
         raise SitelensError(f"{where}: rank must be a whole number from 1 on where there is a logprob")
+
+
+def _code(conditions: Iterable[Condition], metrics: Iterable[Metric]) -> dict[str, str] | None:
+    """What a user's conditions and metrics compute, for the key; empty without any, None where it cannot be told."""
+    own_conditions = [condition for condition in conditions if type(condition).__module__.split(".")[0] != "sitelens"]
+    own_metrics = [metric for metric in metrics if METRICS.own.get(metric.name) is not metric]
+    if not own_conditions and not own_metrics:
+        return {}
+    if not all(map(_is_told, own_conditions)):
+        return None
+    kinds = [type(condition) for condition in own_conditions]
+    values = [[getattr(metric, field.name) for field in fields(metric)] for metric in own_metrics]
+    code = code_digest([kinds, values])
+    return None if code is None else {"code": code}
+
+
+def _is_told(condition: Condition) -> bool:
+    """Whether what a condition saves says all that it holds."""
+    if type(condition).state is Condition.state:
+        names = {field.name for field in fields(condition)} if is_dataclass(condition) else set()
+        if not vars(condition).keys() <= names:
+            return False
+    try:
+        _digest(condition)
+    except Exception:  # a class of a user's own may say no state at all
+        return False
+    return True
 
 
 def _digest(condition: Condition) -> str:

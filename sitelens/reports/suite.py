@@ -26,7 +26,7 @@ from sitelens.methods.items import fitting
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.methods.site.workload import FIT_TOKENS, total, workload
-from sitelens.metrics import METRICS, checked_metrics
+from sitelens.metrics import Metric, checked_metrics
 from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, context_length, model_name, own_tokenizer
@@ -51,7 +51,7 @@ def run_suite(
     *,
     methods: Sequence[str] = (SITE,),
     tasks: Sequence[str] | None = None,
-    metric: str = "first_token",
+    metric: str | Metric = "first_token",
     n_items: Count | None = None,
     n_prompts: Count = 50,
     n_shots: Count = 10,
@@ -90,10 +90,11 @@ def run_suite(
             about.append(row)
         else:
             left_out[task.name] = reason
-    if SITE in methods or not METRICS[metric].generates:
+    (scored_by,) = checked_metrics(metric)
+    if SITE in methods or not scored_by.generates:
         warn_of_shared_first_tokens(loaded, model)
     measured: dict[str, Any] = {"n_prompts": n_prompts, "n_shots": n_shots, "seed": seed}
-    scored: dict[str, Any] = {"n_items": n_items, "metrics": (metric,), "seed": seed}
+    scored: dict[str, Any] = {"n_items": n_items, "metrics": (scored_by,), "seed": seed}
     fitted = tuple(method for method in checked_methods(methods) if method not in PROMPTING)
     chosen_options = checked_options(options)
     batches = [loaded[start : start + TOGETHER] for start in range(0, len(loaded), TOGETHER)]
@@ -125,8 +126,8 @@ def run_suite(
     scores = scores.assign(model=model_name(model), training_seed=config.seed)
     scores.insert(1, "group", scores["task"].map({row["task"]: row["group"] for row in about}))
     record = experiment_record(
-        "sl.run_suite", model, loaded, n_items, suite=suite.name, **measured, metric=metric, train=asdict(config),
-        methods=list(methods), options=chosen_options,
+        "sl.run_suite", model, loaded, n_items, suite=suite.name, **measured, metric=scored_by.name,
+        train=asdict(config), methods=list(methods), options=chosen_options,
     )  # fmt: skip
     about_tasks = pd.DataFrame(about)
     return SuiteResult(suite.name, scores, about_tasks, left_out, run.embeddings, run.selections, record)
@@ -137,7 +138,7 @@ def check_suite(
     *,
     tasks: Sequence[str] | None,
     methods: Sequence[str],
-    metric: str,
+    metric: str | Metric,
     n_items: int | None,
     options: Mapping[str, Mapping[str, Any]] | None,
 ) -> list[str]:

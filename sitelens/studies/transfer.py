@@ -22,7 +22,7 @@ from sitelens.evaluation.record import experiment_record
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.methods.site.workload import total, workload
-from sitelens.metrics import METRICS, checked_metrics
+from sitelens.metrics import Metric, checked_metrics
 from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, model_name
@@ -41,7 +41,7 @@ def transfer_matrix(
     swap: Swap = "heads",
     n_items: Count | None = 100,
     split: str = "test",
-    metric: str = "first_token",
+    metric: str | Metric = "first_token",
     n_prompts: Count = 50,
     n_shots: CountOrZero = 10,
     config: TrainConfig | None = None,
@@ -68,10 +68,10 @@ def transfer_matrix(
     if swap not in get_args(Swap):
         raise SitelensError(f"unknown swap {swap!r}; one of {', '.join(get_args(Swap))}")
     loaded, model, config = load_tasks(tasks), resolve_model(model), config or TrainConfig()
-    checked_metrics(metric)
+    (scored,) = checked_metrics(metric)
     if len(loaded) < 2:
         raise SitelensError(f"a transfer matrix needs at least two tasks, got {len(loaded)}")
-    if not METRICS[metric].generates:
+    if not scored.generates:
         warn_of_shared_first_tokens(loaded, model)
     work = workload(loaded, model, n_prompts=n_prompts, n_shots=n_shots, n_items=n_items, config=config)
     with unchanged(model), Job(f"transfer of {swap}", ["embed", "train", "evaluate"]) as job:
@@ -89,7 +89,7 @@ def transfer_matrix(
         names = [task.name for task in loaded]
         for name in names:
             alphas[name].check_fits(model)
-        options: dict[str, Any] = {"split": split, "n_items": n_items, "metrics": (metric,), "seed": seed}
+        options: dict[str, Any] = {"split": split, "n_items": n_items, "metrics": (scored,), "seed": seed}
         columns: dict[str, pd.Series] = {}
         zero_shot: dict[str, float] = {}
         n: dict[str, int] = {}
@@ -110,11 +110,11 @@ def transfer_matrix(
                     zero_shot[target.name], n[target.name] = float(means["zero-shot"]), int(scores["item"].nunique())
     matrix = pd.DataFrame(columns)
     record = experiment_record(
-        "sl.transfer_matrix", model, loaded, n_items, split, swap=swap, metric=metric, n_prompts=n_prompts,
+        "sl.transfer_matrix", model, loaded, n_items, split, swap=swap, metric=scored.name, n_prompts=n_prompts,
         n_shots=n_shots, seed=seed, train=asdict(config),
     )  # fmt: skip
     origin = Origin.of(model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
     name = model_name(model)
     return TransferMatrix(
-        matrix, pd.Series(zero_shot), pd.Series(n), swap, metric, name, groups_of(names), origin, record
+        matrix, pd.Series(zero_shot), pd.Series(n), swap, scored.name, name, groups_of(names), origin, record
     )
