@@ -267,8 +267,6 @@ def test_a_metric_of_an_installed_package_is_known_by_name(home: Path) -> None:
     sizes = ["--n-prompts", "2", "--n-shots", "2", "--steps", "2", "--n-items", "4", "--draws", "1"]
     words = ["run", "antonym", "--model", "model", "--metrics", "vowel", *sizes]
     assert "vowel" in run(home, "-m", "sitelens.cli", *words)
-        home, "-m", "sitelens.cli", "run", "antonym", "--metrics", "vowel", "--model", "model", *sizes
-    )
 
 
 def test_metrics_that_cannot_be_told_apart_are_refused(home: Path) -> None:
