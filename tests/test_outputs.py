@@ -103,11 +103,12 @@ def test_what_needs_no_missing_tool_is_made_and_the_rest_is_named(
         "all else is written"
     )
     assert (
-        lines[1].startswith(f"sitelens: note: not everything was written to {out}: t.pdf needs Chrome")
+        lines[1].startswith(f"sitelens: note: not everything was written to {out}: t.pdf, table.pdf needs Chrome")
         and len(lines) == 2
     )
     names = {"t.html", "t.selection.safetensors", "t.embedding.safetensors", "scores.csv", "summary.csv"}
-    assert {path.name for path in out.iterdir()} == {*names, "table.md", "run.json", "plotly.min.js"}
+    names |= {"run.safetensors", "table.html"}
+    assert {path.name for path in out.iterdir()} == {*names, "table.md", "table.tex", "run.json", "plotly.min.js"}
     assert set(json.loads((out / "run.json").read_text())["files"]) == names
 
 
@@ -218,7 +219,7 @@ def test_every_task_has_its_files_in_the_folder(report: RunReport, tmp_path: Pat
 
 
 def test_tables_show_names_as_they_are(report: RunReport) -> None:
-    table, markdown = report.table(), report.markdown()
+    table, markdown = report.text(), report.markdown()
     assert table.replace("\n", "").isprintable() and r"\x1b[2Ja\nb" in table
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len(rows) == len(NAMES) + 2 and len({line.replace(r"\|", "").count("|") for line in rows}) == 1

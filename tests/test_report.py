@@ -59,11 +59,11 @@ CONDITIONS = ["zero-shot", "2-shot", "SITE", "hard", "high-alpha", "low-alpha", 
 
 def test_every_condition_stands_in_the_summary_and_the_table(report: RunReport) -> None:
     for metric in report.config.metrics:
-        rows = report.summary[report.summary["metric"] == metric]
+        rows = report.frame[report.frame["metric"] == metric]
         assert list(rows["condition"]) == CONDITIONS
-        lines = report.table(metric).splitlines()
+        lines = report.text(metric).splitlines()
         assert [line.split()[0] for line in lines[1:]] == CONDITIONS
-    drawn = report.summary[report.summary["condition"] == "random"]
+    drawn = report.frame[report.frame["condition"] == "random"]
     assert drawn["spread"].notna().all() and (drawn["n"] == 10).all() and (drawn["interval"] == "items and draws").all()
 
 
@@ -170,7 +170,7 @@ def test_a_record_says_on_what_and_with_what_it_was_made(report: RunReport, tmp_
     scores = pd.read_csv(tmp_path / "scores.csv")
     assert set(scores["model"]) == {"Llama"} and set(scores["training_seed"]) == {0}
     assert {"input", "answer", "predicted", "seed"} <= set(scores)
-    assert "shift (n=5)" in report.table() and "| shift | 5 |" in report.markdown()
+    assert "shift (n=5)" in report.text() and "| shift | 5 |" in report.markdown()
 
 
 def test_a_second_run_computes_nothing(report: RunReport, monkeypatch: pytest.MonkeyPatch) -> None:

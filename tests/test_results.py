@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -11,12 +12,15 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+import torch
 
 import sitelens as sl
 from sitelens.checks.frames import Column, packed_frame, unpacked_frame
 from sitelens.errors import SitelensError
 from sitelens.evaluation.result import Result
 from sitelens.evaluation.tables import Table, format_interval
+from sitelens.files.writing import file_name
+from sitelens.models.provenance import Origin
 from sitelens.store.artifact import Artifact
 from tests.test_hostile_names import NAMES, RUN
 
@@ -69,11 +73,35 @@ def similarity() -> sl.HeadSimilarity:
     return sl.HeadSimilarity(pd.DataFrame(rows), pd.DataFrame(floor), NAMES, k, NAMES[1], {NAMES[0]: NAMES[1]}, RECORD)
 
 
+def verification() -> sl.Verification:
+    results, errors = ("ok", "ok", "fails", "not supported"), (1e-5, 0.0, 0.1, float("nan"))
+    rows = [(*row, 1e-4, NAMES[0]) for row in zip(NAMES, results, errors, strict=True)]
+    frame = pd.DataFrame(rows, columns=["check", "result", "error", "limit", "detail"])
+    return sl.Verification(NAMES[1], frame, RECORD)
+
+
+@functools.cache
+def report() -> sl.RunReport:
+    """Two small tasks, one of which is called as the table is."""
+    config = sl.RunConfig(tasks=("one", "two"), n_prompts=2, n_shots=1, n_items=3, draws=2, k=1, model=NAMES[1])
+    frames = [answers(("SITE", "hard", "random")).assign(metric=metric) for metric in ("first_token", "exact_match")]
+    scores = pd.concat(frames, ignore_index=True).assign(draw=pd.array([None] * (2 * len(frames[0])), "Int64"))
+    scores["task"] = scores["task"].replace(dict(zip(NAMES, ("table", *NAMES[1:]), strict=True)))
+    names = list(scores["task"].unique())
+    frame = sl.summarize(scores).assign(spread=float("nan"))
+    origin, alpha = Origin(model=NAMES[1]), torch.tensor([[0.1, 0.9], [1.0, 0.0]])
+    history = pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0], "valid_loss": [float("nan"), 1.5],
+                            "mean_alpha": 0.5, "share_binary": 0.25})  # fmt: skip
+    results = {name: sl.TrainResult(sl.HeadSelection(alpha, name, "ab", "given", origin), history, sl.TrainConfig())
+               for name in names}  # fmt: skip
+    embeddings = {name: sl.TaskEmbedding(torch.ones(2, 2, 3), name, "ab", 2, 1, 0, origin) for name in names}
+    return sl.RunReport(config, embeddings, results, scores, frame, {"training": 1.5}, RECORD)
+
+
 RESULTS: dict[str, Callable[[], Result]] = {
     "Comparison": comparison, "SuiteResult": suite, "TransferMatrix": transfer,
-    "HeadSimilarity": similarity,
+    "HeadSimilarity": similarity, "Verification": verification, "RunReport": report,
 }  # fmt: skip
-SAVED = [name for name in RESULTS if name != "RunReport"]
 
 
 @pytest.fixture(params=RESULTS)
@@ -154,7 +182,7 @@ def test_everything_is_saved_under_one_name(result: Result, tmp_path: Path) -> N
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", RESULTS)
 def test_what_is_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     result = RESULTS[name]()
     result.save(tmp_path, formats=[])
@@ -162,11 +190,10 @@ def test_what_is_loaded_is_what_was_saved(name: str, tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(again.frame, result.frame, check_exact=True)
     pd.testing.assert_frame_equal(again.summary(), result.summary(), check_exact=True)
     assert again.record == result.record and again.markdown() == result.markdown() and repr(again) == repr(result)
-    [path] = tmp_path.glob("*.safetensors")
-    assert repr(type(result).load(path)) == repr(result)
+    assert repr(type(result).load(tmp_path / f"{result.default_name}.safetensors")) == repr(result)
     with pytest.raises(SitelensError, match="there is no nothing in the folder"):
         type(result).load(tmp_path, "nothing")
-    result.save(tmp_path, formats=[], name=f"{result.default_name}-2")
+    result.artifact().save(tmp_path / f"{result.default_name}-2.safetensors")
     with pytest.raises(SitelensError, match=f"holds several, say which as name: .*{result.default_name}-2"):
         type(result).load(tmp_path)
     assert repr(type(result).load(tmp_path, result.default_name)) == repr(result)
@@ -181,6 +208,23 @@ def test_a_saved_result_without_a_column_or_of_another_kind_is_refused(tmp_path:
     Artifact("suite", {}, {}).save(path)
     with pytest.raises(SitelensError, match="holds a suite, not a comparison"):
         sl.Comparison.load(tmp_path)
+
+
+def test_a_loaded_run_has_its_selections_and_histories(tmp_path: Path) -> None:
+    result = report()
+    paths = result.save(tmp_path)
+    assert len({path.name.casefold() for path in paths}) == len(paths) and (tmp_path / "table.html").exists()
+    again = sl.RunReport.load(tmp_path)
+    assert (again.config, again.seconds, again.n_items) == (result.config, result.seconds, result.n_items)
+    pd.testing.assert_frame_equal(again.scores, result.scores)
+    assert list(again.results) == list(result.results)
+    for name, trained in result.results.items():
+        assert torch.equal(again.results[name].selection.alpha, trained.selection.alpha)
+        assert torch.equal(again.embeddings[name].mean_z, result.embeddings[name].mean_z)
+        pd.testing.assert_frame_equal(again.results[name].history, trained.history)
+    (tmp_path / f"{file_name(NAMES[1])}.selection.safetensors").unlink()
+    with pytest.raises(SitelensError, match="there is no file"):
+        sl.RunReport.load(tmp_path)
 
 
 # Frames

@@ -56,7 +56,9 @@ def test_other_dtypes_hold_within_their_own_noise(dtype: torch.dtype) -> None:
 def test_a_report_is_a_table_in_words(llama: Model) -> None:
     report = verify(llama, task=micro.task())
     assert report.ok and report.failures == [] and list(report.frame["check"]) == list(CHECKS)
-    assert str(report).startswith("Llama (float32): everything supported holds\n") and repr(report) == str(report)
+    assert str(report).startswith("Llama (float32): everything supported holds\n") and repr(report).startswith(
+        "Verification('Llama (float32)', "
+    )
     assert all(check in str(report) for check in CHECKS)
     errors = report.frame.dropna(subset="error")
     assert len(errors) == 8 and (errors["error"] <= errors["limit"]).all() and (errors["error"] < 1e-4).all()

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     for metric in config.metrics:
         print(f"{metric.replace('_', ' ')}, per cent, 95% intervals, {config.n_items or 'all'} test items at most "
               f"a task, model {config.model}\n")  # fmt: skip
-        print(report.table(metric) + "\n")
+        print(report.text(metric) + "\n")
     print(f"random: mean of {config.draws} draws, ± their standard deviation; echo: answering with the query itself")
     if options.out is not None:
         with kept(options):

@@ -172,7 +172,9 @@ def _file(path: Path, name: str | None, kind: str) -> Path:
     """The file of a saved result in a folder, or the path itself where it is no folder."""
     if not path.is_dir():
         return path
-    files = sorted(path.glob(f"{glob.escape(name) if name else f'{kind}*'}.safetensors"))
+    pattern = f"{glob.escape(name) if name else f'{kind}*'}.safetensors"
+    parts = (".selection", ".embedding")  # which lie beside a run
+    files = [file for file in sorted(path.glob(pattern)) if not file.stem.endswith(parts)]
     if len(files) != 1:
         names = ", ".join(file.stem for file in files)
         raise SitelensError(f"{path} holds several, say which as name: {names}" if files else

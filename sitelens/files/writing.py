@@ -93,10 +93,14 @@ def file_name(name: str) -> str:
     return changed if changed == plain else _with_digest(changed, name)
 
 
-def file_names(names: Iterable[str]) -> dict[str, str]:
-    """`file_name` of each name; all differ, even on file systems that ignore case."""
+def file_names(names: Iterable[str], taken: Iterable[str] = ()) -> dict[str, str]:
+    """`file_name` of each name, all different, also where a file system takes "A" for "a".
+
+    Args:
+        taken: file names in the same folder that none of them may have.
+    """
     files = {name: file_name(name) for name in names}
-    folded = [_folded(file) for file in files.values()]
+    folded = [_folded(file) for file in (*files.values(), *taken)]
     return {
         name: file if folded.count(_folded(file)) == 1 else _with_digest(file, name) for name, file in files.items()
     }

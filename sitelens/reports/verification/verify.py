@@ -9,32 +9,49 @@ is more (0.03 in bfloat16), and at most 0.1 in bfloat16 and 0.02 in float16.
 
 from __future__ import annotations
 
-import html
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 
+from sitelens import figures
 from sitelens.errors import SitelensError
+from sitelens.evaluation.record import task_record
+from sitelens.evaluation.result import Result
+from sitelens.evaluation.tables import Table
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, model_dtype, model_name
+from sitelens.models.provenance import provenance
 from sitelens.reports.verification.checks import CHECKS
 from sitelens.reports.verification.subject import Subject
 from sitelens.tasks import Task, load_task
 
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 OK, FAILS, UNSUPPORTED = "ok", "fails", "not supported"
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, eq=False, repr=False)
+class Verification(Result):
     """What holds on a model. As text it is a table; `ok` says whether nothing fails.
 
-    frame: one row per check: check, result ("ok", "fails", or "not supported" by the architecture), error (the largest
-    difference, as a share of the scale of what is compared), limit, and in words what was found.
+    Attributes:
+        model: its name and dtype.
+        frame: one row per check: check, result ("ok", "fails", or "not supported" by the architecture), error (the
+            largest difference, as a share of the scale of what is compared), limit, and detail, what was found in
+            words.
+        record: how it was made.
     """
 
+    kind: ClassVar[str] = "verification"
+    columns: ClassVar[tuple[str, ...]] = ("check", "result", "error", "limit", "detail")
     model: str
     frame: pd.DataFrame
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -55,10 +72,37 @@ class Verification:
             lines.append(f"{row['check']:<{width}}  {row['result']:<13}  {error:<16}  {row['detail']}".rstrip())
         return "\n".join(lines)
 
-    __repr__ = __str__
+    def summary(self) -> pd.DataFrame:
+        """How many checks have each result: result, checks."""
+        counts = self.frame["result"].value_counts(sort=False)
+        return counts.rename_axis("result").rename("checks").reset_index()
 
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(self.model)}</p>{self.frame.to_html(index=False, escape=True, na_rep='')}"
+    def tables(self) -> list[Table]:
+        """One row per check."""
+        numbers = {
+            name: ["" if math.isnan(value) else f"{value:.0e}" for value in self.frame[name]]
+            for name in ("error", "limit")
+        }
+        cells = self.frame[list(self.columns)].assign(**numbers).set_index("check")
+        note = "Error: the largest difference, as a share of the scale of what is compared."
+        return [Table(cells, f"What holds on {self.model}.", note)]
+
+    def figure(self, title: str | None = None) -> go.Figure:
+        """The largest difference of each check over its limit (dashed at 1)."""
+        rows = self.frame.assign(share=self.frame["error"] / self.frame["limit"])
+        labels = {"share": "Largest difference, as a share of its limit"}
+        title = title or ""
+        return figures.dots(
+            rows, "share", y="check", color="result", labels=labels, title=title, share=False, reference=1.0
+        )
+
+    def description(self) -> dict[str, Any]:
+        """What it is in a few words, for its repr."""
+        return {"model": self.model, **{row.result: row.checks for row in self.summary().itertuples()}}
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{row.checks} {row.result}" for row in self.summary().itertuples())
+        return f"Verification({self.model!r}, {counts})"
 
 
 def verify(model: Model | str | None = None, *, task: Task | str = "antonym", seed: int = 0) -> Verification:
@@ -87,4 +131,6 @@ def verify(model: Model | str | None = None, *, task: Task | str = "antonym", se
             result, detail = FAILS, f"{type(problem).__name__}: {problem}".splitlines()[0]
         rows.append((name, result, error, limit, detail))
     frame = pd.DataFrame(rows, columns=["check", "result", "error", "limit", "detail"])
-    return Verification(f"{model_name(model)} ({str(model_dtype(model)).removeprefix('torch.')})", frame)
+    record = {"task": task_record(task), "seed": seed, **provenance("sl.verify", model)}
+    name = f"{model_name(model)} ({str(model_dtype(model)).removeprefix('torch.')})"
+    return Verification(name, frame, json.loads(json.dumps(record)))
