@@ -99,15 +99,17 @@ _MODULE_OF: dict[str, str] = {name: home for home, names in _EXPORTS.items() for
 # Subpackages whose functions are called through them: sl.studies.costs.
 _SUBPACKAGES = ("figures", "heads", "methods", "studies")
 
-__all__ = ["__version__", "settings", *_SUBPACKAGES, *sorted(_MODULE_OF)]
+__all__ = ["__version__", "settings", *_SUBPACKAGES, *sorted(_MODULE_OF)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"sitelens.{name}")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'sitelens' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sitelens.{_MODULE_OF[name]}"), name)
+if not TYPE_CHECKING:  # so that type checkers notice a misspelled name
+
+    def __getattr__(name: str) -> Any:
+        if name in _SUBPACKAGES:
+            return importlib.import_module(f"sitelens.{name}")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'sitelens' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"sitelens.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -231,5 +231,20 @@ def test_a_public_name_is_documented(name: str):
         ] == []
 
 
+@pytest.mark.parametrize("module", ["sl", "figures", "heads", "studies"])
+def test_the_program_of_a_user_whom_pyright_checks_uses_every_public_name(module: str):
+    program = tree(ROOT / "tests" / "typing" / "face.py")
+    used = {
+        node.attr
+        for node in ast.walk(program)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == module
+    }
+    names = set(sitelens.__all__) - {"__version__", *sitelens._SUBPACKAGES}
+    if module != "sl":
+        room = getattr(sitelens, module)
+        names = {name for name, value in vars(room).items() if inspect.isfunction(value)}
+    assert names - used == set()
+
+
 def test_the_version_is_one():
     assert re.fullmatch(r"\d+\.\d+\.\d+", sitelens.__version__)
