@@ -164,6 +164,7 @@ def metrics() -> None:
     """A metric of one's own."""
     assert_type(sl.METRICS, dict[str, sl.Metric])
     contains = sl.Metric("contains", lambda output, target: target.answers[0] in output.text, generates=True)
+    assert_type(sl.register_metric(contains), sl.Metric)
     sl.evaluate("antonym", sl.ZeroShot(), metrics=("first_token", contains))
 
 
