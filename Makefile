@@ -41,7 +41,7 @@ figures: .venv/.installed
 comparison: .venv/.installed
 	$(BIN)/sitelens compare fv/country-capital fv/choose_middle_of_3 fv/antonym fv/alphabetically_first_3 \
 	    fv/singular-plural fv/animal_v_object_3 fv/english-french fv/adjective_v_verb_3 \
-	    --set LTV.steps=100 many-shot.limit=50 $(SAVED)
+	    --set LTV.n_steps=100 many-shot.limit=50 $(SAVED)
 
 # Whole benchmarks (samples of those with long prompts), and transfer among all Function Vectors tasks (some
 # hours; if interrupted, rerun to resume).
@@ -52,11 +52,11 @@ suites: .venv/.installed
 	    --tasks fv/antonym fv/capitalize fv/country-capital fv/english-french fv/person-sport fv/product-company \
 	    fv/singular-plural fv/sentiment fv/choose_first_of_3 fv/alphabetically_first_3 fv/animal_v_object_3 \
 	    fv/adjective_v_verb_3
-	$(BIN)/sitelens suite anli --n-prompts 5 $(SAVED)
-	$(BIN)/sitelens suite bbh --n-prompts 5 $(SAVED) \
+	$(BIN)/sitelens suite anli --set SITE.n_prompts=5 $(SAVED)
+	$(BIN)/sitelens suite bbh --set SITE.n_prompts=5 $(SAVED) \
 	    --tasks bbh/boolean_expressions bbh/date_understanding bbh/disambiguation_qa \
 	    bbh/logical_deduction_three_objects bbh/navigate bbh/sports_understanding
-	$(BIN)/sitelens suite mmlu-pro --n-prompts 5 --n-items 25 $(SAVED) \
+	$(BIN)/sitelens suite mmlu-pro --set SITE.n_prompts=5 --n-items 25 $(SAVED) \
 	    --tasks mmlu-pro/biology
 	$(BIN)/sitelens transfer fv57 --n-items 50 --name transfer-fv57 $(SAVED)
 

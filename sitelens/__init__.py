@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sitelens.evaluation.evaluate import evaluate as evaluate
     from sitelens.evaluation.evaluate import generate as generate
     from sitelens.evaluation.summary import summarize as summarize
+    from sitelens.methods.base import Method as Method
     from sitelens.methods.site.config import TrainConfig as TrainConfig
     from sitelens.methods.site.train import TrainResult as TrainResult
     from sitelens.methods.site.train import train_selection as train_selection
@@ -77,6 +78,7 @@ _EXPORTS = {
     "errors": ("SitelensError", "SitelensWarning"),
     "evaluation.evaluate": ("echo", "evaluate", "generate"),
     "evaluation.summary": ("summarize",),
+    "methods.base": ("Method",),
     "methods.site.config": ("TrainConfig",),
     "methods.site.train": ("TrainResult", "train_selection", "train_selections"),
     "metrics": ("METRICS", "Metric", "register_metric"),

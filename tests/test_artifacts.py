@@ -444,9 +444,7 @@ def test_what_the_store_holds_of_another_content_is_made_anew():
         embedding = sl.embed_task(task, model, n_prompts=2, n_shots=1)
         selection = sl.train_selection(task, model, embedding=embedding, config=config).selection
         scores = score_conditions(task, {"zero-shot": sl.ZeroShot()}, model, **options)
-        compared = sl.compare(
-            [task], ["zero-shot", "TV"], model, options={"TV": {"n_sets": 2, "n_shots": 1}}, **options
-        )
+        compared = sl.compare([task], ["zero-shot", sl.methods.TV(n_sets=2, n_shots=1)], model, **options)
         return [
             embedding.mean_z.tolist(),
             selection.alpha.tolist(),

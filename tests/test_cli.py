@@ -565,20 +565,20 @@ def test_compare_prints_a_table_and_writes_figure_numbers_and_origin(
     rows = (out / "comparison.csv").read_text().splitlines()
     assert len(rows) == 3 and rows[2].startswith("shift,SITE,")
     origin = json.loads((out / "comparison.json").read_text())
-    assert origin["made_by"].startswith("sitelens compare") and origin["options"]["SITE"]["steps"] == 2
+    assert origin["made_by"].startswith("sitelens compare") and origin["methods"]["SITE"]["steps"] == 2
     assert (out / "comparison.html").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [(["--methods", "LORA"], "LoRA"), (["--set", "LoRA.rank"], "METHOD.OPTION=VALUE"),
-     (["--set", "LTV.steps=many"], "LTV.steps must be a whole number, not 'many'"),
-     (["--set", "LTV.step=100"], "LTV has no option 'step': did you mean steps?"),
+    [(["--methods", "LORA"], "LoRA"), (["--set", "LoRA.rank"], "METHOD.FIELD=VALUE"),
+     (["--set", "LTV.n_steps=many"], "LTV.n_steps must be a whole number, not 'many'"),
+     (["--set", "LTV.step=100"], "LTV has no option 'step': did you mean n_steps"),
      (["--set", "FV.scope=100"], "FV.scope must be 'prompt' or 'generation', not 100"),
-     (["--set", "LTV.steps=0"], "LTV.steps must be at least 1, got 0"),
+     (["--set", "LTV.n_steps=0"], "LTV.n_steps must be at least 1, got 0"),
      (["--set", "SITE.lr=NaN"], "SITE.lr must be positive, got nan"),
      (["--set", "SITE.seed=1"], "SITE has no option 'seed'"),
-     (["--set", "LTV=3"], "METHOD.OPTION=VALUE"), (["--set", "ltv.steps=3"], "options are given for ltv")],
+     (["--set", "LTV=3"], "METHOD.FIELD=VALUE"), (["--set", "ltv.n_steps=3"], "not fitted here")],
 )  # fmt: skip
 def test_a_wrong_comparison_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], options: list[str], named: str):
     code, _, errors = outcome(capsys, "compare", "antonym", *options)

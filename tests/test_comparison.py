@@ -12,16 +12,16 @@ from scipy.stats import binomtest
 import sitelens as sl
 from sitelens import figures
 from sitelens.errors import SitelensError
-from sitelens.methods import METHODS
+from sitelens.methods.registry import ALL, method_named, methods_by_label
 from sitelens.models.model import Model, head_shape
-from sitelens.reports.comparison import NAMES, checked_methods, compare, fit_method
+from sitelens.reports.comparison import compare
 from sitelens.reports.comparison_result import COSTS, Comparison
 from tests import micro
-from tests.test_methods import SMALL, TASK
+from tests.test_methods import TASK, small
 
 FEW = ("zero-shot", "FV", "MTV", "I2CL", "LoRA", "SITE")
 CELLS = (("a", "x", 0.1, 40), ("a", "y", 1.0, 40), ("b", "x", 0.5, 10), ("b", "y", 0.9, 10))
-CHOSEN: dict[str, Any] = {name: SMALL[name] for name in FEW if name in SMALL}
+SMALL_FEW = [small(name) for name in FEW]
 
 
 @pytest.fixture
@@ -30,17 +30,17 @@ def model() -> Iterator[Model]:
 
 
 def test_each_row_is_the_methods_own_fit_and_evaluation(model: Model) -> None:
-    frame = compare([TASK], FEW, model, n_items=8, options=CHOSEN).frame
+    frame = compare([TASK], SMALL_FEW, model, n_items=8).frame
     assert list(frame["method"]) == list(FEW)
     for row in frame.to_dict("records"):
         name = row["method"]
-        condition = sl.ZeroShot() if name == "zero-shot" else METHODS[name].fit(TASK, model, **CHOSEN[name])
+        condition = sl.ZeroShot() if name == "zero-shot" else small(name).fit(TASK, model)
         found = sl.summarize(sl.evaluate(TASK, {"it": condition}, model, n_items=8)).iloc[0]
         assert (row["accuracy"], row["low"], row["high"], row["n"]) == (found["mean"], found["low"], found["high"], 8)
 
 
 def test_what_is_trained_and_spent_is_that_of_the_method(model: Model) -> None:
-    frame = compare([TASK], FEW, model, n_items=4, options=CHOSEN).frame.set_index("method")
+    frame = compare([TASK], SMALL_FEW, model, n_items=4).frame.set_index("method")
     layers, heads, _ = head_shape(model)
     expected = {"zero-shot": 0, "FV": 0, "MTV": layers * heads, "SITE": layers * heads, "I2CL": 4 * layers}
     assert {name: frame.loc[name, "trained"] for name in expected} == expected
@@ -51,18 +51,16 @@ def test_what_is_trained_and_spent_is_that_of_the_method(model: Model) -> None:
 
 
 def test_a_second_call_runs_nothing_and_gives_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = compare([TASK], FEW, model, n_items=4, options=CHOSEN).frame
+    first = compare([TASK], SMALL_FEW, model, n_items=4).frame
     micro.silence(monkeypatch)
-    pd.testing.assert_frame_equal(compare([TASK], FEW, model, n_items=4, options=CHOSEN).frame, first)
-    changed = CHOSEN | {"MTV": SMALL["MTV"] | {"n_steps": 5}}
+    pd.testing.assert_frame_equal(compare([TASK], SMALL_FEW, model, n_items=4).frame, first)
     with pytest.raises(AssertionError, match="the model was run"):
-        compare([TASK], FEW, model, n_items=4, options=changed)
+        compare([TASK], [small("MTV", n_steps=5)], model, n_items=4)
 
 
 def test_the_answers_behind_the_table_give_paired_differences(model: Model) -> None:
     names = ("zero-shot", "TV", "SITE")
-    arguments: dict[str, Any] = {"n_items": 8, "options": {name: SMALL[name] for name in names if name in SMALL}}
-    comparison = compare([TASK], names, model, **arguments)
+    comparison = compare([TASK], [small(name) for name in names], model, n_items=8)
     frame, scores = comparison.frame, comparison.scores
     found = sl.summarize(scores, by=("task", "condition"), against="SITE").set_index("condition")
     assert found["mean"].tolist() == frame["accuracy"].tolist()
@@ -78,20 +76,20 @@ def test_the_answers_behind_the_table_give_paired_differences(model: Model) -> N
 
 
 def test_what_was_finished_before_an_interruption_is_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare([TASK], ["I2CL"], model, n_items=4, options={"I2CL": SMALL["I2CL"]})
+    compare([TASK], [small("I2CL")], model, n_items=4)
     with monkeypatch.context() as patch:
         micro.silence(patch)
         with pytest.raises(AssertionError, match="the model was run"):
-            compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]})
-    frame = compare([TASK], ["I2CL", "TV"], model, n_items=4, options={"I2CL": SMALL["I2CL"], "TV": SMALL["TV"]}).frame
+            compare([TASK], [small("I2CL"), small("TV")], model, n_items=4)
+    frame = compare([TASK], [small("I2CL"), small("TV")], model, n_items=4).frame
     assert list(frame["method"]) == ["I2CL", "TV"]
 
 
 def test_a_fits_cost_does_not_depend_on_what_lies_in_the_cache(model: Model) -> None:
-    alone = fit_method("SITE", TASK, model, options=SMALL["SITE"])
+    alone = small("SITE").measured_fit(TASK, model)
     sl.settings.cache_dir = sl.settings.cache() / "other"
     sl.embed_task(TASK, model, n_prompts=3, n_shots=2)
-    again = fit_method("SITE", TASK, model, options=SMALL["SITE"])
+    again = small("SITE").measured_fit(TASK, model)
     assert (alone.forward_tokens, alone.backward_tokens) == (again.forward_tokens, again.backward_tokens)
 
 
@@ -126,19 +124,35 @@ def test_means_over_tasks() -> None:
 
 def test_unknown_methods_are_named_with_the_nearest(model: Model) -> None:
     with pytest.raises(SitelensError, match=r"did you mean .*LoRA"):
-        checked_methods(["lora"])
-    assert checked_methods("FV") == ["FV"]
-    with pytest.raises(SitelensError, match="options are given for lora"):
-        compare([TASK], ["FV"], model, options={"lora": {}})
+        compare([TASK], ["lora"], model)
+    assert methods_by_label("FV") == {"FV": sl.methods.FV()}
+    assert list(methods_by_label("all")) == list(ALL)
+
+
+def test_a_methods_fields_are_checked_when_it_is_made() -> None:
+    with pytest.raises(SitelensError, match=r"LTV takes no argument 'n_step': did you mean n_steps"):
+        sl.methods.LTV(n_step=100)  # type: ignore[call-arg]
+    with pytest.raises(SitelensError, match=r"LTV\.n_steps must be at least 1, got 0"):
+        sl.methods.LTV(n_steps=0)
+    with pytest.raises(SitelensError, match=r"SITE\.init must be 'random' or lie between 0 and 1"):
+        sl.methods.SITE(init=3)
+    with pytest.raises(SitelensError, match=r"FV has no option 'widths'"):
+        method_named("FV", {"widths": 3})
+
+
+def test_two_of_one_method_are_told_apart_by_what_differs() -> None:
+    methods = [sl.methods.LTV(n_steps=5), "LTV", "5-shot", sl.methods.LTV(n_steps=5), "FV"]
+    assert list(methods_by_label(methods)) == ["LTV(n_steps=5)", "LTV", "5-shot", "FV"]
+    assert methods_by_label(["5-shot"])["5-shot"] == sl.methods.FewShot(n_shots=5)
 
 
 def test_the_figure_has_every_method_in_both_panels() -> None:
     rows = [
         {"task": task, "method": name, "accuracy": 0.1 * i, "trained": 10 * i, "forward_tokens": 1000 * i,
          "backward_tokens": 0}
-        for task in ("a", "b") for i, name in enumerate(NAMES[:5])
+        for task in ("a", "b") for i, name in enumerate(ALL[:5])
     ]  # fmt: skip
     figure: Any = figures.comparison(pd.DataFrame(rows))
-    assert [trace.name for trace in figure.data if trace.showlegend] == list(NAMES[:5])
+    assert [trace.name for trace in figure.data if trace.showlegend] == list(ALL[:5])
     assert len(figure.data) == 10
     assert sorted({round(trace.y[0], 9) for trace in figure.data}) == [0.0, 0.1, 0.2, 0.3, 0.4]

@@ -45,7 +45,8 @@ class Mine(sl.Suite):
 '''
 
 RUN = """
-small = {"n_prompts": 2, "n_shots": 2, "n_items": 4, "config": sl.TrainConfig(steps=2, eval_every=1, n_valid=2)}
+training = {"steps": 2, "eval_every": 1, "n_valid": 2}
+small = {"methods": [sl.methods.SITE(n_prompts=2, n_shots=2, **training)], "n_shots": 2, "n_items": 4}
 model = sl.load_model("model")
 """
 
@@ -119,7 +120,9 @@ for name in ("mine/capital", "fv58"):
     except sl.SitelensError as error:
         print(error)
 print(sl.run_suite("mine", model, tasks=["mine/capitals"], **small).left_out)
-grid = sl.transfer_matrix(["mine/capitals", "mine/opposites"], model, **small)
+grid = sl.transfer_matrix(
+    ["mine/capitals", "mine/opposites"], model, n_prompts=2, n_shots=2, n_items=4, config=sl.TrainConfig(**training)
+)
 print(grid.groups)
 ''')  # fmt: skip
     assert lines[:2] == ["28", "words, 40, my laboratory, forty pairs of mine/opposites"]

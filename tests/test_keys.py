@@ -25,7 +25,6 @@ from sitelens.models.identity import accelerator_sums, tensor_sums
 from sitelens.models.interference import heard
 from sitelens.models.loading import load_model
 from sitelens.models.model import Model
-from sitelens.reports.comparison import fit_method
 from sitelens.settings import settings
 from sitelens.store.artifact import Artifact
 from tests import micro
@@ -462,7 +461,7 @@ def test_an_ablated_model_never_takes_nor_leaves_what_a_clean_one_computes():
     def results(bridge: Model) -> list[torch.Tensor]:
         embedding = sl.embed_task(TASK, bridge, **SMALL)
         scores = score_conditions(TASK, ZERO, bridge, n_items=5)
-        method = fit_method("I2CL", TASK, bridge, options={"epochs": 1}).condition.state()[0]
+        method = sl.methods.I2CL(epochs=1).measured_fit(TASK, bridge).condition.state()[0]
         alpha = sl.train_selection(TASK, bridge, embedding=embedding, config=config).selection.alpha
         return [embedding.mean_z, torch.tensor(scores["logprob"].to_numpy()), alpha, *method.values()]
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers.cache_utils import DynamicCache
 
+import sitelens as sl
 from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import TaskEmbedding, embed_task
 from sitelens.conditions.patching import PatchHeads
@@ -30,7 +31,6 @@ from sitelens.engine.prefix import PrefixCache
 from sitelens.engine.prompts import Prompt, PromptBatch, tokenize
 from sitelens.errors import SitelensWarning
 from sitelens.evaluation.evaluate import evaluate
-from sitelens.methods import METHODS
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.models.model import Model
@@ -291,7 +291,8 @@ class TestBudget:
 
         def fit() -> None:
             sizes: dict[str, Any] = {"n_prompts": 4, "n_shots": 1, "n_pool": 24, "pool_shots": 4, "batch_size": 24}
-            METHODS["LTV"].fit(task, model, **sizes, steps=1, rates=(0.1, 0.01), seed=next(seeds))
+            method = sl.methods.LTV(**sizes, n_steps=1, learning_rates=(0.1, 0.01))
+            method.fit(task, model, seed=next(seeds))
 
         self.check(fit, 10 * MIB)
 

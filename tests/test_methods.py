@@ -25,11 +25,13 @@ from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.streams import AddToStream, InContextVector, LinearCombination, ReplaceStream
 from sitelens.engine.network import Passes, metered
 from sitelens.errors import SitelensError
-from sitelens.methods import METHODS, i2cl, icv, lofit, ltv, mtv
+from sitelens.methods import i2cl, icv, lofit, ltv, mtv
+from sitelens.methods.base import Method
 from sitelens.methods.i2cl import cosine
 from sitelens.methods.items import answered, drawn, fitting, zero_shot
 from sitelens.methods.lofit import MAX_GRAD_NORM
 from sitelens.methods.losses import answer_loss
+from sitelens.methods.registry import method_named
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.model import Model, head_shape
 from sitelens.settings import settings
@@ -47,11 +49,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "ICV": {"n_pairs": 3, "strengths": (0.1, 0.5)},
     "MTV": {"n_prompts": 3, "n_shots": 2, "n_steps": 4, "n_masks": 4, "n_draws": 2},
     "I2CL": {"n_demonstrations": 3, "epochs": 2},
-    "LTV": {"n_prompts": 3, "n_shots": 2, "n_pool": 6, "pool_shots": 2, "steps": 3, "batch_size": 2, "rates": (0.1,)},
+    "LTV": {"n_prompts": 3, "n_shots": 2, "n_pool": 6, "pool_shots": 2, "n_steps": 3, "batch_size": 2,
+            "learning_rates": (0.1,)},
     "LoFiT": {"epochs": 1, "n_heads": 2},
-    "LoRA": {"n_steps": 3, "rates": (1e-2,)},
+    "LoRA": {"n_steps": 3, "learning_rates": (1e-2,)},
     "SITE": {"n_prompts": 3, "n_shots": 2, "steps": 3, "n_valid": 4},
-}
+}  # fmt: skip
+
+
+def small(name: str, **changes: Any) -> Method:
+    """A method whose fit takes a moment."""
+    return method_named(name, SMALL.get(name, {}) | changes)
 
 
 @pytest.fixture
@@ -84,13 +92,13 @@ SHAPES = [family if family not in CONFIGS else pytest.param(family, marks=pytest
           micro.MORE_FAMILIES]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_method_fits_answers_generates_and_comes_back_from_disk(name: str, shape: str, tmp_path: Path) -> None:
     model = micro.bridge(shape)
     before = fingerprint(model)
-    condition = METHODS[name].fit(TASK, model, **SMALL[name])
-    assert METHODS[name].trained(condition) >= 0
+    condition = small(name).fit(TASK, model)
+    assert small(name).n_trained(condition) >= 0
     again = Condition.load(condition.save(tmp_path / "condition.safetensors"))
     assert type(again) is type(condition) and again.scope == condition.scope
     both = {"now": condition, "again": again}
@@ -100,17 +108,17 @@ def test_a_method_fits_answers_generates_and_comes_back_from_disk(name: str, sha
     assert fingerprint(model) == before and not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SMALL)
 def test_the_same_seed_gives_the_same_condition(name: str, llama: Model) -> None:
-    first, second = (METHODS[name].fit(TASK, llama, **SMALL[name]).state() for _ in range(2))
+    first, second = (small(name).fit(TASK, llama).state() for _ in range(2))
     assert first[1] == second[1]
     assert all(torch.equal(first[0][key], second[0][key]) for key in first[0])
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "many-shot"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "many-shot"])
 def test_test_items_are_not_looked_at(name: str, llama: Model) -> None:
     other = replace(TASK, test=(Example("aa", "ab"),))
-    first, second = (METHODS[name].fit(task, llama, **SMALL[name]).state()[0] for task in (TASK, other))
+    first, second = (small(name).fit(task, llama).state()[0] for task in (TASK, other))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -131,8 +139,8 @@ def test_a_saved_method_is_known_where_no_method_was_imported(tmp_path: Path) ->
 
 
 def test_site_patches_as_it_was_trained(llama: Model) -> None:
-    for options, mixing in (({"mixing": "additive"}, "additive"), ({}, "convex")):
-        condition = METHODS["SITE"].fit(TASK, llama, **SMALL["SITE"], **options)
+    for changes, mixing in (({"mixing": "additive"}, "additive"), ({}, "convex")):
+        condition = small("SITE", **changes).fit(TASK, llama)
         assert isinstance(condition, PatchHeads) and condition.mixing == mixing
 
 
@@ -437,14 +445,14 @@ def test_losses_of_rows_of_all_lengths_are_those_of_each_alone(family: str, dtyp
 def test_training_in_float64_gives_numbers(name: str) -> None:
     model = micro.bridge("Llama", torch.float64)
     items = tuple(Example(" ".join(micro.WORDS[: 2 + i % 4]), micro.WORDS[i]) for i in range(12))
-    options = SMALL[name] | ({"batch_size": 4} if name == "LoRA" else {})
-    tensors, _ = METHODS[name].fit(replace(TASK, train=items), model, **options).state()
+    method = small(name, **({"batch_size": 4} if name == "LoRA" else {}))
+    tensors, _ = method.fit(replace(TASK, train=items), model).state()
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
 def test_a_loss_that_is_no_number_ends_the_training(llama: Model) -> None:
     with pytest.raises(SitelensError, match="the loss is not finite"):
-        METHODS["LoRA"].fit(TASK, llama, n_steps=20, rates=(1e30,))
+        sl.methods.LoRA(n_steps=20, learning_rates=(1e30,)).fit(TASK, llama)
 
 
 def test_offsets_train_as_transformers_trainer_does() -> None:
@@ -465,7 +473,7 @@ def test_offsets_take_five_epochs_of_all_items_in_clipped_steps(llama: Model, mo
 
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     monkeypatch.setattr(lofit, "MAX_GRAD_NORM", 0.3)
-    METHODS["LoFiT"].fit(task, llama, n_heads=1, batch_size=4)
+    sl.methods.LoFiT(n_heads=1, batch_size=4).fit(task, llama)
     assert len(norms) == 2 * 5 * 3
     assert max(norms) == pytest.approx(0.3, rel=1e-3) and 0 < min(norms) < 0.29
 
@@ -480,12 +488,12 @@ def test_noise_has_no_gradient_of_its_own() -> None:
 
 
 def test_learned_task_vectors_are_the_same_under_any_memory_budget(llama: Model) -> None:
-    options = SMALL["LTV"] | {"steps": 9}
+    method = small("LTV", n_steps=9)
     sl.embed_task(TASK, llama, n_prompts=3, n_shots=2)  # in the cache for both
     with metered() as spent:
-        whole: Any = METHODS["LTV"].fit(TASK, llama, **options)
+        whole: Any = method.fit(TASK, llama)
     with metered() as in_parts, settings.using(memory_budget=1):
-        parts: Any = METHODS["LTV"].fit(TASK, llama, **options)
+        parts: Any = method.fit(TASK, llama)
     assert in_parts.forward > spent.forward and in_parts.backward == spent.backward
     assert_close(parts.vectors, whole.vectors)
 
@@ -494,14 +502,14 @@ def test_function_vectors_run_their_prompts_once(llama: Model) -> None:
     tokens = []
     for correct_only in (True, False):
         with settings.using(cache_dir=None), metered() as spent:
-            METHODS["FV"].fit(TASK, llama, **SMALL["FV"], correct_only=correct_only)
+            small("FV", correct_only=correct_only).fit(TASK, llama)
         tokens.append(spent.forward)
     assert tokens[0] == tokens[1]
 
 
 def test_a_task_vector_needs_items_enough(llama: Model) -> None:
     with pytest.raises(SitelensError, match="too few training items for 5 shots and a dummy query: 5 items"):
-        METHODS["TV"].fit(replace(TASK, train=TASK.train[:5]), llama)
+        sl.methods.TV().fit(replace(TASK, train=TASK.train[:5]), llama)
 
 
 def test_items_come_again_only_when_all_have_come() -> None:
@@ -527,7 +535,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 def test_many_shot_prompts_fit_the_context(llama: Model) -> None:
-    condition = METHODS["many-shot"].fit(TASK, llama)
+    condition = sl.methods.ManyShot().fit(TASK, llama)
     assert condition.n_shots > 10
     sl.evaluate(TASK, {"many-shot": condition}, llama)  # none is too long
 
@@ -539,18 +547,18 @@ def test_many_shot_prompts_fit_whichever_items_are_drawn(llama: Model) -> None:
     longer = [one if one in shown else replace(one, input=" ".join([one.input] * 6)) for one in task.train]
     task = replace(task, train=tuple(longer))
     assert set(fitting(task).train) == shown  # none of the long ones
-    sl.evaluate(task, {"many-shot": METHODS["many-shot"].fit(task, llama)}, llama)
+    sl.evaluate(task, {"many-shot": sl.methods.ManyShot().fit(task, llama)}, llama)
 
 
 def test_many_shot_prompts_leave_out_what_equals_the_query(llama: Model) -> None:
     twins = replace(TASK, train=TASK.train[:8], test=(TASK.train[0],))
     twins = replace(twins, train=(*twins.train, twins.test[0], twins.test[0]))
-    condition = METHODS["many-shot"].fit(twins, llama)
+    condition = sl.methods.ManyShot().fit(twins, llama)
     assert condition.n_shots == 7
     sl.evaluate(twins, {"many-shot": condition}, llama)
-    assert METHODS["many-shot"].fit(twins, llama, limit=0).n_shots == 0
+    assert sl.methods.ManyShot(limit=0).fit(twins, llama).n_shots == 0
     with pytest.raises(SitelensError, match="at least 0"):
-        METHODS["many-shot"].fit(twins, llama, limit=-1)
+        sl.methods.ManyShot(limit=-1)
 
 
 def test_tokens_are_counted_forward_and_backward(llama: Model) -> None:

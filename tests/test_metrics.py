@@ -354,9 +354,9 @@ CONFIG = sl.TrainConfig(steps=2, eval_every=1, n_valid=2)
         lambda task, model: sl.train_selection(task, model, config=CONFIG),
         lambda task, model: sl.transfer_matrix([task, micro.task("b")], model, n_items=2, n_prompts=2, n_shots=2,
                                                config=CONFIG),
-        lambda task, model: sl.compare([task], ["zero-shot", "TV"], model, n_items=2, options={"TV": {"n_sets": 2}}),
+        lambda task, model: sl.compare([task], ["zero-shot", sl.methods.TV(n_sets=2)], model, n_items=2),
         lambda task, model: sl.head_similarity([task, micro.task("b")], model, config=CONFIG, seeds=(0, 1)),
-        lambda task, model: sl.methods.mtv.fit(task, model, n_prompts=2, n_steps=2, n_masks=2),
+        lambda task, model: sl.methods.MTV(n_prompts=2, n_steps=2, n_masks=2).fit(task, model),
         lambda task, model: sl.heads.indirect_effects(
             task, model, embedding=sl.embed_task(task, model, n_prompts=2), n_prompts=2),
         lambda task, model: sl.heads.head_attribution(task, model, n_items=2),

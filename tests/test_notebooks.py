@@ -14,8 +14,13 @@ from sitelens.models.model import Model
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALLER = {
     'SUITE, TASKS = "fv57", None': 'SUITE, TASKS = "builtin", ["antonym", "capitalize", "choose_first_of_3"]',
-    'SETTINGS = {"n_items": 100}': (
-        'SETTINGS = {"n_items": 6, "n_prompts": 4, "config": sl.TrainConfig(steps=6, eval_every=3, n_valid=4)}'
+    "suite = sl.run_suite(SUITE, tasks=TASKS, **SETTINGS)": (
+        "suite = sl.run_suite(SUITE, tasks=TASKS, **SETTINGS, methods=["
+        "sl.methods.SITE(steps=6, eval_every=3, n_valid=4, n_prompts=4)])"
+    ),
+    'grid = sl.transfer_matrix(list(suite.tasks["task"]), **SETTINGS | {"n_items": 50})': (
+        'grid = sl.transfer_matrix(list(suite.tasks["task"]), n_items=6, n_prompts=4, '
+        "config=sl.TrainConfig(steps=6, eval_every=3, n_valid=4))"
     ),
     "in SAMPLES.items()": 'in {"builtin": {"tasks": ["synonym"]}}.items()',
     '"n_items": 100': '"n_items": 6',
@@ -37,9 +42,11 @@ SMALLER = {
     '["fv/choose_middle_of_3", "fv/alphabetically_first_3", "fv/animal_v_object_3", "fv/adjective_v_verb_3"]': (
         '["choose_first_of_3"]'
     ),
-    'METHODS, N_ITEMS = "all", 100': 'METHODS, N_ITEMS = ("zero-shot", "10-shot", "TV", "SITE"), 6',
-    'OPTIONS = {"LTV": {"steps": 100}, "many-shot": {"limit": 50}}': (
-        'OPTIONS = {"SITE": {"steps": 6, "eval_every": 3, "n_valid": 4, "n_prompts": 4}}'
+    'METHODS, N_ITEMS = ["zero-shot", "10-shot", sl.methods.ManyShot(limit=50), "FV", "TV", "ICV", "MTV", "I2CL",': (
+        'METHODS, N_ITEMS = ["zero-shot", "10-shot", "TV",'
+    ),
+    '                    sl.methods.LTV(n_steps=100), "LoFiT", "LoRA", "SITE"], 100': (
+        "sl.methods.SITE(steps=6, eval_every=3, n_valid=4, n_prompts=4)], 6"
     ),
 }
 EXPECTED = (

@@ -59,7 +59,7 @@ def test_a_model_in_four_bits_does_everything(packed: Model) -> None:
     scores = sl.evaluate(task, {"zero-shot": sl.ZeroShot(), "SITE": site}, packed, n_items=4, metrics=("exact_match",))
     assert scores["logprob"].notna().all()
     assert fingerprint(packed) == before  # no forward pass has repacked a weight
-    vector = sl.methods.METHODS["FV"].fit(task, packed, n_prompts=2, n_effects=1, n_shots=2, head_counts=(2,))
+    vector = sl.methods.FV(n_prompts=2, n_effects=1, n_shots=2, head_counts=(2,)).fit(task, packed)
     assert len(sl.generate(TEXTS, vector, packed, max_new_tokens=2)) == 3
     assert sl.heads.head_attribution(task, packed, n_items=2, n_shots=2)["attribution"].notna().all()
 

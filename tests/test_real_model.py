@@ -174,7 +174,7 @@ def test_a_benchmark_with_long_prompts_runs(model: Model, data_folder: Path) -> 
 def test_the_compare_command_sets_costs_beside_accuracy(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ["ICV.strengths=[0.1]", "LoRA.n_steps=5", "LoRA.rates=[0.001]", "many-shot.limit=12"]
+    small = ["ICV.strengths=[0.1]", "LoRA.n_steps=5", "LoRA.learning_rates=[0.001]", "many-shot.limit=12"]
     words = ["compare", "choose_first_of_3", "--methods", "zero-shot", "many-shot", "ICV", "LoRA"]
     assert cli.main([*words, "--set", *small, "--n-items", "10", "--no-progress", "--out", str(tmp_path)]) == 0
     assert "LoRA" in capsys.readouterr().out

@@ -33,16 +33,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*neither taken from the cache:s
 TASK = micro.task(n=30)
 CONFIG = sl.TrainConfig(steps=3, eval_every=2, n_valid=4)
 SMALL: dict[str, dict[str, Any]] = {
-    "many_shot": {"limit": 2},
-    "function_vector": {"n_prompts": 3, "n_shots": 2, "n_effects": 2, "head_counts": (2,)},
-    "task_vector": {"n_sets": 2, "n_shots": 2},
-    "icv": {"n_pairs": 3, "strengths": (0.1,)},
-    "mtv": {"n_prompts": 3, "n_shots": 2, "n_steps": 2, "n_masks": 4, "n_draws": 2},
-    "i2cl": {"n_demonstrations": 2, "epochs": 2},
-    "ltv": {"n_prompts": 3, "n_shots": 2, "n_pool": 4, "pool_shots": 1, "steps": 2, "batch_size": 2, "rates": (0.1,)},
-    "lofit": {"epochs": 1, "n_heads": 2},
-    "lora": {"n_steps": 2, "rates": (1e-3,)},
-}
+    "ManyShot": {"limit": 2},
+    "FV": {"n_prompts": 3, "n_shots": 2, "n_effects": 2, "head_counts": (2,)},
+    "TV": {"n_sets": 2, "n_shots": 2},
+    "ICV": {"n_pairs": 3, "strengths": (0.1,)},
+    "MTV": {"n_prompts": 3, "n_shots": 2, "n_steps": 2, "n_masks": 4, "n_draws": 2},
+    "I2CL": {"n_demonstrations": 2, "epochs": 2},
+    "LTV": {"n_prompts": 3, "n_shots": 2, "n_pool": 4, "pool_shots": 1, "n_steps": 2, "batch_size": 2,
+            "learning_rates": (0.1,)},
+    "LoFiT": {"epochs": 1, "n_heads": 2},
+    "LoRA": {"n_steps": 2, "learning_rates": (1e-3,)},
+}  # fmt: skip
 Work = Callable[[Model], Any]
 
 
@@ -337,7 +338,7 @@ def twins_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
 
 
 def fit(name: str) -> Work:
-    return lambda model: getattr(sl.methods, name).fit(TASK, model, **SMALL[name])
+    return lambda model: getattr(sl.methods, name)(**SMALL[name]).fit(TASK, model)
 
 
 def trained(model: Model) -> Any:
@@ -401,7 +402,7 @@ def test_a_failing_call_leaves_all_as_it_was(name: str, monkeypatch: pytest.Monk
     ("name", "mode"),
     [
         *((name, lambda: torch.set_grad_enabled(False)) for name in ("train", "mtv", "lora")),
-        *((name, torch.inference_mode) for name in ("train", *SMALL) if name != "many_shot"),
+        *((name, torch.inference_mode) for name in ("train", *SMALL) if name != "ManyShot"),
     ],
 )
 def test_fits_work_whatever_the_gradient_mode(name: str, mode: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -503,7 +504,7 @@ def test_an_adapter_of_peft_stays_as_it_is(unchecked: None) -> None:
     before = evaluated(model)
     state = (layer.active_adapters, dict(layer.scaling), sorted(layer.lora_A), layer.disable_adapters)
     with as_it_was(model):
-        condition: Any = sl.methods.lora.fit(TASK, model, n_steps=2, rates=(0.5,))
+        condition: Any = sl.methods.LoRA(n_steps=2, learning_rates=(0.5,)).fit(TASK, model)
         under = evaluated(model, condition)
     assert (layer.active_adapters, dict(layer.scaling), sorted(layer.lora_A), layer.disable_adapters) == state
     assert evaluated(model) == before != bare

@@ -23,9 +23,9 @@ from sitelens import progress
 from sitelens.engine.prompts import few_shot_prompts, item_sizes, within_context
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation.labels import shared_first_tokens
+from sitelens.methods.site import method as site
 from sitelens.methods.site import state as training_state
 from sitelens.models.model import Model
-from sitelens.reports import suite as suites
 from sitelens.reports.suite import run_suite
 from sitelens.tasks import SUITES, Task
 from tests import micro
@@ -33,8 +33,10 @@ from tests import micro
 ROOT = Path(__file__).parents[1]
 TASKS = {name: micro.task(name, step=step) for name, step in (("one", 1), ("two", 2), ("three", 3))}
 GROUPS = {"one": "left", "two": "right", "three": "left"}
+CONFIG = sl.TrainConfig(steps=6, eval_every=3, n_valid=3, lr=1.0)
+SITE = sl.methods.SITE(n_prompts=3, n_shots=2, steps=6, eval_every=3, n_valid=3, lr=1.0)
 SMALL: dict[str, Any] = {
-    "n_prompts": 3, "n_shots": 2, "n_items": 6, "config": sl.TrainConfig(steps=6, eval_every=3, n_valid=3, lr=1.0),
+    "methods": [SITE], "n_shots": 2, "n_items": 6,
 }  # fmt: skip
 
 
@@ -77,7 +79,7 @@ def test_each_tasks_rows_are_what_it_gives_by_itself(model: Model) -> None:
     found = run_suite("bbh", model, **SMALL)
     for name, task in TASKS.items():
         embedding = sl.embed_task(task, model, n_prompts=3, n_shots=2)
-        alpha = sl.train_selection(task, model, embedding=embedding, config=SMALL["config"]).selection
+        alpha = sl.train_selection(task, model, embedding=embedding, config=CONFIG).selection
         conditions = {"zero-shot": sl.ZeroShot(), "2-shot": sl.FewShot(2), "SITE": sl.PatchHeads(alpha, embedding)}
         expected = sl.evaluate(task, conditions, model, n_items=6)
         rows = found.scores[found.scores["task"] == name].reset_index(drop=True)
@@ -111,7 +113,7 @@ def test_the_table_has_means_over_the_tasks_of_each_group_and_of_all(model: Mode
 def test_a_task_that_cannot_be_had_or_is_not_asked_for_is_named(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_suite("bbh", model, tasks=["three", "four"], **SMALL)
     assert found.left_out == {
-        "one": "not asked for", "two": "not asked for", "four": "four is nowhere to be had",
+        "one": "not requested", "two": "not requested", "four": "four is nowhere to be had",
     }  # fmt: skip
     assert set(found.scores["task"]) == {"three"} and found.tasks["task"].tolist() == ["three"]
     few = Task("one", "here", TASKS["one"].train[:2], TASKS["one"].valid, TASKS["one"].test)
@@ -130,25 +132,22 @@ def test_a_name_that_is_not_in_the_suite_is_refused(model: Model) -> None:
         run_suite("bbh", model, metric="f1")
     with pytest.raises(SitelensError, match=r"no task 'fo'.* did you mean four"):
         run_suite("bbh", model, tasks=["one", "fo"])
-    with pytest.raises(SitelensError, match=r"options are given for 'FV', .* with options: TV"):
-        run_suite("bbh", model, methods=["SITE", "TV"], options={"FV": {}})
-    for wrong in ("n_items", "n_shots", "n_prompts"):
+    for wrong in ("n_items", "n_shots"):
         options: dict[str, Any] = {wrong: 0}
         with pytest.raises(SitelensError, match=rf"{wrong}.* must be at least 1, got .*0"):
             run_suite("bbh", model, **options)
 
 
 def test_what_fails_is_left_out_and_the_rest_goes_on(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = suites.train_selections
+    trained = site.train_selections
 
     def train(tasks: Any, *args: Any, **options: Any) -> Any:
         if any(task.name == "two" for task in tasks):
             raise SitelensError("the loss of 'two' is not a number")
         return trained(tasks, *args, **options)
 
-    monkeypatch.setattr(suites, "train_selections", train)
-    options = {"TV": {"n_sets": 2, "n_shots": 500}}
-    found = run_suite("bbh", model, methods=["SITE", "TV"], options=options, **SMALL)
+    monkeypatch.setattr(site, "train_selections", train)
+    found = run_suite("bbh", model, **SMALL | {"methods": [SITE, sl.methods.TV(n_sets=2, n_shots=500)]})
     assert found.left_out["two, SITE"] == "the loss of 'two' is not a number"
     assert all("too few training items for 500 shots" in found.left_out[f"{name}, TV"] for name in TASKS)
     assert set(map(tuple, found.scores[["task", "condition"]].to_numpy())) == {
@@ -156,13 +155,11 @@ def test_what_fails_is_left_out_and_the_rest_goes_on(model: Model, monkeypatch: 
         ("one", "SITE"),
         ("three", "SITE"),
     }  # fmt: skip
-    assert sorted(found.selections) == ["one", "three"] and sorted(found.embeddings) == sorted(TASKS)
+    assert sorted(found.conditions["SITE"]) == ["one", "three"] and found.conditions["TV"] == {}
 
 
 def test_the_echo_baseline_stands_once_beside_prefix_match(model: Model) -> None:
-    found = run_suite(
-        "bbh", model, methods=["SITE", "TV"], metric="prefix_match", options={"TV": {"n_sets": 2}}, **SMALL
-    )
+    found = run_suite("bbh", model, metric="prefix_match", **SMALL | {"methods": [SITE, sl.methods.TV(n_sets=2)]})
     counts = found.scores.groupby(["task", "condition"]).size()
     assert counts.eq(6).all() and len(counts) == 3 * 5
     figure: Any = found.figure()
@@ -170,10 +167,10 @@ def test_the_echo_baseline_stands_once_beside_prefix_match(model: Model) -> None
 
 
 def test_other_methods_stand_beside_site(model: Model) -> None:
-    options = {"TV": {"n_sets": 2, "n_shots": 2}}
-    found = run_suite("bbh", model, methods=["TV", "SITE", "zero-shot"], tasks=["one"], options=options, **SMALL)
+    vector = sl.methods.TV(n_sets=2, n_shots=2)
+    found = run_suite("bbh", model, tasks=["one"], **SMALL | {"methods": [vector, SITE, "zero-shot"]})
     assert found.scores["condition"].unique().tolist() == ["zero-shot", "2-shot", "TV", "SITE"]
-    condition = sl.methods.METHODS["TV"].fit(TASKS["one"], model, **options["TV"])
+    condition = vector.fit(TASKS["one"], model)
     expected = sl.evaluate(TASKS["one"], {"TV": condition}, model, n_items=6)
     rows = found.scores[found.scores["condition"] == "TV"]
     np.testing.assert_allclose(rows["logprob"], expected["logprob"], atol=1e-4)
@@ -189,10 +186,10 @@ def test_a_second_call_runs_nothing(model: Model, monkeypatch: pytest.MonkeyPatc
 
 def test_a_suite_names_its_stages(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     with sl.settings.using(progress=None):
-        run_suite("bbh", model, methods=["SITE", "TV"], **SMALL, options={"TV": {"n_sets": 2}})
+        run_suite("bbh", model, **SMALL | {"methods": [SITE, sl.methods.TV(n_sets=2)]})
     lines = capsys.readouterr().err.splitlines()
     stages = [re.sub(r", about .* left$", "", line.removeprefix("sitelens: suite bbh: ")) for line in lines]
-    assert stages[:3] == ["1/3 embed", "2/3 train", "3/3 score"] and stages[-1].startswith("done in ")
+    assert stages[:3] == ["1/3 fit SITE", "2/3 fit TV", "3/3 score"] and stages[-1].startswith("done in ")
 
 
 def test_a_suites_bar_moves_within_a_batch_of_trainings(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +200,7 @@ def test_a_suites_bar_moves_within_a_batch_of_trainings(model: Model, monkeypatc
     monkeypatch.setattr(
         training_state.Record, "step", lambda self, *values: (shares.append(jobs[0]._share), step(self, *values))[1]
     )
-    run_suite("bbh", model, **SMALL | {"config": replace(SMALL["config"], steps=100)})
+    run_suite("bbh", model, **SMALL | {"methods": [replace(SITE, steps=100)]})
     assert len(shares) == 100 and shares == sorted(shares) and len(set(shares)) == 100
     assert jobs[0]._share == pytest.approx(1)
 
@@ -213,12 +210,12 @@ def test_a_suites_bar_moves_within_a_batch_of_trainings(model: Model, monkeypatc
 SCRIPT = """
 import sys
 from pathlib import Path
-from sitelens.methods.site import state
+from sitelens.methods.site import method, state
 from sitelens.reports import suite as suites
 from sitelens.settings import settings
 from tests import micro, test_suites
 settings.cache_dir = Path(sys.argv[1])
-suites.TOGETHER = int(sys.argv[3])
+method.TASKS_PER_BATCH = int(sys.argv[3])
 state.KEEP_SECONDS = 0
 found = suites.run_suite(test_suites.Micro(test_suites.TASKS), micro.bridge("Llama"), **test_suites.SMALL)
 found.scores.to_csv(sys.argv[2], index=False)
@@ -304,7 +301,7 @@ def test_everything_is_written_with_its_origin(model: Model, tmp_path: Path) -> 
     assert {path.name for path in paths} | {"plotly.min.js"} == {path.name for path in folder.iterdir()}
     record = json.loads((folder / "suite-bbh.json").read_text())
     assert record["made_by"] == "sitelens suite bbh" and record["left_out"] == found.left_out
-    assert record["tasks"] == list(TASKS) and record["train"]["steps"] == 6
+    assert record["tasks"] == list(TASKS) and record["methods"]["SITE"]["steps"] == 6
     assert [row["mean"] for row in record["table"]] == pytest.approx(found.summary()["mean"].tolist(), abs=1e-4)
     summary = pd.read_csv(folder / "suite-bbh.csv")
     assert summary["mean"].tolist() == pytest.approx(found.frame["mean"].tolist())

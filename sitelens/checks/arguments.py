@@ -39,9 +39,8 @@ class Arguments:
         self.hints: dict[str, Any] = {}
         self.positional: list[str] = []
         self.open = False  # whether any keyword is accepted
-        namespace = vars(sys.modules[target.__module__])
         for parameter in parameters:
-            hint = _resolved(parameter.annotation, namespace)
+            hint = _resolved(parameter.annotation, _namespace(target, parameter.name))
             if parameter.kind is parameter.VAR_KEYWORD:
                 unpacked = get_args(hint)[0] if get_origin(hint) is typing.Unpack else None
                 if unpacked is None:
@@ -154,6 +153,13 @@ def arguments_of(target: Callable[..., Any]) -> Arguments:
 def _is_misplaced(value: Any) -> bool:
     """Whether a value is of a kind that has an argument of its own: a model, a condition, a configuration."""
     return type(value).__module__.split(".")[0] in ("sitelens", "transformer_lens")
+
+
+def _namespace(target: Any, name: str) -> Mapping[str, Any]:
+    """Where the annotation of a parameter was written: for an inherited field of a dataclass, its base's module."""
+    bases = target.__mro__ if inspect.isclass(target) else ()
+    owner = next((base for base in bases if name in vars(base).get("__annotations__", {})), target)
+    return vars(sys.modules[owner.__module__])
 
 
 def _resolved(annotation: Any, namespace: Mapping[str, Any]) -> Any:

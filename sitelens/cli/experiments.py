@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sitelens.cli.options import run_options
 from sitelens.cli.outputs import kept, look_first
 from sitelens.cli.parser import Parser
-from sitelens.cli.reading import method_options, number, tasks_of, template_options, typed_command
+from sitelens.cli.reading import methods_of, number, tasks_of, template_options, typed_command
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.files.escaping import visible
 from sitelens.progress import Job
@@ -150,16 +150,15 @@ def compare(options: argparse.Namespace) -> None:
     with _job("compare") as job:
         with job.stage(LOAD):
             tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
-            from sitelens.reports.comparison import checked_methods, compare
+            from sitelens.reports.comparison import compare
             from sitelens.tasks import rewritten
 
             tasks = [rewritten(task, **template_options(options)) for task in tasks]
-            methods = checked_methods("all" if options.methods == ["all"] else options.methods)
-            chosen = method_options(options)
+            methods = methods_of(options)
             model = _load_model(options)
             n_items = options.n_items or None
         with job.rest():
-            comparison = compare(tasks, methods, model, n_items=n_items, seed=options.seed, options=chosen)
+            comparison = compare(tasks, methods, model, n_items=n_items, seed=options.seed)
     print(f"first-token accuracy in per cent with 95% intervals, at most {n_items or 'all'} test items a task, model "
           f"{options.model}; costs: means over tasks\n")  # fmt: skip
     print(comparison.markdown())
@@ -174,32 +173,24 @@ def suite(options: argparse.Namespace) -> None:
     look_first(options)
     with _job("suite") as job:
         with job.stage(LOAD):
-            train, chosen, n_items = _train_config(options), method_options(options), options.n_items or None
-            from sitelens.reports.suite import NOT_ASKED, check_suite, run_suite
+            methods, n_items = methods_of(options), options.n_items or None
+            from sitelens.reports.suite import NOT_REQUESTED, check_suite, run_suite
 
-            check_suite(
-                options.suite,
-                tasks=options.tasks,
-                methods=options.methods,
-                metric=options.metric,
-                n_items=n_items,
-                options=chosen,
-            )  # before a model is loaded
+            check_suite(options.suite, tasks=options.tasks, metric=options.metric, n_items=n_items)
             model = _load_model(options)
         with job.rest():
             found = run_suite(
-                options.suite, model, methods=options.methods, tasks=options.tasks, metric=options.metric,
-                n_items=n_items, n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, options=chosen,
-                seed=options.seed,
+                options.suite, model, methods=methods, tasks=options.tasks, metric=options.metric, n_items=n_items,
+                n_shots=options.n_shots, seed=options.seed,
             )  # fmt: skip
     print(f"{options.metric.replace('_', ' ')}, per cent, means over tasks with 95% intervals, "
           f"{n_items or 'all'} test items at most a task, model {options.model}\n")  # fmt: skip
     print(found.markdown())
-    others = [task for task, reason in found.left_out.items() if reason == NOT_ASKED]
+    others = [task for task, reason in found.left_out.items() if reason == NOT_REQUESTED]
     if others:
-        print(f"{len(others)} more tasks of the suite were not asked for", file=sys.stderr)
+        print(f"{len(others)} more tasks of the suite were not requested", file=sys.stderr)
     for task, reason in found.left_out.items():
-        if reason != NOT_ASKED:
+        if reason != NOT_REQUESTED:
             print(f"left out: {visible(task)} ({visible(reason)})", file=sys.stderr)
     for row in found.tasks[found.tasks["dropped"] > 0].itertuples():
         print(f"{row.task}: {row.dropped} items are too long for the context and were dropped", file=sys.stderr)

@@ -78,8 +78,7 @@ def suite_options(parser: argparse.ArgumentParser) -> None:
     add("--name", help="what the files are called (default: suite-SUITE)")
     _formats(parser, ["html"])
     _model_options(parser)
-    _prompt_options(parser)
-    _training_options(parser)
+    add("--n-shots", metavar="N", type=int, default=10, help="demonstrations of few-shot prompting")
     _evaluation_options(parser, metric=True)
 
 
@@ -103,8 +102,10 @@ def _formats(parser: argparse.ArgumentParser, default: list[str]) -> None:
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--set", nargs="+", metavar="METHOD.OPTION=VALUE", default=[], dest="settings",
-                        help="options of a method's fit, for example LTV.steps=400")  # fmt: skip
+    parser.add_argument("--set", nargs="+", metavar="METHOD.FIELD=VALUE", default=[], dest="settings",
+                        help="hyperparameters of a method, for example LTV.n_steps=400")  # fmt: skip
+    parser.add_argument("--method-file", nargs="+", metavar="FILE", default=[], dest="method_files",
+                        help="Python files that define methods of your own, for --methods to name")  # fmt: skip
 
 
 def verify_options(parser: argparse.ArgumentParser) -> None:

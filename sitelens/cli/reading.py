@@ -1,4 +1,4 @@
-"""What the words of a command mean: tasks and suites, templates, methods' options, and the command itself."""
+"""What the words of a command mean: tasks and suites, templates, methods, and the command itself."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sitelens.errors import SitelensError
 from sitelens.files.escaping import visible
 
 if TYPE_CHECKING:
+    from sitelens.methods.base import Method
     from sitelens.tasks import Task
 
 
@@ -49,22 +50,27 @@ def tasks_of(words: Sequence[str]) -> tuple[list[Task], dict[str, str]]:
     return load_tasks(found), left_out
 
 
-def method_options(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Options of methods' fits, checked, so that a wrong one shows before a model is loaded."""
-    chosen: dict[str, dict[str, Any]] = {}
+def methods_of(options: argparse.Namespace) -> list[Method]:
+    """The methods of --methods with the fields of --set; a wrong one is refused before a model is loaded."""
+    from sitelens.methods.registry import ALL, load_methods, method_named
+
+    for path in options.method_files:
+        load_methods(path)
+    names = dict.fromkeys(ALL if options.methods == ["all"] else options.methods)
+    fields: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting in options.settings:
         key, sign, value = setting.partition("=")
-        method, dot, option = key.partition(".")
-        if not (sign and dot and method and option):
-            raise SitelensError(f"--set takes METHOD.OPTION=VALUE, for example LTV.steps=400, got {setting!r}")
+        name, _, field = key.rpartition(".")
+        if not (sign and name and field):
+            raise SitelensError(f"--set takes METHOD.FIELD=VALUE, for example LTV.n_steps=400, got {setting!r}")
+        if name not in fields:
+            raise SitelensError(f"--set {key} names a method that is not fitted here; there are {', '.join(names)}")
         try:
             plain = json.loads(value)
         except (ValueError, RecursionError):
             plain = value  # text without quotation marks
-        chosen.setdefault(method, {})[option] = plain
-    from sitelens.methods import checked_options
-
-    return checked_options(chosen)
+        fields[name][field] = plain
+    return [method_named(name, values) for name, values in fields.items()]
 
 
 def typed_command(options: argparse.Namespace) -> str:

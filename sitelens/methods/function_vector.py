@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,8 @@ from sitelens.engine.prompts import PromptBatch, few_shot_prompts
 from sitelens.errors import SitelensError, warned_once
 from sitelens.heads.effects import indirect_effects
 from sitelens.heads.writing import written
-from sitelens.methods.items import fitting, prompts_of
+from sitelens.methods.base import Method
+from sitelens.methods.items import prompts_of
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
@@ -31,20 +33,8 @@ from sitelens.tasks import Task, load_task
 
 
 @checked
-@warned_once()
-@torch.inference_mode(False)
-def fit(
-    task: Task | str,
-    model: Model | str | None = None,
-    *,
-    n_prompts: Count = 100,
-    n_shots: CountOrZero = 10,
-    n_effects: Count = 25,
-    head_counts: tuple[Count, ...] = (10, 20, 40),
-    correct_only: bool = True,
-    scope: Scope = "generation",
-    seed: Seed = 0,
-) -> AddToStream:
+@dataclass(frozen=True, kw_only=True)
+class FV(Method):
     """The function vector, its layer and number of heads chosen on valid; ties take the lowest layer.
 
     z is averaged over `n_prompts` prompts of `n_shots` training demonstrations with queries from valid, of which only
@@ -53,37 +43,60 @@ def fit(
     code chooses the layer on test and adds the output bias once a head where there is one: here it is chosen on
     valid, without bias. Where what a head writes passes a norm first (Gemma 3), or is multiplied (Granite), so is the
     vector: the norm's scale is the mean over some of the prompts.
-
-    Raises:
-        SitelensError: as `embed_task`.
     """
-    model, task = resolve_model(model), fitting(load_task(task))
-    queries = [task.valid[i % len(task.valid)] for i in range(n_prompts)]
-    shown = few_shot_prompts(task, queries, n_shots, own_tokenizer(model), seed, "function-vector", range(n_prompts))
-    batch = prompts_of(shown, task, model)
-    mean_z = _mean_z(batch, model, correct_only)
-    made_for, origin = fingerprint(model), Origin.of(model, task, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
-    embedding = TaskEmbedding(mean_z, task.name, made_for, n_prompts, n_shots, seed, origin)
-    effects = indirect_effects(task, model, embedding=embedding, n_prompts=n_effects, n_shots=n_shots, seed=seed)
-    ranked = effects.sort_values(["effect", "layer", "head"], ascending=[False, True, True])
-    order = list(zip(ranked["layer"], ranked["head"], strict=True))
-    writes = written(mean_z, model, batch)
-    layers = range(head_shape(model)[0])
-    candidates = {
-        (layer, count): AddToStream(
-            torch.stack([writes[place] for place in order[:count]]).sum(0)[None],
-            (layer,),
-            made_for,
-            scope,
-            origin=origin,
+
+    name = "FV"
+    version = 3
+    n_prompts: Count = 100
+    n_shots: CountOrZero = 10
+    n_effects: Count = 25
+    head_counts: tuple[Count, ...] = (10, 20, 40)
+    correct_only: bool = True
+    scope: Scope = "generation"
+
+    @checked
+    @warned_once()
+    @torch.inference_mode(False)
+    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> AddToStream:
+        """The function vector; ties take the lowest layer.
+
+        Raises:
+            SitelensError: as `embed_task`.
+        """
+        model, task = resolve_model(model), self.capped(load_task(task))
+        queries = [task.valid[i % len(task.valid)] for i in range(self.n_prompts)]
+        shown = few_shot_prompts(
+            task, queries, self.n_shots, own_tokenizer(model), seed, "function-vector", range(self.n_prompts)
         )
-        for layer in layers
-        for count in head_counts
-        if count <= len(order)
-    }
-    if not candidates:
-        raise SitelensError(f"the model has {len(order)} heads, fewer than any of head_counts {head_counts}")
-    return candidates[best_on_valid(task, candidates, model)]
+        batch = prompts_of(shown, task, model)
+        mean_z = _mean_z(batch, model, self.correct_only)
+        made_for, origin = (
+            fingerprint(model),
+            Origin.of(model, task, n_prompts=self.n_prompts, n_shots=self.n_shots, seed=seed),
+        )
+        embedding = TaskEmbedding(mean_z, task.name, made_for, self.n_prompts, self.n_shots, seed, origin)
+        effects = indirect_effects(
+            task, model, embedding=embedding, n_prompts=self.n_effects, n_shots=self.n_shots, seed=seed
+        )
+        ranked = effects.sort_values(["effect", "layer", "head"], ascending=[False, True, True])
+        order = list(zip(ranked["layer"], ranked["head"], strict=True))
+        writes = written(mean_z, model, batch)
+        layers = range(head_shape(model)[0])
+        candidates = {
+            (layer, count): AddToStream(
+                torch.stack([writes[place] for place in order[:count]]).sum(0)[None],
+                (layer,),
+                made_for,
+                self.scope,
+                origin=origin,
+            )
+            for layer in layers
+            for count in self.head_counts
+            if count <= len(order)
+        }
+        if not candidates:
+            raise SitelensError(f"the model has {len(order)} heads, fewer than any of head_counts {self.head_counts}")
+        return candidates[best_on_valid(task, candidates, model)]
 
 
 def _mean_z(batch: PromptBatch, model: Model, correct_only: bool) -> Float[Tensor, "layer head d_head"]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, Positive, Seed, Share
+from sitelens.conditions.base import Condition
 from sitelens.conditions.streams import MODULES, LinearCombination, combining, output_points
 from sitelens.engine.capture import mean_states
 from sitelens.engine.network import Passes
 from sitelens.engine.prompts import Prompt, few_shot_prompt
 from sitelens.errors import warned_once
-from sitelens.methods.items import drawn, fitting, prompts_of, zero_shot
+from sitelens.methods.base import Method
+from sitelens.methods.items import drawn, prompts_of, zero_shot
 from sitelens.methods.losses import next_loss
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
@@ -27,21 +30,8 @@ CLOSED, PER_LABEL, OPEN = 10, 5, 10  # answers of a closed task at most; demonst
 
 
 @checked
-@warned_once()
-@torch.inference_mode(False)
-def fit(
-    task: Task | str,
-    model: Model | str | None = None,
-    *,
-    n_demonstrations: Count | None = None,
-    epochs: Count = 100,
-    batch_size: Count = 2,
-    lr: Positive = 0.01,
-    weight_decay: float = 1e-3,
-    warm_up: Share = 0.05,
-    noise: float = 0.001,
-    seed: Seed = 0,
-) -> LinearCombination:
+@dataclass(frozen=True, kw_only=True)
+class I2CL(Method):
     """Four numbers per layer, trained on the same few demonstrations that the context vectors are the mean of.
 
     Each demonstration is run alone up to its newline; then a and b (0.1 and 1 at first) are trained on them as
@@ -50,40 +40,62 @@ def fit(
     `n_demonstrations` says how many, 5 of each answer where there are at most 10 different ones, as published, and 10
     in all where answers are open. Every demonstration comes once before any comes again (the public code shuffles all
     of them anew for every batch). Nothing is chosen on valid.
-
-    Raises:
-        SitelensError: for a task without training or validation items, or if the loss is not finite.
     """
-    model, task = resolve_model(model), fitting(load_task(task))
-    items = demonstrations(task, n_demonstrations, seed)
-    tokenizer = own_tokenizer(model)
-    shown = []
-    for item in items:
-        prompt = few_shot_prompt(task, [], item, tokenizer)
-        shown.append(Prompt(prompt.text + prompt.answers[0] + "\n", (), prompt.special_tokens))
-    layers = head_shape(model)[0]
-    points = output_points(model)
-    context = mean_states(prompts_of(shown, task, model), points, model).reshape(layers, len(MODULES), -1)
-    batch = zero_shot(task, items, model)
-    asked = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
-    rows = [(ids, len(ids) - 1, [answer]) for ids, answer in zip(asked, batch.answer.tolist(), strict=True)]
-    device = model.cfg.device
-    context = context.to(device)
-    shape = layers, len(MODULES)
-    a, b = (torch.full(shape, start, device=device, dtype=torch.float32, requires_grad=True) for start in START)
-    optimizer = torch.optim.AdamW([a, b], lr=lr, weight_decay=weight_decay)
-    steps = epochs * max(1, len(items) // batch_size)
-    rate = functools.partial(cosine, warm_up=int(warm_up * steps), steps=steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    generator = torch.Generator().manual_seed(seed)
-    passes = Passes(model, combining(context, a, b, noise, generator, points=points))
-    for index in drawn(items, steps, min(batch_size, len(items)), f"i2cl/train/{task.name}/{seed}"):
-        optimizer.zero_grad()
-        next_loss([rows[i] for i in index], passes).backward(inputs=[a, b])
-        optimizer.step()
-        schedule.step()
-    made_for = fingerprint(model), Origin.of(model, task, seed=seed)
-    return LinearCombination(context.cpu(), a.detach().cpu(), b.detach().cpu(), *made_for)
+
+    name = "I2CL"
+    version = 4
+    n_demonstrations: Count | None = None
+    epochs: Count = 100
+    batch_size: Count = 2
+    lr: Positive = 0.01
+    weight_decay: float = 1e-3
+    warm_up: Share = 0.05
+    noise: float = 0.001
+
+    @checked
+    @warned_once()
+    @torch.inference_mode(False)
+    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> LinearCombination:
+        """The context vectors with the trained coefficients a and b.
+
+        Raises:
+            SitelensError: for a task without training or validation items, or if the loss is not finite.
+        """
+        model, task = resolve_model(model), self.capped(load_task(task))
+        items = demonstrations(task, self.n_demonstrations, seed)
+        tokenizer = own_tokenizer(model)
+        shown = []
+        for item in items:
+            prompt = few_shot_prompt(task, [], item, tokenizer)
+            shown.append(Prompt(prompt.text + prompt.answers[0] + "\n", (), prompt.special_tokens))
+        layers = head_shape(model)[0]
+        points = output_points(model)
+        context = mean_states(prompts_of(shown, task, model), points, model).reshape(layers, len(MODULES), -1)
+        batch = zero_shot(task, items, model)
+        asked = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
+        rows = [(ids, len(ids) - 1, [answer]) for ids, answer in zip(asked, batch.answer.tolist(), strict=True)]
+        device = model.cfg.device
+        context = context.to(device)
+        shape = layers, len(MODULES)
+        a, b = (torch.full(shape, start, device=device, dtype=torch.float32, requires_grad=True) for start in START)
+        optimizer = torch.optim.AdamW([a, b], lr=self.lr, weight_decay=self.weight_decay)
+        steps = self.epochs * max(1, len(items) // self.batch_size)
+        rate = functools.partial(cosine, warm_up=int(self.warm_up * steps), steps=steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        generator = torch.Generator().manual_seed(seed)
+        passes = Passes(model, combining(context, a, b, self.noise, generator, points=points))
+        for index in drawn(items, steps, min(self.batch_size, len(items)), f"i2cl/train/{task.name}/{seed}"):
+            optimizer.zero_grad()
+            next_loss([rows[i] for i in index], passes).backward(inputs=[a, b])
+            optimizer.step()
+            schedule.step()
+        made_for = fingerprint(model), Origin.of(model, task, seed=seed)
+        return LinearCombination(context.cpu(), a.detach().cpu(), b.detach().cpu(), *made_for)
+
+    def n_trained(self, condition: Condition) -> int:
+        """a and b, for attention and MLP of each layer."""
+        assert isinstance(condition, LinearCombination)
+        return condition.a.numel() + condition.b.numel()
 
 
 def demonstrations(task: Task, n: int | None, seed: int) -> list[Example]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,8 @@ from sitelens.checks.values import Count, Seed
 from sitelens.conditions.streams import InContextVector, stream_hook
 from sitelens.engine.capture import states
 from sitelens.engine.prompts import Prompt
-from sitelens.methods.items import drawn, fitting, prompts_of
+from sitelens.methods.base import Method
+from sitelens.methods.items import drawn, prompts_of
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
@@ -26,37 +27,41 @@ STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 @checked
-@torch.inference_mode(False)
-def fit(
-    task: Task | str,
-    model: Model | str | None = None,
-    *,
-    n_pairs: Count = 5,
-    strengths: Sequence[float] = STRENGTHS,
-    seed: Seed = 0,
-) -> InContextVector:
+@dataclass(frozen=True, kw_only=True)
+class ICV(Method):
     """The direction from inputs to answers over `n_pairs` training items; its strength is chosen on valid.
 
     Input and answer are each run alone, without a template (label tasks have no natural pair: this one is ours). The
     direction is the first principal component of the differences of their last tokens' states plus their mean, over
     embedding and layers together, each layer's part then of unit length. Its sign, which principal components leave
     open, is that of the mean. Published strengths lie between 0.1 and 0.8.
-
-    Raises:
-        SitelensError: for a task without training or validation items.
     """
-    model, task = resolve_model(model), fitting(load_task(task))
-    (places,) = drawn(task.train, 1, min(n_pairs, len(task.train)), f"icv/{task.name}/{seed}")
-    items = [task.train[i] for i in places]
-    points = ["blocks.0.hook_resid_pre", *(stream_hook(layer) for layer in range(head_shape(model)[0]))]
-    said, asked = (
-        states(prompts_of([Prompt(text, ()) for text in texts], task, model), points, model)
-        for texts in ([item.output for item in items], [item.input for item in items])
-    )
-    directions = direction(said - asked)[1:].to(torch.float32)
-    made_for = fingerprint(model), Origin.of(model, task, seed=seed)
-    candidates = {strength: InContextVector(directions, strength, *made_for) for strength in strengths}
-    return candidates[best_on_valid(task, candidates, model)]
+
+    name = "ICV"
+    version = 2
+    n_pairs: Count = 5
+    strengths: tuple[float, ...] = STRENGTHS
+
+    @checked
+    @torch.inference_mode(False)
+    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> InContextVector:
+        """The direction of every layer, with the strength that is best on valid.
+
+        Raises:
+            SitelensError: for a task without training or validation items.
+        """
+        model, task = resolve_model(model), self.capped(load_task(task))
+        (places,) = drawn(task.train, 1, min(self.n_pairs, len(task.train)), f"icv/{task.name}/{seed}")
+        items = [task.train[i] for i in places]
+        points = ["blocks.0.hook_resid_pre", *(stream_hook(layer) for layer in range(head_shape(model)[0]))]
+        said, asked = (
+            states(prompts_of([Prompt(text, ()) for text in texts], task, model), points, model)
+            for texts in ([item.output for item in items], [item.input for item in items])
+        )
+        directions = direction(said - asked)[1:].to(torch.float32)
+        made_for = fingerprint(model), Origin.of(model, task, seed=seed)
+        candidates = {strength: InContextVector(directions, strength, *made_for) for strength in self.strengths}
+        return candidates[best_on_valid(task, candidates, model)]
 
 
 def direction(differences: Float[Tensor, "pair point d_model"]) -> Float[Tensor, "point d_model"]:

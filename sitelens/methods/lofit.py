@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, Positive, Seed
+from sitelens.conditions.base import Condition
 from sitelens.conditions.heads import HeadOffsets, changing
 from sitelens.engine.network import Passes
-from sitelens.methods.items import answered, drawn, fitting
+from sitelens.methods.base import Method
+from sitelens.methods.items import answered, drawn
 from sitelens.methods.losses import answer_loss
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
@@ -24,58 +27,68 @@ MAX_GRAD_NORM = 1.0
 
 
 @checked
-@torch.inference_mode(False)
-def fit(
-    task: Task | str,
-    model: Model | str | None = None,
-    *,
-    n_heads: Count | None = None,
-    epochs: Count = 5,
-    batch_size: Count = 8,
-    scale_lr: Positive = 5e-3,
-    l1: float = 1e-3,
-    offset_lr: Positive = 1e-2,
-    seed: Seed = 0,
-) -> HeadOffsets:
+@dataclass(frozen=True, kw_only=True)
+class LoFiT(Method):
     """Offsets on `n_heads` heads (3% of them unless given), trained on the whole answers of the training items.
 
     Step 1 trains a scale of every entry of z, with an L1 penalty, and ranks heads by its norm; step 2 trains offsets on
     the highest. Both: AdamW with linear decay, batches of 8, 5 epochs, gradients clipped to a norm of 1 and no weight
     decay, as transformers' Trainer does by default. The published rates differ by task; these are its recipe for
     MQuAKE, fixed for all. No checkpoint is chosen.
-
-    Raises:
-        SitelensError: for a task without training or validation items, or if the loss is not finite.
     """
-    model, task = resolve_model(model), fitting(load_task(task))
-    shape = head_shape(model)
-    count = max(1, round(0.03 * shape[0] * shape[1])) if n_heads is None else n_heads
-    generator = torch.Generator().manual_seed(seed)
-    dtype, device = computing_dtype(model), model.cfg.device
-    scales, offsets = (
-        (1e-3 * torch.randn(shape, generator=generator, dtype=torch.float32)).to(device, dtype).requires_grad_()
-        for _ in range(2)
-    )
-    rows = answered(task, task.train, model)
-    steps = epochs * math.ceil(len(rows) / batch_size)
 
-    def train(values: Tensor, lr: float, penalty: float, change: Callable[[Tensor, int], Tensor], key: str) -> None:
-        optimizer = torch.optim.AdamW([values], lr=lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        passes = Passes(model, changing(change, shape[0]))
-        for index in drawn(rows, steps, min(batch_size, len(rows)), f"lofit/{key}/{task.name}/{seed}"):
-            optimizer.zero_grad()
-            loss = answer_loss([rows[i] for i in index], passes) + penalty * values.abs().sum()
-            loss.backward(inputs=[values])
-            torch.nn.utils.clip_grad_norm_([values], MAX_GRAD_NORM)
-            optimizer.step()
-            schedule.step()
+    name = "LoFiT"
+    version = 2
+    n_heads: Count | None = None
+    epochs: Count = 5
+    batch_size: Count = 8
+    scale_lr: Positive = 5e-3
+    l1: float = 1e-3
+    offset_lr: Positive = 1e-2
 
-    train(scales, scale_lr, l1, lambda z, layer: (1 + scales[layer].to(z.device)) * z, "scales")
-    norms = scales.detach().norm(dim=-1).flatten()
-    chosen = torch.zeros_like(norms)
-    chosen[norms.sort(descending=True, stable=True).indices[:count]] = 1
-    mask = chosen.reshape(*shape[:2], 1)
-    train(offsets, offset_lr, 0.0, lambda z, layer: z + (mask[layer] * offsets[layer]).to(z.device), "offsets")
-    values, origin = (mask * offsets.detach()).float().cpu(), Origin.of(model, task, seed=seed)
-    return HeadOffsets(values, fingerprint(model), origin)
+    @checked
+    @torch.inference_mode(False)
+    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> HeadOffsets:
+        """The offsets of the selected heads; zero for the others.
+
+        Raises:
+            SitelensError: for a task without training or validation items, or if the loss is not finite.
+        """
+        model, task = resolve_model(model), self.capped(load_task(task))
+        shape = head_shape(model)
+        count = max(1, round(0.03 * shape[0] * shape[1])) if self.n_heads is None else self.n_heads
+        generator = torch.Generator().manual_seed(seed)
+        dtype, device = computing_dtype(model), model.cfg.device
+        scales, offsets = (
+            (1e-3 * torch.randn(shape, generator=generator, dtype=torch.float32)).to(device, dtype).requires_grad_()
+            for _ in range(2)
+        )
+        rows = answered(task, task.train, model)
+        steps = self.epochs * math.ceil(len(rows) / self.batch_size)
+
+        def train(values: Tensor, lr: float, penalty: float, change: Callable[[Tensor, int], Tensor], key: str) -> None:
+            optimizer = torch.optim.AdamW([values], lr=lr, weight_decay=0.0)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+            passes = Passes(model, changing(change, shape[0]))
+            for index in drawn(rows, steps, min(self.batch_size, len(rows)), f"lofit/{key}/{task.name}/{seed}"):
+                optimizer.zero_grad()
+                loss = answer_loss([rows[i] for i in index], passes) + penalty * values.abs().sum()
+                loss.backward(inputs=[values])
+                torch.nn.utils.clip_grad_norm_([values], MAX_GRAD_NORM)
+                optimizer.step()
+                schedule.step()
+
+        train(scales, self.scale_lr, self.l1, lambda z, layer: (1 + scales[layer].to(z.device)) * z, "scales")
+        norms = scales.detach().norm(dim=-1).flatten()
+        chosen = torch.zeros_like(norms)
+        chosen[norms.sort(descending=True, stable=True).indices[:count]] = 1
+        mask = chosen.reshape(*shape[:2], 1)
+        train(offsets, self.offset_lr, 0.0, lambda z, layer: z + (mask[layer] * offsets[layer]).to(z.device), "offsets")
+        values, origin = (mask * offsets.detach()).float().cpu(), Origin.of(model, task, seed=seed)
+        return HeadOffsets(values, fingerprint(model), origin)
+
+    def n_trained(self, condition: Condition) -> int:
+        """A scale for every entry of z, then offsets on the selected heads."""
+        assert isinstance(condition, HeadOffsets)
+        offsets = condition.offsets
+        return offsets.numel() + int((offsets != 0).any(-1).sum()) * offsets.shape[-1]

@@ -7,7 +7,7 @@ the abbreviation and train the vector itself; they are not in sitelens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Positive, Seed
+from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import embed_task, embedding_prompts
 from sitelens.conditions.streams import AddToStream, stream_hook
 from sitelens.engine.forward import Hook, check_finite, last_logits
@@ -28,7 +29,8 @@ from sitelens.engine.prompts import draw_demonstrations, few_shot_prompt
 from sitelens.errors import warned_once
 from sitelens.heads.effects import shuffled_labels
 from sitelens.heads.writing import written
-from sitelens.methods.items import drawn, fitting, prompts_of
+from sitelens.methods.base import Method
+from sitelens.methods.items import drawn, prompts_of
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
@@ -37,25 +39,12 @@ from sitelens.models.provenance import Origin
 from sitelens.settings import settings
 from sitelens.tasks import Task, load_task
 
-RATES = (1e-3, 1e-2, 1e-1)
+LEARNING_RATES = (1e-3, 1e-2, 1e-1)
 
 
 @checked
-@warned_once()
-@torch.inference_mode(False)
-def fit(
-    task: Task | str,
-    model: Model | str | None = None,
-    *,
-    n_prompts: Count = 100,
-    n_shots: CountOrZero = 10,
-    n_pool: Count = 200,
-    pool_shots: CountOrZero = 5,
-    steps: Count = 2000,
-    batch_size: Count = 32,
-    rates: Sequence[Positive] = RATES,
-    seed: Seed = 0,
-) -> AddToStream:
+@dataclass(frozen=True, kw_only=True)
+class LTV(Method):
     """One weight a head (normal at first), trained with Adam; the learning rate is chosen on valid.
 
     Layer l gets the sum over its heads of weight * what the mean z writes, added at the last token at every step.
@@ -63,58 +52,81 @@ def fit(
     half of the memory budget, at each step where not. This is the paper's form, a weight a head: the public code for
     language weighs slices of the residual stream instead, and its rate of 5e-5 leaves the weights near where they
     began.
-
-    Raises:
-        SitelensError: as `embed_task`.
     """
-    model, task = resolve_model(model), fitting(load_task(task))
-    embedding = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
-    device = model.cfg.device
-    measured = embedding_prompts(task, own_tokenizer(model), n_prompts, n_shots, seed)
-    writes = written(embedding.mean_z, model, prompts_of(measured, task, model)).to(device)
-    prompts = []
-    for i in range(n_pool):
-        query = task.train[i % len(task.train)]
-        shown = draw_demonstrations(task, pool_shots, query, seed, "ltv", i)
-        key = f"ltv/{task.name}/{seed}/{i}"
-        prompts.append(few_shot_prompt(task, shuffled_labels(shown, key), query, own_tokenizer(model)))
-    batch = prompts_of(prompts, task, model)
-    budget = settings.budget() // 2  # half for prefixes, half for what is computed with them
-    whole = n_pool * prefix_bytes(model, max(batch.lengths)) <= budget
-    pool = PrefixCache.of(batch, model, budget) if whole else None
 
-    def prefixes(chosen: list[int]) -> PrefixCache:
-        return PrefixCache.of(batch.rows(chosen), model, budget) if pool is None else pool.rows(torch.tensor(chosen))
+    name = "LTV"
+    version = 2
+    n_prompts: Count = 100
+    n_shots: CountOrZero = 10
+    n_pool: Count = 200
+    pool_shots: CountOrZero = 5
+    n_steps: Count = 2000
+    batch_size: Count = 32
+    learning_rates: tuple[Positive, ...] = LEARNING_RATES
 
-    start = torch.randn(writes.shape[:2], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-    trained = {rate: start.clone().to(writes).requires_grad_() for rate in rates}
-    optimizers = [torch.optim.Adam([weights], lr=rate) for rate, weights in trained.items()]
-    passes = {rate: Passes(model, _adding(weights, writes)) for rate, weights in trained.items()}
-    cost = step_cost(model, gradient=True, hooked=True)
-    for index in drawn(prompts, steps, min(batch_size, n_pool), f"ltv/train/{task.name}/{seed}"):
-        for part in chunks([batch.lengths[i] for i in index], cost, budget):
-            chosen = [index[i] for i in sorted(part)]
-            some = prefixes(chosen)  # for all rates
-            answer = batch.answer[chosen]
-            for rate, weights in trained.items():
-                logits, _ = last_logits(some, passes[rate], ReadOnly)
-                check_finite(
-                    logits, lambda row, chosen=chosen: f"task {task.name!r}, LTV, few-shot prompt {chosen[row]}"
-                )
-                loss = cross_entropy(logits.float(), answer.to(logits.device))
-                (loss * (len(chosen) / len(index))).backward(inputs=[weights])
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    layers, made_for = tuple(range(len(writes))), fingerprint(model)
-    origin = Origin.of(model, task, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
-    candidates = {
-        rate: AddToStream(
-            summed(weights.detach(), writes).float().cpu(), layers, made_for, n_trained=weights.numel(), origin=origin
-        )
-        for rate, weights in trained.items()
-    }
-    return candidates[best_on_valid(task, candidates, model)]
+    @checked
+    @warned_once()
+    @torch.inference_mode(False)
+    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> AddToStream:
+        """The vectors of the learning rate that is best on valid.
+
+        Raises:
+            SitelensError: as `embed_task`.
+        """
+        model, task = resolve_model(model), self.capped(load_task(task))
+        embedding = embed_task(task, model, n_prompts=self.n_prompts, n_shots=self.n_shots, seed=seed)
+        device = model.cfg.device
+        measured = embedding_prompts(task, own_tokenizer(model), self.n_prompts, self.n_shots, seed)
+        writes = written(embedding.mean_z, model, prompts_of(measured, task, model)).to(device)
+        prompts = []
+        for i in range(self.n_pool):
+            query = task.train[i % len(task.train)]
+            shown = draw_demonstrations(task, self.pool_shots, query, seed, "ltv", i)
+            key = f"ltv/{task.name}/{seed}/{i}"
+            prompts.append(few_shot_prompt(task, shuffled_labels(shown, key), query, own_tokenizer(model)))
+        batch = prompts_of(prompts, task, model)
+        budget = settings.budget() // 2  # half for prefixes, half for what is computed with them
+        whole = self.n_pool * prefix_bytes(model, max(batch.lengths)) <= budget
+        pool = PrefixCache.of(batch, model, budget) if whole else None
+
+        def prefixes(chosen: list[int]) -> PrefixCache:
+            return (
+                PrefixCache.of(batch.rows(chosen), model, budget) if pool is None else pool.rows(torch.tensor(chosen))
+            )
+
+        start = torch.randn(writes.shape[:2], generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+        trained = {rate: start.clone().to(writes).requires_grad_() for rate in self.learning_rates}
+        optimizers = [torch.optim.Adam([weights], lr=rate) for rate, weights in trained.items()]
+        passes = {rate: Passes(model, _adding(weights, writes)) for rate, weights in trained.items()}
+        cost = step_cost(model, gradient=True, hooked=True)
+        for index in drawn(prompts, self.n_steps, min(self.batch_size, self.n_pool), f"ltv/train/{task.name}/{seed}"):
+            for part in chunks([batch.lengths[i] for i in index], cost, budget):
+                chosen = [index[i] for i in sorted(part)]
+                some = prefixes(chosen)  # for all rates
+                answer = batch.answer[chosen]
+                for rate, weights in trained.items():
+                    logits, _ = last_logits(some, passes[rate], ReadOnly)
+                    check_finite(
+                        logits, lambda row, chosen=chosen: f"task {task.name!r}, LTV, few-shot prompt {chosen[row]}"
+                    )
+                    loss = cross_entropy(logits.float(), answer.to(logits.device))
+                    (loss * (len(chosen) / len(index))).backward(inputs=[weights])
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        layers, made_for = tuple(range(len(writes))), fingerprint(model)
+        origin = Origin.of(model, task, n_prompts=self.n_prompts, n_shots=self.n_shots, seed=seed)
+        sums = {rate: summed(weights.detach(), writes).float().cpu() for rate, weights in trained.items()}
+        candidates = {
+            rate: AddToStream(vectors, layers, made_for, n_trained=start.numel(), origin=origin)
+            for rate, vectors in sums.items()
+        }
+        return candidates[best_on_valid(task, candidates, model)]
+
+    def n_trained(self, condition: Condition) -> int:
+        """One weight per head."""
+        assert isinstance(condition, AddToStream)
+        return condition.n_trained
 
 
 def summed(

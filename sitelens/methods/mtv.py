@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import torch
 from einops import repeat
@@ -12,13 +13,15 @@ from torch.nn.functional import cross_entropy
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Positive, Seed
+from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import embed_task
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.selection import HeadSelection
 from sitelens.engine.forward import HeadEdit, LastToken, check_finite
 from sitelens.engine.prefix import PrefixCache
 from sitelens.errors import warned_once
-from sitelens.methods.items import fitting, zero_shot
+from sitelens.methods.base import Method
+from sitelens.methods.items import zero_shot
 from sitelens.methods.validation import MAX_VALID
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
@@ -30,21 +33,8 @@ FLOOR = 1e-3  # of a head's chance in training, and added to the standard deviat
 
 
 @checked
-@warned_once()
-@torch.inference_mode(False)
-def fit(
-    task: Task | str,
-    model: Model | str | None = None,
-    *,
-    n_prompts: Count = 100,
-    n_shots: CountOrZero = 4,
-    n_items: Count = 100,
-    n_steps: Count = 600,
-    n_masks: Count = 32,
-    n_draws: Count = 10,
-    lr: Positive = 0.1,
-    seed: Seed = 0,
-) -> PatchHeads:
+@dataclass(frozen=True, kw_only=True)
+class MTV(Method):
     """Heads whose z is replaced by its mean over few-shot prompts, at the prompt's last token and every decoding step.
 
     One Bernoulli logit per head, -1 at first. Each step takes one of `n_items` training items and `n_masks` masks,
@@ -52,46 +42,70 @@ def fit(
     is added to the standard deviation, and chances are clamped to [0.001, 0.999] in training: the gradient of a head
     beyond is 0. Of `n_draws` masks, from chances that are not clamped, the one with the lowest cross-entropy on valid
     is kept (the public code takes 50 training items for this).
-
-    Raises:
-        SitelensError: as `embed_task`.
     """
-    model, task = resolve_model(model), fitting(load_task(task))
-    embedding = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
-    generator = torch.Generator().manual_seed(_seed(task, seed))
-    batch = zero_shot(task, task.train[:n_items], model)
-    budget = settings.budget() // 3
-    prefix = PrefixCache.of(batch, model, budget)
-    logits = torch.full(head_shape(model)[:2], -1.0, dtype=torch.float32)
-    optimizer = torch.optim.Adam([logits], lr=lr)
-    rng = random.Random(f"sitelens/mtv/{task.name}/{seed}")
-    vectors = embedding.mean_z.to(model.cfg.device, computing_dtype(model))
 
-    def losses(
-        masks: Float[Tensor, "mask layer head"], of: PrefixCache, item: int, answer: int
-    ) -> Float[Tensor, " mask"]:
-        masks = masks.to(vectors)
-        edit = HeadEdit.mix(masks, vectors.expand(len(masks), -1, -1, -1))
-        found = last_token(of.rows(torch.tensor([item]), repeats=len(masks)), edit)
-        check_finite(found, lambda _: f"task {task.name!r}, MTV, item {item}")
-        found = found.to(vectors.dtype)
-        return cross_entropy(found, torch.full((len(masks),), answer, device=found.device), reduction="none").cpu()
+    name = "MTV"
+    version = 2
+    n_prompts: Count = 100
+    n_shots: CountOrZero = 4
+    n_items: Count = 100
+    n_steps: Count = 600
+    n_masks: Count = 32
+    n_draws: Count = 10
+    lr: Positive = 0.1
 
-    with torch.no_grad(), LastToken(model) as last_token:
-        for _ in range(n_steps):
-            masks = draw(logits, n_masks, generator, FLOOR)
-            item = rng.randrange(len(batch))
-            found = losses(masks, prefix, item, int(batch.answer[item]))
-            logits.grad = policy_gradient(logits, masks, found)
-            optimizer.step()
-        del prefix
-        valid = zero_shot(task, task.valid[:MAX_VALID], model)
-        prefix = PrefixCache.of(valid, model, budget)
-        masks = draw(logits, n_draws, generator)
-        total = torch.stack([losses(masks, prefix, i, int(valid.answer[i])) for i in range(len(valid))]).sum(0)
-    best = masks[int(total.argmin())]
-    chosen = HeadSelection(best, task.name, fingerprint(model), f"MTV, {n_steps} steps, seed {seed}", embedding.origin)
-    return PatchHeads(chosen, embedding, scope="generation")
+    @checked
+    @warned_once()
+    @torch.inference_mode(False)
+    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> PatchHeads:
+        """The mean z at the best of the masks that the trained policy draws.
+
+        Raises:
+            SitelensError: as `embed_task`.
+        """
+        model, task = resolve_model(model), self.capped(load_task(task))
+        embedding = embed_task(task, model, n_prompts=self.n_prompts, n_shots=self.n_shots, seed=seed)
+        generator = torch.Generator().manual_seed(_seed(task, seed))
+        batch = zero_shot(task, task.train[: self.n_items], model)
+        budget = settings.budget() // 3
+        prefix = PrefixCache.of(batch, model, budget)
+        logits = torch.full(head_shape(model)[:2], -1.0, dtype=torch.float32)
+        optimizer = torch.optim.Adam([logits], lr=self.lr)
+        rng = random.Random(f"sitelens/mtv/{task.name}/{seed}")
+        vectors = embedding.mean_z.to(model.cfg.device, computing_dtype(model))
+
+        def losses(
+            masks: Float[Tensor, "mask layer head"], of: PrefixCache, item: int, answer: int
+        ) -> Float[Tensor, " mask"]:
+            masks = masks.to(vectors)
+            edit = HeadEdit.mix(masks, vectors.expand(len(masks), -1, -1, -1))
+            found = last_token(of.rows(torch.tensor([item]), repeats=len(masks)), edit)
+            check_finite(found, lambda _: f"task {task.name!r}, MTV, item {item}")
+            found = found.to(vectors.dtype)
+            return cross_entropy(found, torch.full((len(masks),), answer, device=found.device), reduction="none").cpu()
+
+        with torch.no_grad(), LastToken(model) as last_token:
+            for _ in range(self.n_steps):
+                masks = draw(logits, self.n_masks, generator, FLOOR)
+                item = rng.randrange(len(batch))
+                found = losses(masks, prefix, item, int(batch.answer[item]))
+                logits.grad = policy_gradient(logits, masks, found)
+                optimizer.step()
+            del prefix
+            valid = zero_shot(task, task.valid[:MAX_VALID], model)
+            prefix = PrefixCache.of(valid, model, budget)
+            masks = draw(logits, self.n_draws, generator)
+            total = torch.stack([losses(masks, prefix, i, int(valid.answer[i])) for i in range(len(valid))]).sum(0)
+        best = masks[int(total.argmin())]
+        chosen = HeadSelection(
+            best, task.name, fingerprint(model), f"MTV, {self.n_steps} steps, seed {seed}", embedding.origin
+        )
+        return PatchHeads(chosen, embedding, scope="generation")
+
+    def n_trained(self, condition: Condition) -> int:
+        """One logit per head."""
+        assert isinstance(condition, PatchHeads)
+        return condition.selection.alpha.numel()
 
 
 def draw(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import torch
 
@@ -13,7 +14,8 @@ from sitelens.conditions.streams import ReplaceStream, stream_hook
 from sitelens.engine.capture import mean_states
 from sitelens.engine.prompts import few_shot_prompt
 from sitelens.errors import SitelensError
-from sitelens.methods.items import fitting, prompts_of
+from sitelens.methods.base import Method
+from sitelens.methods.items import prompts_of
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
@@ -23,38 +25,47 @@ from sitelens.tasks import Task, load_task
 
 
 @checked
-@torch.inference_mode(False)
-def fit(
-    task: Task | str,
-    model: Model | str | None = None,
-    *,
-    n_sets: Count = 50,
-    n_shots: CountOrZero = 5,
-    scope: Scope = "prompt",
-    seed: Seed = 0,
-) -> ReplaceStream:
+@dataclass(frozen=True, kw_only=True)
+class TV(Method):
     """The mean state over `n_sets` sets of demonstrations, its layer chosen on valid; ties take the lowest layer.
 
     Each prompt has `n_shots` demonstrations and, as a dummy query, the input of another training item. As published,
     a test prompt has a vector of its own, from two dummy queries; here one vector, averaged over sets, serves all (its
     option `multi_context`). Generation goes on from the patched prompt.
-
-    Raises:
-        SitelensError: for too few training items, or none of validation.
     """
-    model, task = resolve_model(model), fitting(load_task(task))
-    if len(task.train) < n_shots + 1:
-        raise SitelensError(f"task {task.name!r} has too few training items for {n_shots} shots and a dummy query: "
-                            f"{len(task.train)} items")  # fmt: skip
-    prompts = []
-    for i in range(n_sets):
-        rng = random.Random(f"sitelens/task-vector/{task.name}/{seed}/{i}")
-        *shown, dummy = rng.sample(task.train, n_shots + 1)
-        prompts.append(few_shot_prompt(task, shown, dummy, own_tokenizer(model)))
-    layers = range(head_shape(model)[0])
-    means = mean_states(prompts_of(prompts, task, model), [stream_hook(layer) for layer in layers], model)
-    made_for, origin = fingerprint(model), Origin.of(model, task, n_prompts=n_sets, n_shots=n_shots, seed=seed)
-    candidates = {
-        layer: ReplaceStream(means[layer : layer + 1], (layer,), made_for, scope, origin=origin) for layer in layers
-    }
-    return candidates[best_on_valid(task, candidates, model)]
+
+    name = "TV"
+    n_sets: Count = 50
+    n_shots: CountOrZero = 5
+    scope: Scope = "prompt"
+
+    @checked
+    @torch.inference_mode(False)
+    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> ReplaceStream:
+        """The mean state at the chosen layer; ties take the lowest layer.
+
+        Raises:
+            SitelensError: for too few training items, or none of validation.
+        """
+        model, task = resolve_model(model), self.capped(load_task(task))
+        if len(task.train) < self.n_shots + 1:
+            raise SitelensError(
+                f"task {task.name!r} has too few training items for {self.n_shots} shots and a dummy query: "
+                f"{len(task.train)} items"
+            )
+        prompts = []
+        for i in range(self.n_sets):
+            rng = random.Random(f"sitelens/task-vector/{task.name}/{seed}/{i}")
+            *shown, dummy = rng.sample(task.train, self.n_shots + 1)
+            prompts.append(few_shot_prompt(task, shown, dummy, own_tokenizer(model)))
+        layers = range(head_shape(model)[0])
+        means = mean_states(prompts_of(prompts, task, model), [stream_hook(layer) for layer in layers], model)
+        made_for, origin = (
+            fingerprint(model),
+            Origin.of(model, task, n_prompts=self.n_sets, n_shots=self.n_shots, seed=seed),
+        )
+        candidates = {
+            layer: ReplaceStream(means[layer : layer + 1], (layer,), made_for, self.scope, origin=origin)
+            for layer in layers
+        }
+        return candidates[best_on_valid(task, candidates, model)]

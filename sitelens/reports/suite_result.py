@@ -12,8 +12,7 @@ import pandas as pd
 
 from sitelens import figures
 from sitelens.checks.schema import packed
-from sitelens.conditions.embedding import TaskEmbedding
-from sitelens.conditions.selection import HeadSelection
+from sitelens.conditions.base import Condition
 from sitelens.evaluation.result import Result
 from sitelens.evaluation.summary import summarize
 from sitelens.evaluation.tables import INTERVALS, Table, format_interval
@@ -36,7 +35,7 @@ class SuiteResult(Result):
             for the context, from all splits), shared (share of test items whose answer's first token is also that of
             another answer of the task), note (how it was split), digest.
         left_out: every task of the suite that is not among them, and why; "TASK, METHOD" where only a method failed.
-        embeddings, selections: SITE's, by task; not saved.
+        conditions: what each method gave, by method and task; not saved.
         record: how it was made.
     """
 
@@ -45,8 +44,7 @@ class SuiteResult(Result):
     scores: pd.DataFrame
     tasks: pd.DataFrame
     left_out: Mapping[str, str] = field(default_factory=dict)
-    embeddings: Mapping[str, TaskEmbedding] = field(default_factory=dict)
-    selections: Mapping[str, HeadSelection] = field(default_factory=dict)
+    conditions: Mapping[str, Mapping[str, Condition]] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
@@ -102,7 +100,7 @@ class SuiteResult(Result):
 
     def artifact(self) -> Artifact:
         """What NAME.safetensors holds."""
-        return Artifact(self.kind, {}, *packed(replace(self, embeddings={}, selections={})))
+        return Artifact(self.kind, {}, *packed(replace(self, conditions={})))
 
     def description(self) -> dict[str, Any]:
         """What it is in a few words, for its repr."""

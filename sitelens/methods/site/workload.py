@@ -11,7 +11,6 @@ from sitelens.models.model import Model, own_tokenizer
 from sitelens.tasks import Task
 
 STEP_TOKENS = 25  # prompt tokens that cost as much as one training step over a computed prefix
-FIT_TOKENS = 50_000  # a guess for a method's fit
 
 
 def workload(
@@ -23,7 +22,7 @@ def workload(
 
 def total(work: dict[str, dict[str, float]], *parts: str) -> float:
     """The cost of these parts over all tasks."""
-    return sum(costs[part] for costs in work.values() for part in parts)
+    return sum((costs[part] for costs in work.values() for part in parts), 0.0)
 
 
 def _of_task(

@@ -1,0 +1,165 @@
+"""Which methods there are: those of sitelens by their bare names, a user's own by MODULE:CLASS or their unique name.
+
+A method is registered where its class is defined. Packages offer theirs through the entry-point group
+`sitelens.methods`, which is read when a name is looked up that is not known yet.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from inspect import isabstract
+from pathlib import Path
+from typing import Any
+
+from sitelens.checks.arguments import arguments_of
+from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.suggestions import did_you_mean
+
+ENTRY_POINTS = "sitelens.methods"
+CLASSES: dict[str, Any] = {}  # by key
+ALL = (
+    "zero-shot", "10-shot", "many-shot", "FV", "TV", "ICV", "MTV", "I2CL", "LTV", "LoFiT", "LoRA", "SITE",
+)  # fmt: skip
+
+
+def is_own(kind: type) -> bool:
+    """Whether a class is defined by sitelens itself."""
+    return kind.__module__.split(".")[0] == "sitelens"
+
+
+def register(kind: Any) -> str:
+    """Add a class of methods; returns its key. A class defined again, as in a notebook, replaces its older self.
+
+    Raises:
+        SitelensError: if its name is no text.
+    """
+    if not isinstance(kind.name, str) or not kind.name:
+        raise SitelensError(f"the name of the method {kind.__qualname__} must be text, not {kind.name!r}")
+    key = kind.name if is_own(kind) else f"{kind.__module__}:{kind.__qualname__}"
+    CLASSES[key] = kind
+    return key
+
+
+def method_classes() -> dict[str, Any]:
+    """Every class of methods by its key, those of entry points included."""
+    _load_entry_points()
+    return {key: kind for key, kind in CLASSES.items() if not isabstract(kind)}
+
+
+def method_class(name: str) -> Any:
+    """The class of methods with a key or name.
+
+    Raises:
+        SitelensError: if there is none, with the nearest names, or if several classes share the name.
+    """
+    known = {key: kind for key, kind in CLASSES.items() if not isabstract(kind)}
+    if name not in known and not any(kind.accepts(name) for kind in known.values()):
+        known = method_classes()
+    if name in known:
+        return known[name]
+    matches = {key: kind for key, kind in known.items() if kind.accepts(name)}
+    if len(matches) > 1:
+        raise SitelensError(f"several methods are called {name!r}: write {' or '.join(matches)}")
+    if not matches:
+        names = dict.fromkeys([kind.name for kind in known.values()])
+        hint = did_you_mean(name, names) or f"there are {', '.join(names)}"
+        raise SitelensError(f"unknown method {name!r}: {hint}")
+    return next(iter(matches.values()))
+
+
+def method_named(name: str, values: Mapping[str, Any] | None = None) -> Any:
+    """The method with a key or name, some of its fields set to `values`.
+
+    Raises:
+        SitelensError: for an unknown method, field, or a value that cannot be used.
+    """
+    kind = method_class(name)
+    fields = arguments_of(kind).options(name, values or {})
+    try:
+        return kind.from_name(name, **fields)
+    except TypeError as error:
+        raise SitelensError(f"the method {name!r}: {error}") from error
+
+
+def load_methods(path: str | Path) -> list[str]:
+    """Run a Python file that defines methods; returns their keys.
+
+    Raises:
+        SitelensError: if there is no such file, it fails, it defines no method, or its name is that of another module.
+    """
+    path = Path(path)
+    if not path.is_file() or path.suffix != ".py":
+        raise SitelensError(f"{path} is no Python file")
+    module = sys.modules.get(path.stem)
+    if module is not None or importlib.util.find_spec(path.stem) is not None:
+        home = getattr(module, "__file__", None)
+        if home is None or Path(home).resolve() != path.resolve():
+            raise SitelensError(f"{path}: there is a module {path.stem!r} already; rename the file")
+    if module is None:
+        loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
+        module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(path.stem, loader, origin=str(path)))
+        module.__file__ = str(path)
+        sys.modules[path.stem] = module
+        try:
+            loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[path.stem]
+            raise SitelensError(f"{path} fails: {type(error).__name__}: {error}") from error
+    keys = [key for key, kind in CLASSES.items() if kind.__module__ == path.stem and not isabstract(kind)]
+    if not keys:
+        raise SitelensError(f"{path} defines no method: a subclass of sl.Method")
+    return keys
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    """Import what packages offer, once; one that fails is a warning that names it."""
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            kind = point.load()
+            if not (isinstance(kind, type) and kind in CLASSES.values()):
+                raise TypeError(f"{point.value} is no subclass of sl.Method")
+        except Exception as error:
+            warnings.warn(
+                f"the method {point.name!r} of the entry point {point.value} cannot be loaded: "
+                f"{type(error).__name__}: {error}",
+                SitelensWarning,
+                stacklevel=2,
+            )
+
+
+def methods_by_label(methods: Iterable[Any] | str) -> dict[str, Any]:
+    """Methods, or their names, by what tables call them; "all" for those of sitelens.
+
+    Raises:
+        SitelensError: for an unknown name, or two different methods that would be called the same.
+    """
+    if isinstance(methods, str):
+        methods = ALL if methods == "all" else [methods]
+    return labelled(method_named(method) if isinstance(method, str) else method for method in methods)
+
+
+def labelled(methods: Iterable[Any]) -> dict[str, Any]:
+    """Methods by what tables call them: their names, with the fields that differ from the defaults where two share it.
+
+    Raises:
+        SitelensError: if two different methods would be called the same.
+    """
+    distinct: list[Any] = []
+    for method in methods:
+        if method not in distinct:
+            distinct.append(method)
+    names = [method.label for method in distinct]
+    labels: dict[str, Any] = {}
+    for name, method in zip(names, distinct, strict=True):
+        label = name if names.count(name) == 1 else method.full_label
+        if label in labels:
+            raise SitelensError(f"two methods are called {label!r}: give one of them another name")
+        labels[label] = method
+    return labels
