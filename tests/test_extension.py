@@ -129,7 +129,7 @@ print(grid.groups)
     assert lines[2].startswith("unknown task 'mine/capital': did you mean mine/capitals,")
     assert lines[3].endswith("(did you mean fv57?); there are: builtin, fv57, anli, mmlu-pro, bbh, mine")
     assert lines[4:] == [
-        "{'mine/opposites': 'not asked for'}", "{'mine/capitals': 'facts', 'mine/opposites': 'words'}",
+        "{'mine/opposites': 'not requested'}", "{'mine/capitals': 'facts', 'mine/opposites': 'words'}",
     ]  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def test_a_suite_of_an_installed_package_is_known_to_the_commands(home: Path) ->
     (home / "laboratory.py").write_text(SUITE)
     install(home, "sitelens.suites", "mine", "laboratory:Mine")
     assert "forty pairs of mine/opposites" in run(home, "-m", "sitelens.cli", "tasks", "mine/")
-    options = ["--model", "model", "--n-prompts", "2", "--n-shots", "2", "--steps", "2", "--n-items", "4"]
+    options = ["--model", "model", "--n-shots", "2", "--n-items", "4"]
     assert "facts" in run(home, "-m", "sitelens.cli", "suite", "mine", "--methods", "zero-shot", *options)
     error = run(home, "-m", "sitelens.cli", "suite", "mime", expect=1)
     assert "unknown suite 'mime' (did you mean mine?)" in error

@@ -163,7 +163,7 @@ def test_the_echo_baseline_stands_once_beside_prefix_match(model: Model) -> None
     counts = found.scores.groupby(["task", "condition"]).size()
     assert counts.eq(6).all() and len(counts) == 3 * 5
     figure: Any = found.figure()
-    assert figure.layout.xaxis.title.text == "Prefix match accuracy"
+    assert figure.layout.xaxis.title.text == "Prefix-match accuracy"
 
 
 def test_other_methods_stand_beside_site(model: Model) -> None:
