@@ -120,6 +120,30 @@ def test_what_is_saved_comes_back_equal(tmp_path: Path):
         assert plain(Artifact.load(again)) == plain(artifact)
 
 
+def test_a_repr_is_a_line_without_tensors():
+    assert repr(EMBEDDING) == "TaskEmbedding('shift', model='tiny', 2 layers x 3 heads x 4, 5 prompts of 2 shots)"
+    selection = sl.HeadSelection(torch.tensor([[0.2, 0.6], [1.0, 0.0]]), "shift", "ab12cd34ef", "given")
+    assert repr(selection) == "HeadSelection('shift', model='ab12cd34', 2 layers x 2 heads, 2 on, given)"
+    assert repr(sl.HeadSelection(selection.alpha)) == "HeadSelection('', any model, 2 layers x 2 heads, 2 on, given)"
+    assert repr(sl.ZeroShot()) == "ZeroShot()" and repr(sl.FewShot(3)) == "FewShot(n_shots=3)"
+    assert repr(sl.Ablate([(0, 1)])) == "Ablate(heads=((0, 1),), scope='prompt')"
+    assert repr(CONDITIONS[6]).startswith("AddToStream(vectors=Tensor[2, 5], layers=(0, 2), model='tiny'")
+    for condition in CONDITIONS:
+        text = repr(condition)
+        assert text.startswith(type(condition).__name__) and "tensor(" not in text and "\n" not in text
+        assert len(text) < 360, text
+    patch = sl.PatchHeads(SELECTION, EMBEDDING)
+    assert repr(patch) == f"PatchHeads(selection={SELECTION!r}, embedding={EMBEDDING!r})"
+    task = micro.task()
+    sizes = f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test"
+    assert repr(task) == f"Task('shift', {sizes})"
+    history = pd.DataFrame({"step": [1, 2], "valid_loss": [float("nan"), 0.25]})
+    result = sl.TrainResult(selection, history, sl.TrainConfig())
+    assert repr(result) == (
+        "TrainResult('shift', model='ab12cd34', 2 layers x 2 heads, 2 on, valid loss 0.25 at step 2 of 2)"
+    )
+
+
 # One change of a valid file
 
 

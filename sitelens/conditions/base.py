@@ -7,10 +7,11 @@ over a shared prefix.
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +27,7 @@ from sitelens.engine.network import Passes
 from sitelens.engine.twins import hooked_here
 from sitelens.errors import SitelensError
 from sitelens.models.model import Bridge, Model, ModelLike
+from sitelens.models.provenance import model_label
 from sitelens.store.artifact import Artifact
 from sitelens.store.digests import canonical_json
 from sitelens.store.kinds import Kind
@@ -76,6 +78,22 @@ class Condition(ABC):
         if isinstance(steps := vars(cls).get("steps"), str) and steps in _OLD_SCOPES:
             raise SitelensError(f"{cls.__name__}.steps is called scope: write scope = {_OLD_SCOPES[steps]!r}")
         cls.saved_as = registry.register(cls, saved_as)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = cls.__repr__  # the inherited one, which a dataclass would replace by one that shows tensors
+
+    def __repr__(self) -> str:
+        """What it is in a line: the fields that are not at their defaults, tensors by their shapes."""
+        if not is_dataclass(self):
+            return super().__repr__()
+        known = vars(self)
+        words = []
+        for field in fields(self):
+            value = known.get(field.name)
+            if field.name == "model":
+                words.append(model_label(known.get("origin"), value))
+            elif field.name != "origin" and not (type(value) is type(field.default) and value == field.default):
+                words.append(f"{field.name}={_brief(value)}")
+        return f"{type(self).__name__}({', '.join(words)})"
 
     @abstractmethod
     def fwd_hooks(self, model: Bridge) -> list[Hook]:
@@ -223,6 +241,15 @@ def checked_conditions(conditions: Mapping[str, Condition] | Condition) -> dict[
         for field, kind in (("scope", Scope), ("positions", Positions), ("n_shots", CountOrZero)):
             converted(f"{field} of the condition {name!r}", getattr(condition, field), kind)
     return named
+
+
+def _brief(value: Any) -> str:
+    """A value in a few words: a tensor by its shape, long texts and lists cut short."""
+    if isinstance(value, Tensor):
+        return f"Tensor{list(value.shape)}"
+    if isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values()):
+        return f"{len(value)} tensors"
+    return reprlib.repr(value) if isinstance(value, str | tuple | list | dict) else repr(value)
 
 
 def _once(hook: Any) -> Any:

@@ -22,7 +22,7 @@ from sitelens.engine.prompts import Prompt, draw_demonstrations, few_shot_prompt
 from sitelens.errors import SitelensError
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, ModelLike, check_fit, context_length, head_shape, own_tokenizer
-from sitelens.models.provenance import Origin
+from sitelens.models.provenance import Origin, model_label
 from sitelens.progress import portions, progress
 from sitelens.settings import settings
 from sitelens.store.artifact import Artifact
@@ -56,6 +56,11 @@ class TaskEmbedding:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean_z", tensor("mean_z", self.mean_z, "layer head d_head"))
+
+    def __repr__(self) -> str:
+        layers, heads, d_head = self.mean_z.shape
+        shape, model = f"{layers} layers x {heads} heads x {d_head}", model_label(self.origin, self.model)
+        return f"TaskEmbedding({self.task!r}, {model}, {shape}, {self.n_prompts} prompts of {self.n_shots} shots)"
 
     def check_fits(self, model: ModelLike) -> None:
         """Raise SitelensError unless this embedding was made with `model`."""

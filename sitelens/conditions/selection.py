@@ -22,7 +22,7 @@ from sitelens.checks.schema import packed
 from sitelens.checks.values import Seed, Share, tensor
 from sitelens.errors import SitelensError
 from sitelens.models.model import ModelLike, check_fit
-from sitelens.models.provenance import Origin
+from sitelens.models.provenance import Origin, model_label
 from sitelens.store.artifact import Artifact
 from sitelens.store.kinds import Kind
 
@@ -142,6 +142,15 @@ class HeadSelection:
             raise SitelensError(
                 f"alpha must lie in [0, 1] and be a number; it spans {alpha.min():.3g} to {alpha.max():.3g}"
             )
+
+    def __repr__(self) -> str:
+        return f"HeadSelection({self.label()}, {self.provenance})"
+
+    def label(self) -> str:
+        """A few words for a repr: task, model, shape, and how many heads have alpha > 0.5."""
+        layers, heads = self.alpha.shape
+        model = model_label(self.origin, self.model)
+        return f"{self.task!r}, {model}, {layers} layers x {heads} heads, {self.default_k} on"
 
     @property
     def n_heads(self) -> int:

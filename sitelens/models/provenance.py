@@ -93,6 +93,12 @@ class Origin:
         )
 
 
+def model_label(origin: Origin | None, fingerprint: str | None) -> str:
+    """A few words for a repr: "model='smollm2-135m'", or the fingerprint's first digits where the name is not known."""
+    name = origin.model if origin is not None and origin.model is not None else (fingerprint or "")[:8]
+    return f"model={name!r}" if name else "any model"
+
+
 def model_facts(model: ModelLike) -> dict[str, Any]:
     """Name, revision (the commit on the hub, where it is known), fingerprint, heads, dtype and quantize, as plain JSON.
 

@@ -85,6 +85,10 @@ class Task:
         arguments = checked_arguments(self.template_arguments, self.template, f"task {self.name!r}")
         object.__setattr__(self, "template_arguments", arguments)
 
+    def __repr__(self) -> str:
+        chat = ", chat" if self.template == "chat" else ""
+        return f"Task({self.name!r}, {', '.join(f'{len(self.split(name))} {name}' for name in SPLITS)}{chat})"
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides a result: name, items, template, instruction, arguments, case."""

@@ -49,6 +49,13 @@ class TrainResult:
     history: pd.DataFrame
     config: TrainConfig
 
+    def __repr__(self) -> str:
+        losses = self.history["valid_loss"]
+        best = (
+            f", valid loss {losses.min():.3g} at step {self.best_step} of {len(losses)}" if losses.notna().any() else ""
+        )
+        return f"TrainResult({self.selection.label()}{best})"
+
     @property
     def best_step(self) -> int:
         """The step of the lowest validation loss."""

@@ -98,10 +98,12 @@ class Verification(Result):
 
     def description(self) -> dict[str, Any]:
         """What it is in a few words, for its repr."""
-        return {"model": self.model, **{row.result: row.checks for row in self.summary().itertuples()}}
+        return {"model": self.model, "checks": len(self.frame), "failures": self.failures}
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{row.checks} {row.result}" for row in self.summary().itertuples())
+        counts = ", ".join(
+            f"{count} {result}" for result, count in self.frame["result"].value_counts(sort=False).items()
+        )
         return f"Verification({self.model!r}, {counts})"
 
 
