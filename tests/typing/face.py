@@ -96,7 +96,8 @@ def across_tasks(folder: Path) -> None:
     similarity = assert_type(sl.head_similarity(names), sl.HeadSimilarity)
     assert_type(similarity.figure(), go.Figure)
     assert_type(sl.similarity_predicts_transfer(similarity, grid), pd.DataFrame)
-    comparison = assert_type(sl.compare(names), sl.Comparison)
+    methods: list[sl.Method | str] = [sl.methods.SITE(n_prompts=20), sl.methods.LTV(n_steps=100), "FV"]
+    comparison = assert_type(sl.compare(names, methods), sl.Comparison)
     assert_type(comparison.frame, pd.DataFrame)
     assert_type(comparison.differences("zero-shot"), pd.DataFrame)
     suite = assert_type(sl.run_suite("builtin", n_items=20), sl.SuiteResult)
