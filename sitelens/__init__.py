@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sitelens.models.model import Model as Model
     from sitelens.reports.comparison import compare as compare
     from sitelens.reports.comparison_result import Comparison as Comparison
+    from sitelens.reports.gallery import make_figures as make_figures
     from sitelens.reports.run import RunConfig as RunConfig
     from sitelens.reports.run import RunReport as RunReport
     from sitelens.reports.run import run as run
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
     from sitelens.reports.suite import run_suite as run_suite
     from sitelens.reports.verification.verify import Verification as Verification
     from sitelens.reports.verification.verify import verify as verify
+    from sitelens.studies.registry import STUDIES as STUDIES
+    from sitelens.studies.registry import Study as Study
+    from sitelens.studies.registry import study as study
     from sitelens.studies.similarity import HeadSimilarity as HeadSimilarity
     from sitelens.studies.similarity import head_similarity as head_similarity
     from sitelens.studies.similarity import similarity_predicts_transfer as similarity_predicts_transfer
@@ -88,9 +92,11 @@ _EXPORTS = {
     "models.model": ("Model",),
     "reports.comparison": ("compare",),
     "reports.comparison_result": ("Comparison",),
+    "reports.gallery": ("make_figures",),
     "reports.run": ("RunConfig", "RunReport", "run"),
     "reports.suite": ("SuiteResult", "run_suite"),
     "reports.verification.verify": ("Verification", "verify"),
+    "studies.registry": ("STUDIES", "Study", "study"),
     "studies.similarity": ("HeadSimilarity", "head_similarity", "similarity_predicts_transfer"),
     "studies.transfer": ("transfer_matrix",),
     "studies.transfer_result": ("TransferMatrix",),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any, TypeVar
 
 from sitelens.errors import SitelensError, SitelensWarning
@@ -23,10 +24,12 @@ class Registry(Mapping[str, Value]):
     """Values by name, sitelens's own first.
 
     Entry points of the group "sitelens.suites" (for suites) are loaded at the first question that sitelens's own
-    values do not answer. One that cannot be loaded is named in a warning, and the rest goes on.
+    values do not answer; one may also name a module that registers its values when it is imported. What cannot be
+    loaded is named in a warning, and the rest goes on.
 
     what: what a value is called in messages ("suite").
     kind: the class of the values; a subclass of it stands for the instance that it makes.
+    plural: of `what`, where it is not made by an s.
     own: sitelens's values; no other value may take their names.
     definition: the class or function that defines a value. A value whose definition has the same module and name as
         an earlier one's takes its place, as when a cell of a notebook is run again.
@@ -39,10 +42,12 @@ class Registry(Mapping[str, Value]):
         kind: type,
         own: Iterable[Any] = (),
         *,
+        plural: str = "",
         definition: Callable[[Any], Any] = type,
         check: Callable[[Any], None] = lambda value: None,
     ) -> None:
         self.what, self.kind, self.definition, self.check = what, kind, definition, check
+        self.group = f"sitelens.{plural or what + 's'}"
         self.own: dict[str, Any] = {value.name: value for value in own}
         self._added: dict[str, Any] = {}
         self._asked = False  # whether the entry points have been loaded
@@ -79,9 +84,11 @@ class Registry(Mapping[str, Value]):
     def _others(self) -> dict[str, Any]:
         if not self._asked:
             self._asked = True  # first of all: what is loaded may register values itself
-            for entry in entry_points(group=f"sitelens.{self.what}s"):
+            for entry in entry_points(group=self.group):
                 try:
-                    self._add(entry.load())
+                    value = entry.load()
+                    if not isinstance(value, ModuleType):
+                        self._add(value)
                 except Exception as error:  # anything may go wrong in another package
                     warnings.warn(
                         f"the {self.what} {_told(entry)} cannot be used: {type(error).__name__}: {error}",

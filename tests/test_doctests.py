@@ -33,7 +33,7 @@ MISSING: set[str] = {
 }
 
 
-REGISTRIES = [SUITES, sl.METRICS]
+REGISTRIES = [SUITES, sl.METRICS, sl.STUDIES]
 
 
 def public() -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,8 @@ from sitelens.methods.site.config import TrainConfig
 from sitelens.models import loading
 from sitelens.models.model import Model
 from sitelens.reports import gallery
-from sitelens.reports.gallery import PICTURES, make_figures
+from sitelens.reports.gallery import make_figures
+from sitelens.studies import STUDIES
 from sitelens.tasks import builtin
 from tests import micro
 
@@ -46,14 +47,14 @@ def task_files(tmp_path: Path) -> list[str]:
 
 
 def test_the_figures_name_tasks_that_exist() -> None:
-    assert {task for picture in PICTURES.values() for task in picture.tasks} <= set(builtin.names())
+    assert {task for study in STUDIES.values() for task in study.tasks} <= set(builtin.names())
 
 
 QUICK = ("transfer", "soft-hard", "alpha-histogram", "training-curves")  # the others train for seconds
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PICTURES]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STUDIES]
 )
 @pytest.mark.filterwarnings("ignore:the shared alpha")
 def test_a_figure_is_made_with_its_data_and_its_origin(
@@ -71,7 +72,10 @@ def test_a_figure_is_made_with_its_data_and_its_origin(
 
 def test_a_wrong_figure_or_task_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, named in (
-        (["figures", "transfers"], "unknown figure 'transfers'; there are: transfer, similarity,"),
+        (
+            ["figures", "transfers"],
+            f"unknown figure 'transfers' (did you mean transfer?); there are: {', '.join(STUDIES)}",
+        ),
         (["figures", "transfer", "--tasks", "antonim", "synonym"], "unknown task 'antonim': did you mean antonym"),
         (["transfer", "antonim", "synonym"], "unknown task 'antonim': did you mean antonym"),
         (["transfer", "antonym"], "a transfer matrix needs at least two tasks, got 1"),
@@ -85,7 +89,7 @@ def test_a_wrong_figure_or_task_is_named(tmp_path: Path, capsys: pytest.CaptureF
 def test_figures_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["figures", "--list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out and picture.caption in out for name, picture in PICTURES.items())
+    assert all(name in out and study.caption in out for name, study in STUDIES.items())
 
 
 def test_the_transfer_command_prints_and_writes_the_matrix(
@@ -110,7 +114,7 @@ def test_the_transfer_command_prints_and_writes_the_matrix(
 
 
 def test_the_committed_figures_have_their_data_and_their_origin() -> None:
-    for name in PICTURES:
+    for name in STUDIES:
         for ending in ("png", "svg", "csv", "json"):
             assert (ROOT / "figures" / f"{name}.{ending}").exists(), name
         record = json.loads((ROOT / "figures" / f"{name}.json").read_text())

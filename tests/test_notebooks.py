@@ -31,7 +31,7 @@ SMALLER = {
     "sl.TrainConfig()": "sl.TrainConfig(steps=6, eval_every=3, n_valid=4)",
     'TASKS = ["antonym", "country-capital", "capitalize", "choose_first_of_3"]': 'TASKS = ["antonym", "capitalize"]',
     'TASKS = ["antonym", "country-capital"]': 'TASKS = ["antonym", "capitalize"]',
-    "TASKS = list(SIXTEEN)": 'TASKS = ["antonym", "capitalize", "choose_first_of_3"]',
+    'TASKS = list(sl.STUDIES["transfer"].tasks)': 'TASKS = ["antonym", "capitalize", "choose_first_of_3"]',
     "N_PROMPTS, N_SHOTS = (1, 3, 5, 10, 50), (1, 2, 5, 10)": "N_PROMPTS, N_SHOTS = (1, 3), (1, 2)",
     "PROMPT_SEEDS = range(5)": "PROMPT_SEEDS = range(2)",
     "PROMPT_SEEDS, TRAINING_SEEDS = range(5), range(5)": "PROMPT_SEEDS, TRAINING_SEEDS = range(2), range(2)",

@@ -144,11 +144,14 @@ def test_figures_go_on_after_one_that_fails(
     def fail(*_: Any, **__: Any) -> Any:
         raise sl.SitelensError("not today")
 
-    def draw(*_: Any) -> Any:
-        return pd.DataFrame({"a": [1]}), sl.figures.alpha_heatmap(pd.DataFrame([[0.5]]).to_numpy())
+    def data(*_: Any, **__: Any) -> Any:
+        return pd.DataFrame({"a": [1]})
 
-    pictures = {"first": gallery.Picture("", ("antonym",), fail), "second": gallery.Picture("", ("antonym",), draw)}
-    monkeypatch.setattr(gallery, "PICTURES", pictures)
+    def plot(_: Any) -> Any:
+        return sl.figures.alpha_heatmap(pd.DataFrame([[0.5]]).to_numpy())
+
+    studies = {"first": sl.Study("first", "", fail, plot), "second": sl.Study("second", "", data, plot)}
+    monkeypatch.setattr(gallery, "STUDIES", studies)
     no_chrome(tmp_path, monkeypatch)
     out = tmp_path / "out"
     assert main(["figures", "--out", str(out), "--formats", "svg", "html"]) == 1

@@ -213,10 +213,11 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def figures(options: argparse.Namespace) -> None:
-    from sitelens.reports.gallery import PICTURES, make_figures
+    from sitelens.reports.gallery import make_figures
+    from sitelens.studies import STUDIES
 
     if options.list:
-        print("\n".join(f"{name:<26}{picture.caption}" for name, picture in PICTURES.items()))
+        print("\n".join(f"{name:<26}{study.caption}" for name, study in STUDIES.items()))
         return
     look_first(options)
     written = make_figures(

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 
 import pandas as pd
 
+from sitelens import figures
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero
 from sitelens.conditions.base import Condition
@@ -23,9 +24,11 @@ from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model
 from sitelens.store.folder import empty_cache
 from sitelens.studies.common import Options, Sample
+from sitelens.studies.registry import TWO, study
 from sitelens.tasks import Task, load_task
 
 
+@study(caption="Seconds over the number of prompts.", figure=figures.costs, tasks=TWO[:1])
 @checked
 @warned_once()
 def costs(

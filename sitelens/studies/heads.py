@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom, mannwhitneyu, rankdata
 
+from sitelens import figures
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero
 from sitelens.errors import warned_once
@@ -17,9 +18,11 @@ from sitelens.methods.site.config import TrainConfig
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, head_shape
 from sitelens.studies.common import Options, Sample, checked_counts, prepare
+from sitelens.studies.registry import study
 from sitelens.tasks import Task
 
 
+@study(caption="Known kinds of heads among the selected.", figure=figures.head_overlap)
 @checked
 @warned_once()
 def head_overlap(
@@ -78,6 +81,7 @@ def head_overlap(
     return pd.DataFrame(rows)
 
 
+@study(caption="Attention of shared heads.", figure=figures.shared_attention)
 @checked
 @warned_once()
 def shared_attention(

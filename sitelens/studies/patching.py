@@ -9,6 +9,7 @@ from typing import Unpack
 
 import pandas as pd
 
+from sitelens import figures
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import CountOrZero, Share
 from sitelens.conditions.base import Condition
@@ -20,12 +21,14 @@ from sitelens.methods.site.train import train_selections
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model
 from sitelens.studies.common import Facts, Options, Sample, checked_counts, measure, prepare, some_tasks
+from sitelens.studies.registry import study
 from sitelens.tasks import Task
 
 THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 GENERIC = 0.02  # a shared alpha this near to the tasks' own is worth a warning
 
 
+@study(caption="Hard selection over its threshold.", figure=figures.soft_hard)
 @checked
 @warned_once()
 def soft_hard(
@@ -68,6 +71,7 @@ def soft_hard(
     return pd.concat(frames, ignore_index=True)
 
 
+@study(caption="Heads drawn at random.", figure=figures.random_heads)
 @checked
 @warned_once()
 def random_heads(
@@ -109,6 +113,7 @@ def random_heads(
     return pd.concat(frames, ignore_index=True)
 
 
+@study(caption="Heads added and removed by alpha.", figure=figures.head_counts)
 @checked
 @warned_once()
 def head_counts(
@@ -149,6 +154,7 @@ def head_counts(
     return pd.concat(frames, ignore_index=True)
 
 
+@study(caption="One alpha for all tasks.", figure=figures.task_agnostic)
 @checked
 @warned_once()
 def task_agnostic(
@@ -198,6 +204,7 @@ def task_agnostic(
     return frame
 
 
+@study(caption="Convex against additive mixing.", figure=figures.mixing)
 @checked
 @warned_once()
 def mixing(

@@ -9,6 +9,7 @@ from typing import Unpack
 import numpy as np
 import pandas as pd
 
+from sitelens import figures
 from sitelens.conditions.embedding import embed_task
 from sitelens.conditions.patching import PatchHeads
 from sitelens.errors import SitelensError, warned_once
@@ -17,9 +18,11 @@ from sitelens.methods.site.train import TrainJob, train_jobs
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model
 from sitelens.studies.common import Options, Sample, measure, some_tasks
+from sitelens.studies.registry import TWO, study
 from sitelens.tasks import Task
 
 
+@study(caption="Prompt seeds and training seeds.", figure=figures.seed_variance, tasks=TWO)
 @warned_once()
 def seed_variance(
     tasks: Iterable[Task | str],

@@ -25,6 +25,7 @@ from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, head_shape, model_name
+from sitelens.studies.registry import SIXTEEN, study
 from sitelens.studies.transfer_result import TransferMatrix
 from sitelens.tasks import Task, groups_of, load_tasks
 
@@ -122,6 +123,9 @@ class HeadSimilarity(Result):
         )  # fmt: skip
 
 
+@study(
+    "similarity", caption="Similarity of alphas; a task with itself is under another seed.", tasks=SIXTEEN,
+)  # fmt: skip
 @checked
 def head_similarity(
     tasks: Iterable[Task | str],

@@ -8,28 +8,28 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 import pandas as pd
-import torch
 
+from sitelens import figures
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.embedding import TaskEmbedding, embed_task
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.prompting import FewShot
-from sitelens.conditions.selection import HeadSelection
-from sitelens.engine.forward import Mixing
 from sitelens.errors import SitelensError, warned_once
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import TrainJob, TrainResult, train_jobs
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model
 from sitelens.studies.common import Options, Sample, measure, prepare, some_tasks
+from sitelens.studies.registry import TWO, study
 from sitelens.studies.similarity import alpha_similarity
-from sitelens.tasks import Task, load_task
+from sitelens.tasks import Task
 
 BINS = 20  # of a histogram of alpha
 INITS: tuple[float | Literal["random"], ...] = (0.1, 0.3, 0.5, 0.7, 0.9, "random")
 
 
+@study(caption="Prompts and shots of the embedding.", figure=figures.prompt_counts, tasks=TWO)
 @checked
 @warned_once()
 def prompt_counts(
@@ -75,6 +75,7 @@ def prompt_counts(
     return pd.concat(frames, ignore_index=True)
 
 
+@study(caption="Where alpha starts.", figure=figures.initializations, tasks=TWO)
 @checked
 @warned_once()
 def initializations(
@@ -114,6 +115,7 @@ def initializations(
     return pd.concat(frames, ignore_index=True)
 
 
+@study(caption="Distances between the alphas found.", figure=figures.initialization_distances, tasks=TWO)
 @checked
 @warned_once()
 def initialization_distances(
@@ -185,46 +187,7 @@ def initialization_runs(
     }
 
 
-@checked
-@warned_once()
-def loss_path(
-    task: Task | str,
-    a: HeadSelection,
-    b: HeadSelection,
-    embedding: TaskEmbedding,
-    model: Model | str | None = None,
-    *,
-    points: Count = 21,
-    mixing: Mixing = "convex",
-    **options: Unpack[Options],
-) -> pd.DataFrame:
-    """Cross-entropy along the straight line from one alpha to another: is there a barrier between two solutions?
-
-    One row a point: position (0 at `a`, 1 at `b`), loss (nats, of the answer's first token), mean, low, high, n
-    (accuracy). Measured on validation items unless `split` says otherwise, under the `mixing` that the alphas were
-    trained with.
-
-    Raises:
-        SitelensError: for fewer than two points, or selections of another model or of different shapes.
-
-    Example:
-        >>> frame = sl.studies.loss_path(task, alpha, alpha.hard(), embedding, model, points=3, n_items=4)
-        >>> frame["position"].tolist()
-        [0.0, 0.5, 1.0]
-    """
-    if points < 2:
-        raise SitelensError(f"points must be at least 2, got {points}")
-    task, model, sample = load_task(task), resolve_model(model), Sample(**{"split": "valid", **options})
-    a.check_fits(model)
-    b.check_fits(model)
-    settings = []
-    for position in np.linspace(0, 1, points).tolist():
-        alpha = torch.lerp(a.alpha, b.alpha, position).clamp(0, 1)
-        between = HeadSelection(alpha, task.name, a.model)
-        settings.append(({"position": position}, PatchHeads(between, embedding, mixing)))
-    return measure(task, settings, model, sample)
-
-
+@study(caption="Best against last checkpoint.", figure=figures.checkpoints)
 @checked
 @warned_once()
 def checkpoints(
@@ -258,6 +221,9 @@ def checkpoints(
     return pd.concat(frames, ignore_index=True)
 
 
+@study("alpha-training", caption="Alpha over training.", figure=figures.alpha_distribution, by="step")
+@study("alpha-layers", caption="Selected heads by layer.", figure=figures.alpha_distribution, by="layer")
+@study("alpha-histogram", caption="Alpha after training.", figure=figures.alpha_distribution)
 @checked
 @warned_once()
 def alpha_distribution(

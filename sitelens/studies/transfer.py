@@ -28,10 +28,12 @@ from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, model_name
 from sitelens.models.provenance import Origin
 from sitelens.progress import Job, portions
+from sitelens.studies.registry import SIXTEEN, study
 from sitelens.studies.transfer_result import Swap, TransferMatrix
 from sitelens.tasks import Task, groups_of, load_tasks
 
 
+@study("transfer", caption="Heads of every task on every task.", tasks=SIXTEEN, most_items=50)
 @checked
 @warned_once()
 def transfer_matrix(
