@@ -5,11 +5,13 @@ Every test runs a file outside of the package in a fresh process; the file uses 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests import tiny
@@ -311,3 +313,71 @@ print(one.equals(other), sl.summarize(one)["n"].tolist())
     assert run_file(home, "import laboratory, sitelens as sl\nprint(sl.Condition.load('louder.safetensors'))") == [
         "Louder(factor=0.5)"
     ]
+
+
+# Studies
+
+STUDY = """
+import pandas as pd
+import sitelens as sl
+
+def lengths(frame):
+    return sl.figures.lines(frame, "n_shots", labels={"mean": "First-token accuracy"})
+
+@sl.study(caption="Accuracy over the number of demonstrations.", figure=lengths, tasks=["antonym"])
+def few_shot_curve(tasks, model, *, n_items, seed):
+    shots = {str(n): sl.FewShot(n) for n in (0, 1, 2)}
+    frames = [sl.evaluate(task, shots, model, n_items=n_items, seed=seed) for task in tasks]
+    frame = sl.summarize(pd.concat(frames))
+    return frame.assign(n_shots=frame["condition"].astype(int))
+"""
+
+
+def test_a_study_is_listed_and_made_with_its_origin(home: Path) -> None:
+    (home / "laboratory.py").write_text(STUDY)
+    install(home, "sitelens.studies", "mine", "laboratory")
+    assert "few-shot-curve            Accuracy over the number of demonstrations." in run(
+        home, "-m", "sitelens.cli", "figures", "--list"
+    )
+    words = ["figures", "few-shot-curve", "--model", "model", "--n-items", "3", "--out", "out", "--formats", "html"]
+    printed = run(home, "-m", "sitelens.cli", *words).splitlines()
+    assert [Path(line).name for line in printed] == [f"few-shot-curve.{ending}" for ending in ("csv", "json", "html")]
+    record = json.loads((home / "out" / "few-shot-curve.json").read_text())
+    assert record["caption"] == "Accuracy over the number of demonstrations." and record["tasks"] == ["antonym"]
+    assert record["made_by"].startswith("sitelens figures few-shot-curve --n-items 3") and record["n_items"] == 3
+    assert list(pd.read_csv(home / "out" / "few-shot-curve.csv")["n_shots"]) == [0, 1, 2]
+
+
+def test_a_study_of_a_script_is_made_by_a_call(home: Path) -> None:
+    lines = run_file(home, STUDY + '''
+@sl.study("wrong-frame", caption="", figure=lengths)
+def no_frame(task, model):
+    return task.name
+
+@sl.study("wrong-figure", caption="", figure=len)
+def no_figure(task, model):
+    return pd.DataFrame({"a": [1]})
+
+print(*[path.name for path in sl.make_figures(["few-shot-curve"], "out", "model", n_items=3, formats=["html"])])
+for act in (
+    lambda: sl.make_figures(["wrong-frame"], "out", "model"), lambda: sl.make_figures(["wrong-figure"], "out", "model"),
+    lambda: sl.make_figures(["few-shot-curves"], "out", "model"),
+    lambda: sl.study("costs", caption="", figure=lengths)(no_frame),
+    lambda: sl.study("wrong-frame", caption="", figure=lengths)(no_figure),
+    lambda: sl.study("a/b", caption="", figure=lengths)(no_figure),
+):
+    try:
+        act()
+    except sl.SitelensError as error:
+        print(error)
+''')  # fmt: skip
+    assert lines[0] == "few-shot-curve.csv few-shot-curve.json few-shot-curve.html"
+    for line, said in zip(lines[1:], (
+        "the study 'wrong-frame' must return a DataFrame, not str",
+        "the study 'wrong-figure' must be drawn as a Plotly figure, not int",
+        "unknown figure 'few-shot-curves' (did you mean few-shot-curve?)",
+        "there is a study 'costs' already, sitelens.studies.costs:costs; choose another name",
+        "there is a study 'wrong-frame' already, __main__:no_frame; choose another name",
+        "the name of a study",
+    ), strict=True):  # fmt: skip
+        assert line.startswith(said)

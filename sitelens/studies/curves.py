@@ -40,7 +40,7 @@ def training_curves(
 
     Example:
         >>> sl.studies.training_curves([task], model, config=config)["step"].tolist()
-        [0, ...]
+        [1, 2, 3, 4]
     """
     runs = train_selections(some_tasks(tasks), resolve_model(model), config=config or TrainConfig())
     frames = [result.history.assign(task=name) for (name, _), result in runs.items()]

@@ -1,4 +1,4 @@
-"""What a study is: one function to a tidy frame, with its caption and its figure. `sl.make_figures` makes all of them."""
+"""What a study is: one function to a tidy frame, with its caption and its figure. `sl.make_figures` makes them."""
 
 from __future__ import annotations
 
