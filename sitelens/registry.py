@@ -44,7 +44,7 @@ class Registry(Mapping[str, Value]):
         *,
         plural: str = "",
         definition: Callable[[Any], Any] = type,
-        check: Callable[[Any], None] = lambda value: None,
+        check: Callable[[Any], object] = lambda value: None,
     ) -> None:
         self.what, self.kind, self.definition, self.check = what, kind, definition, check
         self.group = f"sitelens.{plural or what + 's'}"

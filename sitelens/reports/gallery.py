@@ -20,7 +20,7 @@ from sitelens.evaluation.record import data_facts
 from sitelens.files.writing import Outputs, check_file_name, check_folder, write_csv, write_text
 from sitelens.methods.site.config import TrainConfig
 from sitelens.models.loading import load_model
-from sitelens.models.model import Model, model_name
+from sitelens.models.model import Model, ModelLike, model_name
 from sitelens.models.provenance import provenance
 from sitelens.models.sources import DEFAULT_MODEL
 from sitelens.progress import Job
@@ -39,7 +39,7 @@ FORMATS = ("html", "png", "svg")
 def make_figures(
     names: Iterable[str] | None = None,
     folder: str | Path = "figures",
-    model: Model | str = DEFAULT_MODEL,
+    model: ModelLike | str = DEFAULT_MODEL,
     *,
     tasks: Sequence[str] | None = None,
     n_items: Count = 100,
@@ -77,7 +77,7 @@ def make_figures(
     given, config = load_tasks(tasks or ()), config or TrainConfig()  # a wrong name shows before a model is loaded
     with Outputs(folder) as outputs, Job("figures", ["load the model", *chosen]) as job:
         with job.stage("load the model"):
-            loaded = load_model(model)
+            loaded = Model.of(load_model(model.bridge if type(model) is Model else model))
         asked = model if isinstance(model, str) else model_name(loaded)
         job.plan(dict.fromkeys(chosen, 1.0))
         for name in chosen:
@@ -85,7 +85,7 @@ def make_figures(
                 study = STUDIES[name]
                 on = given or load_tasks(study.tasks)
                 try:
-                    frame, figure = study.make(on, Model.of(loaded), n_items=n_items, seed=seed, config=config)
+                    frame, figure = study.make(on, loaded, n_items=n_items, seed=seed, config=config)
                 except SitelensError as error:
                     if len(chosen) == 1:
                         raise
