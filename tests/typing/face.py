@@ -125,6 +125,15 @@ def analyses(embedding: sl.TaskEmbedding, one: sl.HeadSelection, other: sl.HeadS
     shares = assert_type(studies.alpha_distribution(names, by="layer"), pd.DataFrame)
     runs = assert_type(studies.seed_variance(names), pd.DataFrame)
     assert_type(studies.variance_components(runs), pd.DataFrame)
+    assert_type(studies.similarity_transfer([*names, "capitalize"]), pd.DataFrame)
+
+    @sl.study(caption="Accuracy without demonstrations.", figure=figures.dots, tasks=["antonym"])
+    def own(tasks: list[sl.Task], model: object, *, n_items: int) -> pd.DataFrame:
+        return sl.evaluate(tasks[0], sl.ZeroShot(), n_items=n_items)
+
+    assert_type(own([], None, n_items=3), pd.DataFrame)
+    assert_type(sl.STUDIES["costs"], sl.Study)
+    assert_type(sl.make_figures(["own"], folder), list[Path])
     grid = sl.transfer_matrix(names)
     drawings: list[go.Figure] = [
         figures.alpha_distribution(shares),
@@ -135,6 +144,7 @@ def analyses(embedding: sl.TaskEmbedding, one: sl.HeadSelection, other: sl.HeadS
         figures.initialization_distances(studies.initialization_distances(names)),
         figures.initializations(studies.initializations(names, inits=(0.5, "random"))),
         figures.loss_path(studies.loss_path("antonym", one, other, embedding)),
+        figures.loss_path(studies.loss_paths(names)),
         figures.mixing(studies.mixing(names)),
         figures.prompt_counts(studies.prompt_counts(names)),
         figures.random_heads(studies.random_heads(names)),
@@ -151,6 +161,7 @@ def analyses(embedding: sl.TaskEmbedding, one: sl.HeadSelection, other: sl.HeadS
         figures.attention_roles(heads.attention_roles("antonym")),
         figures.comparison(sl.compare(names).frame),
         figures.suite(sl.run_suite("builtin").frame),
+        figures.training_curves(studies.training_curves(names)),
         figures.training_curves(sl.train_selection("antonym").history),
         figures.transfer_heatmap(grid.normalized(), groups={"antonym": "words"}, limits=(-1, 1)),
         figures.similarity_against_transfer(sl.head_similarity(names).matrix(), grid.normalized()),
@@ -163,7 +174,7 @@ def analyses(embedding: sl.TaskEmbedding, one: sl.HeadSelection, other: sl.HeadS
 
 def metrics() -> None:
     """A metric of one's own."""
-    assert_type(sl.METRICS, dict[str, sl.Metric])
+    assert_type(sl.METRICS["first_token"], sl.Metric)
     contains = sl.Metric("contains", lambda output, target: target.answers[0] in output.text, generates=True)
     assert_type(sl.register_metric(contains), sl.Metric)
     sl.evaluate("antonym", sl.ZeroShot(), metrics=("first_token", contains))
