@@ -25,7 +25,7 @@ from sitelens.conditions.embedding import embedding_prompts
 from sitelens.engine.decoding import end_tokens
 from sitelens.engine.prompts import few_shot_prompts, tokenize
 from sitelens.methods.site.loop import Run
-from sitelens.models.model import Model, context_length, own_tokenizer
+from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,7 +58,7 @@ class Figure:
 class Ground:
     """What all benchmarks stand on: one set of weights, as a bridge and as a raw model."""
 
-    model: Model
+    model: Bridge
     plain: Plain
 
     @staticmethod
@@ -73,9 +73,9 @@ class Ground:
 
     def prompts(self, task: sl.Task, split: str, n: int) -> list[tuple[list[int], int, Collection[int]]]:
         """Token ids, the answer's first token, and that of every accepted answer, of the first items of a split."""
-        tokenizer = own_tokenizer(self.model)
+        tokenizer = Model.of(self.model).tokenizer
         drawn = few_shot_prompts(task, task.split(split)[:n], 0, tokenizer)
-        batch = tokenize(drawn, tokenizer, context_length(self.model))
+        batch = tokenize(drawn, tokenizer, Model.of(self.model).context_length)
         ids = [row[-length:].tolist() for row, length in zip(batch.tokens, batch.lengths, strict=True)]
         return list(zip(ids, batch.answer.tolist(), batch.accepted, strict=True))
 
@@ -218,7 +218,7 @@ def variants(ground: Ground) -> Iterator[Figure]:
 
 def generation(ground: Ground) -> Iterator[Figure]:
     """Exact match by generation."""
-    task, tokenizer = sl.load_task("capitalize"), own_tokenizer(ground.model)
+    task, tokenizer = sl.load_task("capitalize"), Model.of(ground.model).tokenizer
     mean_z = vectors(ground, [task])["capitalize"]
     shape = (ground.model.cfg.n_layers, ground.model.cfg.n_heads)
     alpha = sl.HeadSelection(torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 0.3)
@@ -226,7 +226,7 @@ def generation(ground: Ground) -> Iterator[Figure]:
     ours, scores = seconds(lambda: sl.evaluate(task, site, ground.model, n_items=100, metrics=("exact_match",)))
     items = sample(ground, task, 100)
     newlines = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
-    stops = newlines | end_tokens(ground.model, tokenizer)
+    stops = newlines | end_tokens(Model.of(ground.model), tokenizer)
 
     def plain() -> list[list[int]]:
         return [ground.plain.generate(ids, alpha.alpha, mean_z.mean_z, stops) for ids, _ in items]
@@ -241,8 +241,8 @@ def generation(ground: Ground) -> Iterator[Figure]:
 def embedding(ground: Ground) -> Iterator[Figure]:
     """embed_task against a bare forward of the same tokens in batches without padding (its target is a limit)."""
     task = sl.load_task("antonym")
-    tokenizer = own_tokenizer(ground.model)
-    batch = tokenize(embedding_prompts(task, tokenizer, 50, 10, 0), tokenizer, context_length(ground.model))
+    tokenizer = Model.of(ground.model).tokenizer
+    batch = tokenize(embedding_prompts(task, tokenizer, 50, 10, 0), tokenizer, Model.of(ground.model).context_length)
     flat = torch.cat([row[-length:] for row, length in zip(batch.tokens, batch.lengths, strict=True)])
     length = sum(batch.lengths) // len(batch)
     rows = flat[: len(flat) // length * length].reshape(-1, length)

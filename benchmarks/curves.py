@@ -23,7 +23,7 @@ import sitelens as sl
 from benchmarks.bench import RESULTS, machine, padded, seconds
 from sitelens.engine.prompts import few_shot_prompts, tokenize
 from sitelens.figures.style import COLORS, DOUBLE, styled
-from sitelens.models.model import Model, head_shape, own_tokenizer
+from sitelens.models.model import Bridge, Model
 from sitelens.settings import parse_bytes
 
 BUDGET = "512MiB"
@@ -47,22 +47,22 @@ def measured(work: Callable[[], Any]) -> tuple[float, float]:
     return took, (kibibytes("VmHWM") - before) / 1024
 
 
-def embeddings(model: Model, tasks: list[sl.Task]) -> dict[str, sl.TaskEmbedding]:
+def embeddings(model: Bridge, tasks: list[sl.Task]) -> dict[str, sl.TaskEmbedding]:
     """Random ones of about the right size: time does not depend on them."""
     generator = torch.Generator().manual_seed(0)
-    shape = head_shape(model)
+    shape = Model.of(model).shape
     return {
         t.name: sl.TaskEmbedding(torch.randn(shape, generator=generator) * 0.05, t.name, None, 1, 1, 0) for t in tasks
     }
 
 
-def train(model: Model, tasks: list[sl.Task]) -> Callable[[], Any]:
+def train(model: Bridge, tasks: list[sl.Task]) -> Callable[[], Any]:
     """A short training of all tasks together."""
     vectors = embeddings(model, tasks)
     return lambda: sl.train_selections(tasks, model, embeddings=vectors, config=CONFIG)
 
 
-def points(model: Model) -> Iterator[dict[str, Any]]:
+def points(model: Bridge) -> Iterator[dict[str, Any]]:
     """Every point of the three curves."""
     names = sl.list_tasks().query("source == 'built in'")["name"]
     built_in = [sl.load_task(name) for name in names]
@@ -74,12 +74,12 @@ def points(model: Model) -> Iterator[dict[str, Any]]:
     for n in TOKENS:
         tasks = [padded(task, n - 8) for task in built_in[:4]] if n > 10 else built_in[:4]
         took, extra = measured(train(model, tasks))
-        prompts = few_shot_prompts(tasks[0], tasks[0].train[:20], 0, own_tokenizer(model))
-        length = sum(tokenize(prompts, own_tokenizer(model)).lengths) / len(prompts)
+        prompts = few_shot_prompts(tasks[0], tasks[0].train[:20], 0, Model.of(model).tokenizer)
+        length = sum(tokenize(prompts, Model.of(model).tokenizer).lengths) / len(prompts)
         yield {"against": "prompt tokens", "x": round(length), "seconds": took / len(tasks), "mib": extra}
     task = sl.load_task("capitalize")
     vector = embeddings(model, [task])[task.name]
-    selection = sl.HeadSelection(torch.rand(head_shape(model)[:2], generator=torch.Generator().manual_seed(0)))
+    selection = sl.HeadSelection(torch.rand(Model.of(model).shape[:2], generator=torch.Generator().manual_seed(0)))
     for n in ALPHAS:
         grid = {str(i): sl.PatchHeads(selection.random(64, seed=i), vector) for i in range(n)}
         took, extra = measured(lambda g=grid: sl.evaluate(task, g, model, n_items=16))

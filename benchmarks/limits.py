@@ -20,7 +20,7 @@ from benchmarks.bench import RESULTS, machine
 from sitelens.engine.forward import HeadEdit, LastToken
 from sitelens.engine.prefix import PrefixCache
 from sitelens.engine.prompts import few_shot_prompts, tokenize
-from sitelens.models.model import own_tokenizer
+from sitelens.models.model import Bridge, Model
 
 REPEATS = 21
 KINDS = {
@@ -57,16 +57,16 @@ def profiled(step: Callable[[], object]) -> dict[str, float]:
     return shares | {"Python": 1 - sum(shares.values())}
 
 
-def measured(rows: int, model: sl.Model) -> dict[str, float]:
+def measured(rows: int, model: Bridge) -> dict[str, float]:
     """One line of the table."""
     weights = [p.detach() for p in model.original_model.parameters() if p.ndim == 2]
-    task, tokenizer = sl.load_task("antonym"), own_tokenizer(model)
+    task, tokenizer = sl.load_task("antonym"), Model.of(model).tokenizer
     layers, heads, d_head = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head
     batch = tokenize(few_shot_prompts(task, task.train[:rows], 0, tokenizer), tokenizer)
-    prefix = PrefixCache.of(batch, model, 2**31)
+    prefix = PrefixCache.of(batch, Model.of(model), 2**31)
     vectors = torch.randn(rows, layers, heads, d_head) * 0.2
     inputs = {size: torch.randn(rows, size) for weight in weights for size in weight.shape}
-    last_token = LastToken(model)
+    last_token = LastToken(Model.of(model))
 
     def logits(alpha: torch.Tensor) -> torch.Tensor:
         return last_token(prefix.rows(torch.arange(rows)), HeadEdit.mix(alpha, vectors))

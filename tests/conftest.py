@@ -14,7 +14,7 @@ import torch
 
 from sitelens.errors import SitelensError
 from sitelens.models.loading import default_model
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from sitelens.settings import settings
 from tests import micro
 
@@ -52,7 +52,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory, real_cache: Path) -> 
 
 
 @pytest.fixture
-def packaged_model(own_cache: Path, shared_cache: Path) -> Iterator[Model]:
+def packaged_model(own_cache: Path, shared_cache: Path) -> Iterator[Bridge]:
     """The default model on all cores, with the shared cache in use; skips where it cannot be had (never in CI)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
@@ -80,13 +80,13 @@ def wide_family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def llama() -> Iterator[Model]:
+def llama() -> Iterator[Bridge]:
     """A tiny random Llama that tests share."""
     yield from micro.lent("Llama")
 
 
 @pytest.fixture
-def llama_double() -> Iterator[Model]:
+def llama_double() -> Iterator[Bridge]:
     """The same in float64."""
     yield from micro.lent("Llama", torch.float64)
 

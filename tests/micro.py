@@ -16,7 +16,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from sitelens.engine.network import run_tokens
 from sitelens.engine.twins import network_twin
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge, Model
 from sitelens.tasks import Task
 from tests import paper
 from tests.paper import WINDOW
@@ -93,12 +93,12 @@ def raw(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     return network
 
 
-def bridge(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, bos: bool = False) -> Model:
+def bridge(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, bos: bool = False) -> Bridge:
     """The same weights as `raw`, as a TransformerBridge with frozen weights and its own tokenizer."""
     return bridged(raw(family, dtype, seed), family, tokenizer(bos))
 
 
-def bridged(network: Any, name: str, own: Any) -> Model:
+def bridged(network: Any, name: str, own: Any) -> Bridge:
     """A TransformerBridge around a raw model, which it changes, with this tokenizer as its own."""
     model = build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name=name)
     model.requires_grad_(False)
@@ -106,7 +106,7 @@ def bridged(network: Any, name: str, own: Any) -> Model:
     return model
 
 
-def lent(family: str, dtype: torch.dtype = torch.float32) -> Iterator[Model]:
+def lent(family: str, dtype: torch.dtype = torch.float32) -> Iterator[Bridge]:
     """A bridge that tests share, for a fixture to `yield from`: each test must hand it back without hooks."""
     model = _shared_bridge(family, dtype)
     yield model
@@ -118,7 +118,7 @@ def lent(family: str, dtype: torch.dtype = torch.float32) -> Iterator[Model]:
 _shared_bridge = functools.cache(bridge)
 
 
-def hooks_left(model: Model) -> list[str]:
+def hooks_left(model: Bridge) -> list[str]:
     """The hook points of a bridge on which something is installed."""
     return [name for name, point in model.hook_dict.items() if point.has_hooks() or point._forward_hooks]
 
@@ -143,7 +143,7 @@ def output_projections(network: Any) -> list[torch.nn.Module]:
     return [module for name, module in network.named_modules() if name.endswith(ends)]
 
 
-def raw_modules(model: Model) -> Iterator[tuple[str, torch.nn.Module]]:
+def raw_modules(model: Bridge) -> Iterator[tuple[str, torch.nn.Module]]:
     """The network's own modules under the names that they have without a bridge."""
     yield from network_twin(model).named_modules()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sitelens as sl
 from sitelens.conditions.base import Condition
-from sitelens.models.model import Model, head_shape
+from sitelens.models.model import Bridge, Model
 from tests import micro, oracle, zoo
 
 HEADS = [(0, 1), (1, 0), (1, 3)]
@@ -47,8 +47,8 @@ def ablated(network: Any, heads: Sequence[tuple[int, int]], source: Tensor, wher
             handle.remove()
 
 
-def reference(model: Model) -> Tensor:
-    return torch.randn(*head_shape(model), generator=torch.Generator().manual_seed(2))
+def reference(model: Bridge) -> Tensor:
+    return torch.randn(*Model.of(model).shape, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean"])
@@ -60,7 +60,7 @@ def test_ablation_is_that_of_the_raw_model(family: str, kind: Any, positions: An
     condition = sl.Ablate(["L0H1", "1.0", (1, 3)], kind, mean, positions, n_shots=1)
     scores = sl.evaluate(TASK, {"whole": sl.FewShot(1), "ablated": condition}, model, n_items=4)
     scores = scores.set_index(["condition", "item"])
-    source = torch.zeros(head_shape(model)) if mean is None else mean
+    source = torch.zeros(Model.of(model).shape) if mean is None else mean
     where = slice(-1, None) if positions == "last" else slice(None)
     changed = 0.0
     for item in scores.loc["ablated"].index:
@@ -79,7 +79,7 @@ def sl_prompts(item: int) -> Any:
     return few_shot_prompts(TASK, [TASK.test[item]], 1, micro.tokenizer(), 0, "test", [item])
 
 
-def test_an_ablation_of_the_last_token_shares_the_prefix_and_one_of_all_does_not(llama: Model) -> None:
+def test_an_ablation_of_the_last_token_shares_the_prefix_and_one_of_all_does_not(llama: Bridge) -> None:
     last, everywhere = sl.Ablate(HEADS), sl.Ablate(HEADS, positions="all")
     patch = last.patch(llama)
     assert patch is not None and patch.alpha.sum() == 3 and not patch.vectors.any()
@@ -87,16 +87,16 @@ def test_an_ablation_of_the_last_token_shares_the_prefix_and_one_of_all_does_not
     assert (last.scope, everywhere.scope) == ("prompt", "generation")
 
 
-def test_a_soft_selection_is_a_soft_mask(llama: Model) -> None:
+def test_a_soft_selection_is_a_soft_mask(llama: Bridge) -> None:
     alpha = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
     patch = sl.Ablate(sl.HeadSelection(alpha)).patch(llama)
     assert patch is not None and torch.equal(patch.alpha, alpha)
 
 
-def test_generated_text_is_the_raw_models(llama: Model) -> None:
+def test_generated_text_is_the_raw_models(llama: Bridge) -> None:
     network, ids = micro.raw("Llama"), oracle.encode("Q: aa\nA:")
     said = sl.generate(["Q: aa\nA:"], sl.Ablate(HEADS, positions="all"), llama, max_new_tokens=4)
-    with torch.no_grad(), ablated(network, HEADS, torch.zeros(head_shape(llama)), slice(None)):
+    with torch.no_grad(), ablated(network, HEADS, torch.zeros(Model.of(llama).shape), slice(None)):
         for _ in range(4):
             ids = [*ids, int(network(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
     text = micro.tokenizer().decode([i for i in ids[len(oracle.encode("Q: aa\nA:")) :] if i != 2])
@@ -104,13 +104,13 @@ def test_generated_text_is_the_raw_models(llama: Model) -> None:
 
 
 @pytest.fixture
-def llama() -> Iterator[Model]:
+def llama() -> Iterator[Bridge]:
     yield from micro.lent("Llama")
 
 
 @pytest.mark.parametrize("kind", ["heads", "selection"])
 @pytest.mark.parametrize("source", ["zero", "tensor", "embedding"])
-def test_an_ablation_comes_back_from_disk(kind: str, source: str, llama: Model, tmp_path: Path) -> None:
+def test_an_ablation_comes_back_from_disk(kind: str, source: str, llama: Bridge, tmp_path: Path) -> None:
     heads: Any = HEADS if kind == "heads" else sl.HeadSelection(torch.full((2, 4), 0.5))
     mean: Any = None if source == "zero" else reference(llama)
     if source == "embedding":
@@ -146,7 +146,7 @@ def test_a_fresh_process_knows_the_condition(tmp_path: Path) -> None:
         ({"kind": "mean", "reference": torch.zeros(2, 4, 5)}, "d_head"),
     ],
 )
-def test_what_cannot_be_ablated_is_refused(arguments: Any, message: str, llama: Model) -> None:
+def test_what_cannot_be_ablated_is_refused(arguments: Any, message: str, llama: Bridge) -> None:
     with pytest.raises(sl.SitelensError, match=message):
         sl.Ablate(**({"heads": HEADS} | arguments)).patch(llama)
 

@@ -30,7 +30,7 @@ from sitelens.engine.forward import Hook
 from sitelens.errors import SitelensError
 from sitelens.evaluation.cached import score_conditions
 from sitelens.evaluation.result import Result
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge, Model
 from sitelens.models.provenance import Origin
 from sitelens.reports.run import RunConfig
 from sitelens.store import artifact as artifact_module
@@ -320,7 +320,7 @@ def own(**options: Any) -> type[Condition]:
     class Mine(Condition, **options):
         strength: float = 1.0
 
-        def fwd_hooks(self, model: Model) -> list[Hook]:
+        def fwd_hooks(self, model: Bridge) -> list[Hook]:
             return []
 
     return Mine
@@ -467,7 +467,7 @@ def test_what_the_store_holds_of_another_content_is_made_anew():
     def all_kinds() -> list[Any]:
         embedding = sl.embed_task(task, model, n_prompts=2, n_shots=1)
         selection = sl.train_selection(task, model, embedding=embedding, config=config).selection
-        scores = score_conditions(task, {"zero-shot": sl.ZeroShot()}, model, **options)
+        scores = score_conditions(task, {"zero-shot": sl.ZeroShot()}, Model.of(model), **options)
         compared = sl.compare([task], ["zero-shot", sl.methods.TV(n_sets=2, n_shots=1)], model, **options)
         return [
             embedding.mean_z.tolist(),

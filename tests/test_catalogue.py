@@ -14,7 +14,7 @@ from sitelens import list_models
 from sitelens.models import catalogue
 from sitelens.models.catalogue import NF4_BYTES, PAPER, download_command, weight_bytes
 from sitelens.models.gguf.converted import PACKAGED
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from sitelens.settings import settings
 from tests.paper import CONFIGS
 
@@ -105,7 +105,7 @@ def test_four_bits_take_what_bitsandbytes_takes() -> None:
 
 
 @pytest.mark.slow
-def test_the_packaged_models_row_is_right(packaged_model: Model) -> None:
+def test_the_packaged_models_row_is_right(packaged_model: Bridge) -> None:
     spec, text = PACKAGED["smollm2-135m"], packaged_model.original_model.config
     assert {fact: getattr(spec, fact) for fact in FACTS} == {fact: getattr(text, at) for fact, at in FACTS.items()}
     assert spec.parameters == sum({id(p): p.numel() for p in packaged_model.original_model.parameters()}.values())

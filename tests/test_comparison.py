@@ -13,7 +13,7 @@ import sitelens as sl
 from sitelens import figures
 from sitelens.errors import SitelensError
 from sitelens.methods.registry import ALL, method_named, methods_by_label
-from sitelens.models.model import Model, head_shape
+from sitelens.models.model import Bridge, Model
 from sitelens.reports.comparison import compare
 from sitelens.reports.comparison_result import COSTS, Comparison
 from tests import micro
@@ -25,11 +25,11 @@ SMALL_FEW = [small(name) for name in FEW]
 
 
 @pytest.fixture
-def model() -> Iterator[Model]:
+def model() -> Iterator[Bridge]:
     yield from micro.lent("Llama")
 
 
-def test_each_row_is_the_methods_own_fit_and_evaluation(model: Model) -> None:
+def test_each_row_is_the_methods_own_fit_and_evaluation(model: Bridge) -> None:
     frame = compare([TASK], SMALL_FEW, model, n_items=8).frame
     assert list(frame["method"]) == list(FEW)
     for row in frame.to_dict("records"):
@@ -39,9 +39,9 @@ def test_each_row_is_the_methods_own_fit_and_evaluation(model: Model) -> None:
         assert (row["accuracy"], row["low"], row["high"], row["n"]) == (found["mean"], found["low"], found["high"], 8)
 
 
-def test_what_is_trained_and_spent_is_that_of_the_method(model: Model) -> None:
+def test_what_is_trained_and_spent_is_that_of_the_method(model: Bridge) -> None:
     frame = compare([TASK], SMALL_FEW, model, n_items=4).frame.set_index("method")
-    layers, heads, _ = head_shape(model)
+    layers, heads, _ = Model.of(model).shape
     expected = {"zero-shot": 0, "FV": 0, "MTV": layers * heads, "SITE": layers * heads, "I2CL": 4 * layers}
     assert {name: frame.loc[name, "trained"] for name in expected} == expected
     assert frame.loc["LoRA", "trained"] == layers * 8 * (32 + 32 + 32 + 16)  # 2 of 4 key and value heads
@@ -50,7 +50,7 @@ def test_what_is_trained_and_spent_is_that_of_the_method(model: Model) -> None:
     assert (frame["forward_tokens"] > 0).sum() == len(FEW) - 1 and (frame["seconds_per_prompt"] > 0).all()
 
 
-def test_a_second_call_runs_nothing_and_gives_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_runs_nothing_and_gives_the_same(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compare([TASK], SMALL_FEW, model, n_items=4).frame
     micro.silence(monkeypatch)
     pd.testing.assert_frame_equal(compare([TASK], SMALL_FEW, model, n_items=4).frame, first)
@@ -58,7 +58,7 @@ def test_a_second_call_runs_nothing_and_gives_the_same(model: Model, monkeypatch
         compare([TASK], [small("MTV", n_steps=5)], model, n_items=4)
 
 
-def test_the_answers_behind_the_table_give_paired_differences(model: Model) -> None:
+def test_the_answers_behind_the_table_give_paired_differences(model: Bridge) -> None:
     names = ("zero-shot", "TV", "SITE")
     comparison = compare([TASK], [small(name) for name in names], model, n_items=8)
     frame, scores = comparison.frame, comparison.scores
@@ -75,7 +75,7 @@ def test_the_answers_behind_the_table_give_paired_differences(model: Model) -> N
     assert by_item["SITE"].mean() == frame["accuracy"].iloc[-1] and len(by_item) == 8
 
 
-def test_what_was_finished_before_an_interruption_is_kept(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_finished_before_an_interruption_is_kept(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     compare([TASK], [small("I2CL")], model, n_items=4)
     with monkeypatch.context() as patch:
         micro.silence(patch)
@@ -85,11 +85,11 @@ def test_what_was_finished_before_an_interruption_is_kept(model: Model, monkeypa
     assert list(frame["method"]) == ["I2CL", "TV"]
 
 
-def test_a_fits_cost_does_not_depend_on_what_lies_in_the_cache(model: Model) -> None:
-    alone = small("SITE").measured_fit(TASK, model)
+def test_a_fits_cost_does_not_depend_on_what_lies_in_the_cache(model: Bridge) -> None:
+    alone = small("SITE").measured_fit(TASK, Model.of(model))
     sl.settings.cache_dir = sl.settings.cache() / "other"
     sl.embed_task(TASK, model, n_prompts=3, n_shots=2)
-    again = small("SITE").measured_fit(TASK, model)
+    again = small("SITE").measured_fit(TASK, Model.of(model))
     assert (alone.forward_tokens, alone.backward_tokens) == (again.forward_tokens, again.backward_tokens)
 
 
@@ -122,7 +122,7 @@ def test_means_over_tasks() -> None:
     )
 
 
-def test_unknown_methods_are_named_with_the_nearest(model: Model) -> None:
+def test_unknown_methods_are_named_with_the_nearest(model: Bridge) -> None:
     with pytest.raises(SitelensError, match=r"did you mean .*LoRA"):
         compare([TASK], ["lora"], model)
     assert methods_by_label("FV") == {"FV": sl.methods.FV()}

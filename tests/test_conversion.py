@@ -32,7 +32,7 @@ from sitelens.models.gguf import converted as conversion
 from sitelens.models.gguf.converted import PACKAGED, PackagedModel, gguf_folder, packaged_folder
 from sitelens.models.gguf.metadata import config_of
 from sitelens.models.loading import load_model
-from sitelens.models.model import own_tokenizer
+from sitelens.models.model import Model
 from sitelens.models.networks import load_network
 from sitelens.settings import settings
 from tests import gguf_files
@@ -373,14 +373,14 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path: Path, bos: bool, eos: 
     general = {"tokenizer.ggml.add_bos_token": bos, "tokenizer.ggml.add_eos_token": eos}
     bridge = load_model(gguf_files.write(tmp_path / "tiny.gguf", gguf_files.network("llama"), general=general))
     plain = gguf_files.tokenizer()("Q: hot")["input_ids"]
-    assert own_tokenizer(bridge)("Q: hot")["input_ids"] == [1] * bos + plain + [2] * eos
+    assert Model.of(bridge).tokenizer("Q: hot")["input_ids"] == [1] * bos + plain + [2] * eos
 
 
 def test_the_chat_template_and_all_end_tokens_are_kept(tmp_path: Path):
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     general = {"tokenizer.chat_template": template, "tokenizer.ggml.eot_token_id": 7}
     bridge = load_model(gguf_files.write(tmp_path / "tiny.gguf", gguf_files.network("llama"), general=general))
-    assert own_tokenizer(bridge).chat_template == template
+    assert Model.of(bridge).tokenizer.chat_template == template
     network: Any = bridge.original_model
     assert network.generation_config.eos_token_id == [2, 7]
 
@@ -389,7 +389,7 @@ def test_tokenizer_files_beside_the_model_are_not_mixed_in(tmp_path: Path):
     file = gguf_files.write(tmp_path / "tiny.gguf", gguf_files.network("llama"))
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "another", "add_bos_token": true}')
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    assert own_tokenizer(load_model(file)).chat_template is None
+    assert Model.of(load_model(file)).tokenizer.chat_template is None
 
 
 def test_an_unknown_rule_for_cutting_texts_is_said(tmp_path: Path):
@@ -499,7 +499,7 @@ def test_a_gguf_file_is_converted_once_and_loads_as_it_was(reader: Conversions, 
     for path in (gguf, gguf, same):
         bridge = load_model(path)
         torch.testing.assert_close(bridge(TOKENS, return_type="logits"), logits(gguf_files.network("llama")))
-        assert own_tokenizer(bridge)("Q: hot") == gguf_files.tokenizer()("Q: hot")
+        assert Model.of(bridge).tokenizer("Q: hot") == gguf_files.tokenizer()("Q: hot")
     assert reader.read == ["tiny.gguf"]
     sha256 = hashlib.sha256(gguf.read_bytes()).hexdigest()
     assert [folder.name for folder in reader.folders()] == [f"gguf-{sha256[:16]}"]

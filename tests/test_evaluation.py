@@ -27,7 +27,7 @@ from sitelens.engine.forward import Hook, full_logits
 from sitelens.engine.prompts import Prompt, PromptBatch, draw_demonstrations, few_shot_prompts, tokenize
 from sitelens.evaluation.evaluate import COLUMNS
 from sitelens.models.fingerprints import fingerprint
-from sitelens.models.model import Model, head_shape
+from sitelens.models.model import Bridge, Model
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
 
@@ -45,7 +45,7 @@ def raw(family: str) -> Any:
 
 
 @pytest.fixture
-def model(family: str) -> Iterator[Model]:
+def model(family: str) -> Iterator[Bridge]:
     """Every family."""
     yield from micro.lent(family)
 
@@ -57,18 +57,18 @@ def one_of_two(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def model_of_two(one_of_two: str) -> Iterator[Model]:
+def model_of_two(one_of_two: str) -> Iterator[Bridge]:
     yield from micro.lent(one_of_two)
 
 
 @pytest.fixture
-def gpt2() -> Iterator[Model]:
+def gpt2() -> Iterator[Bridge]:
     yield from micro.lent("GPT2")
 
 
-def random_patch(model: Model, seed: int = 0) -> tuple[Tensor, Tensor]:
+def random_patch(model: Bridge, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    layers, heads, d_head = head_shape(model)
+    layers, heads, d_head = Model.of(model).shape
     alpha = torch.rand(layers, heads, generator=generator)
     return alpha, 0.3 * torch.randn(layers, heads, d_head, generator=generator)
 
@@ -77,7 +77,7 @@ def patch_heads(alpha: Tensor, vectors: Tensor, **options: Any) -> PatchHeads:
     return PatchHeads(sl.HeadSelection(alpha), TaskEmbedding(vectors, "random", None, 1, 0, 0), **options)
 
 
-def conditions_for(model: Model) -> dict[str, Condition]:
+def conditions_for(model: Bridge) -> dict[str, Condition]:
     return {
         "zero-shot": sl.ZeroShot(),
         "few-shot": sl.FewShot(SHOTS),
@@ -103,14 +103,14 @@ def ids_for(task: Task, condition: Condition) -> list[list[int]]:
     return [oracle.encode(text) for text in prompts(task, condition.n_shots)]
 
 
-def mix_of(condition: Condition, model: Model) -> tuple[Tensor, Tensor, str]:
+def mix_of(condition: Condition, model: Bridge) -> tuple[Tensor, Tensor, str]:
     if isinstance(condition, PatchHeads):
         return condition.selection.alpha, condition.embedding.mean_z, condition.mixing
     alpha, vectors = random_patch(model)
     return torch.zeros_like(alpha), torch.zeros_like(vectors), "convex"
 
 
-def oracle_logits(family: str, task: Task, condition: Condition, model: Model) -> Tensor:
+def oracle_logits(family: str, task: Task, condition: Condition, model: Bridge) -> Tensor:
     alpha, vectors, mixing = mix_of(condition, model)
     ids = ids_for(task, condition)
     return oracle.patched_logits(raw(family), ids, [alpha] * len(ids), [vectors] * len(ids), mixing)
@@ -140,7 +140,7 @@ def assert_same_frame(left: pd.DataFrame, right: pd.DataFrame) -> None:
 # -- first token, log-probability, rank --
 
 
-def test_scores_are_the_oracles(one_of_two: str, model_of_two: Model) -> None:
+def test_scores_are_the_oracles(one_of_two: str, model_of_two: Bridge) -> None:
     task = told_task(one_of_two)
     frame = sl.evaluate(task, conditions_for(model_of_two), model_of_two)
     assert tuple(frame.columns) == COLUMNS
@@ -159,7 +159,7 @@ def test_scores_are_the_oracles(one_of_two: str, model_of_two: Model) -> None:
     assert frame.groupby("condition")["logprob"].sum().nunique() == len(conditions_for(model_of_two))
 
 
-def test_any_accepted_answer_counts_and_the_preferred_one_is_ranked(one_of_two: str, model_of_two: Model) -> None:
+def test_any_accepted_answer_counts_and_the_preferred_one_is_ranked(one_of_two: str, model_of_two: Bridge) -> None:
     wrong, right = told_task(one_of_two).test[:2]
     task = task_of([Example(right.input, wrong.output, ("ab", right.output))])
     row = sl.evaluate(task, PLAIN, model_of_two).iloc[0]
@@ -169,7 +169,7 @@ def test_any_accepted_answer_counts_and_the_preferred_one_is_ranked(one_of_two: 
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])
-def test_rows_are_the_whole_split_in_order_for_each_metric_and_condition(gpt2: Model, split: str) -> None:
+def test_rows_are_the_whole_split_in_order_for_each_metric_and_condition(gpt2: Bridge, split: str) -> None:
     task = micro.task(n=30)
     items = task.split(split)
     metrics = ("first_token", "exact_match")
@@ -187,7 +187,7 @@ def test_rows_are_the_whole_split_in_order_for_each_metric_and_condition(gpt2: M
     assert set(frame["seed"]) == {3}
 
 
-def test_conditions_together_give_what_they_give_one_by_one(model_of_two: Model) -> None:
+def test_conditions_together_give_what_they_give_one_by_one(model_of_two: Bridge) -> None:
     task, conditions, metrics = micro.task(), conditions_for(model_of_two), ("first_token", "exact_match")
     options: dict[str, Any] = {"metrics": metrics, "max_new_tokens": 3, "n_items": 5}
     together = sl.evaluate(task, conditions, model_of_two, **options)
@@ -197,7 +197,7 @@ def test_conditions_together_give_what_they_give_one_by_one(model_of_two: Model)
 
 
 @pytest.mark.parametrize("budget", [1, 400_000])
-def test_memory_budget_does_not_matter(model_of_two: Model, budget: int) -> None:
+def test_memory_budget_does_not_matter(model_of_two: Bridge, budget: int) -> None:
     conditions = conditions_for(model_of_two) | {"hooked": Everywhere(stream_vector())}
     options: dict[str, Any] = {"metrics": ("first_token", "exact_match"), "max_new_tokens": 3, "n_items": 6}
     frames = []
@@ -207,7 +207,7 @@ def test_memory_budget_does_not_matter(model_of_two: Model, budget: int) -> None
     assert_same_frame(*frames)
 
 
-def test_a_sample_of_items_has_the_numbers_of_the_whole(model_of_two: Model) -> None:
+def test_a_sample_of_items_has_the_numbers_of_the_whole(model_of_two: Bridge) -> None:
     task, conditions = micro.task(), conditions_for(model_of_two)
     whole = sl.evaluate(task, conditions, model_of_two)
     sample = sl.evaluate(task, conditions, model_of_two, n_items=4)
@@ -216,7 +216,7 @@ def test_a_sample_of_items_has_the_numbers_of_the_whole(model_of_two: Model) -> 
     assert_same_frame(sample, whole[whole["item"].isin(drawn)])
 
 
-def test_a_sample_depends_on_the_seed_and_more_items_than_there_are_means_all(gpt2: Model) -> None:
+def test_a_sample_depends_on_the_seed_and_more_items_than_there_are_means_all(gpt2: Bridge) -> None:
     drawn = {tuple(sl.evaluate(micro.task(), PLAIN, gpt2, n_items=4, seed=seed)["item"]) for seed in range(6)}
     assert len(drawn) > 1
     assert all(list(items) == sorted(set(items)) for items in drawn)
@@ -224,7 +224,7 @@ def test_a_sample_depends_on_the_seed_and_more_items_than_there_are_means_all(gp
     assert everything == list(range(len(micro.task().test)))
 
 
-def test_seed_changes_demonstrations_only(gpt2: Model) -> None:
+def test_seed_changes_demonstrations_only(gpt2: Bridge) -> None:
     first, second = (
         sl.evaluate(micro.task(), conditions_for(gpt2), gpt2, seed=seed).set_index("condition")["logprob"]
         for seed in (0, 1)
@@ -282,7 +282,7 @@ def test_too_few_training_items_for_the_shots_is_an_error() -> None:
 
 @pytest.mark.parametrize("family", micro.MORE_FAMILIES)
 @pytest.mark.parametrize("ends", [{2}, {2, *range(20, 212, 12)}], ids=["one end", "many ends"])
-def test_generation_is_the_oracles(family: str, model: Model, ends: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_is_the_oracles(family: str, model: Bridge, ends: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.original_model.generation_config, "eos_token_id", sorted(ends))
     patch = random_patch(model)
     ids = [oracle.encode(text) for text in TEXTS]
@@ -297,7 +297,7 @@ def test_generation_is_the_oracles(family: str, model: Model, ends: set[int], mo
     assert not several or early == {True, False}  # some rows of the batch end before others
 
 
-def test_patching_acts_on_the_prompts_last_token_not_on_decoding(gpt2: Model) -> None:
+def test_patching_acts_on_the_prompts_last_token_not_on_decoding(gpt2: Bridge) -> None:
     patch = random_patch(gpt2)
     ids = [oracle.encode(text) for text in TEXTS]
     again_at_every_step = []
@@ -307,7 +307,7 @@ def test_patching_acts_on_the_prompts_last_token_not_on_decoding(gpt2: Model) ->
     assert sl.generate(TEXTS, patch_heads(*patch), gpt2, max_new_tokens=NEW) != again_at_every_step
 
 
-def test_generation_ends_at_a_newline(gpt2: Model) -> None:
+def test_generation_ends_at_a_newline(gpt2: Bridge) -> None:
     said = torch.tensor([oracle.encode(" ab")[0], oracle.encode("\n")[0]])
 
     def say(logits: Tensor, hook: Any) -> Tensor:
@@ -319,14 +319,14 @@ def test_generation_ends_at_a_newline(gpt2: Model) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, NEW])
-def test_at_most_max_new_tokens_are_generated(gpt2: Model, steps: int) -> None:
+def test_at_most_max_new_tokens_are_generated(gpt2: Bridge, steps: int) -> None:
     longest = [oracle.greedy(raw("GPT2"), oracle.encode(text), NEW) for text in TEXTS]
     found = sl.generate(TEXTS, None, gpt2, max_new_tokens=steps)
     assert found == [oracle.text_of(row[:steps]) for row in longest]
 
 
 @pytest.mark.parametrize("budget", [1, 300_000])
-def test_generation_does_not_depend_on_order_or_memory_budget(model_of_two: Model, budget: int) -> None:
+def test_generation_does_not_depend_on_order_or_memory_budget(model_of_two: Bridge, budget: int) -> None:
     condition = patch_heads(*random_patch(model_of_two))
     expected = sl.generate(TEXTS, condition, model_of_two, max_new_tokens=NEW)
     with sl.settings.using(memory_budget=budget):
@@ -336,7 +336,7 @@ def test_generation_does_not_depend_on_order_or_memory_budget(model_of_two: Mode
 
 
 @pytest.mark.parametrize("family", micro.MORE_FAMILIES)
-def test_predictions_and_their_scores_are_the_oracles(family: str, model: Model) -> None:
+def test_predictions_and_their_scores_are_the_oracles(family: str, model: Bridge) -> None:
     items = []
     for place, word in enumerate(micro.WORDS[:9]):
         said = oracle.text_of(oracle.greedy(raw(family), zero_shot(word), NEW))
@@ -375,7 +375,7 @@ class Everywhere(Condition):
     positions: ClassVar[Any] = "all"
     scope: ClassVar[Any] = "generation"
 
-    def fwd_hooks(self, model: Model) -> list[Hook]:
+    def fwd_hooks(self, model: Bridge) -> list[Hook]:
         def add(resid: Tensor, hook: Any) -> Tensor:
             added = torch.zeros_like(resid)
             added[:, slice(None) if self.positions == "all" else slice(-1, None)] = self.vector
@@ -412,7 +412,7 @@ def stream_vector() -> Tensor:
 
 
 @KINDS
-def test_own_condition_generates_as_raw_hooks_do(one_of_two: str, model_of_two: Model, kind: type[Everywhere]) -> None:
+def test_own_condition_generates_as_raw_hooks_do(one_of_two: str, model_of_two: Bridge, kind: type[Everywhere]) -> None:
     expected = []
     for text in TEXTS:
         ids = oracle.encode(text)
@@ -421,7 +421,7 @@ def test_own_condition_generates_as_raw_hooks_do(one_of_two: str, model_of_two: 
     assert sl.generate(TEXTS, kind(stream_vector()), model_of_two, max_new_tokens=NEW) == expected
 
 
-def test_own_condition_needs_no_padding_that_float64_cannot_express(llama_double: Model) -> None:
+def test_own_condition_needs_no_padding_that_float64_cannot_express(llama_double: Bridge) -> None:
     network, vector, expected = micro.raw("Llama", torch.float64), stream_vector().double(), []
     for text in TEXTS:
         with oracle.added_to_stream(network, vector, slice(None)):
@@ -429,12 +429,12 @@ def test_own_condition_needs_no_padding_that_float64_cannot_express(llama_double
     assert sl.generate(TEXTS, Everywhere(vector), llama_double, max_new_tokens=NEW) == expected
 
 
-def test_kinds_of_own_conditions_generate_differently(model_of_two: Model) -> None:
+def test_kinds_of_own_conditions_generate_differently(model_of_two: Bridge) -> None:
     texts = {tuple(sl.generate(TEXTS, kind(stream_vector()), model_of_two, max_new_tokens=NEW)) for kind in REACH}
     assert len(texts) == len(REACH)
 
 
-def test_own_condition_scores_as_raw_hooks_do_beside_others(one_of_two: str, model_of_two: Model) -> None:
+def test_own_condition_scores_as_raw_hooks_do_beside_others(one_of_two: str, model_of_two: Bridge) -> None:
     task = micro.task()
     conditions = {"zero-shot": sl.ZeroShot(), "own": Everywhere(stream_vector())}
     frame = sl.evaluate(task, conditions, model_of_two).set_index("condition")
@@ -449,20 +449,20 @@ def test_own_condition_scores_as_raw_hooks_do_beside_others(one_of_two: str, mod
 
 
 @KINDS
-def test_applied_acts_on_the_prompt_only_if_that_is_its_step(gpt2: Model, kind: type[Everywhere]) -> None:
+def test_applied_acts_on_the_prompt_only_if_that_is_its_step(gpt2: Bridge, kind: type[Everywhere]) -> None:
     batch = batch_of(TEXTS)
-    untouched = full_logits(batch, gpt2)
+    untouched = full_logits(batch, Model.of(gpt2))
     with kind(stream_vector()).applied(gpt2):
-        prompt, later = full_logits(batch, gpt2), full_logits(batch, gpt2)
+        prompt, later = full_logits(batch, Model.of(gpt2)), full_logits(batch, Model.of(gpt2))
     assert not torch.equal(prompt, untouched)
     assert torch.equal(later, untouched if kind.scope == "prompt" else prompt)
 
 
-def test_patched_heads_applied_to_whole_prompts_write_what_the_fast_path_writes(model_of_two: Model) -> None:
+def test_patched_heads_applied_to_whole_prompts_write_what_the_fast_path_writes(model_of_two: Bridge) -> None:
     condition, batch, cache = patch_heads(*random_patch(model_of_two)), batch_of(TEXTS), DynamicCache()
     with condition.applied(model_of_two):
-        logits = full_logits(batch, model_of_two, cache)
-        texts = decode(model_of_two, logits, cache, batch.mask, micro.tokenizer(), NEW, {2})
+        logits = full_logits(batch, Model.of(model_of_two), cache)
+        texts = decode(Model.of(model_of_two), logits, cache, batch.mask, micro.tokenizer(), NEW, {2})
     assert [text.strip() for text in texts] == sl.generate(
         TEXTS, condition, model_of_two, max_new_tokens=NEW, stop=None
     )
@@ -472,7 +472,7 @@ def test_patched_heads_applied_to_whole_prompts_write_what_the_fast_path_writes(
 
 
 @pytest.mark.parametrize("name", ["zero-shot", "few-shot", "convex", "additive", "patched few-shot"])
-def test_saved_conditions_come_back_the_same(gpt2: Model, tmp_path: Path, name: str) -> None:
+def test_saved_conditions_come_back_the_same(gpt2: Bridge, tmp_path: Path, name: str) -> None:
     condition = conditions_for(gpt2)[name]
     found = Condition.load(condition.save(tmp_path / "deep" / "condition.safetensors"))
     assert type(found) is type(condition)
@@ -496,7 +496,7 @@ def test_saved_patch_remembers_where_its_parts_come_from(tmp_path: Path) -> None
         assert [getattr(before, field) for field in fields] == [getattr(after, field) for field in fields]
 
 
-def test_own_conditions_come_back_under_their_own_kind(gpt2: Model, tmp_path: Path) -> None:
+def test_own_conditions_come_back_under_their_own_kind(gpt2: Bridge, tmp_path: Path) -> None:
     found = Condition.load(LastOfPrompt(stream_vector()).save(tmp_path / "own.safetensors"))
     assert type(found) is LastOfPrompt
     assert torch.equal(found.vector, stream_vector())
@@ -507,7 +507,7 @@ def test_a_condition_that_cannot_be_saved_says_so(tmp_path: Path) -> None:
     class Odd(Condition):
         anything: object
 
-        def fwd_hooks(self, model: Model) -> list[Hook]:
+        def fwd_hooks(self, model: Bridge) -> list[Hook]:
             return []
 
     try:
@@ -535,19 +535,19 @@ def test_loading_what_is_no_condition_is_an_error(tmp_path: Path) -> None:
 # -- metrics and the echo baseline --
 
 
-def test_any_accepted_answer_matches(gpt2: Model) -> None:
+def test_any_accepted_answer_matches(gpt2: Bridge) -> None:
     rows = sl.echo(task_of([Example("rome", "paris", ("berlin", "rome"))]), gpt2, metrics=("exact_match",))
     assert rows["score"].tolist() == [1]
 
 
-def test_first_token_of_an_echo_is_compared_with_the_answers(gpt2: Model) -> None:
+def test_first_token_of_an_echo_is_compared_with_the_answers(gpt2: Bridge) -> None:
     task = task_of([Example("ab cd", "ab ef"), Example("ab", "cd"), Example("ab", "cd", ("ab",))])
     rows = sl.echo(task, gpt2, metrics=("first_token",))
     assert rows["score"].tolist() == [1, 0, 1]
     assert rows["predicted"].tolist() == [" ab"] * 3
 
 
-def test_echo_stands_beside_prefix_match(gpt2: Model) -> None:
+def test_echo_stands_beside_prefix_match(gpt2: Bridge) -> None:
     task = task_of([Example("ab", "ab"), Example("ab cd", "ab"), Example("ab", "cd")])
     metrics = ("first_token", "prefix_match", "exact_match")
     frame = sl.evaluate(task, PLAIN, gpt2, metrics=metrics, max_new_tokens=1)
@@ -567,7 +567,7 @@ def test_echo_stands_beside_prefix_match(gpt2: Model) -> None:
     assert set(none["condition"]) == {"zero-shot"}
 
 
-def test_echo_is_given_for_the_items_of_the_sample(gpt2: Model) -> None:
+def test_echo_is_given_for_the_items_of_the_sample(gpt2: Bridge) -> None:
     options: dict[str, Any] = {"metrics": ("prefix_match",), "n_items": 3, "seed": 4, "split": "train"}
     frame = sl.evaluate(micro.task(), PLAIN, gpt2, max_new_tokens=1, **options)
     items = {name: rows["item"].tolist() for name, rows in frame.groupby("condition")}
@@ -581,7 +581,7 @@ EMPTY_ANSWERS = pytest.mark.parametrize(
 
 
 @EMPTY_ANSWERS
-def test_an_answer_that_is_empty_after_normalization_is_an_error(gpt2: Model, item: Example) -> None:
+def test_an_answer_that_is_empty_after_normalization_is_an_error(gpt2: Bridge, item: Example) -> None:
     task = task_of([Example("ac", "ad"), item])
     message = r"'told', input 'ab': prefix_match cannot score the answer '\(..\)': it is empty after normalization"
     with pytest.raises(sl.SitelensError, match=message):
@@ -743,7 +743,7 @@ def test_copies_count_once() -> None:
         assert sl.summarize(pd.concat([scores, other.iloc[[0, 2]]])).iloc[0]["n"] == 5
 
 
-def test_groups_keep_their_order_and_the_echo_has_no_difference(gpt2: Model) -> None:
+def test_groups_keep_their_order_and_the_echo_has_no_difference(gpt2: Bridge) -> None:
     conditions = {"zero-shot": sl.ZeroShot(), "another": sl.FewShot(1)}
     frame = sl.evaluate(micro.task(), conditions, gpt2, metrics=("prefix_match",), max_new_tokens=1)
     summary = sl.summarize(frame, against="zero-shot")
@@ -796,17 +796,17 @@ def test_what_cannot_be_summarized_is_an_error(change: Callable[[pd.DataFrame], 
     ],
     ids=str,
 )
-def test_options_that_cannot_be_met_are_an_error(gpt2: Model, options: dict[str, Any], message: str) -> None:
+def test_options_that_cannot_be_met_are_an_error(gpt2: Bridge, options: dict[str, Any], message: str) -> None:
     with pytest.raises(sl.SitelensError, match=message):
         sl.evaluate(micro.task(), PLAIN, gpt2, **options)
 
 
-def test_no_conditions_are_an_error(gpt2: Model) -> None:
+def test_no_conditions_are_an_error(gpt2: Bridge) -> None:
     with pytest.raises(sl.SitelensError, match="give at least one condition"):
         sl.evaluate(micro.task(), {}, gpt2)
 
 
-def test_a_task_without_items_is_an_error(gpt2: Model) -> None:
+def test_a_task_without_items_is_an_error(gpt2: Bridge) -> None:
     with pytest.raises(sl.SitelensError, match="task 'told' has no test items"):
         sl.evaluate(task_of([]), PLAIN, gpt2)
 
@@ -825,7 +825,9 @@ def test_a_task_without_items_is_an_error(gpt2: Model) -> None:
     ],
     ids=["one text", "no new tokens", "empty", "too long", "too long with its continuation"],
 )
-def test_prompts_that_cannot_be_continued_are_an_error(gpt2: Model, call: Callable[[Model], Any], message: str) -> None:
+def test_prompts_that_cannot_be_continued_are_an_error(
+    gpt2: Bridge, call: Callable[[Bridge], Any], message: str
+) -> None:
     with pytest.raises(sl.SitelensError, match=message):
         call(gpt2)
 
@@ -837,7 +839,7 @@ def test_prompts_that_cannot_be_continued_are_an_error(gpt2: Model, call: Callab
         (43, "task 'shift' has too few training items for 43 shots: 42 items"),
     ],
 )
-def test_too_many_shots_are_an_error(gpt2: Model, shots: int, message: str) -> None:
+def test_too_many_shots_are_an_error(gpt2: Bridge, shots: int, message: str) -> None:
     with pytest.raises(sl.SitelensError, match=message):
         sl.evaluate(micro.task(), {"": sl.FewShot(shots)}, gpt2)
 
@@ -865,7 +867,7 @@ def patch_made_for(alpha: str | None, vectors: str | None, shape: tuple[int, int
     ids=["selection", "embedding", "layers", "d_head"],
 )
 def test_a_patch_made_for_another_model_is_an_error_everywhere(
-    gpt2: Model, condition: PatchHeads, message: str
+    gpt2: Bridge, condition: PatchHeads, message: str
 ) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: sl.evaluate(micro.task(), {"plain": sl.ZeroShot(), "other": condition}, gpt2),
@@ -878,7 +880,7 @@ def test_a_patch_made_for_another_model_is_an_error_everywhere(
             call()
 
 
-def test_a_patch_fits_the_model_it_was_made_with(gpt2: Model) -> None:
+def test_a_patch_fits_the_model_it_was_made_with(gpt2: Bridge) -> None:
     made_here = patch_made_for(fingerprint(gpt2), fingerprint(gpt2))
     assert len(sl.generate(["ab"], made_here, gpt2)) == 1
     with pytest.raises(sl.SitelensError, match="was made with another model"):
@@ -899,12 +901,12 @@ def test_an_unknown_mixing_is_an_error() -> None:
         patch_heads(torch.rand(2, 4), torch.rand(2, 4, 8), mixing="half")
 
 
-def test_logits_that_are_no_numbers_are_an_error(gpt2: Model) -> None:
+def test_logits_that_are_no_numbers_are_an_error(gpt2: Bridge) -> None:
     alpha, vectors = random_patch(gpt2)
     with pytest.raises(sl.SitelensError, match="not finite"):
         sl.evaluate(micro.task(), {"broken": patch_heads(alpha, vectors * math.nan)}, gpt2)
 
 
-def test_a_condition_named_like_the_echo_baseline_is_an_error(gpt2: Model) -> None:
+def test_a_condition_named_like_the_echo_baseline_is_an_error(gpt2: Bridge) -> None:
     with pytest.raises(sl.SitelensError, match="echo"):
         sl.evaluate(micro.task(), {"echo": sl.ZeroShot()}, gpt2, metrics=("prefix_match",), max_new_tokens=1)

@@ -23,7 +23,7 @@ from sitelens.engine.network import Passes, all_positions, run_tokens
 from sitelens.engine.prefix import PrefixCache, ReadOnly
 from sitelens.engine.prompts import Prompt, PromptBatch, tokenize
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model, head_shape, z_hook
+from sitelens.models.model import Bridge, Model, z_hook
 from sitelens.settings import settings
 from tests import micro, oracle
 
@@ -47,17 +47,17 @@ def family(wide_family: str) -> str:
 
 
 @pytest.fixture
-def model(family: str) -> Iterator[Model]:
+def model(family: str) -> Iterator[Bridge]:
     yield from micro.lent(family)
 
 
 @pytest.fixture
-def llama_bfloat16() -> Iterator[Model]:
+def llama_bfloat16() -> Iterator[Bridge]:
     yield from micro.lent("Llama", torch.bfloat16)
 
 
 @pytest.fixture
-def gpt2_double() -> Iterator[Model]:
+def gpt2_double() -> Iterator[Bridge]:
     """The one family that computes in float64 throughout."""
     yield from micro.lent("GPT2", torch.float64)
 
@@ -70,21 +70,21 @@ def ids_of(texts: Sequence[str]) -> list[list[int]]:
     return [oracle.encode(text) for text in texts]
 
 
-def random_mix(model: Model, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def random_mix(model: Bridge, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """An alpha and vectors, as large as the micro models' z, of its own for each row."""
     generator = torch.Generator().manual_seed(seed)
-    layers, heads, d_head = head_shape(model)
+    layers, heads, d_head = Model.of(model).shape
     alpha = torch.rand(rows, layers, heads, generator=generator, dtype=dtype)
     return alpha, 0.3 * torch.randn(rows, layers, heads, d_head, generator=generator, dtype=dtype)
 
 
-def last_logits(model: Model, batch: PromptBatch, edit: HeadEdit | None, budget: int = AMPLE) -> Tensor:
-    prefix = PrefixCache.of(batch, model, budget)
-    with torch.no_grad(), LastToken(model) as run:
+def last_logits(model: Bridge, batch: PromptBatch, edit: HeadEdit | None, budget: int = AMPLE) -> Tensor:
+    prefix = PrefixCache.of(batch, Model.of(model), budget)
+    with torch.no_grad(), LastToken(Model.of(model)) as run:
         return run(prefix, edit)
 
 
-def hooked_logits(model: Model, batch: PromptBatch, hooks: list[Any]) -> Tensor:
+def hooked_logits(model: Bridge, batch: PromptBatch, hooks: list[Any]) -> Tensor:
     """Whole prompts by way of TransformerLens' own run_with_hooks: [row pos vocab]."""
     with torch.no_grad():
         return model.run_with_hooks(
@@ -92,10 +92,12 @@ def hooked_logits(model: Model, batch: PromptBatch, hooks: list[Any]) -> Tensor:
         )
 
 
-def z_at_the_end(model: Model, batch: PromptBatch, hooks: Sequence[Any] = ()) -> Tensor:
+def z_at_the_end(model: Bridge, batch: PromptBatch, hooks: Sequence[Any] = ()) -> Tensor:
     """What the output projections get at the last token of left-padded prompts, after `hooks` have acted."""
     seen: list[Tensor] = []
-    reading = [(z_hook(layer), lambda z, hook: seen.append(z[:, -1].clone())) for layer in range(head_shape(model)[0])]
+    reading = [
+        (z_hook(layer), lambda z, hook: seen.append(z[:, -1].clone())) for layer in range(Model.of(model).shape[0])
+    ]
     hooked_logits(model, batch, [*hooks, *reading])
     return torch.stack(seen, dim=1)
 
@@ -131,9 +133,9 @@ def test_prefix_path_gives_the_oracles_logits_and_gradients(family: str, mixing:
     heard: list[Tensor] = []
     listening: list[Any] = [("blocks.1.mlp.hook_in", lambda x, hook: heard.append(x))] if watched else []
     with model.hooks(fwd_hooks=listening):
-        assert Passes(model).plain == (not watched and not family.startswith("GPT"))
-        prefix = PrefixCache.of(batch_of(TEXTS), model, AMPLE)
-        with LastToken(model) as run:
+        assert Passes(Model.of(model)).plain == (not watched and not family.startswith("GPT"))
+        prefix = PrefixCache.of(batch_of(TEXTS), Model.of(model), AMPLE)
+        with LastToken(Model.of(model)) as run:
             logits = run(prefix, HeadEdit.mix(alpha, vectors, mixing))
     assert bool(heard) == watched
     summed_loss(logits).backward()
@@ -144,19 +146,19 @@ def test_prefix_path_gives_the_oracles_logits_and_gradients(family: str, mixing:
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_whole_prompts_under_hooks_give_the_oracles_logits(family: str, model: Model, mixing: Any) -> None:
+def test_whole_prompts_under_hooks_give_the_oracles_logits(family: str, model: Bridge, mixing: Any) -> None:
     alpha, vectors = random_mix(model, len(TEXTS), seed=1)
     logits = hooked_logits(model, batch_of(TEXTS), HeadEdit.mix(alpha, vectors, mixing).hooks())[:, -1]
     assert_close(logits, oracle.patched_logits(raw(family), ids_of(TEXTS), alpha, vectors, mixing))
 
 
-def test_both_paths_agree(model: Model) -> None:
+def test_both_paths_agree(model: Bridge) -> None:
     edit = HeadEdit.mix(*random_mix(model, len(TEXTS), seed=2))
     assert_close(last_logits(model, batch_of(TEXTS), edit), hooked_logits(model, batch_of(TEXTS), edit.hooks())[:, -1])
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_hooks_of_a_condition_give_the_oracles_logits(family: str, model: Model, mixing: Any) -> None:
+def test_hooks_of_a_condition_give_the_oracles_logits(family: str, model: Bridge, mixing: Any) -> None:
     alpha, vectors = (tensor[0] for tensor in random_mix(model, 1, seed=3))
     condition = PatchHeads(HeadSelection(alpha), TaskEmbedding(vectors, "random", None, 1, 0, 0), mixing)
     logits = hooked_logits(model, batch_of(TEXTS), condition.fwd_hooks(model))[:, -1]
@@ -166,20 +168,20 @@ def test_hooks_of_a_condition_give_the_oracles_logits(family: str, model: Model,
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_prompts_of_one_length_need_no_padding(family: str, model: Model, length: int) -> None:
+def test_prompts_of_one_length_need_no_padding(family: str, model: Bridge, length: int) -> None:
     texts = [" ".join(micro.WORDS[i : i + length]) for i in (3, 30, 60)]
     alpha, vectors = random_mix(model, 3, seed=4)
     logits = last_logits(model, batch_of(texts), HeadEdit.mix(alpha, vectors))
     assert_close(logits, oracle.patched_logits(raw(family), ids_of(texts), alpha, vectors))
 
 
-def test_captured_z_is_what_enters_the_output_projection(family: str, model: Model) -> None:
-    captured = capture_z(batch_of(TEXTS), model)
+def test_captured_z_is_what_enters_the_output_projection(family: str, model: Bridge) -> None:
+    captured = capture_z(batch_of(TEXTS), Model.of(model))
     assert_close(captured, oracle.head_outputs(raw(family), ids_of(TEXTS), model.cfg.n_heads))
 
 
 @pytest.mark.parametrize("budget", [1, AMPLE])
-def test_embedding_is_the_mean_of_the_oracles_z(family: str, model: Model, budget: int) -> None:
+def test_embedding_is_the_mean_of_the_oracles_z(family: str, model: Bridge, budget: int) -> None:
     task = micro.task()
     with settings.using(memory_budget=budget):
         embedding = embed_task(task, model, n_prompts=5, n_shots=2)
@@ -191,21 +193,21 @@ def test_embedding_is_the_mean_of_the_oracles_z(family: str, model: Model, budge
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_alpha_zero_is_the_untouched_model_to_the_bit(model: Model, mixing: Any) -> None:
+def test_alpha_zero_is_the_untouched_model_to_the_bit(model: Bridge, mixing: Any) -> None:
     batch = batch_of(TEXTS)
     alpha, vectors = random_mix(model, len(TEXTS))
     edit = HeadEdit.mix(0 * alpha, vectors, mixing)
-    prefix = PrefixCache.of(batch, model, AMPLE)
+    prefix = PrefixCache.of(batch, Model.of(model), AMPLE)
     last, cache = prefix.last[:, None], prefix.cache(ReadOnly)
-    untouched = run_tokens(model, last, prefix.mask, prefix.positions()[:, None], cache)[:, -1]
+    untouched = run_tokens(Model.of(model), last, prefix.mask, prefix.positions()[:, None], cache)[:, -1]
     assert torch.equal(last_logits(model, batch, edit), last_logits(model, batch, None))
     assert_close(last_logits(model, batch, None), untouched)
     assert torch.equal(hooked_logits(model, batch, edit.hooks()), hooked_logits(model, batch, []))
 
 
-def test_alpha_one_with_a_prompts_own_z_gives_its_own_head_outputs(family: str, model: Model) -> None:
+def test_alpha_one_with_a_prompts_own_z_gives_its_own_head_outputs(family: str, model: Bridge) -> None:
     batch = batch_of(TEXTS)
-    own = capture_z(batch, model)
+    own = capture_z(batch, Model.of(model))
     edit = HeadEdit.mix(torch.ones(own.shape[:3]), own)
     assert torch.equal(z_at_the_end(model, batch, edit.hooks()), own)
     assert_close(z_at_the_end(model, batch), own)
@@ -213,9 +215,9 @@ def test_alpha_one_with_a_prompts_own_z_gives_its_own_head_outputs(family: str, 
     assert_close(last_logits(model, batch, edit), untouched)
 
 
-def test_alpha_one_with_another_prompts_z_gives_the_oracles_logits(family: str, model: Model) -> None:
+def test_alpha_one_with_another_prompts_z_gives_the_oracles_logits(family: str, model: Bridge) -> None:
     batch = batch_of(TEXTS)
-    others = capture_z(batch, model).roll(1, 0)
+    others = capture_z(batch, Model.of(model)).roll(1, 0)
     ones = torch.ones(others.shape[:3])
     assert torch.equal(z_at_the_end(model, batch, HeadEdit.mix(ones, others).hooks()), others)
     logits = last_logits(model, batch, HeadEdit.mix(ones, others))
@@ -225,7 +227,7 @@ def test_alpha_one_with_another_prompts_z_gives_the_oracles_logits(family: str, 
 # -- what an edit leaves alone --
 
 
-def test_earlier_positions_and_earlier_layers_stay_the_same_to_the_bit(model: Model) -> None:
+def test_earlier_positions_and_earlier_layers_stay_the_same_to_the_bit(model: Bridge) -> None:
     alpha, vectors = random_mix(model, len(TEXTS))
     alpha[:, 0] = 0
     seen: dict[str, list[Tensor]] = {}
@@ -243,13 +245,13 @@ def test_earlier_positions_and_earlier_layers_stay_the_same_to_the_bit(model: Mo
 
 
 @pytest.mark.parametrize("watched", [False, True])
-def test_rows_that_share_a_prompt_give_what_each_gives_alone(model: Model, watched: bool) -> None:
+def test_rows_that_share_a_prompt_give_what_each_gives_alone(model: Bridge, watched: bool) -> None:
     alpha, vectors = random_mix(model, 6)
     alpha.requires_grad_()
-    prefix = PrefixCache.of(batch_of(TEXTS), model, AMPLE)
+    prefix = PrefixCache.of(batch_of(TEXTS), Model.of(model), AMPLE)
     which = torch.tensor([3, 3, 0, 0, 4, 4])
     listening: list[Any] = [("blocks.0.mlp.hook_in", lambda x, hook: x)] if watched else []
-    with model.hooks(fwd_hooks=listening), LastToken(model) as run:
+    with model.hooks(fwd_hooks=listening), LastToken(Model.of(model)) as run:
         shared = run(prefix.sharing(which), HeadEdit.mix(alpha, vectors))
         edits = [HeadEdit.mix(alpha[i : i + 1], vectors[i : i + 1]) for i in range(6)]
         alone = torch.cat([run(prefix.rows(which[i : i + 1]), edits[i]) for i in range(6)])
@@ -260,14 +262,14 @@ def test_rows_that_share_a_prompt_give_what_each_gives_alone(model: Model, watch
 
 
 @pytest.mark.parametrize("which", [[0, 1, 1], [1, 0, 1, 0], [2], [0, 1, 2, 3, 4]])
-def test_rows_share_only_where_every_prompt_has_as_many(llama: Model, which: list[int]) -> None:
-    prefix = PrefixCache.of(batch_of(TEXTS), llama, AMPLE)
+def test_rows_share_only_where_every_prompt_has_as_many(llama: Bridge, which: list[int]) -> None:
+    prefix = PrefixCache.of(batch_of(TEXTS), Model.of(llama), AMPLE)
     found, expected = prefix.sharing(torch.tensor(which)), prefix.rows(torch.tensor(which))
     assert found.repeats == 1 and torch.equal(found.last, expected.last)
     assert all(torch.equal(a, b) for a, b in zip(found.layer(0), expected.layer(0), strict=True))
 
 
-def test_apply_does_not_write_to_its_input(llama: Model) -> None:
+def test_apply_does_not_write_to_its_input(llama: Bridge) -> None:
     alpha, vectors = random_mix(llama, 2)
     for positions in (1, 3):
         z = torch.randn(2, positions, *vectors.shape[2:])
@@ -278,15 +280,15 @@ def test_apply_does_not_write_to_its_input(llama: Model) -> None:
         torch.testing.assert_close(edited[:, -1], oracle.mixed(before[:, -1], alpha[:, 1], vectors[:, 1]))
 
 
-def test_prefix_is_never_written_to(model: Model) -> None:
-    prefix = PrefixCache.of(batch_of(TEXTS), model, AMPLE)
+def test_prefix_is_never_written_to(model: Bridge) -> None:
+    prefix = PrefixCache.of(batch_of(TEXTS), Model.of(model), AMPLE)
     before = [tensor.clone() for tensor in (*prefix.keys, *prefix.values, prefix.mask, prefix.last)]
     alpha, vectors = random_mix(model, len(TEXTS))
-    with LastToken(model) as run:
+    with LastToken(Model.of(model)) as run:
         first = run(prefix, HeadEdit.mix(alpha.requires_grad_(), vectors))
         first.sum().backward()
         logits, cache = run.step(prefix, HeadEdit.mix(alpha.detach(), vectors))
-        decode(model, logits, cache, prefix.mask, micro.tokenizer(), 5, {2})
+        decode(Model.of(model), logits, cache, prefix.mask, micro.tokenizer(), 5, {2})
         again = run(prefix, HeadEdit.mix(alpha.detach(), vectors))
     assert cache.get_seq_length() > prefix.keys[0].shape[2]
     after = (*prefix.keys, *prefix.values, prefix.mask, prefix.last)
@@ -294,7 +296,7 @@ def test_prefix_is_never_written_to(model: Model) -> None:
     assert torch.equal(first, again)
 
 
-def test_decoding_goes_on_until_a_row_is_complete(llama: Model) -> None:
+def test_decoding_goes_on_until_a_row_is_complete(llama: Bridge) -> None:
     class Fused:
         """A tokenizer whose every token is a text with a newline in its middle."""
 
@@ -302,66 +304,67 @@ def test_decoding_goes_on_until_a_row_is_complete(llama: Model) -> None:
             assert skip_special_tokens
             return "no\nyes" * len(ids)
 
-    prefix = PrefixCache.of(batch_of(TEXTS), llama, AMPLE)
-    with LastToken(llama) as run, torch.no_grad():
+    prefix = PrefixCache.of(batch_of(TEXTS), Model.of(llama), AMPLE)
+    with LastToken(Model.of(llama)) as run, torch.no_grad():
         for enough in (1, 2, 9):
             logits, cache = run.step(prefix, None)
-            texts = decode(llama, logits, cache, prefix.mask, Fused(), 3, (), lambda _, s: s.count("\n") >= enough)  # noqa: B023
+            given = Model.of(llama), logits, cache, prefix.mask, Fused(), 3, ()
+            texts = decode(*given, lambda _, s: s.count("\n") >= enough)  # noqa: B023
             assert texts == ["no\nyes" * min(enough, 3)] * len(TEXTS)
 
 
 # -- hooks go away --
 
 
-def test_hooks_are_gone_afterwards(model: Model) -> None:
+def test_hooks_are_gone_afterwards(model: Bridge) -> None:
     batch = batch_of(TEXTS)
-    before = full_logits(batch, model)
+    before = full_logits(batch, Model.of(model))
     edit = HeadEdit.mix(*random_mix(model, len(TEXTS)))
     patched = last_logits(model, batch, edit)
     hooked_logits(model, batch, edit.hooks())
-    capture_z(batch, model)
+    capture_z(batch, Model.of(model))
     assert not torch.equal(before, patched)
     assert not micro.hooks_left(model)
-    assert torch.equal(full_logits(batch, model), before)
+    assert torch.equal(full_logits(batch, Model.of(model)), before)
 
 
-def fail_in_the_body(model: Model, batch: PromptBatch) -> None:
-    prefix = PrefixCache.of(batch, model, AMPLE)
-    with LastToken(model) as run:
+def fail_in_the_body(model: Bridge, batch: PromptBatch) -> None:
+    prefix = PrefixCache.of(batch, Model.of(model), AMPLE)
+    with LastToken(Model.of(model)) as run:
         run(prefix, HeadEdit.mix(*random_mix(model, len(batch))))
         raise RuntimeError("of our own")
 
 
-def fail_in_a_step(model: Model, batch: PromptBatch) -> None:
+def fail_in_a_step(model: Bridge, batch: PromptBatch) -> None:
     last_logits(model, batch, HeadEdit.mix(*random_mix(model, len(batch) - 1)))
 
 
-def fail_in_a_whole_prompt(model: Model, batch: PromptBatch) -> None:
+def fail_in_a_whole_prompt(model: Bridge, batch: PromptBatch) -> None:
     hooked_logits(model, batch, HeadEdit.mix(*random_mix(model, len(batch) - 1)).hooks())
 
 
-def fail_while_applied(model: Model, batch: PromptBatch) -> None:
+def fail_while_applied(model: Bridge, batch: PromptBatch) -> None:
     alpha, vectors = (tensor[0] for tensor in random_mix(model, 1))
     with PatchHeads(HeadSelection(alpha), TaskEmbedding(vectors, "random", None, 1, 0, 0)).applied(model):
-        full_logits(batch, model)
+        full_logits(batch, Model.of(model))
         raise RuntimeError("of our own")
 
 
 @pytest.mark.parametrize("fail", [fail_in_the_body, fail_in_a_step, fail_in_a_whole_prompt, fail_while_applied])
-def test_hooks_are_gone_after_an_error(llama: Model, fail: Callable[[Model, PromptBatch], None]) -> None:
+def test_hooks_are_gone_after_an_error(llama: Bridge, fail: Callable[[Bridge, PromptBatch], None]) -> None:
     batch = batch_of(TEXTS)
-    before = full_logits(batch, llama)
+    before = full_logits(batch, Model.of(llama))
     with pytest.raises(RuntimeError):
         fail(llama, batch)
     assert not micro.hooks_left(llama)
-    assert torch.equal(full_logits(batch, llama), before)
+    assert torch.equal(full_logits(batch, Model.of(llama)), before)
 
 
-def test_an_edit_does_not_outlive_the_step_that_failed(llama: Model) -> None:
+def test_an_edit_does_not_outlive_the_step_that_failed(llama: Bridge) -> None:
     batch = batch_of(TEXTS)
     untouched = last_logits(llama, batch, None)
-    prefix = PrefixCache.of(batch, llama, AMPLE)
-    with torch.no_grad(), LastToken(llama) as run:
+    prefix = PrefixCache.of(batch, Model.of(llama), AMPLE)
+    with torch.no_grad(), LastToken(Model.of(llama)) as run:
         with pytest.raises(RuntimeError):
             run(prefix, HeadEdit.mix(*random_mix(llama, len(batch) - 1)))
         assert torch.equal(run(prefix), untouched)
@@ -369,13 +372,13 @@ def test_an_edit_does_not_outlive_the_step_that_failed(llama: Model) -> None:
         assert torch.equal(run(prefix), untouched)
 
 
-def test_runs_nest_without_touching_each_other(llama: Model) -> None:
+def test_runs_nest_without_touching_each_other(llama: Bridge) -> None:
     batch = batch_of(TEXTS)
     outer_edit, inner_edit = (HeadEdit.mix(*random_mix(llama, len(batch), seed)) for seed in (0, 1))
     expected = [last_logits(llama, batch, edit) for edit in (outer_edit, inner_edit)]
-    prefix = PrefixCache.of(batch, llama, AMPLE)
-    with torch.no_grad(), LastToken(llama) as outer:
-        with LastToken(llama) as inner:
+    prefix = PrefixCache.of(batch, Model.of(llama), AMPLE)
+    with torch.no_grad(), LastToken(Model.of(llama)) as outer:
+        with LastToken(Model.of(llama)) as inner:
             found = [outer(prefix, outer_edit), inner(prefix, inner_edit)]
         found_after = outer(prefix, outer_edit)
     assert not torch.equal(*expected)
@@ -383,7 +386,7 @@ def test_runs_nest_without_touching_each_other(llama: Model) -> None:
     assert torch.equal(found_after, expected[0])
 
 
-def test_running_out_of_memory_names_the_budget_and_leaves_no_hook(llama: Model) -> None:
+def test_running_out_of_memory_names_the_budget_and_leaves_no_hook(llama: Bridge) -> None:
     def exhaust(z: Tensor, hook: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
@@ -399,19 +402,19 @@ def test_running_out_of_memory_names_the_budget_and_leaves_no_hook(llama: Model)
 
 
 @pytest.mark.parametrize("index", [[4, 0, 2, 1, 3], [1, 1, 3, 1], [3], [4, 4]], ids=str)
-def test_chosen_rows_give_their_own_logits(model: Model, index: list[int]) -> None:
+def test_chosen_rows_give_their_own_logits(model: Bridge, index: list[int]) -> None:
     batch = batch_of(TEXTS)
     edit = HeadEdit.mix(*random_mix(model, len(batch)))
     whole = last_logits(model, batch, edit)
     chosen = torch.tensor(index)
-    prefix = PrefixCache.of(batch, model, AMPLE).rows(chosen)
-    with torch.no_grad(), LastToken(model) as run:
+    prefix = PrefixCache.of(batch, Model.of(model), AMPLE).rows(chosen)
+    with torch.no_grad(), LastToken(Model.of(model)) as run:
         assert_close(run(prefix, edit.rows(chosen)), whole[chosen])
     assert prefix.mask.shape[1] == max(LENGTHS[i] for i in index)
     assert prefix.positions().tolist() == [LENGTHS[i] - 1 for i in index]
 
 
-def test_stacked_edits_act_row_by_row(llama: Model) -> None:
+def test_stacked_edits_act_row_by_row(llama: Bridge) -> None:
     edits = [HeadEdit.mix(*random_mix(llama, rows, seed)) for seed, rows in enumerate((2, 3))]
     stacked = last_logits(llama, batch_of(TEXTS), HeadEdit.stack(edits))
     apart = [last_logits(llama, batch_of(part), edit) for part, edit in zip((TEXTS[:2], TEXTS[2:]), edits, strict=True)]
@@ -419,10 +422,10 @@ def test_stacked_edits_act_row_by_row(llama: Model) -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 30_000, AMPLE])
-def test_prefix_does_not_depend_on_the_chunks(model: Model, budget: int) -> None:
+def test_prefix_does_not_depend_on_the_chunks(model: Bridge, budget: int) -> None:
     batch = batch_of(TEXTS)
-    alone = [PrefixCache.of(batch.rows([i]), model, AMPLE) for i in range(len(batch))]
-    whole = PrefixCache.of(batch, model, budget)
+    alone = [PrefixCache.of(batch.rows([i]), Model.of(model), AMPLE) for i in range(len(batch))]
+    whole = PrefixCache.of(batch, Model.of(model), budget)
     for row, length in enumerate(LENGTHS):
         for layer in range(len(alone[row].keys)):
             for found, single in ((whole.keys, alone[row].keys), (whole.values, alone[row].values)):
@@ -432,18 +435,18 @@ def test_prefix_does_not_depend_on_the_chunks(model: Model, budget: int) -> None
 
 @pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [2, 0, 4, 1, 3]], ids=str)
 @pytest.mark.parametrize("budget", [1, 30_000, AMPLE])
-def test_order_and_chunks_do_not_matter_in_float64(gpt2_double: Model, order: list[int], budget: int) -> None:
+def test_order_and_chunks_do_not_matter_in_float64(gpt2_double: Bridge, order: list[int], budget: int) -> None:
     edit = HeadEdit.mix(*random_mix(gpt2_double, len(TEXTS), dtype=torch.float64))
     expected = last_logits(gpt2_double, batch_of(TEXTS), edit)
     shuffled = batch_of([TEXTS[i] for i in order])
     assert_close(last_logits(gpt2_double, shuffled, edit.rows(torch.tensor(order)), budget), expected[order], 1e-13)
 
 
-def test_rows_alone_give_the_same_logits_and_gradients_in_float64(gpt2_double: Model) -> None:
+def test_rows_alone_give_the_same_logits_and_gradients_in_float64(gpt2_double: Bridge) -> None:
     start, vectors = random_mix(gpt2_double, len(TEXTS), dtype=torch.float64)
     whole, alone = (start.clone().requires_grad_() for _ in range(2))
-    prefix = PrefixCache.of(batch_of(TEXTS), gpt2_double, AMPLE)
-    with LastToken(gpt2_double) as run:
+    prefix = PrefixCache.of(batch_of(TEXTS), Model.of(gpt2_double), AMPLE)
+    with LastToken(Model.of(gpt2_double)) as run:
         together = run(prefix, HeadEdit.mix(whole, vectors))
         apart = [
             run(prefix.rows(torch.tensor([i])), HeadEdit.mix(alone[i : i + 1], vectors[i : i + 1]))
@@ -456,13 +459,13 @@ def test_rows_alone_give_the_same_logits_and_gradients_in_float64(gpt2_double: M
     assert_close(alone.grad, whole.grad, 1e-13)
 
 
-def test_padded_rows_are_the_oracles_in_float64(llama_double: Model) -> None:
+def test_padded_rows_are_the_oracles_in_float64(llama_double: Bridge) -> None:
     alpha, vectors = random_mix(llama_double, len(TEXTS), dtype=torch.float64)
     expected = oracle.patched_logits(raw("Llama", torch.float64), ids_of(TEXTS), alpha, vectors)
     assert_close(last_logits(llama_double, batch_of(TEXTS), HeadEdit.mix(alpha, vectors)), expected, 1e-6)
 
 
-def test_embedding_does_not_depend_on_the_memory_budget(gpt2_double: Model, tmp_path: Any) -> None:
+def test_embedding_does_not_depend_on_the_memory_budget(gpt2_double: Bridge, tmp_path: Any) -> None:
     found = []
     for budget in (1, 200_000, AMPLE):
         with settings.using(cache_dir=tmp_path / str(budget), memory_budget=budget):
@@ -471,20 +474,20 @@ def test_embedding_does_not_depend_on_the_memory_budget(gpt2_double: Model, tmp_
     assert_close(found[1], found[2], 1e-7)
 
 
-def test_prefix_bytes_are_what_a_prefix_takes(model: Model) -> None:
-    prefix = PrefixCache.of(batch_of([TEXTS[0], TEXTS[0]]), model, AMPLE)
+def test_prefix_bytes_are_what_a_prefix_takes(model: Bridge) -> None:
+    prefix = PrefixCache.of(batch_of([TEXTS[0], TEXTS[0]]), Model.of(model), AMPLE)
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*prefix.keys, *prefix.values))
-    assert held == 2 * prefix_bytes(model, LENGTHS[0])
+    assert held == 2 * prefix_bytes(Model.of(model), LENGTHS[0])
 
 
 # -- numbers --
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_gradient_of_the_loss_passes_gradcheck(gpt2_double: Model, mixing: Any) -> None:
+def test_gradient_of_the_loss_passes_gradcheck(gpt2_double: Bridge, mixing: Any) -> None:
     alpha, vectors = random_mix(gpt2_double, 2, dtype=torch.float64)
-    prefix = PrefixCache.of(batch_of([TEXTS[1], TEXTS[3]]), gpt2_double, AMPLE)
-    with LastToken(gpt2_double) as run:
+    prefix = PrefixCache.of(batch_of([TEXTS[1], TEXTS[3]]), Model.of(gpt2_double), AMPLE)
+    with LastToken(Model.of(gpt2_double)) as run:
         assert torch.autograd.gradcheck(
             lambda a: summed_loss(run(prefix, HeadEdit.mix(a, vectors, mixing))), alpha.requires_grad_()
         )
@@ -494,8 +497,8 @@ def test_bfloat16_paths_agree_within_its_own_noise_and_alpha_stays_float32(famil
     model = micro.bridge(family, torch.bfloat16)
     alpha, vectors = random_mix(model, len(TEXTS))
     edit = HeadEdit.mix(alpha.requires_grad_(), vectors)
-    prefix = PrefixCache.of(batch_of(TEXTS), model, AMPLE)
-    with LastToken(model) as run:
+    prefix = PrefixCache.of(batch_of(TEXTS), Model.of(model), AMPLE)
+    with LastToken(Model.of(model)) as run:
         fast = run(prefix, edit)
     summed_loss(fast.float()).backward()
     full = torch.cat([hooked_logits(model, batch_of([text]), edit.rows(torch.tensor([row])).hooks())[:, -1]
@@ -509,7 +512,7 @@ def test_bfloat16_paths_agree_within_its_own_noise_and_alpha_stays_float32(famil
     assert (fast.detach().float() - full.float()).abs().max() / scale <= noise + 2**-8
 
 
-def test_bfloat16_is_mixed_in_float32_and_rounded_once(llama_bfloat16: Model) -> None:
+def test_bfloat16_is_mixed_in_float32_and_rounded_once(llama_bfloat16: Bridge) -> None:
     alpha, vectors = random_mix(llama_bfloat16, 3)
     z = torch.randn(3, 1, *vectors.shape[2:]).bfloat16()
     expected = oracle.mixed(z[:, 0].float(), alpha[:, 0], vectors[:, 0]).bfloat16()

@@ -21,7 +21,7 @@ import sitelens as sl
 from sitelens import cli
 from sitelens.cli.command import command_parser
 from sitelens.models import loading
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from sitelens.reports import gallery
 from sitelens.tasks.files import ENDINGS
 from tests import micro
@@ -144,7 +144,7 @@ def values(*usual: Any) -> st.SearchStrategy[Any]:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Iterator[Model]:
+def tiny() -> Iterator[Bridge]:
     yield from micro.lent("Llama")
 
 
@@ -187,7 +187,7 @@ POSITIONAL = {"embed_task", "evaluate", "train_selections", "compare"}  # whose 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", CALLS)
 @how_many(12, 150)
-def test_odd_arguments_work_or_are_one_line(tiny: Model, name: str, examples: int):
+def test_odd_arguments_work_or_are_one_line(tiny: Bridge, name: str, examples: int):
     function, arguments = CALLS[name]
     before = repr(sl.settings)
 

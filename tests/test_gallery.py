@@ -14,7 +14,7 @@ import sitelens as sl
 from sitelens.cli import main
 from sitelens.methods.site.config import TrainConfig
 from sitelens.models import loading
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from sitelens.reports import gallery
 from sitelens.reports.gallery import make_figures
 from sitelens.studies import STUDIES
@@ -26,7 +26,7 @@ SMALL = TrainConfig(steps=4, eval_every=2, n_valid=4)
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Model:
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Bridge:
     """A micro model in place of any other."""
     model = micro.bridge("Llama")
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
@@ -58,7 +58,7 @@ QUICK = ("transfer", "soft-hard", "alpha-histogram", "training-curves")  # the o
 )
 @pytest.mark.filterwarnings("ignore:the shared alpha")
 def test_a_figure_is_made_with_its_data_and_its_origin(
-    name: str, tiny: Model, task_files: list[str], tmp_path: Path
+    name: str, tiny: Bridge, task_files: list[str], tmp_path: Path
 ) -> None:
     written = make_figures([name], tmp_path / "out", tasks=task_files, n_items=6, formats=["html"], config=SMALL)
     assert [path.name for path in written] == [f"{name}.{ending}" for ending in ("csv", "json", "html")]

@@ -35,7 +35,7 @@ from sitelens.heads import (
     induction_scores,
     written_tokens,
 )
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
@@ -58,19 +58,19 @@ def raw(family: str) -> Any:
 
 
 @functools.cache
-def _bridge(family: str) -> Model:
+def _bridge(family: str) -> Bridge:
     return micro.bridged(copy.deepcopy(raw(family)), family, micro.tokenizer())
 
 
 @pytest.fixture
-def model(family: str) -> Iterator[Model]:
+def model(family: str) -> Iterator[Bridge]:
     """Every family."""
     yield _bridge(family)
     assert not micro.hooks_left(_bridge(family))
 
 
 @pytest.fixture
-def gpt2() -> Iterator[Model]:
+def gpt2() -> Iterator[Bridge]:
     yield _bridge("GPT2")
     assert not micro.hooks_left(_bridge("GPT2"))
 
@@ -82,7 +82,7 @@ def worded(name: str = "worded", n: int = 40) -> Task:
     return Task.from_pairs(name, [(text, words[(7 * i + 3) % len(words)]) for i, text in enumerate(inputs)])
 
 
-def embedding_for(model: Model, task: Task, **options: Any) -> TaskEmbedding:
+def embedding_for(model: Bridge, task: Task, **options: Any) -> TaskEmbedding:
     shape = LAYERS, HEADS, model.cfg.d_head
     mean_z = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     options = {"n_prompts": 3, "n_shots": 2, "seed": 0} | options
@@ -194,7 +194,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_attribution_is_what_the_answer_loses_without_the_heads_write(family: str, model: Model) -> None:
+def test_attribution_is_what_the_answer_loses_without_the_heads_write(family: str, model: Bridge) -> None:
     task = worded()
     prompts = prompts_of(task, 3, 2)
     expected = torch.zeros(LAYERS, HEADS)
@@ -207,7 +207,7 @@ def test_attribution_is_what_the_answer_loses_without_the_heads_write(family: st
     close(by_head(head_attribution(task, model, n_items=3, n_shots=2), "attribution"), expected)
 
 
-def test_heads_and_all_else_add_up_to_the_real_logit(family: str, model: Model) -> None:
+def test_heads_and_all_else_add_up_to_the_real_logit(family: str, model: Bridge) -> None:
     task = worded()
     (prompt,) = prompts_of(task, 1, 2)
     parts = Parts(family, oracle.encode(prompt.text))
@@ -218,7 +218,7 @@ def test_heads_and_all_else_add_up_to_the_real_logit(family: str, model: Model) 
     assert heads + float(rest) == pytest.approx(float(total), rel=1e-4, abs=1e-4 * float(parts.logits.abs().max()))
 
 
-def test_attribution_of_an_embedding_uses_its_outputs_and_the_prompts_scales(family: str, model: Model) -> None:
+def test_attribution_of_an_embedding_uses_its_outputs_and_the_prompts_scales(family: str, model: Bridge) -> None:
     task = worded()
     embedding = embedding_for(model, task)
     (prompt,) = prompts_of(task, 1, 2)
@@ -228,7 +228,7 @@ def test_attribution_of_an_embedding_uses_its_outputs_and_the_prompts_scales(fam
     close(by_head(found, "attribution"), torch.stack(written).reshape(LAYERS, HEADS))
 
 
-def test_written_tokens_are_ranked_as_by_hand(family: str, model: Model) -> None:
+def test_written_tokens_are_ranked_as_by_hand(family: str, model: Bridge) -> None:
     task, n = worded(), 6
     embedding, tokenizer = embedding_for(model, task), micro.tokenizer()
     prompts = embedding_prompts(task, tokenizer, 3, 2, 0)
@@ -247,7 +247,7 @@ def test_written_tokens_are_ranked_as_by_hand(family: str, model: Model) -> None
 
 
 def test_the_prompts_of_written_tokens_are_at_most_eight_of_the_embeddings(
-    gpt2: Model, monkeypatch: pytest.MonkeyPatch
+    gpt2: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sitelens.heads import writing
 
@@ -269,7 +269,7 @@ def test_the_prompts_of_written_tokens_are_at_most_eight_of_the_embeddings(
 TEXTS = ["Q: aa\nA:", "Q: ba bb bc\nA: ca\n\nQ: cb cc\nA:", "Q: da\nA: db\n\nQ: ea eb ec ed\nA:", "ah bh"]
 
 
-def test_attention_is_that_of_the_raw_model_whatever_the_rows_lengths(family: str, model: Model) -> None:
+def test_attention_is_that_of_the_raw_model_whatever_the_rows_lengths(family: str, model: Bridge) -> None:
     heads = [(1, 2), (0, 0), (1, 0), (1, 2)]  # in any order, and one twice
     batch = tokenize([Prompt(text, ()) for text in TEXTS], micro.tokenizer())
     with settings.using(memory_budget=1):  # one row at a time
@@ -292,7 +292,7 @@ def words(*pairs: tuple[str, str]) -> Task:
     return Task("told", "test", train, query, query)
 
 
-def test_every_token_of_an_example_has_its_role(gpt2: Model) -> None:
+def test_every_token_of_an_example_has_its_role(gpt2: Bridge) -> None:
     task = words(("ba bb", "bc"), ("ba bb", "bc"))
     frame = attention_example(task, [(1, 1), (0, 3)], gpt2, n_shots=2)
     shown = [
@@ -355,7 +355,7 @@ def test_a_lone_space_has_a_role_though_its_place_in_the_text_is_empty() -> None
     assert frame["role"].tolist() == [*roles, *[TEMPLATE] * 3]
 
 
-def test_shares_of_attention_are_sums_by_role_over_the_embeddings_prompts(family: str, model: Model) -> None:
+def test_shares_of_attention_are_sums_by_role_over_the_embeddings_prompts(family: str, model: Bridge) -> None:
     task = worded()
     found = attention_roles(task, None, model, n_prompts=3, n_shots=2)
     assert set(found["role"]) == set(ROLES) and len(found) == len(ROLES) * len(ALL)
@@ -389,7 +389,7 @@ def by_hand(text: str) -> list[str]:
     return [FIRST, *roles[1:]]
 
 
-def test_what_cannot_have_roles_is_refused(gpt2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_have_roles_is_refused(gpt2: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     own, chat = micro.tokenizer(), replace(worded(), template="chat")
     own.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
     chatting = micro.bridged(micro.raw("GPT2"), "GPT2", own)
@@ -397,7 +397,7 @@ def test_what_cannot_have_roles_is_refused(gpt2: Model, monkeypatch: pytest.Monk
         attention_roles(chat, None, chatting, n_prompts=1, n_shots=1)
     with pytest.raises(sl.SitelensError, match=r"no valid item 9 of task 'worded': items 0 to 3"):
         attention_example(worded(), [(0, 0)], gpt2, item=9)
-    monkeypatch.setattr(attention_module, "own_tokenizer", lambda model: SlowTokenizer())
+    monkeypatch.setattr(Model, "tokenizer", property(lambda model: SlowTokenizer()))
     with pytest.raises(sl.SitelensError, match="a fast one"):
         attention_roles(worded(), None, gpt2, n_prompts=1, n_shots=1)
 
@@ -407,7 +407,7 @@ class SlowTokenizer:
 
 
 @pytest.mark.parametrize("head", [(2, 0), (0, 4), (-1, 0)])
-def test_a_head_that_is_not_there_is_refused(head: tuple[int, int], gpt2: Model) -> None:
+def test_a_head_that_is_not_there_is_refused(head: tuple[int, int], gpt2: Bridge) -> None:
     task = worded()
     message = rf"no head \({head[0]}, {head[1]}\): layers 0 to 1, heads 0 to 3"
     calls: list[Callable[[], Any]] = [
@@ -421,7 +421,7 @@ def test_a_head_that_is_not_there_is_refused(head: tuple[int, int], gpt2: Model)
             call()
 
 
-def test_no_validation_items_and_an_embedding_of_another_model_are_refused(gpt2: Model) -> None:
+def test_no_validation_items_and_an_embedding_of_another_model_are_refused(gpt2: Bridge) -> None:
     task = worded()
     bare, other = replace(task, valid=()), replace(embedding_for(gpt2, task), model="another")
     for call in (
@@ -470,11 +470,11 @@ def test_induction_scores_are_means_of_raw_attention(family: str, bos: bool, mon
     assert len(set(torch.cat(shown).flatten().tolist())) > length  # random
 
 
-def test_an_induction_head_scores_one(gpt2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_induction_head_scores_one(gpt2: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Patterns planted by hand: one head looks behind the first occurrence, one at the position before."""
     length = 5
 
-    def planted(rows: Tensor, model: Model, look: dict[str, Callable[[Tensor], None]]) -> None:
+    def planted(rows: Tensor, model: Bridge, look: dict[str, Callable[[Tensor], None]]) -> None:
         width = rows.shape[1]
         assert rows.min() > 3  # nothing special among the tokens
         for name, see in look.items():
@@ -496,13 +496,13 @@ def test_an_induction_head_scores_one(gpt2: Model, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(by_head(found, "previous_token"), zero)
 
 
-def test_induction_is_decided_by_its_seed(gpt2: Model) -> None:
+def test_induction_is_decided_by_its_seed(gpt2: Bridge) -> None:
     first, same, other = (induction_scores(gpt2, n_rows=2, length=5, seed=seed) for seed in (0, 0, 1))
     pd.testing.assert_frame_equal(first, same)
     assert not first.equals(other)
 
 
-def test_rows_that_are_too_long_are_refused(gpt2: Model) -> None:
+def test_rows_that_are_too_long_are_refused(gpt2: Bridge) -> None:
     assert len(induction_scores(gpt2, n_rows=1, length=127)) == len(ALL)  # a context of 256
     for length in (1, 128):
         with pytest.raises(sl.SitelensError, match=f"length must be at least 2 and at most 127, got {length}"):
@@ -512,7 +512,7 @@ def test_rows_that_are_too_long_are_refused(gpt2: Model) -> None:
 # Indirect effects
 
 
-def asked_by(task: Task, model: Model, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[pd.DataFrame, Any]:
+def asked_by(task: Task, model: Bridge, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[pd.DataFrame, Any]:
     """The effects, and the prompts that they were measured on."""
     batches = []
 
@@ -528,7 +528,7 @@ def asked_by(task: Task, model: Model, monkeypatch: pytest.MonkeyPatch, **option
 
 
 def test_indirect_effects_are_those_of_the_raw_model_whatever_the_budget(
-    family: str, model: Model, monkeypatch: pytest.MonkeyPatch
+    family: str, model: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, n = worded(), 4
     embedding = embedding_for(model, task)
@@ -544,7 +544,7 @@ def test_indirect_effects_are_those_of_the_raw_model_whatever_the_budget(
         gains[i] = (patched - oracle.logits(raw(family), ids).softmax(-1)[answer]).reshape(LAYERS, HEADS)
     assert len(set(batch.lengths)) > 1
     scale = float(gains.abs().max())
-    for budget in ("2GiB", 3 * 2 * prefix_bytes(model, max(batch.lengths)), 1):
+    for budget in ("2GiB", 3 * 2 * prefix_bytes(Model.of(model), max(batch.lengths)), 1):
         with settings.using(memory_budget=budget):
             found = indirect_effects(task, model, **options)
         torch.testing.assert_close(by_head(found, "effect"), gains.mean(0), rtol=1e-3, atol=1e-4 * scale)
@@ -552,7 +552,7 @@ def test_indirect_effects_are_those_of_the_raw_model_whatever_the_budget(
         torch.testing.assert_close(by_head(found, "error"), error, rtol=1e-3, atol=1e-4 * scale)
 
 
-def test_one_prompt_has_no_error(gpt2: Model) -> None:
+def test_one_prompt_has_no_error(gpt2: Bridge) -> None:
     task = worded()
     found = indirect_effects(task, gpt2, embedding=embedding_for(gpt2, task), n_prompts=1, n_shots=2)
     assert found["error"].isna().all() and found["effect"].notna().all()
@@ -564,7 +564,7 @@ def demonstrations(text: str) -> tuple[list[tuple[str, str]], str]:
     return pairs, query.removeprefix("Q: ").removesuffix("\nA:")  # type: ignore[return-value]
 
 
-def test_answers_are_shuffled_among_the_demonstrations(gpt2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_shuffled_among_the_demonstrations(gpt2: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     task = worded()
     truth = {example.input: example.output for example in task.train}
     options: dict[str, Any] = {"embedding": embedding_for(gpt2, task), "n_prompts": 12, "n_shots": 5}
@@ -585,7 +585,7 @@ def test_answers_are_shuffled_among_the_demonstrations(gpt2: Model, monkeypatch:
 
 
 def test_equal_answers_cannot_be_shuffled_and_are_no_endless_search(
-    gpt2: Model, monkeypatch: pytest.MonkeyPatch
+    gpt2: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = words(("ba", "bc"), ("bb", "bc"), ("be", "bc"))
     options: dict[str, Any] = {"embedding": embedding_for(gpt2, task), "n_prompts": 2}
@@ -597,7 +597,7 @@ def test_equal_answers_cannot_be_shuffled_and_are_no_endless_search(
 # Prompts of one's own
 
 
-def test_a_text_or_a_list_of_texts_may_stand_for_a_batch(gpt2: Model) -> None:
+def test_a_text_or_a_list_of_texts_may_stand_for_a_batch(gpt2: Bridge) -> None:
     batch = tokenize([Prompt(text, ()) for text in TEXTS], micro.tokenizer())
     torch.testing.assert_close(attention(TEXTS, "L1H2, 0.1", gpt2), attention(batch, [(1, 2), (0, 1)], gpt2))
     one = attention(TEXTS[0], ["L1H2"], gpt2)
@@ -606,7 +606,7 @@ def test_a_text_or_a_list_of_texts_may_stand_for_a_batch(gpt2: Model) -> None:
     assert frame["role"].tolist() == [FIRST, *["text"] * 5] and "".join(frame["token"]) == TEXTS[0]
 
 
-def test_attribution_on_a_text_is_that_of_the_prompt(gpt2: Model) -> None:
+def test_attribution_on_a_text_is_that_of_the_prompt(gpt2: Bridge) -> None:
     task = worded()
     (prompt,) = prompts_of(task, 1, 2)
     expected = head_attribution(task, gpt2, n_items=1, n_shots=2)
@@ -617,7 +617,7 @@ def test_attribution_on_a_text_is_that_of_the_prompt(gpt2: Model) -> None:
     )
 
 
-def test_written_tokens_and_effects_take_texts(gpt2: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_tokens_and_effects_take_texts(gpt2: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     task = worded()
     embedding = embedding_for(gpt2, task)
     texts = [prompt.text for prompt in embedding_prompts(task, micro.tokenizer(), 3, 2, 0)]
@@ -629,7 +629,7 @@ def test_written_tokens_and_effects_take_texts(gpt2: Model, monkeypatch: pytest.
     pd.testing.assert_frame_equal(found, again)
 
 
-def test_texts_that_cannot_be_used_are_refused(gpt2: Model) -> None:
+def test_texts_that_cannot_be_used_are_refused(gpt2: Bridge) -> None:
     task, embedding = worded(), embedding_for(gpt2, worded())
     calls: dict[str, Callable[[], Any]] = {
         "roles are known in a task's prompts only": lambda: attention_roles("Q: aa", None, gpt2),

@@ -20,11 +20,11 @@ from sitelens.engine.keys import ResultStore, model_key
 from sitelens.errors import SitelensWarning
 from sitelens.evaluation.cached import score_conditions
 from sitelens.models.facts import BOOKKEEPING, Facts
-from sitelens.models.fingerprints import fingerprint, weights_digest
+from sitelens.models.fingerprints import fingerprint
 from sitelens.models.identity import accelerator_sums, tensor_sums
 from sitelens.models.interference import heard
 from sitelens.models.loading import load_model
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
 from sitelens.store.artifact import Artifact
 from tests import micro
@@ -142,7 +142,7 @@ def test_models_in_different_folders_have_equal_keys(tmp_path: Path):
         network.save_pretrained(tmp_path / name)
         micro.tokenizer().save_pretrained(tmp_path / name)
     first, second = (load_model(tmp_path / name) for name in ("first", "second"))
-    assert model_key(first) == model_key(second)
+    assert model_key(Model.of(first)) == model_key(Model.of(second))
 
 
 # Attributes, buffers, weights
@@ -234,13 +234,13 @@ def test_a_rotary_embedding_that_follows_the_prompt_keeps_its_fingerprint(kind: 
     config = copy.deepcopy(network.config)
     config.max_position_embeddings, config.rope_parameters = 8, ROTARY[kind]
     bridge = micro.bridged(type(network)(config).eval(), "rotary", micro.tokenizer())
-    before, key = fingerprint(bridge), model_key(bridge)
+    before, key = fingerprint(bridge), model_key(Model.of(bridge))
     bridge(TOKENS)
     assert fingerprint(bridge) == before
-    stretched = model_key(bridge)
+    stretched = model_key(Model.of(bridge))
     assert (stretched != key) == (kind == "dynamic")  # whose frequencies stay stretched for middle lengths
     bridge(TOKENS[:, :4])
-    assert model_key(bridge) == key
+    assert model_key(Model.of(bridge)) == key
 
 
 @pytest.mark.parametrize(
@@ -249,11 +249,11 @@ def test_a_rotary_embedding_that_follows_the_prompt_keeps_its_fingerprint(kind: 
 )
 def test_work_leaves_the_key_as_it_was(family: str):
     bridge = micro.bridge(family)
-    before = model_key(bridge)
+    before = model_key(Model.of(bridge))
     config = sl.TrainConfig(steps=1, eval_every=1)
     sl.train_selection(TASK, bridge, embedding=sl.embed_task(TASK, bridge, **SMALL), config=config)
     sl.evaluate(TASK, ZERO, bridge, n_items=2, metrics=("exact_match",))
-    assert model_key(bridge) == before and heard(bridge) is None
+    assert model_key(Model.of(bridge)) == before and heard(bridge) is None
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -280,9 +280,9 @@ def test_adapters_are_part_of_the_fingerprint():
 
 def test_compatibility_mode_changes_the_key():
     bridge = micro.bridge("GPT2")
-    before = model_key(bridge)
+    before = model_key(Model.of(bridge))
     bridge.enable_compatibility_mode()
-    after = model_key(bridge)
+    after = model_key(Model.of(bridge))
     assert after["model"] != before["model"] and after["setting"] != before["setting"]
 
 
@@ -310,7 +310,7 @@ def precision(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def result_switch(bridge: Model) -> Iterator[None]:
+def result_switch(bridge: Bridge) -> Iterator[None]:
     bridge.cfg.use_attn_result = True
     try:
         yield
@@ -327,22 +327,22 @@ def result_switch(bridge: Model) -> Iterator[None]:
         result_switch,
     ],
 )
-def test_the_setting_is_part_of_the_key_and_not_of_the_model(other: Any, llama: Model):
-    before = model_key(llama)
+def test_the_setting_is_part_of_the_key_and_not_of_the_model(other: Any, llama: Bridge):
+    before = model_key(Model.of(llama))
     with other(llama):
-        within = model_key(llama)
+        within = model_key(Model.of(llama))
     assert within["setting"] != before["setting"] and within["model"] == before["model"]
-    assert model_key(llama) == before
+    assert model_key(Model.of(llama)) == before
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers", "transformer_lens"])
-def test_versions_are_part_of_the_key(library: str, llama: Model, monkeypatch: pytest.MonkeyPatch):
-    before, real = model_key(llama), keys._version
+def test_versions_are_part_of_the_key(library: str, llama: Bridge, monkeypatch: pytest.MonkeyPatch):
+    before, real = model_key(Model.of(llama)), keys._version
     monkeypatch.setattr(keys, "_version", lambda name: "0.0" if name == library else real(name))
-    assert model_key(llama) != before
+    assert model_key(Model.of(llama)) != before
 
 
-def test_results_under_autocast_are_kept_apart(llama: Model):
+def test_results_under_autocast_are_kept_apart(llama: Bridge):
     clean = sl.embed_task(TASK, llama, **SMALL).mean_z
     with torch.autocast("cpu", torch.bfloat16):
         within = sl.embed_task(TASK, llama, **SMALL).mean_z
@@ -355,7 +355,7 @@ def test_generated_scores_hang_on_the_tokens_that_end_a_text():
     for metric, kinds in (("exact_match", 2), ("first_token", 3)):
         for end in (2, [2, 9]):
             network.generation_config.eos_token_id = end
-            score_conditions(TASK, ZERO, bridge, n_items=2, metrics=(metric,))
+            score_conditions(TASK, ZERO, Model.of(bridge), n_items=2, metrics=(metric,))
         assert len(entries()) == kinds
 
 
@@ -398,7 +398,7 @@ def replaced(owner: Any, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_module(bridge: Model) -> Iterator[None]:
+def own_module(bridge: Bridge) -> Iterator[None]:
     class Mine(nn.SiLU):
         pass
 
@@ -411,11 +411,11 @@ def own_module(bridge: Model) -> Iterator[None]:
         mlp.act_fn = before
 
 
-def norm(bridge: Model) -> Any:
+def norm(bridge: Bridge) -> Any:
     return bridge.blocks[0].ln1.original_component
 
 
-INTERFERENCE: dict[str, Callable[[Model], Any]] = {
+INTERFERENCE: dict[str, Callable[[Bridge], Any]] = {
     "a forward hook on blocks.0.attn.hook_z": lambda b: b.hooks(fwd_hooks=[("blocks.0.attn.hook_z", change)]),
     "a backward hook on blocks.1.hook_resid_post": lambda b: b.hooks(bwd_hooks=[("blocks.1.hook_resid_post", change)]),
     "a forward hook on blocks.0.ln1": lambda b: removed(norm(b).register_forward_hook(change)),
@@ -458,10 +458,10 @@ def test_what_a_key_cannot_name_is_heard_once_and_closes_the_store(what: str, mo
 def test_an_ablated_model_never_takes_nor_leaves_what_a_clean_one_computes():
     config = sl.TrainConfig(steps=3, eval_every=1)
 
-    def results(bridge: Model) -> list[torch.Tensor]:
+    def results(bridge: Bridge) -> list[torch.Tensor]:
         embedding = sl.embed_task(TASK, bridge, **SMALL)
-        scores = score_conditions(TASK, ZERO, bridge, n_items=5)
-        method = sl.methods.I2CL(epochs=1).measured_fit(TASK, bridge).condition.state()[0]
+        scores = score_conditions(TASK, ZERO, Model.of(bridge), n_items=5)
+        method = sl.methods.I2CL(epochs=1).measured_fit(TASK, Model.of(bridge)).condition.state()[0]
         alpha = sl.train_selection(TASK, bridge, embedding=embedding, config=config).selection.alpha
         return [embedding.mean_z, torch.tensor(scores["logprob"].to_numpy()), alpha, *method.values()]
 
@@ -479,8 +479,8 @@ def test_an_ablated_model_never_takes_nor_leaves_what_a_clean_one_computes():
     assert all(torch.equal(one, other) for one, other in zip(again, ablated, strict=True))
 
 
-def test_nothing_is_kept_of_work_during_which_a_hook_came(llama: Model):
-    store = ResultStore(llama, [TASK])
+def test_nothing_is_kept_of_work_during_which_a_hook_came(llama: Bridge):
+    store = ResultStore(Model.of(llama), [TASK])
     artifact = Artifact("embedding", store.key, {"x": torch.zeros(1)})
     with llama.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: None)]), pytest.warns(SitelensWarning):
         store.put(artifact)
@@ -504,7 +504,10 @@ def test_an_artifact_of_the_same_weights_fits_where_only_libraries_or_settings_d
     rotary: Any = next(module for module in elsewhere.original_model.modules() if hasattr(module, "inv_freq"))
     with torch.no_grad():
         rotary.inv_freq[0] = torch.nextafter(rotary.inv_freq[0], torch.tensor(2.0))  # as another processor rounds
-    assert sl.fingerprint(here) != sl.fingerprint(elsewhere) and weights_digest(here) == weights_digest(elsewhere)
+    assert (
+        sl.fingerprint(here) != sl.fingerprint(elsewhere)
+        and Model.of(here).weights_digest() == Model.of(elsewhere).weights_digest()
+    )
     embedding = sl.embed_task(micro.task(), here, n_prompts=2, n_shots=1)
     with pytest.warns(sl.SitelensWarning, match="same weights under another configuration or with other versions"):
         embedding.check_fits(elsewhere)

@@ -33,7 +33,7 @@ from sitelens.errors import SitelensWarning
 from sitelens.evaluation.evaluate import evaluate
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 from tests import micro
@@ -55,7 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def model_of(family: str, dtype: torch.dtype = torch.float32, vocabulary: int | None = None, layers: int = 2) -> Model:
+def model_of(family: str, dtype: torch.dtype = torch.float32, vocabulary: int | None = None, layers: int = 2) -> Bridge:
     """A model large enough that its activations outweigh all else, with random weights: always the same."""
     options = OPTIONS[family] | {"n_layer" if family == "GPT2" else "num_hidden_layers": layers}
     size = vocabulary or len(micro.tokenizer())
@@ -120,7 +120,7 @@ def test_live_bytes_are_counted_as_worked_out_by_hand() -> None:
     assert 4 * size <= peak(chain) <= 4 * size + 8  # two kept, a gradient taken in and a gradient given
 
 
-def prompts(rows: int, length: int, model: Model) -> PromptBatch:
+def prompts(rows: int, length: int, model: Bridge) -> PromptBatch:
     rng = random.Random(length)
     texts = ["Q: " + " ".join(rng.choices(micro.WORDS, k=length - 5)) + "\nA:" for _ in range(rows)]
     batch = tokenize([Prompt(text, (f" {micro.WORDS[0]}",)) for text in texts], model.tokenizer)
@@ -139,35 +139,36 @@ class TestEstimates:
 
     def test_a_prefix_takes_exactly_what_is_said(self, family: str, length: int) -> None:
         model = model_of(family)
-        prefix = PrefixCache.of(prompts(self.rows, length, model), model, 10**9)
+        prefix = PrefixCache.of(prompts(self.rows, length, model), Model.of(model), 10**9)
         taken = sum(tensor.nbytes for tensor in (*prefix.keys, *prefix.values))
-        assert taken == self.rows * prefix_bytes(model, length)
+        assert taken == self.rows * prefix_bytes(Model.of(model), length)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_full_forward(self, family: str, length: int, dtype: torch.dtype) -> None:
         model = model_of(family, dtype)
         batch = prompts(self.rows, length, model)
-        bound = self.rows * forward_bytes(model, length)
-        assert peak(lambda: capture_z(batch, model)) <= bound
-        assert peak(lambda: full_logits(batch, model, DynamicCache())) <= bound
+        bound = self.rows * forward_bytes(Model.of(model), length)
+        assert peak(lambda: capture_z(batch, Model.of(model))) <= bound
+        assert peak(lambda: full_logits(batch, Model.of(model), DynamicCache())) <= bound
 
     def test_the_attention_of_a_deep_model(self, family: str) -> None:
         model = model_of(family, layers=8)
         batch = prompts(2, 400, model)
-        assert peak(lambda: capture_z(batch, model)) <= 2 * forward_bytes(model, 400)
+        assert peak(lambda: capture_z(batch, Model.of(model))) <= 2 * forward_bytes(Model.of(model), 400)
 
     @pytest.mark.parametrize("family", ["GPT2", "Llama"])
     def test_prefixes_of_a_deep_model_take_their_budget_beside_themselves(self, family: str) -> None:
         model = model_of(family, layers=24)
         batch = prompts(self.rows, SHORT, model)
-        budget = self.rows // 2 * forward_bytes(model, SHORT)
-        assert peak(lambda: PrefixCache.of(batch, model, budget)) <= budget + self.rows * prefix_bytes(model, SHORT)
+        budget = self.rows // 2 * forward_bytes(Model.of(model), SHORT)
+        prefixes = self.rows * prefix_bytes(Model.of(model), SHORT)
+        assert peak(lambda: PrefixCache.of(batch, Model.of(model), budget)) <= budget + prefixes
 
     def test_a_forward_leaves_nothing_behind(self, family: str) -> None:
         model = model_of(family)
         batch = prompts(1, LONG, model)
         with Allocations() as allocations:
-            full_logits(batch, model)
+            full_logits(batch, Model.of(model))
             gc.collect()
             # Of models with fused projections the bridge keeps one layer's attention weights.
             fused = family in ("GPT2", "GPTNeoX")
@@ -183,9 +184,9 @@ class TestEstimates:
     def test_a_step_into_a_large_vocabulary(self, gradient: bool, dtype: torch.dtype) -> None:
         self.check_step(model_of("Llama", dtype, vocabulary=100_000), SHORT, gradient)
 
-    def check_step(self, model: Model, length: int, gradient: bool) -> None:
+    def check_step(self, model: Bridge, length: int, gradient: bool) -> None:
         batch = prompts(self.rows, length, model)
-        prefix = PrefixCache.of(batch, model, 10**9)
+        prefix = PrefixCache.of(batch, Model.of(model), 10**9)
         shape = self.rows, model.cfg.n_layers, model.cfg.n_heads
         vectors = torch.randn(*shape, model.cfg.d_head)
 
@@ -197,8 +198,8 @@ class TestEstimates:
             if gradient:
                 torch.autograd.grad(loss, alpha)
 
-        with LastToken(model) as last_token:
-            assert peak(step) <= self.rows * step_cost(model, gradient)(length)
+        with LastToken(Model.of(model)) as last_token:
+            assert peak(step) <= self.rows * step_cost(Model.of(model), gradient)(length)
 
 
 def task_of(name: str, length: int, n: int = 24) -> Task:
@@ -208,12 +209,12 @@ def task_of(name: str, length: int, n: int = 24) -> Task:
     return Task(name, "own", tuple(items), tuple(items[:8]), tuple(items))
 
 
-def vectors_of(model: Model, name: str) -> TaskEmbedding:
+def vectors_of(model: Bridge, name: str) -> TaskEmbedding:
     shape = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head
     return TaskEmbedding(torch.randn(shape), name, None, 1, 0, 0)
 
 
-def conditions_of(model: Model, n: int) -> Mapping[str, Condition]:
+def conditions_of(model: Bridge, n: int) -> Mapping[str, Condition]:
     """Patched heads of many kinds, beside the untouched model."""
     embedding, shape = vectors_of(model, "any"), (model.cfg.n_layers, model.cfg.n_heads)
     patched = {f"patched {i}": PatchHeads(HeadSelection(torch.rand(shape)), embedding) for i in range(n)}

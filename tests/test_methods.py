@@ -33,7 +33,7 @@ from sitelens.methods.lofit import MAX_GRAD_NORM
 from sitelens.methods.losses import answer_loss
 from sitelens.methods.registry import method_named
 from sitelens.models.fingerprints import fingerprint
-from sitelens.models.model import Model, head_shape
+from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
@@ -63,7 +63,7 @@ def small(name: str, **changes: Any) -> Method:
 
 
 @pytest.fixture
-def model(family: str) -> Iterator[Model]:
+def model(family: str) -> Iterator[Bridge]:
     yield from micro.lent(family)
 
 
@@ -71,7 +71,7 @@ def raw(family: str) -> Any:
     return micro.raw(family).requires_grad_(False)
 
 
-def logits_under(condition: Condition, model: Model, text: str) -> Tensor:
+def logits_under(condition: Condition, model: Bridge, text: str) -> Tensor:
     """Of the last token of a whole prompt, by way of the bridge's own forward pass."""
     with torch.no_grad(), condition.applied(model):
         return model.forward(torch.tensor([oracle.encode(text)]))[0, -1]
@@ -109,14 +109,14 @@ def test_a_method_fits_answers_generates_and_comes_back_from_disk(name: str, sha
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_same_seed_gives_the_same_condition(name: str, llama: Model) -> None:
+def test_the_same_seed_gives_the_same_condition(name: str, llama: Bridge) -> None:
     first, second = (small(name).fit(TASK, llama).state() for _ in range(2))
     assert first[1] == second[1]
     assert all(torch.equal(first[0][key], second[0][key]) for key in first[0])
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "many-shot"])
-def test_test_items_are_not_looked_at(name: str, llama: Model) -> None:
+def test_test_items_are_not_looked_at(name: str, llama: Bridge) -> None:
     other = replace(TASK, test=(Example("aa", "ab"),))
     first, second = (small(name).fit(task, llama).state()[0] for task in (TASK, other))
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -138,7 +138,7 @@ def test_a_saved_method_is_known_where_no_method_was_imported(tmp_path: Path) ->
     assert done.stdout == "AddToStream\n"
 
 
-def test_site_patches_as_it_was_trained(llama: Model) -> None:
+def test_site_patches_as_it_was_trained(llama: Bridge) -> None:
     for changes, mixing in (({"mixing": "additive"}, "additive"), ({}, "convex")):
         condition = small("SITE", **changes).fit(TASK, llama)
         assert isinstance(condition, PatchHeads) and condition.mixing == mixing
@@ -187,7 +187,7 @@ def replaced(network: Any, layer: int, vector: Tensor) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_task_vector_replaces_the_state_as_a_raw_hook_does(family: str, model: Model, layer: int) -> None:
+def test_a_task_vector_replaces_the_state_as_a_raw_hook_does(family: str, model: Bridge, layer: int) -> None:
     network, vector = raw(family), normal(32, seed=layer)
     condition = ReplaceStream(vector[None], (layer,), fingerprint(model))
     for text in TEXTS:
@@ -196,7 +196,7 @@ def test_a_task_vector_replaces_the_state_as_a_raw_hook_does(family: str, model:
         assert_close(logits_under(condition, model, text), expected)
 
 
-def test_last_token_conditions_over_a_prefix_score_as_whole_prompts(model: Model) -> None:
+def test_last_token_conditions_over_a_prefix_score_as_whole_prompts(model: Bridge) -> None:
     """The evaluator's shared prefix against a condition that claims to touch all positions."""
 
     class Anywhere(AddToStream):
@@ -211,8 +211,8 @@ def test_last_token_conditions_over_a_prefix_score_as_whole_prompts(model: Model
 
 
 @pytest.mark.parametrize("name", ["I2CL", "LoFiT", "ICV", "LoRA", "FV"])
-def test_what_changes_nothing_leaves_the_model_as_it_is(name: str, family: str, model: Model) -> None:
-    layers, heads, d_head = head_shape(model)
+def test_what_changes_nothing_leaves_the_model_as_it_is(name: str, family: str, model: Bridge) -> None:
+    layers, heads, d_head = Model.of(model).shape
     shape = (layers, 2)
     nothing: dict[str, Callable[[], Condition]] = {
         "I2CL": lambda: LinearCombination(normal(*shape, 32), torch.zeros(shape), torch.ones(shape)),
@@ -225,8 +225,8 @@ def test_what_changes_nothing_leaves_the_model_as_it_is(name: str, family: str, 
         assert_close(logits_under(nothing[name](), model, text), oracle.logits(raw(family), oracle.encode(text)))
 
 
-def untrained(model: Model) -> LowRank:
-    weights = {name: torch.stack(layers) for name, layers in Adapters(model, 2, 2).weights.items()}
+def untrained(model: Bridge) -> LowRank:
+    weights = {name: torch.stack(layers) for name, layers in Adapters(Model.of(model), 2, 2).weights.items()}
     return LowRank({name: w if name.endswith("B") else normal(*w.shape).to(w) for name, w in weights.items()}, 2)
 
 
@@ -251,7 +251,7 @@ def test_the_direction_is_mean_plus_first_component_by_hand() -> None:
     torch.testing.assert_close(icv.direction(differences[:1]), torch.nn.functional.normalize(differences[0], dim=-1))
 
 
-def test_linear_combination_and_offsets_do_what_their_formulas_say(llama: Model) -> None:
+def test_linear_combination_and_offsets_do_what_their_formulas_say(llama: Bridge) -> None:
     context, a, b = normal(2, 2, 32), normal(2, 2, seed=1), normal(2, 2, seed=2)
     seen: dict[str, Tensor] = {}
     names = [f"blocks.{layer}.{part}.hook_out" for layer in range(2) for part in ("attn", "mlp")]
@@ -292,7 +292,7 @@ def test_adapters_are_the_weights_that_peft_says_and_are_gone_afterwards(family:
     assert_close(found, expected)
 
 
-def test_adapters_go_when_something_fails_in_between(llama: Model) -> None:
+def test_adapters_go_when_something_fails_in_between(llama: Bridge) -> None:
     before = [id(m) for m in llama.modules()]
 
     def failing() -> None:
@@ -307,7 +307,7 @@ def test_adapters_go_when_something_fails_in_between(llama: Model) -> None:
 
 
 @pytest.mark.parametrize("scope", ["prompt", "generation"])
-def test_a_full_mask_is_patching_with_alpha_one(llama: Model, scope: Any) -> None:
+def test_a_full_mask_is_patching_with_alpha_one(llama: Bridge, scope: Any) -> None:
     embedding = sl.embed_task(TASK, llama, n_prompts=3, n_shots=2)
     full = PatchHeads(sl.HeadSelection(torch.ones(2, 4)), embedding, scope=scope)
     network = raw("Llama")
@@ -395,12 +395,12 @@ def test_the_policy_learns_which_head_matters() -> None:
     assert logits[0, 2] > 2 and logits[0, 0] < -2
 
 
-def test_weighted_writes_add_up_to_what_the_heads_write(model: Model) -> None:
+def test_weighted_writes_add_up_to_what_the_heads_write(model: Bridge) -> None:
     """All weights one, and z a prompt's own: the attention layer's output, behind its norm if any, less its bias."""
     from sitelens.engine.forward import capture_z
     from sitelens.heads.writing import written
 
-    batch = zero_shot(TASK, TASK.train[:1], model)
+    batch = zero_shot(TASK, TASK.train[:1], Model.of(model))
     seen: list[Tensor] = []
     point = "ln1_post" if "blocks.0.ln1_post.hook_out" in model.hook_dict else "attn"
     hooks: list[Any] = [
@@ -408,16 +408,16 @@ def test_weighted_writes_add_up_to_what_the_heads_write(model: Model) -> None:
     ]
     with torch.no_grad():
         model.run_with_hooks(batch.tokens, fwd_hooks=hooks)
-    writes = written(capture_z(batch, model)[0], Model.of(model), batch)
+    writes = written(capture_z(batch, Model.of(model))[0], Model.of(model), batch)
     found = ltv.summed(torch.ones(writes.shape[:2]), writes)
     bias = [getattr(block.attn, "b_O", None) for block in model.blocks]
     expected = torch.stack([x - (0 if b is None else b) for x, b in zip(seen, bias, strict=True)])
     assert_close(found, expected)
 
 
-def test_answers_are_scored_as_whole_texts_by_the_raw_model(family: str, model: Model) -> None:
-    rows = answered(TASK, TASK.train[:3], model)
-    found = answer_loss(rows, model)
+def test_answers_are_scored_as_whole_texts_by_the_raw_model(family: str, model: Bridge) -> None:
+    rows = answered(TASK, TASK.train[:3], Model.of(model))
+    found = answer_loss(rows, Model.of(model))
     losses = []
     for ids, n in rows:
         logits = raw(family)(torch.tensor([ids])).logits[0]
@@ -434,8 +434,8 @@ def test_losses_of_rows_of_all_lengths_are_those_of_each_alone(family: str, dtyp
     model = micro.bridge(family, dtype)
     rows = [(oracle.encode(text), n) for text, n in zip(TEXTS, (1, 3, 2), strict=True)]
     assert len({len(ids) for ids, _ in rows}) == 3
-    alone = [n * answer_loss([(ids, n)], model) for ids, n in rows]
-    together = answer_loss(rows, model)
+    alone = [n * answer_loss([(ids, n)], Model.of(model)) for ids, n in rows]
+    together = answer_loss(rows, Model.of(model))
     assert together.item() == pytest.approx(
         (torch.stack(alone).sum() / 6).item(), rel=0.02 if dtype == torch.bfloat16 else 1e-5
     )
@@ -450,7 +450,7 @@ def test_training_in_float64_gives_numbers(name: str) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
 
 
-def test_a_loss_that_is_no_number_ends_the_training(llama: Model) -> None:
+def test_a_loss_that_is_no_number_ends_the_training(llama: Bridge) -> None:
     with pytest.raises(SitelensError, match="the loss is not finite"):
         sl.methods.LoRA(n_steps=20, learning_rates=(1e30,)).fit(TASK, llama)
 
@@ -460,7 +460,7 @@ def test_offsets_train_as_transformers_trainer_does() -> None:
     assert defaults["max_grad_norm"] == MAX_GRAD_NORM and defaults["weight_decay"] == 0
 
 
-def test_offsets_take_five_epochs_of_all_items_in_clipped_steps(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offsets_take_five_epochs_of_all_items_in_clipped_steps(llama: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     task = replace(TASK, train=TASK.train[:9])
     norms: list[float] = []
 
@@ -487,7 +487,7 @@ def test_noise_has_no_gradient_of_its_own() -> None:
     assert (of_b, of_a) == pytest.approx(plain, rel=1e-4)
 
 
-def test_learned_task_vectors_are_the_same_under_any_memory_budget(llama: Model) -> None:
+def test_learned_task_vectors_are_the_same_under_any_memory_budget(llama: Bridge) -> None:
     method = small("LTV", n_steps=9)
     sl.embed_task(TASK, llama, n_prompts=3, n_shots=2)  # in the cache for both
     with metered() as spent:
@@ -498,7 +498,7 @@ def test_learned_task_vectors_are_the_same_under_any_memory_budget(llama: Model)
     assert_close(parts.vectors, whole.vectors)
 
 
-def test_function_vectors_run_their_prompts_once(llama: Model) -> None:
+def test_function_vectors_run_their_prompts_once(llama: Bridge) -> None:
     tokens = []
     for correct_only in (True, False):
         with settings.using(cache_dir=None), metered() as spent:
@@ -507,7 +507,7 @@ def test_function_vectors_run_their_prompts_once(llama: Model) -> None:
     assert tokens[0] == tokens[1]
 
 
-def test_a_task_vector_needs_items_enough(llama: Model) -> None:
+def test_a_task_vector_needs_items_enough(llama: Bridge) -> None:
     with pytest.raises(SitelensError, match="too few training items for 5 shots and a dummy query: 5 items"):
         sl.methods.TV().fit(replace(TASK, train=TASK.train[:5]), llama)
 
@@ -534,13 +534,13 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert cosine(0, 0, 12) == 1
 
 
-def test_many_shot_prompts_fit_the_context(llama: Model) -> None:
+def test_many_shot_prompts_fit_the_context(llama: Bridge) -> None:
     condition = sl.methods.ManyShot().fit(TASK, llama)
     assert condition.n_shots > 10
     sl.evaluate(TASK, {"many-shot": condition}, llama)  # none is too long
 
 
-def test_many_shot_prompts_fit_whichever_items_are_drawn(llama: Model) -> None:
+def test_many_shot_prompts_fit_whichever_items_are_drawn(llama: Bridge) -> None:
     task = replace(TASK, train=tuple(Example(f"{a} {b}", a) for a in micro.WORDS[:16] for b in micro.WORDS[:16]))
     shown = set(fitting(task).train)
     assert len(shown) == 200
@@ -550,7 +550,7 @@ def test_many_shot_prompts_fit_whichever_items_are_drawn(llama: Model) -> None:
     sl.evaluate(task, {"many-shot": sl.methods.ManyShot().fit(task, llama)}, llama)
 
 
-def test_many_shot_prompts_leave_out_what_equals_the_query(llama: Model) -> None:
+def test_many_shot_prompts_leave_out_what_equals_the_query(llama: Bridge) -> None:
     twins = replace(TASK, train=TASK.train[:8], test=(TASK.train[0],))
     twins = replace(twins, train=(*twins.train, twins.test[0], twins.test[0]))
     condition = sl.methods.ManyShot().fit(twins, llama)
@@ -561,13 +561,13 @@ def test_many_shot_prompts_leave_out_what_equals_the_query(llama: Model) -> None
         sl.methods.ManyShot(limit=-1)
 
 
-def test_tokens_are_counted_forward_and_backward(llama: Model) -> None:
-    rows = answered(TASK, TASK.train[:2], llama)
+def test_tokens_are_counted_forward_and_backward(llama: Bridge) -> None:
+    rows = answered(TASK, TASK.train[:2], Model.of(llama))
     width = max(len(ids) for ids, _ in rows)
-    offsets = torch.zeros(head_shape(llama), requires_grad=True)
+    offsets = torch.zeros(Model.of(llama).shape, requires_grad=True)
     from sitelens.conditions.heads import changing
 
-    passes = Passes(llama, changing(lambda z, layer: z + offsets[layer], 2))
+    passes = Passes(Model.of(llama), changing(lambda z, layer: z + offsets[layer], 2))
     with metered() as spent:
         answer_loss(rows, passes).backward()
         with torch.no_grad():
@@ -580,7 +580,7 @@ def test_tokens_are_counted_forward_and_backward(llama: Model) -> None:
     [AddToStream(torch.zeros(1, 5), (0,)), InContextVector(torch.zeros(2, 5), 0.1), HeadOffsets(torch.zeros(3, 4, 8)),
      AddToStream(torch.zeros(1, 32), (0,), "another"), HeadOffsets(torch.zeros(2, 4, 8), "another")],
 )  # fmt: skip
-def test_a_condition_for_another_model_is_refused(condition: Condition, llama: Model) -> None:
+def test_a_condition_for_another_model_is_refused(condition: Condition, llama: Bridge) -> None:
     where: AbstractContextManager[Any] = nullcontext()
     with where, pytest.raises(SitelensError, match=r"shape|entries|another model"):
         condition.fwd_hooks(llama)

@@ -20,7 +20,7 @@ import sitelens as sl
 from sitelens.engine.prompts import after_answer
 from sitelens.evaluation.labels import first_tokens
 from sitelens.metrics import METRICS, Metric, Output, Target, answer_end, checked_metrics
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge, Model
 from sitelens.tasks import QA_TEMPLATE, Example, Task
 from tests import micro
 
@@ -186,7 +186,7 @@ def test_every_metric_has_one_sentence_of_definition():
         assert metric.name == name and metric.definition and not metric.definition.endswith(".")
 
 
-def test_a_metric_of_ones_own_is_a_value(llama: Model):
+def test_a_metric_of_ones_own_is_a_value(llama: Bridge):
     def contains(output: Output, target: Target) -> bool:
         return any(answer in output.text for answer in target.answers)
 
@@ -199,12 +199,12 @@ def test_a_metric_of_ones_own_is_a_value(llama: Model):
     assert frame[["metric", "score", "predicted"]].to_numpy().tolist() == [["contains", 1, said]]
 
 
-def test_a_metric_of_ones_own_is_never_taken_from_the_cache(llama: Model):
+def test_a_metric_of_ones_own_is_never_taken_from_the_cache(llama: Bridge):
     from sitelens.evaluation.cached import score_conditions
 
     for value in (True, False):
         own = Metric("mine", lambda output, target, value=value: value)
-        scores = score_conditions(micro.task(), {"z": sl.ZeroShot()}, llama, metrics=(own,))["score"]
+        scores = score_conditions(micro.task(), {"z": sl.ZeroShot()}, Model.of(llama), metrics=(own,))["score"]
         assert set(scores) == {int(value)}
 
 
@@ -216,7 +216,7 @@ def test_metrics_are_given_once():
 # Generation
 
 
-def path_hook(model: Model, pieces: Sequence[str]) -> tuple[str, Any]:
+def path_hook(model: Bridge, pieces: Sequence[str]) -> tuple[str, Any]:
     """A hook that makes the model generate these pieces, one token each, whatever the prompt."""
     tokens = [model.tokenizer.get_vocab()[piece] for piece in pieces]
     step = iter(range(1000))
@@ -234,14 +234,14 @@ def path_hook(model: Model, pieces: Sequence[str]) -> tuple[str, Any]:
 ONE = Example(micro.WORDS[0], micro.WORDS[1])
 
 
-def scores_of(model: Model, pieces: Sequence[str], template: str, answer: str = ONE.output) -> pd.DataFrame:
+def scores_of(model: Bridge, pieces: Sequence[str], template: str, answer: str = ONE.output) -> pd.DataFrame:
     task = Task("one", "", *[(Example(ONE.input, answer),)] * 3, template=template)
     metrics = ("exact_match", "prefix_match")
     with model.hooks(fwd_hooks=[path_hook(model, pieces)]):
         return sl.evaluate(task, {"z": sl.ZeroShot()}, model, metrics=metrics, with_echo=False).set_index("metric")
 
 
-def test_the_end_of_one_metric_does_not_change_another(llama: Model):
+def test_the_end_of_one_metric_does_not_change_another(llama: Bridge):
     word = " " + ONE.output
     frame = scores_of(llama, ["\n", word, "\n", "A"], QA_TEMPLATE)
     assert frame["score"].tolist() == [1, 1] and frame["predicted"].tolist() == [ONE.output] * 2
@@ -250,7 +250,7 @@ def test_the_end_of_one_metric_does_not_change_another(llama: Model):
     assert scores_of(llama, [word, ":", word, "<eos>"], "{input}>{output}:", both)["score"].tolist() == [1, 1]
 
 
-def test_generate_stops_at_the_text_given(llama: Model):
+def test_generate_stops_at_the_text_given(llama: Bridge):
     word = " " + ONE.output
     for stop, expected in (("\n", ONE.output), (":", f"{ONE.output}\nA"), (None, f"{ONE.output}\nA:{word}"),
                            ([":", "A"], ONE.output)):  # fmt: skip
@@ -291,7 +291,7 @@ def labeled(start: int) -> tuple[Example, ...]:
 LABELS = Task("labels", "", labeled(0), labeled(12), labeled(24))
 
 
-def test_label_token_is_the_argmax_over_the_labels(llama: Model):
+def test_label_token_is_the_argmax_over_the_labels(llama: Bridge):
     frame = sl.evaluate(LABELS, {"z": sl.ZeroShot()}, llama, metrics=("label_token", "first_token"))
     frame = frame.set_index("metric")
     ids = {label: llama.tokenizer.get_vocab()[f" {label}"] for label in ("ab", "cd", "ef")}
@@ -307,7 +307,7 @@ def test_label_token_is_the_argmax_over_the_labels(llama: Model):
     assert not set(frame["predicted"]["first_token"].str.strip()) <= set(ids)
 
 
-def test_label_token_of_the_echo_counts_labels_only(llama: Model):
+def test_label_token_of_the_echo_counts_labels_only(llama: Bridge):
     task = replace(LABELS, test=(Example("ab", "ab"), Example("cd", "ab"), Example("ba", "ab")))
     assert sl.echo(task, llama, metrics=("label_token",))["score"].tolist() == [1, 0, 0]
 
@@ -325,7 +325,7 @@ SAID = (r"task 'labels': 2 of 3 answers \(24 of 36 items\) share their first tok
         r"'ab ef' and 'ab gh' \(' ab'\)")  # fmt: skip
 
 
-def test_labels_that_begin_alike_are_refused_or_named(llama: Model):
+def test_labels_that_begin_alike_are_refused_or_named(llama: Bridge):
     options: dict[str, Any] = {"metrics": ("label_token",)}
     with pytest.warns(sl.SitelensWarning, match=SAID):
         sl.evaluate(SHARING, {"z": sl.ZeroShot()}, llama, **options)
@@ -337,7 +337,7 @@ def test_labels_that_begin_alike_are_refused_or_named(llama: Model):
         sl.evaluate(alike, {"z": sl.ZeroShot()}, llama, **options)
 
 
-def test_answers_that_are_no_set_of_labels_are_warned_of(llama: Model):
+def test_answers_that_are_no_set_of_labels_are_warned_of(llama: Bridge):
     with pytest.warns(sl.SitelensWarning, match=r"60 different answers in 60 items .*label_token is for tasks with a"):
         sl.evaluate(micro.task(), {"z": sl.ZeroShot()}, llama, metrics=("label_token",))
 
@@ -364,7 +364,7 @@ CONFIG = sl.TrainConfig(steps=2, eval_every=1, n_valid=2)
     ],
     ids=["evaluate", "train", "transfer", "compare", "similarity", "mtv", "effects", "attribution", "study"],
 )  # fmt: skip
-def test_shared_first_tokens_are_said_once_wherever_they_count(act: Any, llama: Model):
+def test_shared_first_tokens_are_said_once_wherever_they_count(act: Any, llama: Bridge):
     for _ in range(2):  # cached or not
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -374,11 +374,11 @@ def test_shared_first_tokens_are_said_once_wherever_they_count(act: Any, llama: 
             warnings.warn_explicit(said[0].message, said[0].category, "", 0)
 
 
-def test_metrics_that_generate_do_not_warn_of_first_tokens(llama: Model):
+def test_metrics_that_generate_do_not_warn_of_first_tokens(llama: Bridge):
     sl.evaluate(SHARING, {"z": sl.ZeroShot()}, llama, metrics=("exact_match",), max_new_tokens=2)
 
 
-def test_a_few_answers_that_begin_alike_are_no_warning(llama: Model):
+def test_a_few_answers_that_begin_alike_are_no_warning(llama: Bridge):
     pairs = [(word, answer) for word, answer in zip(micro.WORDS[:60], micro.WORDS[1:61], strict=True)]
     pairs[0], pairs[1] = (pairs[0][0], "ab cd"), (pairs[1][0], "ab ef")  # 3 of 60 with "ab" itself would be 5%
     few = Task.from_pairs("few", [pair for pair in pairs if pair[1] != "ab"])
@@ -387,7 +387,7 @@ def test_a_few_answers_that_begin_alike_are_no_warning(llama: Model):
     sl.evaluate(few, {"z": sl.ZeroShot()}, llama)
 
 
-def test_many_tasks_share_one_warning(llama: Model):
+def test_many_tasks_share_one_warning(llama: Bridge):
     tasks = [replace(SHARING, name=f"task {i}") for i in range(4)]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -399,7 +399,7 @@ def test_many_tasks_share_one_warning(llama: Model):
 # Logits that are no numbers
 
 
-def spoilt(after: str) -> Model:
+def spoilt(after: str) -> Bridge:
     """A Llama whose logits are no numbers once it reads a word."""
     network = micro.raw("Llama")
     with torch.no_grad():
@@ -426,7 +426,7 @@ def test_logits_that_are_not_finite_while_decoding_name_task_condition_and_item(
         sl.generate([f"Q: {ONE.input}\nA:", f"Q: {task.test[0].input}\nA:"], model=model, max_new_tokens=3)
 
 
-def test_effects_of_logits_that_are_not_finite_name_the_prompt(llama: Model):
+def test_effects_of_logits_that_are_not_finite_name_the_prompt(llama: Bridge):
     embedding = sl.embed_task(micro.task(), llama, n_prompts=2)
     broken = replace(embedding, mean_z=torch.full_like(embedding.mean_z, float("inf")))
     with pytest.raises(sl.SitelensError, match=r"task 'shift', prompt 0 with shuffled answers.*are not finite"):
@@ -456,7 +456,7 @@ def test_what_is_neither_true_nor_false_is_no_case_sensitivity():
         Task.from_pairs("t", [(word, "b") for word in "acde"], case_sensitive="yes")
 
 
-def test_no_name_decides_scoring(llama: Model):
+def test_no_name_decides_scoring(llama: Bridge):
     for name in ("capitalize", "place"):
         examples = (Example("paris", "Paris"),)
         task = Task(name, "", examples, examples, examples)

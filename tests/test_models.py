@@ -23,10 +23,9 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from sitelens.conditions.embedding import embed_task
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.models import identity
-from sitelens.models import model as models
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import load_model, resolve_model
-from sitelens.models.model import Model, check_fit, own_tokenizer, tokenization
+from sitelens.models.model import Bridge, Model, check_fit
 from sitelens.models.sources import check_device, hub_id
 from sitelens.settings import settings
 from tests import micro
@@ -41,7 +40,7 @@ def saved(folder: Path, family: str = "Llama", seed: int = 0, bos: bool = False)
     return folder
 
 
-def bare_bridge(tokenizer: Any = None) -> models.Model:
+def bare_bridge(tokenizer: Any = None) -> Bridge:
     """A bridge as a user boots it, without sitelens."""
     network = micro.raw("Llama")
     bridge = build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name="bare")
@@ -103,20 +102,20 @@ def test_what_is_kept_hangs_on_the_tokenizer_too():
 
 def test_a_tokenizer_is_known_by_its_rules_and_template_and_not_by_how_it_was_called_last():
     first, same, prepending = (micro.bridge("Llama", bos=bos) for bos in (False, False, True))
-    known = tokenization(first)
-    assert tokenization(same) == known != tokenization(prepending)
-    own_tokenizer(first)(["aa", "aa bb"], padding=True, truncation=True, max_length=8)
-    assert tokenization(first) == known
-    assert own_tokenizer(first).backend_tokenizer.padding is not None  # it is left as it was
-    chatty = copy.deepcopy(own_tokenizer(same))
+    known = Model.of(first).tokenization()
+    assert Model.of(same).tokenization() == known != Model.of(prepending).tokenization()
+    Model.of(first).tokenizer(["aa", "aa bb"], padding=True, truncation=True, max_length=8)
+    assert Model.of(first).tokenization() == known
+    assert Model.of(first).tokenizer.backend_tokenizer.padding is not None  # it is left as it was
+    chatty = copy.deepcopy(Model.of(same).tokenizer)
     chatty.chat_template = "{{ messages[0].content }}"
     Model.of(same)._memory.tokenizer = same.tokenizer, chatty, None
-    assert tokenization(same) != known
-    own = own_tokenizer(first)
+    assert Model.of(same).tokenization() != known
+    own = Model.of(first).tokenizer
     own.add_tokens(["zz"])  # in place
-    larger = tokenization(first)
-    own.backend_tokenizer.post_processor = own_tokenizer(prepending).backend_tokenizer.post_processor
-    assert len({known, larger, tokenization(first)}) == 3
+    larger = Model.of(first).tokenization()
+    own.backend_tokenizer.post_processor = Model.of(prepending).tokenizer.backend_tokenizer.post_processor
+    assert len({known, larger, Model.of(first).tokenization()}) == 3
 
 
 def test_a_fingerprint_is_the_same_in_another_process():
@@ -221,9 +220,9 @@ def test_the_tokenizer_of_a_loaded_model_keeps_its_habit_of_bos(tmp_path: Path, 
     theirs = TransformerBridge.boot_transformers(str(folder))
     assert theirs.tokenizer("ab")["input_ids"][0] == 1  # TransformerLens adds one in any case
     with contextlib.nullcontext() if bos else pytest.warns(SitelensWarning, match="begins each text with '<bos>'"):
-        own_tokenizer(theirs)
+        _ = Model.of(theirs).tokenizer
     for bridge in (load_model(folder), theirs):  # said once
-        assert own_tokenizer(bridge)("ab")["input_ids"] == [1] * bos + micro.tokenizer()("ab")["input_ids"]
+        assert Model.of(bridge).tokenizer("ab")["input_ids"] == [1] * bos + micro.tokenizer()("ab")["input_ids"]
     assert load_model(folder).cfg.default_prepend_bos is bos
     assert theirs.tokenizer("ab")["input_ids"][0] == 1  # and the user's own is left as it was
 
@@ -236,7 +235,7 @@ def test_a_bridge_booted_by_a_hub_id_of_any_form_keeps_the_model_s_habit_of_bos(
     bridge = TransformerBridge.boot_transformers(name, device="cpu")
     assert bridge.tokenizer.name_or_path == name and bridge.tokenizer("ab")["input_ids"][0] == 1
     with pytest.warns(SitelensWarning, match=f"tokenizer of the bridge {name} differs from its files"):
-        assert own_tokenizer(bridge)("ab")["input_ids"] == micro.tokenizer()("ab")["input_ids"]
+        assert Model.of(bridge).tokenizer("ab")["input_ids"] == micro.tokenizer()("ab")["input_ids"]
     assert hub.is_dir()
 
 
@@ -247,7 +246,7 @@ def test_what_a_user_edits_in_her_bridge_s_tokenizer_counts_and_is_said(tmp_path
     bridge.tokenizer.eos_token = "<unk>"
     said = r"its 1 more tokens \('\[ANS\]'\), eos token, chat template are not theirs: the bridge's own counts"
     with pytest.warns(SitelensWarning, match=said):
-        own = own_tokenizer(bridge)
+        own = Model.of(bridge).tokenizer
     assert own("ab[ANS]")["input_ids"] == [*micro.tokenizer()("ab")["input_ids"], len(own) - 1]
     assert own.chat_template == bridge.tokenizer.chat_template and own.eos_token == "<unk>"
 
@@ -255,23 +254,23 @@ def test_what_a_user_edits_in_her_bridge_s_tokenizer_counts_and_is_said(tmp_path
 def test_what_a_user_edits_later_counts_too(tmp_path: Path):
     bridge = TransformerBridge.boot_transformers(str(saved(tmp_path / "model")))
     with pytest.warns(SitelensWarning, match="leaves that out"):
-        first = own_tokenizer(bridge)
-    assert own_tokenizer(bridge) is first
+        first = Model.of(bridge).tokenizer
+    assert Model.of(bridge).tokenizer is first
     bridge.tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.warns(SitelensWarning, match="chat template is not theirs"):
-        assert own_tokenizer(bridge).chat_template == "{{ messages[0].content }}"
+        assert Model.of(bridge).tokenizer.chat_template == "{{ messages[0].content }}"
 
 
 def test_a_bos_that_the_user_takes_away_stays_away(tmp_path: Path):
     bridge = TransformerBridge.boot_transformers(str(saved(tmp_path / "model", bos=True)))
     bridge.tokenizer.add_bos_token = False
-    assert own_tokenizer(bridge) is bridge.tokenizer
-    assert own_tokenizer(bridge)("ab")["input_ids"] == micro.tokenizer()("ab")["input_ids"]
+    assert Model.of(bridge).tokenizer is bridge.tokenizer
+    assert Model.of(bridge).tokenizer("ab")["input_ids"] == micro.tokenizer()("ab")["input_ids"]
 
 
 def test_a_tokenizer_without_files_is_used_as_it_is():
     tokenizer = micro.tokenizer()
-    assert own_tokenizer(bare_bridge(tokenizer)) is tokenizer
+    assert Model.of(bare_bridge(tokenizer)).tokenizer is tokenizer
 
 
 def test_a_tokenizer_whose_files_are_gone_is_used_as_it_is_with_a_warning(tmp_path: Path):
@@ -279,7 +278,7 @@ def test_a_tokenizer_whose_files_are_gone_is_used_as_it_is_with_a_warning(tmp_pa
     bridge = TransformerBridge.boot_transformers(str(folder))
     shutil.rmtree(folder)
     with pytest.warns(SitelensWarning, match="could not be loaded anew from .*may add a BOS token"):
-        assert own_tokenizer(bridge) is bridge.tokenizer
+        assert Model.of(bridge).tokenizer is bridge.tokenizer
 
 
 def test_code_beside_a_tokenizer_is_not_run_when_it_is_loaded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -288,16 +287,16 @@ def test_code_beside_a_tokenizer_is_not_run_when_it_is_loaded_anew(tmp_path: Pat
     with_code(folder, tmp_path / "mark")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.warns(SitelensWarning):
-        own_tokenizer(bridge)
+        _ = Model.of(bridge).tokenizer
     assert not (tmp_path / "mark").exists()
 
 
 def test_a_model_without_tokenizer_is_refused_until_it_has_one(tmp_path: Path):
     bridge = bare_bridge()
     with pytest.raises(SitelensError, match=r"bare has no tokenizer: set model\.tokenizer"):
-        own_tokenizer(bridge)
+        _ = Model.of(bridge).tokenizer
     bridge.tokenizer = transformers.AutoTokenizer.from_pretrained(saved(tmp_path / "model"))
-    assert len(own_tokenizer(bridge)) == len(micro.tokenizer())
+    assert len(Model.of(bridge).tokenizer) == len(micro.tokenizer())
 
 
 @pytest.mark.parametrize("cached", ["gpt2", "openai-community/gpt2"])
@@ -305,7 +304,7 @@ def test_gpt2_and_its_other_names_are_hub_ids(tmp_path: Path, monkeypatch: pytes
     hub_with(tmp_path, monkeypatch, cached)
     for name in ("gpt2", "GPT2-small", cached):
         bridge = load_model(name)
-        assert bridge.cfg.model_name == cached and own_tokenizer(bridge)("ab") == micro.tokenizer()("ab")
+        assert bridge.cfg.model_name == cached and Model.of(bridge).tokenizer("ab") == micro.tokenizer()("ab")
 
 
 @pytest.mark.parametrize(
@@ -393,13 +392,13 @@ def test_code_beside_a_model_of_a_known_kind_is_not_run(tmp_path: Path, monkeypa
 
 def test_a_tokenizer_set_later_is_the_one_used(tmp_path: Path):
     bridge = load_model(saved(tmp_path / "model"))
-    before = len(own_tokenizer(bridge))
+    before = len(Model.of(bridge).tokenizer)
     larger = micro.tokenizer()
     larger.add_tokens(["zzz"])
     larger.save_pretrained(tmp_path / "larger")
     bridge.tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "larger")
     with pytest.warns(SitelensWarning, match="begins each text with"):
-        assert len(own_tokenizer(bridge)) == before + 1
+        assert len(Model.of(bridge).tokenizer) == before + 1
 
 
 # Loading
@@ -418,9 +417,9 @@ def test_a_loaded_model_is_frozen_and_in_evaluation_mode(tmp_path: Path):
     bridge = load_model(str(saved(tmp_path / "model", "GPT2")))
     assert not any(weight.requires_grad for weight in bridge.parameters())
     assert not bridge.original_model.training
-    assert models.head_shape(bridge) == (2, 4, 8)
-    assert models.context_length(bridge) == 256
-    assert models.model_name(bridge) == str(tmp_path / "model")
+    assert Model.of(bridge).shape == (2, 4, 8)
+    assert Model.of(bridge).context_length == 256
+    assert Model.of(bridge).name == str(tmp_path / "model")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
@@ -434,7 +433,7 @@ def test_the_default_dtype_is_a_setting(tmp_path: Path):
     folder = saved(tmp_path / "model")
     with settings.using(dtype="bfloat16"):
         assert next(load_model(folder).parameters()).dtype == torch.bfloat16
-        assert next(resolve_model(folder).parameters()).dtype == torch.bfloat16
+        assert resolve_model(folder).dtype == torch.bfloat16
         assert next(load_model(folder, dtype="float64").parameters()).dtype == torch.float64
     assert next(load_model(folder).parameters()).dtype == torch.float32
 

@@ -17,17 +17,17 @@ from sitelens.engine.network import Passes, all_positions, run_tokens
 from sitelens.engine.twins import bridge_twin, network_twin
 from sitelens.errors import SitelensError
 from sitelens.evaluation.evaluate import evaluate, generate
-from sitelens.models.model import Model, z_hook
+from sitelens.models.model import Bridge, Model, z_hook
 from sitelens.tasks import Example
 from tests import micro, oracle
 
 IDS = oracle.encode("ab cd ef")
 
 
-def logits_of(model: Model | Passes) -> Tensor:
+def logits_of(model: Bridge | Passes) -> Tensor:
     tokens = torch.tensor([IDS])
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    return run_tokens(model, tokens, mask, all_positions(mask))[0, -1]
+    return run_tokens(Model.of(model), tokens, mask, all_positions(mask))[0, -1]
 
 
 def test_a_twin_has_modules_of_its_own_and_the_models_weights(wide_family: str) -> None:
@@ -57,7 +57,7 @@ def test_twins_compute_what_the_model_does(wide_family: str) -> None:
 def test_hooks_on_a_twin_are_its_own() -> None:
     model = micro.bridge("Llama")
     before = logits_of(model)
-    passes = Passes(model, [(z_hook(0), lambda z, hook: 0 * z)])
+    passes = Passes(Model.of(model), [(z_hook(0), lambda z, hook: 0 * z)])
     assert not torch.allclose(logits_of(passes), before)
     assert torch.equal(logits_of(model), before) and not micro.hooks_left(model)
 
@@ -66,7 +66,7 @@ def test_hooks_on_a_twin_are_its_own() -> None:
 def test_whoever_listens_is_noticed(where: str) -> None:
     model = micro.bridge("Llama")
     model.forward(torch.tensor([IDS]))
-    assert Passes(model).plain and not Passes(model).listened
+    assert Passes(Model.of(model)).plain and not Passes(Model.of(model)).listened
     point: Any = model.hook_dict["blocks.1.attn.hook_pattern"]
     raw: Any = model.blocks[0].mlp.original_component
     handle: Any = None
@@ -83,14 +83,14 @@ def test_whoever_listens_is_noticed(where: str) -> None:
     else:
         point.add_hook(lambda x, hook: None, dir="bwd" if where == "backward" else "fwd",
                        is_permanent=where == "permanent")  # fmt: skip
-    assert Passes(model).listened and not Passes(model).plain
+    assert Passes(Model.of(model)).listened and not Passes(Model.of(model)).plain
     if handle is not None:
         handle.remove()
     elif "forward" in vars(raw):
         del raw.forward
     else:
         point.remove_hooks(dir="both", including_permanent=True)
-    assert Passes(model).plain
+    assert Passes(Model.of(model)).plain
 
 
 @pytest.mark.parametrize("kind", ["lens", "forward", "pre", "keywords"])
@@ -148,7 +148,7 @@ def test_the_weights_of_the_moment_count(family: str, change: str) -> None:
 
 def test_a_parameter_that_is_replaced_meanwhile_counts() -> None:
     model = micro.bridge("Llama")
-    passes = Passes(model)
+    passes = Passes(Model.of(model))
     before = logits_of(passes)
     part: Any = model.blocks[1].ln2.original_component
     part.weight = nn.Parameter(part.weight * 1.5, requires_grad=False)
@@ -169,7 +169,7 @@ def test_unknown_families_run_through_the_bridge() -> None:
     model = micro.bridge("Llama")
     network: Any = model.original_model
     network.config.model_type = "something-new"
-    assert not Passes(model).plain
+    assert not Passes(Model.of(model)).plain
 
 
 @pytest.mark.parametrize("whose", ["network", "block"])
@@ -179,7 +179,7 @@ def test_hooks_of_ours_act_also_where_the_user_replaced_a_forward(whose: str) ->
     part: Any = model.original_model if whose == "network" else model.blocks[1].original_component
     original = part.forward
     part.forward = lambda *args, **options: original(*args, **options)
-    passes = Passes(model, [(z_hook(1), lambda z, hook: 0 * z)])
+    passes = Passes(Model.of(model), [(z_hook(1), lambda z, hook: 0 * z)])
     expected = model.run_with_hooks(torch.tensor([IDS]), fwd_hooks=[(z_hook(1), lambda z, hook: 0 * z)])[0, -1]
     torch.testing.assert_close(logits_of(passes), expected)
     assert not micro.hooks_left(model)

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALLER = {
@@ -81,7 +81,7 @@ def test_a_notebook_is_committed_with_its_outputs(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(
-    path: Path, packaged_model: Model, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, packaged_model: Bridge, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:

@@ -15,8 +15,9 @@ from sitelens.engine.prefix import PrefixCache
 from sitelens.engine.prompts import Prompt, tokenize
 from sitelens.models import quantization
 from sitelens.models.catalogue import PAPER
+from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import load_model, resolve_model
-from sitelens.models.model import Model, fingerprint
+from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
 from tests import micro, oracle, paper
 
@@ -35,13 +36,13 @@ def folder(place: Path, family: str) -> Path:
 
 
 @pytest.fixture
-def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
+def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Bridge:
     return load_model(folder(tmp_path / "model", request.param), quantize="nf4")
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("packed", [*PACKED, "Mistral", "Gemma3Text"], indirect=True)
-def test_a_model_in_four_bits_does_everything(packed: Model) -> None:
+def test_a_model_in_four_bits_does_everything(packed: Bridge) -> None:
     network: Any = packed.original_model
     assert network.is_loaded_in_4bit
     wide = [name for name, weight in network.named_parameters() if weight.ndim > 1 and weight.is_floating_point()]
@@ -66,23 +67,23 @@ def test_a_model_in_four_bits_does_everything(packed: Model) -> None:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("packed", PACKED, indirect=True)
-def test_the_cached_path_gives_the_logits_of_whole_prompts(packed: Model) -> None:
+def test_the_cached_path_gives_the_logits_of_whole_prompts(packed: Bridge) -> None:
     batch = tokenize([Prompt(text, ()) for text in TEXTS], micro.tokenizer())
     layers, heads, d_head = packed.cfg.n_layers, packed.cfg.n_heads, packed.cfg.d_head
     generator = torch.Generator().manual_seed(0)
     alpha = torch.rand(1, layers, heads, generator=generator)
     edit = HeadEdit.mix(alpha, torch.randn(1, layers, heads, d_head, generator=generator))
-    with torch.no_grad(), LastToken(packed) as run:
-        fast = run(PrefixCache.of(batch, packed, 2**30), edit.rows(torch.zeros(3, dtype=torch.long)))
+    with torch.no_grad(), LastToken(Model.of(packed)) as run:
+        fast = run(PrefixCache.of(batch, Model.of(packed), 2**30), edit.rows(torch.zeros(3, dtype=torch.long)))
     for row in range(3):
         with packed.hooks(fwd_hooks=edit.hooks()):
-            whole = full_logits(batch.rows([row]), packed)[0]
+            whole = full_logits(batch.rows([row]), Model.of(packed))[0]
         assert (fast[row] - whole).abs().max() <= CLOSE * whole.abs().max()
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("packed", ["Mixtral-8x7B"], indirect=True)
-def test_experts_are_packed_to_what_bitsandbytes_makes_of_them(packed: Model) -> None:
+def test_experts_are_packed_to_what_bitsandbytes_makes_of_them(packed: Bridge) -> None:
     from bitsandbytes import functional
 
     plain = micro.raw("Mixtral-8x7B", torch.bfloat16).model.layers[1].mlp.experts
@@ -115,8 +116,8 @@ def test_packed_weights_give_what_they_unpack_to(family: str, tmp_path: Path) ->
     expected = oracle.patched_logits(plain, ids, [alphas[0]] * len(ids), [vectors] * len(ids))
     batch = tokenize([Prompt(text, ()) for text in TEXTS], micro.tokenizer())
     edit = HeadEdit.mix(alphas[1].expand(3, -1, -1), vectors.expand(3, -1, -1, -1))
-    with LastToken(packed) as run:
-        logits = run(PrefixCache.of(batch, packed, 2**30), edit)
+    with LastToken(Model.of(packed)) as run:
+        logits = run(PrefixCache.of(batch, Model.of(packed), 2**30), edit)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5 * expected.detach().abs().max().item())
     for found_logits in (expected, logits):
         found_logits.square().sum().backward()
@@ -127,7 +128,7 @@ def test_packed_weights_give_what_they_unpack_to(family: str, tmp_path: Path) ->
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("packed", ["Mixtral-8x7B"], indirect=True)
-def test_no_unpacked_expert_is_kept_for_the_gradient(packed: Model) -> None:
+def test_no_unpacked_expert_is_kept_for_the_gradient(packed: Bridge) -> None:
     task = micro.task()
     embedding = sl.embed_task(task, packed, n_prompts=2, n_shots=2)
     largest = 0

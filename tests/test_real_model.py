@@ -17,8 +17,7 @@ from sitelens import cli
 from sitelens.engine.forward import HeadEdit, LastToken
 from sitelens.engine.prefix import PrefixCache
 from sitelens.engine.prompts import few_shot_prompts, tokenize
-from sitelens.models.fingerprints import weights_digest
-from sitelens.models.model import Model, own_tokenizer
+from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
 from tests import micro, oracle
 
@@ -31,37 +30,37 @@ FV_TASKS = ("fv/antonym", "fv/country-capital", "fv/capitalize", "fv/choose_firs
 
 
 @pytest.fixture(autouse=True)
-def model(packaged_model: Model) -> Model:
+def model(packaged_model: Bridge) -> Bridge:
     """The packaged model, over the shared cache."""
     return packaged_model
 
 
 @pytest.fixture
-def fv_runs(model: Model, data_folder: Path) -> dict[tuple[str, int], sl.TrainResult]:
+def fv_runs(model: Bridge, data_folder: Path) -> dict[tuple[str, int], sl.TrainResult]:
     """The four tasks of PROTOCOL's table with the paper's settings, country-capital under five seeds."""
     with settings.using(data_dir=data_folder):
         runs = sl.train_selections(["fv/country-capital"], model, seeds=range(5))
         return runs | sl.train_selections([task for task in FV_TASKS if task != "fv/country-capital"], model)
 
 
-def test_default_model_is_what_it_says(model: Model) -> None:
+def test_default_model_is_what_it_says(model: Bridge) -> None:
     assert (model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head) == (30, 9, 64)
-    assert weights_digest(model) == "35b7c564542ab21b155823a499f9b27a"  # these weights and no others
+    assert Model.of(model).weights_digest() == "35b7c564542ab21b155823a499f9b27a"  # these weights and no others
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert own_tokenizer(model)("Q: hot\nA:")["input_ids"][0] != own_tokenizer(model).bos_token_id
+    assert Model.of(model).tokenizer("Q: hot\nA:")["input_ids"][0] != Model.of(model).tokenizer.bos_token_id
 
 
-def test_fast_path_equals_raw_hooks_on_full_prompts(model: Model, shared_cache: Path) -> None:
+def test_fast_path_equals_raw_hooks_on_full_prompts(model: Bridge, shared_cache: Path) -> None:
     folder = next((shared_cache / "models").glob("gguf-b179c9*/config.json")).parent
     raw = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     raw.requires_grad_(False)
-    task, tokenizer = sl.load_task("choose_first_of_3"), own_tokenizer(model)
+    task, tokenizer = sl.load_task("choose_first_of_3"), Model.of(model).tokenizer
     batch = tokenize([few_shot_prompts(task, task.test[:1], shots, tokenizer)[0] for shots in (0, 1, 3)], tokenizer)
     generator = torch.Generator().manual_seed(0)
     alpha = torch.rand(3, 30, 9, generator=generator).requires_grad_()
     vectors = torch.randn(3, 30, 9, 64, generator=generator) * 0.3
-    with LastToken(model) as last_token:
-        logits = last_token(PrefixCache.of(batch, model, 2**30), HeadEdit.mix(alpha, vectors))
+    with LastToken(Model.of(model)) as last_token:
+        logits = last_token(PrefixCache.of(batch, Model.of(model), 2**30), HeadEdit.mix(alpha, vectors))
     (gradient,) = torch.autograd.grad(logits.log_softmax(-1).gather(1, batch.answer[:, None]).sum(), alpha)
     for row, length in enumerate(batch.lengths):
         own_alpha = alpha[row].detach().clone().requires_grad_()
@@ -73,7 +72,7 @@ def test_fast_path_equals_raw_hooks_on_full_prompts(model: Model, shared_cache: 
 
 
 def test_fv_tasks_show_what_the_protocol_says(
-    model: Model, fv_runs: dict[tuple[str, int], sl.TrainResult], data_folder: Path
+    model: Bridge, fv_runs: dict[tuple[str, int], sl.TrainResult], data_folder: Path
 ) -> None:
     with settings.using(data_dir=data_folder):
         accuracy = {}
@@ -96,7 +95,7 @@ def test_fv_tasks_show_what_the_protocol_says(
     assert sum(shares) / len(shares) >= 0.75
 
 
-def test_one_task_alone_gives_the_same_alpha_as_in_a_batch(model: Model) -> None:
+def test_one_task_alone_gives_the_same_alpha_as_in_a_batch(model: Bridge) -> None:
     config = sl.TrainConfig(steps=12, eval_every=6, n_valid=8)
     vectors = {name: sl.embed_task(name, model, n_prompts=3, n_shots=3) for name in ("antonym", "capitalize")}
     together = sl.train_selections(list(vectors), model, embeddings=vectors, config=config)
@@ -107,7 +106,7 @@ def test_one_task_alone_gives_the_same_alpha_as_in_a_batch(model: Model) -> None
 
 
 def test_the_command_writes_all_of_a_run_and_makes_it_again(
-    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Bridge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = [
         "--n-prompts",
@@ -146,7 +145,7 @@ def test_the_command_writes_all_of_a_run_and_makes_it_again(
 
 
 def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
-    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Bridge, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The main job of a whole benchmark, with small settings; a second call runs no model."""
     words = ["suite", "builtin", "--tasks", "capitalize", "choose_first_of_3", "antonym", "--n-prompts", "5", "--steps",
@@ -164,7 +163,7 @@ def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
     assert capsys.readouterr().out.replace(str(tmp_path / "second"), str(tmp_path / "first")) == first
 
 
-def test_a_benchmark_with_long_prompts_runs(model: Model, data_folder: Path) -> None:
+def test_a_benchmark_with_long_prompts_runs(model: Bridge, data_folder: Path) -> None:
     found = sl.run_suite("bbh", model, tasks=["bbh/date_understanding"], n_items=3, n_prompts=2, n_shots=3,
                          config=sl.TrainConfig(steps=4, eval_every=2, n_valid=3))  # fmt: skip
     assert found.scores["item"].nunique() == 3
@@ -172,7 +171,7 @@ def test_a_benchmark_with_long_prompts_runs(model: Model, data_folder: Path) -> 
 
 
 def test_the_compare_command_sets_costs_beside_accuracy(
-    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Bridge, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["ICV.strengths=[0.1]", "LoRA.n_steps=5", "LoRA.learning_rates=[0.001]", "many-shot.limit=12"]
     words = ["compare", "choose_first_of_3", "--methods", "zero-shot", "many-shot", "ICV", "LoRA"]
@@ -184,7 +183,7 @@ def test_the_compare_command_sets_costs_beside_accuracy(
     assert (rows.loc[["ICV", "LoRA"], "forward_tokens"] > 0).all()
 
 
-def test_the_readmes_example_runs_as_printed(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_example_runs_as_printed(model: Bridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     (tmp_path / "figures").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import sitelens as sl
 from sitelens.cli.command import command_parser
 from sitelens.cli.experiments import run_config
+from sitelens.models.model import Model
 from sitelens.models.provenance import provenance
 from sitelens.reports.records import changes, run_command, warn_of_changes
 from sitelens.reports.run import RunConfig, RunReport, _warn_about_gaps, run, run_conditions
@@ -116,9 +117,9 @@ def test_other_weights_than_a_run_json_records_are_warned_of(tmp_path: Path) -> 
     narrow, wide = micro.bridge("Llama", torch.bfloat16), micro.bridge("Llama")
     path = tmp_path / "run.json"
     path.write_text(json.dumps({**provenance("sitelens run one", narrow), "config": {}}))
-    warn_of_changes(path, narrow)
+    warn_of_changes(path, Model.of(narrow))
     with pytest.warns(sl.SitelensWarning) as heard:
-        warn_of_changes(path, wide)
+        warn_of_changes(path, Model.of(wide))
     weights, dtype = (str(one.message) for one in heard)
     assert "run.json was made with other weights (Llama, bfloat16)" in weights
     assert "run.json was made with a model of dtype bfloat16, now it is float32" in dtype
@@ -197,7 +198,7 @@ def test_whatever_has_changed_since_a_run_is_said_in_a_line_each(report: RunRepo
         record = json.loads(path.read_text())
         for name, value in edits.items():
             record[name] = {**record[name], **value} if isinstance(value, dict) else value
-        return changes(record, report.model, edited)
+        return changes(record, Model.of(report.model), edited)
 
     edited = report.tasks
     assert lines() == []

@@ -17,7 +17,7 @@ from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.engine.forward import Hook
 from sitelens.evaluation.cached import KEPT, score_conditions
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 from tests import micro
@@ -26,7 +26,7 @@ TASK = micro.task("shift")
 
 
 @pytest.fixture
-def model() -> Iterator[Model]:
+def model() -> Iterator[Bridge]:
     yield from micro.lent("Llama")
 
 
@@ -47,17 +47,17 @@ def files() -> list[Path]:
 
 @pytest.mark.parametrize("metrics", [("first_token",), ("prefix_match", "first_token", "exact_match")])
 def test_the_rows_are_those_of_evaluate_at_first_and_from_the_cache(
-    metrics: tuple[str, ...], model: Model, monkeypatch: pytest.MonkeyPatch
+    metrics: tuple[str, ...], model: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"n_items": 7, "metrics": metrics, "seed": 3, "split": "test"}
     expected = sl.evaluate(TASK, conditions(), model, **options)[KEPT]
     assert set(expected["metric"]) == set(metrics) and len(expected) >= 3 * 7 * len(metrics)
-    found = score_conditions(TASK, conditions(), model, **options)
+    found = score_conditions(TASK, conditions(), Model.of(model), **options)
     micro.silence(monkeypatch)
-    for frame in (found, score_conditions(TASK, conditions(), model, **options)):
+    for frame in (found, score_conditions(TASK, conditions(), Model.of(model), **options)):
         pd.testing.assert_frame_equal(frame, expected, check_exact=True)
     with pytest.raises(AssertionError, match="the model was run"):
-        score_conditions(TASK, conditions(), model, **{**options, "seed": 4})
+        score_conditions(TASK, conditions(), Model.of(model), **{**options, "seed": 4})
 
 
 def other_item(task: Task) -> Task:
@@ -102,7 +102,7 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_changes_is_scored_anew(change: str, model: Model) -> None:
+def test_whatever_changes_is_scored_anew(change: str, model: Bridge) -> None:
     usual: dict[str, Any] = {
         "task": TASK, "conditions": {"a": patch()}, "n_items": 5, "metrics": ("first_token", "exact_match"),
     }  # fmt: skip
@@ -111,7 +111,7 @@ def test_whatever_changes_is_scored_anew(change: str, model: Model) -> None:
 
     def score(**options: Any) -> pd.DataFrame:
         task, given = options.pop("task"), options.pop("conditions")
-        found = score_conditions(task, given, model, **options)
+        found = score_conditions(task, given, Model.of(model), **options)
         pd.testing.assert_frame_equal(found, sl.evaluate(task, given, model, **options)[KEPT], check_exact=True)
         return found
 
@@ -124,10 +124,10 @@ def test_whatever_changes_is_scored_anew(change: str, model: Model) -> None:
 
 def test_other_weights_are_scored_anew() -> None:
     model = micro.bridge("Llama")
-    before = score_conditions(TASK, conditions(), model)
+    before = score_conditions(TASK, conditions(), Model.of(model))
     with torch.no_grad():
         next(weight for weight in model.original_model.parameters() if weight.ndim > 1).mul_(-1)
-    after = score_conditions(TASK, conditions(), model)
+    after = score_conditions(TASK, conditions(), Model.of(model))
     assert len(files()) == 2 and not after["logprob"].equals(before["logprob"])
     pd.testing.assert_frame_equal(after, sl.evaluate(TASK, conditions(), model)[KEPT], check_exact=True)
 
@@ -136,33 +136,33 @@ def test_other_weights_are_scored_anew() -> None:
 class Shouting(sl.ZeroShot):
     """A condition of a user's own that depends on more than its fields."""
 
-    def fwd_hooks(self, model: Model) -> list[Hook]:
+    def fwd_hooks(self, model: Bridge) -> list[Hook]:
         return [("ln_final.hook_out", lambda tensor, hook=None: tensor * LOUDNESS)]
 
-    def patch(self, model: Model) -> Any:
+    def patch(self, model: Bridge) -> Any:
         return None
 
 
 LOUDNESS = 2.0
 
 
-def test_a_condition_of_ones_own_is_kept_by_what_it_computes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_condition_of_ones_own_is_kept_by_what_it_computes(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     both: dict[str, Condition] = {"shouting": Shouting(), "zero-shot": sl.ZeroShot()}
     expected = sl.evaluate(TASK, both, model, n_items=4)[KEPT]
-    loud = score_conditions(TASK, both, model, n_items=4)
+    loud = score_conditions(TASK, both, Model.of(model), n_items=4)
     pd.testing.assert_frame_equal(loud, expected, check_exact=True)
     assert len(files()) == 1
     monkeypatch.setattr(f"{__name__}.LOUDNESS", 0.5)
-    quiet = score_conditions(TASK, both, model, n_items=4)
+    quiet = score_conditions(TASK, both, Model.of(model), n_items=4)
     assert len(files()) == 2
     assert not quiet["logprob"].equals(loud["logprob"])
     pd.testing.assert_frame_equal(quiet, sl.evaluate(TASK, both, model, n_items=4)[KEPT], check_exact=True)
     monkeypatch.setattr(f"{__name__}.LOUDNESS", torch.nn.Parameter(torch.tensor(0.5)).requires_grad_(False))
-    again = score_conditions(TASK, both, model, n_items=4)
+    again = score_conditions(TASK, both, Model.of(model), n_items=4)
     assert len(files()) == 3
     pd.testing.assert_frame_equal(again, quiet)
     monkeypatch.setattr(f"{__name__}.LOUDNESS", Half())
-    score_conditions(TASK, both, model, n_items=4)
+    score_conditions(TASK, both, Model.of(model), n_items=4)
     assert len(files()) == 3  # an object whose content cannot be told: nothing is kept
 
 
@@ -173,29 +173,29 @@ class Half:
         return tensor * 0.5
 
 
-def test_a_damaged_entry_is_named_and_made_anew(model: Model) -> None:
-    expected = score_conditions(TASK, conditions(), model, n_items=4)
+def test_a_damaged_entry_is_named_and_made_anew(model: Bridge) -> None:
+    expected = score_conditions(TASK, conditions(), Model.of(model), n_items=4)
     (path,) = files()
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
     with pytest.warns(sl.SitelensWarning, match=r"damaged.*made anew"):
-        again = score_conditions(TASK, conditions(), model, n_items=4)
+        again = score_conditions(TASK, conditions(), Model.of(model), n_items=4)
     pd.testing.assert_frame_equal(again, expected, check_exact=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        score_conditions(TASK, conditions(), model, n_items=4)
+        score_conditions(TASK, conditions(), Model.of(model), n_items=4)
 
 
-def test_what_evaluate_refuses_leaves_nothing(model: Model) -> None:
+def test_what_evaluate_refuses_leaves_nothing(model: Bridge) -> None:
     for options, message in (
         ({"metrics": ("guess",)}, "unknown metric 'guess'"),
         ({"split": "exam"}, "unknown split 'exam'"),
         ({"n_items": 0}, "n_items must be at least 1"),
     ):
         with pytest.raises(sl.SitelensError, match=message):
-            score_conditions(TASK, conditions(), model, **options)  # type: ignore[arg-type]
+            score_conditions(TASK, conditions(), Model.of(model), **options)  # type: ignore[arg-type]
     other = replace(patch(), selection=replace(patch().selection, model="another"))
     with pytest.raises(sl.SitelensError, match="another model"):
-        score_conditions(TASK, {"a": other}, model)
+        score_conditions(TASK, {"a": other}, Model.of(model))
     assert files() == []

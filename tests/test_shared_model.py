@@ -24,7 +24,7 @@ from sitelens.conditions.streams import AddToStream
 from sitelens.engine import forward, network, prefix, prompts, twins
 from sitelens.methods.site.loop import Run
 from sitelens.models.interference import Here
-from sitelens.models.model import Model, z_hook
+from sitelens.models.model import Bridge, Model, z_hook
 from sitelens.tasks import Task
 from tests import interruption, micro, oracle
 
@@ -44,16 +44,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "LoFiT": {"epochs": 1, "n_heads": 2},
     "LoRA": {"n_steps": 2, "learning_rates": (1e-3,)},
 }  # fmt: skip
-Work = Callable[[Model], Any]
+Work = Callable[[Bridge], Any]
 
 
-def whole(model: Model, ids: list[int]) -> Tensor:
+def whole(model: Bridge, ids: list[int]) -> Tensor:
     """The user's own forward pass over one whole prompt, with whatever hooks of hers."""
     with torch.no_grad():
         return model.forward(torch.tensor([ids]))[0, -1]
 
 
-def logprobs(model: Model, n: int = 3) -> list[float]:
+def logprobs(model: Bridge, n: int = 3) -> list[float]:
     """What zero-shot evaluation must give, from the user's own passes."""
     found = []
     for item in TASK.test[:n]:
@@ -62,12 +62,12 @@ def logprobs(model: Model, n: int = 3) -> list[float]:
     return found
 
 
-def evaluated(model: Model, condition: sl.Condition | None = None, n: int = 3) -> list[float]:
+def evaluated(model: Bridge, condition: sl.Condition | None = None, n: int = 3) -> list[float]:
     frame = sl.evaluate(TASK, {"c": condition or sl.ZeroShot()}, model, n_items=None)
     return frame["logprob"].tolist()[:n]
 
 
-def patch(model: Model, scope: Any = "prompt") -> PatchHeads:
+def patch(model: Bridge, scope: Any = "prompt") -> PatchHeads:
     layers, heads, d_head = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head
     generator = torch.Generator().manual_seed(3)
     alpha = torch.rand(layers, heads, generator=generator)
@@ -75,14 +75,14 @@ def patch(model: Model, scope: Any = "prompt") -> PatchHeads:
     return PatchHeads(sl.HeadSelection(alpha), sl.TaskEmbedding(mean_z, "t", None, 1, 1, 0), scope=scope)
 
 
-def added(model: Model) -> AddToStream:
+def added(model: Bridge) -> AddToStream:
     vector = torch.randn(1, model.cfg.d_model, generator=torch.Generator().manual_seed(4))
     return AddToStream(vector, (0,))
 
 
-def adapters(model: Model) -> LowRank:
+def adapters(model: Bridge) -> LowRank:
     generator = torch.Generator().manual_seed(5)
-    weights = {name: torch.stack(layers) for name, layers in Adapters(model, 2, 4).weights.items()}
+    weights = {name: torch.stack(layers) for name, layers in Adapters(Model.of(model), 2, 4).weights.items()}
     return LowRank({name: torch.randn(w.shape, generator=generator) for name, w in weights.items()}, 4)
 
 
@@ -125,7 +125,7 @@ def test_threads_and_the_users_own_passes_do_not_disturb_each_other(family: str)
     assert [job() for job in jobs] == expected and not micro.hooks_left(model)
 
 
-def applied(model: Model, ids: list[int]) -> list[Any]:
+def applied(model: Bridge, ids: list[int]) -> list[Any]:
     """The user's own passes with conditions applied to her model, in this thread."""
     results = []
     for condition in (added(model), adapters(model)):
@@ -182,7 +182,7 @@ def test_what_the_users_hook_does_to_whole_prompts_is_what_counts(family: str, e
     assert evaluated(model) == clean
 
 
-def mean_z(model: Model) -> Tensor:
+def mean_z(model: Bridge) -> Tensor:
     """The mean of z over the prompts of `embed_task`, each run alone."""
     rows = []
     for prompt in embedding_prompts(TASK, micro.tokenizer(), 3, 2, 0):
@@ -194,7 +194,7 @@ def mean_z(model: Model) -> Tensor:
     return torch.stack(rows).mean(0)
 
 
-def greedy(model: Model, text: str, new: int) -> str:
+def greedy(model: Bridge, text: str, new: int) -> str:
     """The whole text run again for each token."""
     ids = oracle.encode(text)
     start = len(ids)
@@ -204,7 +204,7 @@ def greedy(model: Model, text: str, new: int) -> str:
 
 
 @pytest.mark.parametrize("make", [patch, lambda model: patch(model, "generation"), added, adapters])
-def test_conditions_and_the_users_hooks_act_together(make: Callable[[Model], sl.Condition]) -> None:
+def test_conditions_and_the_users_hooks_act_together(make: Callable[[Bridge], sl.Condition]) -> None:
     """At the prompt's end, or also at the tokens behind it, as each condition does without other hooks."""
     model = micro.bridge("Llama")
     condition = make(model)
@@ -219,7 +219,7 @@ def test_conditions_and_the_users_hooks_act_together(make: Callable[[Model], sl.
     # The hook above means a place of the prompt, so whole texts and texts that go on token by token are alike.
     together = sl.generate(["Q: ab\nA:"], condition, model, max_new_tokens=4)
     model.reset_hooks()
-    network.Passes(model)
+    network.Passes(Model.of(model))
     reference = ReferenceHook(condition, model, len(ids))
     assert together == [reference.greedy(ids, 4)]
 
@@ -227,7 +227,7 @@ def test_conditions_and_the_users_hooks_act_together(make: Callable[[Model], sl.
 class ReferenceHook:
     """Generation with TransformerLens's own hooks on the whole text; ours act where the condition says."""
 
-    def __init__(self, condition: sl.Condition, model: Model, length: int) -> None:
+    def __init__(self, condition: sl.Condition, model: Bridge, length: int) -> None:
         self.condition, self.model, self.length = condition, model, length
 
     def greedy(self, ids: list[int], new: int) -> str:
@@ -277,7 +277,7 @@ def test_training_goes_through_whole_prompts_where_the_user_listens() -> None:
     assert free.history["loss"].iloc[0] != pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-def replaced(embedding: sl.TaskEmbedding, model: Model) -> sl.TaskEmbedding:
+def replaced(embedding: sl.TaskEmbedding, model: Bridge) -> sl.TaskEmbedding:
     return sl.TaskEmbedding(embedding.mean_z, embedding.task, None, 3, 2, 0)
 
 
@@ -292,7 +292,7 @@ def test_a_head_cannot_be_attributed_under_the_users_hooks() -> None:
 
 
 @contextmanager
-def as_it_was(model: Model) -> Iterator[None]:
+def as_it_was(model: Bridge) -> Iterator[None]:
     before = snapshot(model)
     try:
         yield
@@ -302,7 +302,7 @@ def as_it_was(model: Model) -> Iterator[None]:
         assert [name for name in before if before[name] != after[name]] == []
 
 
-def snapshot(model: Model) -> dict[str, Any]:
+def snapshot(model: Bridge) -> dict[str, Any]:
     net: Any = model.original_model
     tok: Any = model.tokenizer
     modules = dict(twins_modules(model))
@@ -332,7 +332,7 @@ def is_the_bridges(module: nn.Module) -> bool:
     return any("transformer_lens" in hook.__module__ for hook in module._forward_pre_hooks.values())
 
 
-def twins_modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
+def twins_modules(model: Bridge) -> Iterator[tuple[str, nn.Module]]:
     yield from ((f"bridge.{name}", module) for name, module in model.named_modules())
     yield from ((f"network.{name}", module) for name, module in model.original_model.named_modules())
 
@@ -341,7 +341,7 @@ def fit(name: str) -> Work:
     return lambda model: getattr(sl.methods, name)(**SMALL[name]).fit(TASK, model)
 
 
-def trained(model: Model) -> Any:
+def trained(model: Bridge) -> Any:
     vector = sl.embed_task(TASK, model, n_prompts=3, n_shots=2)
     return sl.train_selection(TASK, model, embedding=vector, config=CONFIG)
 
@@ -456,7 +456,7 @@ def test_dropout_in_training_mode_is_noticed_in_any_module(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupt_at_any_line_does_no_harm(llama: Model) -> None:
+def test_an_interrupt_at_any_line_does_no_harm(llama: Bridge) -> None:
     """Ctrl-C at every line of the passes, and of what puts the user's own hooks on and off."""
     ids = oracle.encode("ab cd ef")
     llama.forward(torch.tensor([ids]))
@@ -475,10 +475,10 @@ def test_an_interrupt_at_any_line_does_no_harm(llama: Model) -> None:
                 pass
 
         def ours() -> None:
-            with conditions.in_effect(added(llama), llama) as passes:
+            with conditions.in_effect(added(llama), Model.of(llama)) as passes:
                 forward.full_logits(batch, passes)
             cache = prefix.PrefixCache.of(batch, llama, 10**9)
-            with forward.LastToken(llama) as run:
+            with forward.LastToken(Model.of(llama)) as run:
                 patched = patch(llama).patch(llama)
                 assert patched is not None
                 run(cache, patched.edit(llama))

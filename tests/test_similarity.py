@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sitelens as sl
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from sitelens.studies import similarity
 from sitelens.studies.similarity import (
     MEASURES,
@@ -33,7 +33,7 @@ Alphas = Mapping[tuple[str, int], sl.HeadSelection]
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> Bridge:
     return micro.bridge("Llama")
 
 
@@ -47,7 +47,7 @@ def random_alphas(seeds: Sequence[int] = (0, 1)) -> Alphas:
     return {key: sl.HeadSelection(torch.rand(LAYERS, HEADS, generator=generator)) for key in keys}
 
 
-def of(alphas: Alphas, monkeypatch: pytest.MonkeyPatch, model: Model, **options: Any) -> HeadSimilarity:
+def of(alphas: Alphas, monkeypatch: pytest.MonkeyPatch, model: Bridge, **options: Any) -> HeadSimilarity:
     """Similarity of given alphas instead of trained ones."""
     with monkeypatch.context() as patch:
         runs = {key: sl.TrainResult(value, pd.DataFrame(), sl.TrainConfig()) for key, value in alphas.items()}
@@ -115,7 +115,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
 # Between tasks
 
 
-def test_pairs_are_of_the_trained_alphas(model: Model) -> None:
+def test_pairs_are_of_the_trained_alphas(model: Bridge) -> None:
     config = sl.TrainConfig(steps=6, eval_every=3, n_valid=4, lr=1.0)
     vectors = {task.name: sl.embed_task(task, model, n_prompts=3, n_shots=2) for task in TASKS}
     options: dict[str, Any] = {"seeds": (1, 0), "embeddings": vectors, "config": config}
@@ -130,7 +130,7 @@ def test_pairs_are_of_the_trained_alphas(model: Model) -> None:
     pd.testing.assert_frame_equal(found.floor, head_similarity(TASKS, model, n_permutations=5, **options).floor)
 
 
-def test_every_pair_of_tasks_and_seeds_stands_there_once(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_every_pair_of_tasks_and_seeds_stands_there_once(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     pairs = of(random_alphas((2, 0, 1)), monkeypatch, model).frame
     for measure in MEASURES:
         rows = pairs[pairs["measure"] == measure]
@@ -144,7 +144,7 @@ def test_every_pair_of_tasks_and_seeds_stands_there_once(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_the_frame_is_symmetric_with_the_ceiling_on_its_diagonal(
-    measure: str, monkeypatch: pytest.MonkeyPatch, model: Model
+    measure: str, monkeypatch: pytest.MonkeyPatch, model: Bridge
 ) -> None:
     alphas = random_alphas()
     found = of(alphas, monkeypatch, model, k=3)
@@ -165,7 +165,7 @@ def test_the_frame_is_symmetric_with_the_ceiling_on_its_diagonal(
     assert row["between tasks"] == pytest.approx(np.mean(between)) and row["ceiling"] == pytest.approx(np.mean(ceiling))
 
 
-def test_one_seed_has_no_ceiling(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_one_seed_has_no_ceiling(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     found = of(random_alphas((0,)), monkeypatch, model)
     assert np.isnan(np.diag(found.matrix())).all() and found.summary()["ceiling"].isna().all()
     off = found.matrix().to_numpy()[~np.eye(3, dtype=bool)]
@@ -173,7 +173,7 @@ def test_one_seed_has_no_ceiling(monkeypatch: pytest.MonkeyPatch, model: Model) 
     found.heatmap()
 
 
-def test_the_floor_permutes_all_heads_or_those_of_a_layer(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_the_floor_permutes_all_heads_or_those_of_a_layer(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     """Alphas that are one value a layer: no order within a layer changes them, and all orders can be counted."""
     layered = {(name, 0): alpha(*[high] * 4, *[low] * 4) for name, high, low in (("a", 0.9, 0.1), ("b", 0.7, 0.2))}
     found = of(layered, monkeypatch, model, n_permutations=3000, k=4)
@@ -195,7 +195,7 @@ def test_the_floor_permutes_all_heads_or_those_of_a_layer(monkeypatch: pytest.Mo
         assert row["floor_heads_97.5%"] == pytest.approx(value(3))
 
 
-def test_the_floor_compares_two_alphas_never_one_with_itself(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_the_floor_compares_two_alphas_never_one_with_itself(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     """Two alphas of which one varies within its second layer alone: r is fixed wherever they are not the same."""
     flat, varied = alpha(*[0.9] * 4, *[0.1] * 4), alpha(*[0.9] * 4, 0.0, 0.1, 0.2, 0.3)
     floor = of({("a", 0): flat, ("b", 0): varied}, monkeypatch, model, n_permutations=200).floor
@@ -208,7 +208,7 @@ def drawn_names(figure: Any) -> list[str]:
     return [str(row[0]).split("<br>")[0] for row in trace.text]
 
 
-def test_a_heatmap_shows_the_frame_with_fixed_colors(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_a_heatmap_shows_the_frame_with_fixed_colors(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     found = of(random_alphas(), monkeypatch, model)
     for measure in MEASURES:
         figure, frame = found.heatmap(measure), found.matrix(measure)
@@ -222,14 +222,14 @@ def test_a_heatmap_shows_the_frame_with_fixed_colors(monkeypatch: pytest.MonkeyP
         found.heatmap("cosine")
 
 
-def test_like_tasks_stand_together_in_a_heatmap(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_like_tasks_stand_together_in_a_heatmap(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     a, b = (0.9, 0.8, 0.1, 0.2, 0.1, 0.0, 0.1, 0.2), (0.1, 0.2, 0.8, 0.1, 0.0, 0.9, 0.7, 0.1)
     alphas = {("a", 0): alpha(*a), ("b", 0): alpha(*b), ("c", 0): alpha(*a[:7], 0.3)}
     names = drawn_names(of(alphas, monkeypatch, model).heatmap())
     assert abs(names.index("a") - names.index("c")) == 1
 
 
-def test_a_heatmap_of_a_constant_alpha_is_drawn(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_a_heatmap_of_a_constant_alpha_is_drawn(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     alphas = dict(random_alphas())
     for seed in (0, 1):
         alphas["two", seed] = alpha(*[0.3] * 8)
@@ -238,7 +238,7 @@ def test_a_heatmap_of_a_constant_alpha_is_drawn(monkeypatch: pytest.MonkeyPatch,
     found.heatmap()
 
 
-def test_groups_are_the_kinds_of_known_tasks(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_groups_are_the_kinds_of_known_tasks(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     kinds = list_tasks().set_index("name")["kind"]
     known = kinds.index[0]
     alphas = {(known, 0): A, ("my own", 0): B}
@@ -246,7 +246,7 @@ def test_groups_are_the_kinds_of_known_tasks(monkeypatch: pytest.MonkeyPatch, mo
     assert found.groups == {known: kinds.iloc[0]}
 
 
-def test_bad_input_is_refused_before_anything_is_trained(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_refused_before_anything_is_trained(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "train_selections", None)
     with pytest.raises(sl.SitelensError, match="at least two tasks, got 1"):
         head_similarity(TASKS[:1], model)
@@ -358,13 +358,13 @@ def grid_of(shares: np.ndarray, names: Sequence[str], own: Sequence[float] | Non
     return sl.TransferMatrix(accuracy, pd.Series([0.1] * len(names), list(names)), n, "heads", "first_token", "m")
 
 
-def of_four(monkeypatch: pytest.MonkeyPatch, model: Model) -> HeadSimilarity:
+def of_four(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> HeadSimilarity:
     generator = torch.Generator().manual_seed(4)
     alphas = {(name, 0): sl.HeadSelection(torch.rand(2, 4, generator=generator)) for name in "abcd"}
     return of(alphas, monkeypatch, model, k=4)
 
 
-def test_similarity_that_predicts_transfer_is_seen_in_any_order(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_similarity_that_predicts_transfer_is_seen_in_any_order(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     similar = of_four(monkeypatch, model)
     names = list("cadb")
     shares = 0.2 + 0.5 * similar.matrix("spearman").loc[names, names].to_numpy()
@@ -379,7 +379,7 @@ def test_similarity_that_predicts_transfer_is_seen_in_any_order(monkeypatch: pyt
     assert abs(r) < 0.999
 
 
-def test_targets_without_a_gain_of_their_own_are_left_out(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_targets_without_a_gain_of_their_own_are_left_out(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     similar, names = of_four(monkeypatch, model), list("abcd")
     shares = noise(4, 0)
     found = similarity_predicts_transfer(similar, grid_of(shares, names, [0.8, 0.8, 0.01, 0.8]), n_permutations=50)
@@ -392,7 +392,7 @@ def test_targets_without_a_gain_of_their_own_are_left_out(monkeypatch: pytest.Mo
     assert nothing["r"].isna().all() and nothing["p"].isna().all() and (nothing["cells"] == 0).all()
 
 
-def test_other_or_too_few_tasks_are_refused(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+def test_other_or_too_few_tasks_are_refused(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
     similar = of_four(monkeypatch, model)
     for names in ("abc", "abce"):
         with pytest.raises(sl.SitelensError, match="hold different tasks"):

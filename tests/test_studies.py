@@ -22,7 +22,7 @@ from sitelens.evaluation import cached as scoring
 from sitelens.heads import attention_roles, indirect_effects, induction_scores
 from sitelens.methods.site import train as training
 from sitelens.methods.site.train import TrainResult
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from sitelens.settings import settings
 from sitelens.store.folder import default_store
 from sitelens.studies import heads as heads_study
@@ -36,13 +36,13 @@ MEASURED = ["mean", "low", "high", "n", "loss"]
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> Bridge:
     """In float64, so that a batch and its parts give the same alpha."""
     return micro.bridge("Llama", torch.float64)
 
 
 @pytest.fixture(scope="module")
-def tasks(model: Model) -> list[sl.Task]:
+def tasks(model: Bridge) -> list[sl.Task]:
     """Two tasks of which the untouched model knows about every other item, so that accuracies differ."""
     found = []
     for name, offset in (("one", 0), ("two", 40)):
@@ -66,7 +66,7 @@ def refuse_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "evaluate", refuse)
 
 
-def trained(task: sl.Task, model: Model, config: sl.TrainConfig = CONFIG) -> tuple[sl.TaskEmbedding, TrainResult]:
+def trained(task: sl.Task, model: Bridge, config: sl.TrainConfig = CONFIG) -> tuple[sl.TaskEmbedding, TrainResult]:
     """The task's embedding under the seed of OPTIONS, and what is trained on it, nothing taken from the cache."""
     default_store().clear("selection")
     vector = sl.embed_task(task, model, seed=OPTIONS["seed"])
@@ -74,7 +74,7 @@ def trained(task: sl.Task, model: Model, config: sl.TrainConfig = CONFIG) -> tup
 
 
 def assert_measured(
-    row: pd.Series, task: sl.Task, condition: Condition, model: Model, mean: str = "mean", **more: Any
+    row: pd.Series, task: sl.Task, condition: Condition, model: Bridge, mean: str = "mean", **more: Any
 ) -> None:
     """A row's accuracy and loss are those of evaluating the condition by itself."""
     scores = sl.evaluate(task, {"it": condition}, model, **{**OPTIONS, **more})
@@ -155,7 +155,7 @@ LONG = (
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in STUDIES]
 )
 def test_a_study_has_its_columns_and_the_same_numbers_again(
-    name: str, model: Model, tasks: list[sl.Task], monkeypatch: pytest.MonkeyPatch
+    name: str, model: Bridge, tasks: list[sl.Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, more, columns, rows = STUDIES[name]
     frame = study(tasks, model, config=CONFIG, **more, **OPTIONS)
@@ -174,7 +174,7 @@ def test_a_study_has_its_columns_and_the_same_numbers_again(
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_without_tasks_a_study_says_so(name: str, model: Model) -> None:
+def test_without_tasks_a_study_says_so(name: str, model: Bridge) -> None:
     study, more, _, _ = STUDIES[name]
     with pytest.raises(sl.SitelensError, match=r"give at least (one task|2 tasks), got 0"):
         study([], model, config=CONFIG, **more, **OPTIONS)
@@ -182,7 +182,7 @@ def test_without_tasks_a_study_says_so(name: str, model: Model) -> None:
 
 @pytest.mark.parametrize("study", [studies.task_agnostic, studies.shared_attention])
 def test_one_task_has_nothing_to_share_and_nothing_is_trained(
-    study: Any, model: Model, tasks: list[sl.Task], monkeypatch: pytest.MonkeyPatch
+    study: Any, model: Bridge, tasks: list[sl.Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_to_compute(monkeypatch)
     with pytest.raises(sl.SitelensError, match="give at least 2 tasks, got 1"):
@@ -205,7 +205,7 @@ BAD: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_before_anything_is_trained(
-    case: str, model: Model, tasks: list[sl.Task], monkeypatch: pytest.MonkeyPatch, unchecked: None
+    case: str, model: Bridge, tasks: list[sl.Task], monkeypatch: pytest.MonkeyPatch, unchecked: None
 ) -> None:
     study, more, message = BAD[case]
     refuse_to_compute(monkeypatch)
@@ -213,7 +213,7 @@ def test_bad_input_is_named_before_anything_is_trained(
         study(tasks, model, config=CONFIG, **more, **OPTIONS)
 
 
-def test_the_split_is_measured_that_is_asked_for(model: Model, tasks: list[sl.Task]) -> None:
+def test_the_split_is_measured_that_is_asked_for(model: Bridge, tasks: list[sl.Task]) -> None:
     frame = studies.checkpoints(tasks[:1], model, config=CONFIG, split="valid", n_items=None)
     assert frame["n"].tolist() == [len(tasks[0].valid)] * 2
     vector = sl.embed_task(tasks[0], model)
@@ -222,7 +222,7 @@ def test_the_split_is_measured_that_is_asked_for(model: Model, tasks: list[sl.Ta
 
 
 class TestSoftHard:
-    def test_each_threshold_is_the_evaluation_of_its_hard_selection(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_each_threshold_is_the_evaluation_of_its_hard_selection(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame = studies.soft_hard(tasks, model, thresholds=(0.0, 0.4, 0.7, 1.0), config=CONFIG, **OPTIONS)
         for task in tasks:
             vector, result = trained(task, model)
@@ -236,7 +236,7 @@ class TestSoftHard:
         assert frame.groupby("task")["n_heads"].agg(["first", "last"]).to_numpy().tolist() == [[8, 0], [8, 0]]
         assert frame["n_heads"].dtype.kind == "i" and frame["loss"].nunique() >= 6
 
-    def test_additive_training_is_evaluated_additively(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_additive_training_is_evaluated_additively(self, model: Bridge, tasks: list[sl.Task]) -> None:
         config = replace(CONFIG, mixing="additive")
         frame = studies.soft_hard(tasks[:1], model, thresholds=(0.4,), config=config, **OPTIONS)
         vector, result = trained(tasks[0], model, config)
@@ -244,7 +244,7 @@ class TestSoftHard:
 
 
 class TestRandomHeads:
-    def test_a_draw_is_that_of_the_selection_and_its_seed(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_a_draw_is_that_of_the_selection_and_its_seed(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame = studies.random_heads(tasks, model, ks=(2, 5), draws=3, config=CONFIG, **OPTIONS)
         for task in tasks:
             vector, result = trained(task, model)
@@ -258,7 +258,7 @@ class TestRandomHeads:
         drawn = frame[(frame["heads"] == "random") & (frame["k"] == 2) & (frame["task"] == "one")]
         assert drawn["loss"].nunique() == 3
 
-    def test_by_default_counts_go_from_none_to_all(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_by_default_counts_go_from_none_to_all(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame = studies.random_heads(tasks[:1], model, draws=1, config=CONFIG, **OPTIONS)
         assert frame["k"].drop_duplicates().tolist() == list(range(9))
         counts = head_counts_up_to(270)
@@ -267,7 +267,7 @@ class TestRandomHeads:
 
 
 class TestHeadCounts:
-    def test_its_ends_are_conditions_known_otherwise(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_its_ends_are_conditions_known_otherwise(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame = studies.head_counts(tasks, model, ks=range(9), config=CONFIG, **OPTIONS)
         for task in tasks:
             vector, result = trained(task, model)
@@ -281,7 +281,7 @@ class TestHeadCounts:
                     row = only(frame, task=task.name, change=change, k=k, order=order)
                     assert_measured(row, task, condition, model)
 
-    def test_between_them_heads_go_by_alpha(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_between_them_heads_go_by_alpha(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame, task = studies.head_counts(tasks[:1], model, ks=(3,), config=CONFIG, **OPTIONS), tasks[0]
         vector, result = trained(task, model)
         ranks = result.selection.alpha.flatten().argsort(descending=True, stable=True)
@@ -296,7 +296,7 @@ class TestHeadCounts:
 
 class TestTaskAgnostic:
     @generic
-    def test_every_condition_by_itself(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_every_condition_by_itself(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame = studies.task_agnostic(tasks, model, n_shots=2, config=CONFIG, **OPTIONS)
         own = {task.name: trained(task, model) for task in tasks}
         vectors = {name: vector for name, (vector, _) in own.items()}
@@ -320,7 +320,7 @@ class TestTaskAgnostic:
         ("own", "shared", "generic"), [(0.5, 0.49, True), (0.5, 0.9, True), (0.5, 0.45, False), (0.11, 0.11, False)]
     )
     def test_a_shared_alpha_as_good_as_helpful_own_ones_is_warned_of(
-        self, own: float, shared: float, generic: bool, model: Model, tasks: list[sl.Task],
+        self, own: float, shared: float, generic: bool, model: Bridge, tasks: list[sl.Task],
         monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder,
     ) -> None:  # fmt: skip
         means = {"zero-shot": 0.1, "10-shot": 0.2, "own alpha": own, "shared alpha": shared, "mean alpha": 0.3}
@@ -338,7 +338,7 @@ class TestTaskAgnostic:
             assert not recwarn.list
 
 
-def test_mixing_trains_and_evaluates_under_both(model: Model, tasks: list[sl.Task]) -> None:
+def test_mixing_trains_and_evaluates_under_both(model: Bridge, tasks: list[sl.Task]) -> None:
     frame = studies.mixing(tasks, model, config=CONFIG, **OPTIONS)
     assert frame["task"].tolist() == ["one"] * 4 + ["two"] * 4
     for task in tasks:
@@ -353,7 +353,7 @@ def test_mixing_trains_and_evaluates_under_both(model: Model, tasks: list[sl.Tas
     assert frame["loss"].nunique() == 8
 
 
-def test_prompt_counts_embed_train_and_evaluate_each_cell(model: Model, tasks: list[sl.Task]) -> None:
+def test_prompt_counts_embed_train_and_evaluate_each_cell(model: Bridge, tasks: list[sl.Task]) -> None:
     frame = studies.prompt_counts(tasks, model, n_prompts=(1, 4), n_shots=(1, 3), config=CONFIG, **OPTIONS)
     for task in tasks:
         for m in (1, 4):
@@ -368,7 +368,7 @@ def test_prompt_counts_embed_train_and_evaluate_each_cell(model: Model, tasks: l
 
 
 class TestSeedVariance:
-    def test_each_cell_has_its_prompt_seed_and_training_seed(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_each_cell_has_its_prompt_seed_and_training_seed(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame = studies.seed_variance(
             tasks, model, prompt_seeds=(0, 3), training_seeds=(0, 5), n_prompts=2, n_shots=2, config=CONFIG, **OPTIONS
         )
@@ -453,7 +453,7 @@ class TestSeedVariance:
 class TestInitializations:
     inits = (0.3, "random")
 
-    def test_each_run_starts_where_it_says(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_each_run_starts_where_it_says(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame = studies.initializations(tasks, model, inits=self.inits, seeds=(0, 4), config=CONFIG, **OPTIONS)
         for task in tasks:
             for init in self.inits:
@@ -466,7 +466,7 @@ class TestInitializations:
                     assert row["valid_loss"] == pytest.approx(lowest, abs=1e-8)
         assert frame["loss"].nunique() == 8
 
-    def test_distances_by_hand(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_distances_by_hand(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame = studies.initialization_distances(tasks, model, inits=self.inits, seeds=(0, 4), config=CONFIG, **OPTIONS)
         assert frame["task"].tolist() == ["one"] * 6 + ["two"] * 6
         for task in tasks:
@@ -486,14 +486,14 @@ class TestInitializations:
 
 class TestLossPath:
     @pytest.fixture
-    def ends(self, model: Model) -> tuple[sl.HeadSelection, sl.HeadSelection]:
+    def ends(self, model: Bridge) -> tuple[sl.HeadSelection, sl.HeadSelection]:
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.rand(2, 4, generator=generator, dtype=torch.float64) for _ in range(2))
         return sl.HeadSelection(a), sl.HeadSelection(b)
 
     @pytest.mark.parametrize("mixing", ["convex", "additive"])
     def test_it_goes_straight_from_one_alpha_to_the_other(
-        self, mixing: Any, model: Model, tasks: list[sl.Task], ends: tuple[sl.HeadSelection, sl.HeadSelection]
+        self, mixing: Any, model: Bridge, tasks: list[sl.Task], ends: tuple[sl.HeadSelection, sl.HeadSelection]
     ) -> None:
         (a, b), task, vector = ends, tasks[0], sl.embed_task(tasks[0], model)
         frame = studies.loss_path(task, a, b, vector, model, points=5, mixing=mixing, **OPTIONS)
@@ -505,14 +505,14 @@ class TestLossPath:
         assert frame["loss"].nunique() == 5
 
     def test_another_split_may_be_asked_for(
-        self, model: Model, tasks: list[sl.Task], ends: tuple[sl.HeadSelection, sl.HeadSelection]
+        self, model: Bridge, tasks: list[sl.Task], ends: tuple[sl.HeadSelection, sl.HeadSelection]
     ) -> None:
         vector = sl.embed_task(tasks[0], model)
         frame = studies.loss_path(tasks[0], *ends, vector, model, points=2, split="test", **OPTIONS)
         assert_measured(frame.iloc[0], tasks[0], sl.PatchHeads(ends[0], vector), model)
 
     def test_one_point_or_another_model_is_refused(
-        self, model: Model, tasks: list[sl.Task], ends: tuple[sl.HeadSelection, sl.HeadSelection]
+        self, model: Bridge, tasks: list[sl.Task], ends: tuple[sl.HeadSelection, sl.HeadSelection]
     ) -> None:
         a, b = ends
         vector = sl.embed_task(tasks[0], model)
@@ -525,7 +525,7 @@ class TestLossPath:
 
 
 def test_checkpoints_are_the_step_of_lowest_validation_loss_and_the_final_one(
-    model: Model, tasks: list[sl.Task]
+    model: Bridge, tasks: list[sl.Task]
 ) -> None:
     config = replace(CONFIG, steps=6, lr=4.0)
     frame = studies.checkpoints(tasks, model, config=config, **OPTIONS)
@@ -552,12 +552,12 @@ class TestAlphaDistribution:
         assert part["share"].tolist() == [count / 8 for count in counts]
         assert part["share"].sum() == 1
 
-    def test_all_heads_of_a_task(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_all_heads_of_a_task(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame = studies.alpha_distribution(tasks, model, config=CONFIG, **OPTIONS)
         for task in tasks:
             self.assert_histogram(frame[frame["task"] == task.name], trained(task, model)[1].selection.alpha)
 
-    def test_by_layer(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_by_layer(self, model: Bridge, tasks: list[sl.Task]) -> None:
         config = replace(CONFIG, steps=8, lr=2.0)
         frame = studies.alpha_distribution(tasks, model, by="layer", config=config, **OPTIONS)
         for task in tasks:
@@ -568,7 +568,7 @@ class TestAlphaDistribution:
                 assert row["binary"] == sum(value <= 0.1 or value >= 0.9 for value in alpha) / 4
         assert frame["binary"].max() > 0 and frame["on"].nunique() > 1
 
-    def test_of_a_step_it_is_that_of_a_training_which_ends_there(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_of_a_step_it_is_that_of_a_training_which_ends_there(self, model: Bridge, tasks: list[sl.Task]) -> None:
         frame = studies.alpha_distribution(tasks, model, by="step", steps=(1, 3), config=CONFIG, **OPTIONS)
         assert frame["step"].drop_duplicates().tolist() == [1, 3]
         for task in tasks:
@@ -586,7 +586,7 @@ class TestCosts:
 
     options: dict[str, Any] = {"n_shots": 2, "n_prompts": 3, "config": CONFIG, "seed": 2}  # noqa: RUF012
 
-    def test_tokens_by_hand(self, model: Model) -> None:
+    def test_tokens_by_hand(self, model: Bridge) -> None:
         task = micro.task("shift")
         frame = studies.costs(task, model, counts=(1, 5, 30), **self.options)
         assert frame.columns.tolist() == ["method", "prompts", "seconds", "tokens"]
@@ -601,13 +601,13 @@ class TestCosts:
                         "SITE": preparing + 6 * count}  # fmt: skip
             assert tokens.loc[count].to_dict() == expected
 
-    def test_preparation_is_the_same_seconds_at_every_count(self, model: Model) -> None:
+    def test_preparation_is_the_same_seconds_at_every_count(self, model: Bridge) -> None:
         frame = studies.costs(micro.task("shift"), model, counts=(1, 4), **self.options)
         seconds = frame.pivot(index="prompts", columns="method", values="seconds")
         first, second = (seconds["SITE"] - seconds["SITE, prepared"]).tolist()
         assert first == pytest.approx(second) and first > 0
 
-    def test_the_users_cache_is_neither_used_nor_touched(self, model: Model, own_cache: Path) -> None:
+    def test_the_users_cache_is_neither_used_nor_touched(self, model: Bridge, own_cache: Path) -> None:
         task = micro.task("shift")
         first = studies.costs(task, model, counts=(1,), **self.options)
         assert settings.cache_dir == own_cache and not list(own_cache.rglob("*.safetensors"))
@@ -619,17 +619,17 @@ class TestCosts:
         assert {path: path.stat().st_mtime_ns for path in own_cache.rglob("*") if path.is_file()} == kept
         assert not micro.hooks_left(model)
 
-    def test_the_cache_comes_back_after_an_error(self, model: Model, own_cache: Path) -> None:
+    def test_the_cache_comes_back_after_an_error(self, model: Bridge, own_cache: Path) -> None:
         with pytest.raises(sl.SitelensError, match="too few training items for 90 shots"):
             studies.costs(micro.task("shift"), model, counts=(1,), n_shots=90)
         assert settings.cache_dir == own_cache and not micro.hooks_left(model)
 
     @pytest.mark.parametrize("counts", [(), (3, 0)])
-    def test_a_count_below_one_is_refused(self, model: Model, counts: tuple[int, ...]) -> None:
+    def test_a_count_below_one_is_refused(self, model: Bridge, counts: tuple[int, ...]) -> None:
         with pytest.raises(sl.SitelensError, match=r"counts.* must be at least 1, got"):
             studies.costs(micro.task("shift"), model, counts=counts)
 
-    def test_a_split_without_items_is_refused(self, model: Model) -> None:
+    def test_a_split_without_items_is_refused(self, model: Bridge) -> None:
         with pytest.raises(sl.SitelensError, match="task 'shift' has no test items"):
             studies.costs(replace(micro.task("shift"), test=()), model)
 
@@ -641,7 +641,7 @@ class TestHeadOverlap:
         result = TrainResult(selection, pd.DataFrame(), CONFIG)
         return lambda *rest, **options: [Prepared(micro.task("one"), vector, result)]
 
-    def overlap(self, alpha: list[list[float]], k: int, model: Model, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    def overlap(self, alpha: list[list[float]], k: int, model: Bridge, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
         """head_overlap of planted alpha and scores."""
         induction = pd.DataFrame({"induction": [0.9, 0.8, 0.1, 0.7, 0.6, 0.5, 0.4, 0.3], "previous_token": range(8)})
         monkeypatch.setattr(heads_study, "prepare", self.prepared(alpha))
@@ -651,7 +651,7 @@ class TestHeadOverlap:
         )
         return studies.head_overlap(["ignored"], model, k=k).set_index("kind")
 
-    def test_worked_out_by_hand(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_worked_out_by_hand(self, model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
         alpha = [[0.9, 0.8, 0.7, 0.1], [0.2, 0.3, 0.4, 0.5]]  # 0.5 itself is not selected
         found = self.overlap(alpha, 4, model, monkeypatch)
         assert found["k"].tolist() == [4] * 3 and found["expected"].tolist() == [3 / 8] * 3
@@ -668,16 +668,16 @@ class TestHeadOverlap:
         assert -found["spearman"]["function vector"] == pytest.approx(spearmanr(flat, range(8))[0])
 
     def test_without_selected_heads_there_is_nothing_to_tell_apart(
-        self, model: Model, monkeypatch: pytest.MonkeyPatch
+        self, model: Bridge, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         found = self.overlap([[0.1, 0.2, 0.3, 0.4], [0.15, 0.25, 0.35, 0.45]], 3, model, monkeypatch)
         assert found["auc"].isna().all() and (found["p"] == 1).all() and (found["shared"] == 0).all()
 
-    def test_no_top_heads_share_nothing(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_top_heads_share_nothing(self, model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
         found = self.overlap([[0.9, 0.2, 0.3, 0.4], [0.15, 0.25, 0.35, 0.45]], 0, model, monkeypatch)
         assert found["share"].isna().all() and (found["p"] == 1).all() and found["auc"]["induction"] == 1
 
-    def test_scores_are_those_of_the_model(self, model: Model, tasks: list[sl.Task]) -> None:
+    def test_scores_are_those_of_the_model(self, model: Bridge, tasks: list[sl.Task]) -> None:
         options: dict[str, Any] = {"n_prompts": 3, "n_shots": 2}
         frame = studies.head_overlap(tasks, model, k=3, config=CONFIG, **options, **OPTIONS)
         known = induction_scores(model, seed=2)
@@ -697,7 +697,7 @@ class TestHeadOverlap:
                 assert row["auc"] == pytest.approx(np.mean(pairs) if pairs else np.nan, nan_ok=True)
 
 
-def test_shared_attention_compares_what_both_tasks_attend_to(model: Model, tasks: list[sl.Task]) -> None:
+def test_shared_attention_compares_what_both_tasks_attend_to(model: Bridge, tasks: list[sl.Task]) -> None:
     three, config = [*tasks, micro.task("three", step=5)], replace(CONFIG, steps=10)
     options: dict[str, Any] = {"n_prompts": 3, "n_shots": 2}
     frame = studies.shared_attention(three, model, config=config, **options, **OPTIONS)
@@ -728,7 +728,7 @@ def once(items: Iterable[Any]) -> Iterable[Any]:
     yield from items
 
 
-def test_tasks_may_come_one_by_one_where_runs_are_shared(model: Model, tasks: list[sl.Task]) -> None:
+def test_tasks_may_come_one_by_one_where_runs_are_shared(model: Bridge, tasks: list[sl.Task]) -> None:
     runs = studies.initialization_runs(once(tasks), model, inits=(0.3,), seeds=(0, 1), config=CONFIG, **OPTIONS)
     assert list(runs) == [("one", 0.3, 0), ("one", 0.3, 1), ("two", 0.3, 0), ("two", 0.3, 1)]
     assert all(result.config == replace(CONFIG, init=0.3, seed=seed) for (_, _, seed), (_, result) in runs.items())

@@ -25,7 +25,7 @@ from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation.labels import shared_first_tokens
 from sitelens.methods.site import method as site
 from sitelens.methods.site import state as training_state
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from sitelens.reports.suite import run_suite
 from sitelens.tasks import SUITES, Task
 from tests import micro
@@ -65,7 +65,7 @@ class Micro(sl.Suite):
 
 
 @pytest.fixture
-def model() -> Iterator[Model]:
+def model() -> Iterator[Bridge]:
     yield from micro.lent("Llama")
 
 
@@ -75,7 +75,7 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SUITES.own, "bbh", Micro([*TASKS, "four"]))
 
 
-def test_each_tasks_rows_are_what_it_gives_by_itself(model: Model) -> None:
+def test_each_tasks_rows_are_what_it_gives_by_itself(model: Bridge) -> None:
     found = run_suite("bbh", model, **SMALL)
     for name, task in TASKS.items():
         embedding = sl.embed_task(task, model, n_prompts=3, n_shots=2)
@@ -88,7 +88,7 @@ def test_each_tasks_rows_are_what_it_gives_by_itself(model: Model) -> None:
         np.testing.assert_allclose(rows["logprob"], expected["logprob"], atol=1e-4)
 
 
-def test_the_table_has_means_over_the_tasks_of_each_group_and_of_all(model: Model) -> None:
+def test_the_table_has_means_over_the_tasks_of_each_group_and_of_all(model: Bridge) -> None:
     found = run_suite("bbh", model, **SMALL)
     by_task = found.scores.groupby(["condition", "group", "task"])["score"].mean()
     table = found.summary().set_index(["condition", "group"])
@@ -110,7 +110,7 @@ def test_the_table_has_means_over_the_tasks_of_each_group_and_of_all(model: Mode
     assert {"tasks_low", "tasks_high"} <= set(found.summary().columns)
 
 
-def test_a_task_that_cannot_be_had_or_is_not_asked_for_is_named(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_cannot_be_had_or_is_not_asked_for_is_named(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_suite("bbh", model, tasks=["three", "four"], **SMALL)
     assert found.left_out == {
         "one": "not requested", "two": "not requested", "four": "four is nowhere to be had",
@@ -123,7 +123,7 @@ def test_a_task_that_cannot_be_had_or_is_not_asked_for_is_named(model: Model, mo
         run_suite("bbh", model, tasks=["one"], **SMALL)
 
 
-def test_a_name_that_is_not_in_the_suite_is_refused(model: Model) -> None:
+def test_a_name_that_is_not_in_the_suite_is_refused(model: Bridge) -> None:
     with pytest.raises(SitelensError, match="the suite 'bbh' has no task 'five'"):
         run_suite("bbh", model, tasks=["five"])
     with pytest.raises(SitelensError, match="unknown method 'SIDE'"):
@@ -138,7 +138,7 @@ def test_a_name_that_is_not_in_the_suite_is_refused(model: Model) -> None:
             run_suite("bbh", model, **options)
 
 
-def test_what_fails_is_left_out_and_the_rest_goes_on(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_is_left_out_and_the_rest_goes_on(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = site.train_selections
 
     def train(tasks: Any, *args: Any, **options: Any) -> Any:
@@ -158,7 +158,7 @@ def test_what_fails_is_left_out_and_the_rest_goes_on(model: Model, monkeypatch: 
     assert sorted(found.conditions["SITE"]) == ["one", "three"] and found.conditions["TV"] == {}
 
 
-def test_the_echo_baseline_stands_once_beside_prefix_match(model: Model) -> None:
+def test_the_echo_baseline_stands_once_beside_prefix_match(model: Bridge) -> None:
     found = run_suite("bbh", model, metric="prefix_match", **SMALL | {"methods": [SITE, sl.methods.TV(n_sets=2)]})
     counts = found.scores.groupby(["task", "condition"]).size()
     assert counts.eq(6).all() and len(counts) == 3 * 5
@@ -166,7 +166,7 @@ def test_the_echo_baseline_stands_once_beside_prefix_match(model: Model) -> None
     assert figure.layout.xaxis.title.text == "Prefix-match accuracy"
 
 
-def test_other_methods_stand_beside_site(model: Model) -> None:
+def test_other_methods_stand_beside_site(model: Bridge) -> None:
     vector = sl.methods.TV(n_sets=2, n_shots=2)
     found = run_suite("bbh", model, tasks=["one"], **SMALL | {"methods": [vector, SITE, "zero-shot"]})
     assert found.scores["condition"].unique().tolist() == ["zero-shot", "2-shot", "TV", "SITE"]
@@ -176,7 +176,7 @@ def test_other_methods_stand_beside_site(model: Model) -> None:
     np.testing.assert_allclose(rows["logprob"], expected["logprob"], atol=1e-4)
 
 
-def test_a_second_call_runs_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_runs_nothing(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run_suite("bbh", model, **SMALL)
     micro.silence(monkeypatch)
     second = run_suite("bbh", model, **SMALL)
@@ -184,7 +184,7 @@ def test_a_second_call_runs_nothing(model: Model, monkeypatch: pytest.MonkeyPatc
     assert first.tasks.equals(second.tasks) and first.left_out == second.left_out
 
 
-def test_a_suite_names_its_stages(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suite_names_its_stages(model: Bridge, capsys: pytest.CaptureFixture[str]) -> None:
     with sl.settings.using(progress=None):
         run_suite("bbh", model, **SMALL | {"methods": [SITE, sl.methods.TV(n_sets=2)]})
     lines = capsys.readouterr().err.splitlines()
@@ -192,7 +192,7 @@ def test_a_suite_names_its_stages(model: Model, capsys: pytest.CaptureFixture[st
     assert stages[:3] == ["1/3 fit SITE", "2/3 fit TV", "3/3 score"] and stages[-1].startswith("done in ")
 
 
-def test_a_suites_bar_moves_within_a_batch_of_trainings(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suites_bar_moves_within_a_batch_of_trainings(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[progress.Job] = []
     enter, step = progress.Job.__enter__, training_state.Record.step
     shares: list[float] = []
@@ -253,7 +253,7 @@ def test_what_was_finished_before_a_kill_is_not_done_again(kind: str, together: 
 # Items
 
 
-def test_items_too_long_for_their_share_of_the_context_are_dropped_everywhere(model: Model) -> None:
+def test_items_too_long_for_their_share_of_the_context_are_dropped_everywhere(model: Bridge) -> None:
     long = [(" ".join(micro.WORDS[i : i + 20]), micro.WORDS[0]) for i in range(6)]
     task = Task.from_pairs("lengths", [*((word, micro.WORDS[1]) for word in micro.WORDS[:30]), *long])
     tokenizer = micro.tokenizer()
@@ -270,7 +270,7 @@ def test_items_too_long_for_their_share_of_the_context_are_dropped_everywhere(mo
 
 
 def test_dropped_items_are_counted_and_no_prompt_is_longer_than_the_context(
-    model: Model, monkeypatch: pytest.MonkeyPatch
+    model: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = [(" ".join(micro.WORDS[i : i + 60]), micro.WORDS[i]) for i in range(8)]
     pairs = [*((item.input, item.output) for item in TASKS["one"].train), *long]
@@ -280,7 +280,7 @@ def test_dropped_items_are_counted_and_no_prompt_is_longer_than_the_context(
     assert "8 of" in found.tasks.set_index("task")["note"]["one"]
 
 
-def test_answers_that_begin_alike_are_counted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_that_begin_alike_are_counted(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     words = micro.WORDS
     pairs = [(words[i], f"{words[50]} {words[i]}" if i < 10 else words[i]) for i in range(40)]
     task = Task.from_pairs("one", pairs)
@@ -294,7 +294,7 @@ def test_answers_that_begin_alike_are_counted(model: Model, monkeypatch: pytest.
 # What is written
 
 
-def test_everything_is_written_with_its_origin(model: Model, tmp_path: Path) -> None:
+def test_everything_is_written_with_its_origin(model: Bridge, tmp_path: Path) -> None:
     found = run_suite("bbh", model, **SMALL)
     folder = tmp_path / "figures"
     paths = found.save(folder, command="sitelens suite bbh")
@@ -310,7 +310,7 @@ def test_everything_is_written_with_its_origin(model: Model, tmp_path: Path) -> 
     assert tasks["digest"].tolist() == [TASKS[name].digest for name in TASKS]
 
 
-def test_the_figure_has_a_line_a_task_by_group_and_accuracy(model: Model) -> None:
+def test_the_figure_has_a_line_a_task_by_group_and_accuracy(model: Bridge) -> None:
     found = run_suite("bbh", model, **SMALL)
     figure: Any = found.figure()
     site = found.frame.query("condition == 'SITE'").sort_values(["group", "mean"], ascending=[True, False])

@@ -28,7 +28,7 @@ from sitelens.methods.site import state as training_state
 from sitelens.methods.site import train as training
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import TrainJob, TrainResult, train_jobs, train_selection, train_selections
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
 from sitelens.store.folder import Store, default_store
 from sitelens.tasks import Example, Task
@@ -47,7 +47,7 @@ def worded(name: str, step: int = 1, n: int = 30, **options: Any) -> Task:
     return Task.from_pairs(name, pairs, **options)
 
 
-def vectors(model: Model, *tasks: Task, model_id: str | None = None) -> dict[str, TaskEmbedding]:
+def vectors(model: Bridge, *tasks: Task, model_id: str | None = None) -> dict[str, TaskEmbedding]:
     """A random embedding for each task."""
     shape = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head
     found = {}
@@ -57,7 +57,7 @@ def vectors(model: Model, *tasks: Task, model_id: str | None = None) -> dict[str
     return found
 
 
-def double(family: str) -> Model:
+def double(family: str) -> Bridge:
     """A micro model in float64; the default kernel of a mixture of experts has no such precision."""
     model = micro.bridge(family, torch.float64)
     if family.startswith("Mixtral"):
@@ -66,13 +66,13 @@ def double(family: str) -> Model:
     return model
 
 
-def anew(tasks: Sequence[Task], model: Model, **options: Any) -> Results:
+def anew(tasks: Sequence[Task], model: Bridge, **options: Any) -> Results:
     """Selections that are trained, whatever is cached."""
     default_store().clear("selection")
     return train_selections(tasks, model, embeddings=vectors(model, *tasks), **options)
 
 
-def one_by_one(tasks: Sequence[Task], model: Model, seeds: Sequence[int], config: TrainConfig) -> Results:
+def one_by_one(tasks: Sequence[Task], model: Bridge, seeds: Sequence[int], config: TrainConfig) -> Results:
     return {
         key: result
         for task in tasks
@@ -109,7 +109,7 @@ class TestHowItIsBatchedChangesNothing:
         model, config = double(family), TrainConfig(steps=6, batch_size=3, eval_every=3, n_valid=3)
         options: dict[str, Any] = {"config": config, "shared": shared}
         counted = Counted(monkeypatch)
-        few = 3 * 8 * prefix_bytes(model, 9)  # a third of it holds the prefixes of eight prompts
+        few = 3 * 8 * prefix_bytes(Model.of(model), 9)  # a third of it holds the prefixes of eight prompts
         results = {}
         for budget in counted.each(few, 1):
             with settings.using(memory_budget=budget or "2GiB"):
@@ -126,7 +126,7 @@ class TestHowItIsBatchedChangesNothing:
     def test_float32_agrees_to_a_thousandth_and_in_every_clear_head(self, family: str) -> None:
         model, config = micro.bridge(family), TrainConfig(steps=40, eval_every=20, n_valid=3)
         alone = one_by_one(self.tasks, model, (0,), config)
-        budget = 3 * 8 * prefix_bytes(model, 9)
+        budget = 3 * 8 * prefix_bytes(Model.of(model), 9)
         with settings.using(memory_budget=budget):
             together = anew(self.tasks[::-1], model, config=config)
         assert_equal(together, alone, 1e-3)
@@ -139,16 +139,18 @@ class TestHowItIsBatchedChangesNothing:
     def test_windows_cover_all_steps_and_fit_the_budget(self) -> None:
         model, lengths = micro.bridge("GPT2"), [5 + i % 4 for i in range(40)]
         prompt = torch.tensor(random.Random(0).choices(range(40), k=60)).reshape(20, 3)
-        budget = 9 * prefix_bytes(model, 8)
-        windows = training_loop._windows(prompt, lengths, model, budget)
+        budget = 9 * prefix_bytes(Model.of(model), 8)
+        windows = training_loop._windows(prompt, lengths, Model.of(model), budget)
         assert [step for start, stop in windows for step in range(start, stop)] == list(range(20))
         assert 1 < len(windows) < 20
         for start, stop in windows:
             items = set(prompt[start:stop].flatten().tolist())
-            assert len(items) * prefix_bytes(model, max(lengths[i] for i in items)) <= budget
+            assert len(items) * prefix_bytes(Model.of(model), max(lengths[i] for i in items)) <= budget
 
     def test_a_window_holds_one_step_even_where_it_does_not_fit(self) -> None:
-        windows = training_loop._windows(torch.arange(6).reshape(3, 2), [9] * 6, micro.bridge("GPT2"), budget=1)
+        windows = training_loop._windows(
+            torch.arange(6).reshape(3, 2), [9] * 6, Model.of(micro.bridge("GPT2")), budget=1
+        )
         assert windows == [(0, 1), (1, 2), (2, 3)]
 
 
@@ -161,7 +163,7 @@ class TestJobs:
 
     one, two = worded("one", 3), worded("two", 11, n=40)
 
-    def mixture(self, model: Model) -> list[TrainJob]:
+    def mixture(self, model: Bridge) -> list[TrainJob]:
         """Tasks with an embedding of their own and with others, seeds and inits in no order, and a shared alpha."""
         found = vectors(model, self.one, self.two)
         first, second = found["one"], found["two"]
@@ -179,7 +181,7 @@ class TestJobs:
     def numbered(results: Sequence[TrainResult]) -> Results:
         return {(str(i), 0): result for i, result in enumerate(results)}
 
-    def alone(self, jobs: Sequence[TrainJob], model: Model) -> list[TrainResult]:
+    def alone(self, jobs: Sequence[TrainJob], model: Bridge) -> list[TrainResult]:
         found = []
         for job in jobs:
             default_store().clear("selection")
@@ -249,7 +251,7 @@ class Counted:
         self.budget: int | None = None
         of, call = PrefixCache.of, LastToken.__call__
 
-        def counted_of(batch: PromptBatch, model: Model, budget: int) -> PrefixCache:
+        def counted_of(batch: PromptBatch, model: Bridge, budget: int) -> PrefixCache:
             self.prefixes[self.budget] = self.prefixes.get(self.budget, 0) + 1
             return of(batch, model, budget)
 
@@ -374,7 +376,7 @@ class TestAgainstAPlainImplementation:
             assert result.selection.task == "plain+other"
 
 
-def random_start(model: Model, task: Task, seed: int) -> Tensor:
+def random_start(model: Bridge, task: Task, seed: int) -> Tensor:
     """The alpha at which a random init starts: after one step too small to move it."""
     config = TrainConfig(steps=1, lr=1e-14, n_valid=1, init="random")
     return anew([task], model, seeds=(seed,), config=config)[task.name, seed].selection.alpha
@@ -416,7 +418,7 @@ class TestPlantedHeads:
     planted = (((0, 2), (1, 1)), ((0, 3), (1, 0)), ((1, 2), (1, 3)))
 
     @pytest.fixture
-    def model(self) -> Model:
+    def model(self) -> Bridge:
         model = micro.bridge("Llama", torch.float64)
         token = model.tokenizer.get_vocab()
         weights = {n.replace("._original_component", ""): p for n, p in model.original_model.named_parameters()}
@@ -452,14 +454,14 @@ class TestPlantedHeads:
                 mean_z[layer, head, 4 + (which if (layer, head) in self.planted[which] else wrong)] = 1
         return TaskEmbedding(mean_z, self.names[which], None, 1, 0, 0)
 
-    def logits(self, model: Model, which: int, alpha: Tensor) -> dict[str, float]:
+    def logits(self, model: Bridge, which: int, alpha: Tensor) -> dict[str, float]:
         """The logits of the first item's answer, of another task's, of another item's, and of a sign."""
         prompts = few_shot_prompts(self.task(which), self.task(which).test[:1], 0, model.tokenizer)
         batch = tokenize(prompts, model.tokenizer)
         assert batch.lengths == [6]
         edit = HeadEdit.mix(alpha[None], self.embedding(which).mean_z[None].double())
-        with torch.no_grad(), LastToken(model) as last_token:
-            found = last_token(PrefixCache.of(batch, model, 10**9), edit)[0]
+        with torch.no_grad(), LastToken(Model.of(model)) as last_token:
+            found = last_token(PrefixCache.of(batch, Model.of(model), 10**9), edit)[0]
         token = model.tokenizer.get_vocab()
         answers = {"right": (0, which), "task": (0, (which + 1) % 3), "item": (1, which)}
         return {k: found[token[f" {self.answer(*v)}"]].item() for k, v in answers.items()} | {
@@ -467,7 +469,7 @@ class TestPlantedHeads:
         }
 
     @pytest.mark.parametrize("which", range(3))
-    def test_logits_are_those_worked_out_by_hand(self, model: Model, which: int) -> None:
+    def test_logits_are_those_worked_out_by_hand(self, model: Bridge, which: int) -> None:
         # Untouched: 3 along the input and 1 along the other tokens, so the final norm divides by sqrt(10 / 32).
         root = math.sqrt(32 / 10)
         untouched = {"right": 6 * root, "task": 6 * root, "item": 0, "sign": 0}
@@ -479,7 +481,7 @@ class TestPlantedHeads:
         patched = {"right": 10 * root, "task": 6 * root, "item": 4 * root, "sign": 0}
         assert self.logits(model, which, alpha) == pytest.approx(patched, abs=1e-4)
 
-    def test_training_finds_the_planted_heads_of_every_task(self, model: Model) -> None:
+    def test_training_finds_the_planted_heads_of_every_task(self, model: Bridge) -> None:
         tasks = [self.task(which) for which in range(3)]
         embeddings = {task.name: self.embedding(which) for which, task in enumerate(tasks)}
         results = train_selections(tasks, model, embeddings=embeddings, config=TrainConfig(steps=80))
@@ -531,7 +533,7 @@ def refuse_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "train_runs", refuse)
 
 
-def edited(model: Model) -> Model:
+def edited(model: Bridge) -> Bridge:
     with torch.no_grad():
         next(model.original_model.parameters()).mul_(1.001)
     return model
@@ -692,7 +694,7 @@ class TestLossThatIsNoNumber:
     word = micro.WORDS[40]
 
     @pytest.fixture
-    def model(self) -> Model:
+    def model(self) -> Bridge:
         """A model that does not bear one word."""
         model = micro.bridge("Llama")
         with torch.no_grad():
@@ -711,7 +713,7 @@ class TestLossThatIsNoNumber:
     def kept(self, cache: Path) -> list[Path]:
         return list(cache.glob("artifacts/selection/*"))
 
-    def test_it_is_named_with_task_seed_and_step(self, model: Model, own_cache: Path) -> None:
+    def test_it_is_named_with_task_seed_and_step(self, model: Bridge, own_cache: Path) -> None:
         tasks, config = [self.task("sound"), self.task("broken", "train")], replace(SHORT, steps=40)
         first: dict[int, int] = {}
         for seed in (0, 1):
@@ -723,7 +725,7 @@ class TestLossThatIsNoNumber:
             anew(tasks, model, seeds=(0, 1), config=config)
         assert not self.kept(own_cache)
 
-    def test_it_is_named_where_validation_meets_it(self, model: Model, own_cache: Path) -> None:
+    def test_it_is_named_where_validation_meets_it(self, model: Bridge, own_cache: Path) -> None:
         with pytest.raises(SitelensError, match=r"validation loss of task 'broken', seed 6, is nan at step 4"):
             anew([self.task("sound"), self.task("broken", "valid")], model, seeds=(6,), config=SHORT)
         assert not self.kept(own_cache)
@@ -736,14 +738,14 @@ class TestLossThatIsNoNumber:
             train_selection(task, model, embedding=embedding, config=SHORT)
         assert not self.kept(own_cache)
 
-    def test_the_model_works_as_before_afterwards(self, model: Model) -> None:
+    def test_the_model_works_as_before_afterwards(self, model: Bridge) -> None:
         batch = tokenize(
             few_shot_prompts(self.task("sound"), self.task("sound").test, 0, model.tokenizer), model.tokenizer
         )
-        before = full_logits(batch, model)
+        before = full_logits(batch, Model.of(model))
         with pytest.raises(SitelensError, match="is nan"):
             anew([self.task("broken", "train")], model, config=replace(SHORT, steps=40))
-        assert torch.equal(full_logits(batch, model), before)
+        assert torch.equal(full_logits(batch, Model.of(model)), before)
 
 
 class TestUndecidedAlpha:
@@ -791,7 +793,7 @@ class TestTheModelIsLeftAlone:
 class TestInterruptions:
     CONFIG = TrainConfig(steps=24, eval_every=6, n_valid=3, lr=0.5)
 
-    def interrupted(self, model: Model, at: int, monkeypatch: pytest.MonkeyPatch) -> Results:
+    def interrupted(self, model: Bridge, at: int, monkeypatch: pytest.MonkeyPatch) -> Results:
         """Trained in two goes: the first ends in its step `at`, the second goes on."""
         monkeypatch.setattr(training_state, "KEEP_SECONDS", 0)
         tasks, steps = [worded("one"), worded("two", 5)], []

@@ -17,7 +17,7 @@ from scipy.spatial.distance import squareform
 import sitelens as sl
 from sitelens.evaluation import cached as scoring
 from sitelens.models.fingerprints import fingerprint
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from sitelens.studies import transfer
 from sitelens.studies.transfer import Swap
 from sitelens.tasks import list_tasks
@@ -28,7 +28,7 @@ SMALL = sl.TrainConfig(steps=8, eval_every=4, n_valid=4, lr=1.0)
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> Bridge:
     return micro.bridge("Llama")
 
 
@@ -40,7 +40,7 @@ def matrix(values: list[list[float]], zero_shot: list[float], **options: Any) ->
 
 
 @pytest.mark.parametrize("swap", ["heads", "embedding", "both"])
-def test_every_cell_is_the_evaluation_of_its_pair(swap: Swap, model: Model) -> None:
+def test_every_cell_is_the_evaluation_of_its_pair(swap: Swap, model: Bridge) -> None:
     grid = sl.transfer_matrix(TASKS, model, swap=swap, config=SMALL, n_prompts=3, n_shots=2)
     vectors = {t.name: sl.embed_task(t, model, n_prompts=3, n_shots=2) for t in TASKS}
     runs = sl.train_selections(TASKS, model, embeddings=vectors, config=SMALL)
@@ -204,11 +204,11 @@ def test_a_heatmap_says_what_was_swapped(swap: Swap, side: str) -> None:
 # What is given, kept and refused
 
 
-def fast(model: Model, tasks: Sequence[Any] = TASKS, **options: Any) -> sl.TransferMatrix:
+def fast(model: Bridge, tasks: Sequence[Any] = TASKS, **options: Any) -> sl.TransferMatrix:
     return sl.transfer_matrix(tasks, model, **{"config": SMALL, "n_prompts": 3, "n_shots": 2, "n_items": 6} | options)
 
 
-def given(model: Model, made_for: str | None = None) -> dict[str, Any]:
+def given(model: Bridge, made_for: str | None = None) -> dict[str, Any]:
     """Random embeddings and selections by task name."""
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"embeddings": {}, "selections": {}}
@@ -219,7 +219,7 @@ def given(model: Model, made_for: str | None = None) -> dict[str, Any]:
     return found
 
 
-def cells(parts: Mapping[str, Any], model: Model, swap: Swap) -> pd.DataFrame:
+def cells(parts: Mapping[str, Any], model: Bridge, swap: Swap) -> pd.DataFrame:
     columns = {}
     for target in TASKS:
         conditions: dict[str, sl.Condition] = {}
@@ -247,7 +247,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, sl.Condition]]:
 
 @pytest.mark.parametrize("swap", ["heads", "embedding", "both"])
 def test_given_embeddings_and_selections_stand_in_and_nothing_is_trained(
-    swap: Swap, model: Model, monkeypatch: pytest.MonkeyPatch
+    swap: Swap, model: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = given(model, fingerprint(model))
     monkeypatch.setattr(transfer, "train_selections", None)
@@ -262,7 +262,7 @@ def test_given_embeddings_and_selections_stand_in_and_nothing_is_trained(
             assert patch.embedding is parts["embeddings"][target.name if swap == "heads" else source.name]
 
 
-def test_what_is_not_given_is_trained_with_what_is(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_given_is_trained_with_what_is(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, seen = given(model), scored(monkeypatch)
     del parts["selections"]["two"]
     fast(model, **parts)
@@ -276,7 +276,7 @@ def test_what_is_not_given_is_trained_with_what_is(model: Model, monkeypatch: py
 
 
 @pytest.mark.parametrize("what", ["selections", "embeddings"])
-def test_what_was_made_for_another_model_is_refused(what: str, model: Model) -> None:
+def test_what_was_made_for_another_model_is_refused(what: str, model: Bridge) -> None:
     parts = given(model)
     parts[what]["two"] = replace(parts[what]["two"], model="another")
     with pytest.raises(sl.SitelensError, match=rf"the {what[:-1]} of 'two' was made with another model"):
@@ -301,7 +301,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_an_interrupted_grid_goes_on_where_it_stopped(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_grid_goes_on_where_it_stopped(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, names, real = given(model), evaluated(monkeypatch), scoring.evaluate
     with monkeypatch.context() as patch:
 
@@ -319,7 +319,7 @@ def test_an_interrupted_grid_goes_on_where_it_stopped(model: Model, monkeypatch:
     np.testing.assert_array_equal(grid.matrix, cells(parts, model, "heads"))
 
 
-def test_a_second_call_evaluates_and_trains_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_evaluates_and_trains_nothing(model: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     names = evaluated(monkeypatch)
     first = fast(model)
     assert names == ["one", "two", "three"]
@@ -332,7 +332,7 @@ def test_a_second_call_evaluates_and_trains_nothing(model: Model, monkeypatch: p
     assert len(names) == 6
 
 
-def test_groups_are_the_kinds_of_known_tasks(model: Model) -> None:
+def test_groups_are_the_kinds_of_known_tasks(model: Bridge) -> None:
     known = list_tasks().set_index("name")["kind"]
     tasks = [replace(TASKS[0], name=known.index[0]), TASKS[1]]
     parts = given(model)
@@ -341,7 +341,7 @@ def test_groups_are_the_kinds_of_known_tasks(model: Model) -> None:
     assert fast(model, tasks, **parts).groups == {known.index[0]: known.iloc[0]}
 
 
-def test_one_task_or_an_unknown_swap_is_refused(model: Model, unchecked: None) -> None:
+def test_one_task_or_an_unknown_swap_is_refused(model: Bridge, unchecked: None) -> None:
     with pytest.raises(sl.SitelensError, match="at least two tasks, got 1"):
         sl.transfer_matrix(TASKS[:1], model)
     with pytest.raises(sl.SitelensError, match="swap must be 'heads', 'embedding' or 'both', not 'tails'"):

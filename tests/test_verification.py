@@ -17,7 +17,7 @@ from sitelens.engine import prefix
 from sitelens.engine.forward import HeadEdit
 from sitelens.engine.prompts import tokenize
 from sitelens.heads.direct import DirectPath
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from sitelens.reports.verification import checks, subject
 from sitelens.reports.verification.verify import CHECKS, FAILS, OK, UNSUPPORTED, verify
 from tests import micro, zoo
@@ -33,7 +33,7 @@ NOT_SUPPORTED = {
 }
 
 
-def results(model: Model) -> dict[str, str]:
+def results(model: Bridge) -> dict[str, str]:
     report = verify(model, task=micro.task())
     return dict(zip(report.frame["check"], report.frame["result"], strict=True))
 
@@ -53,7 +53,7 @@ def test_other_dtypes_hold_within_their_own_noise(dtype: torch.dtype) -> None:
     assert (limits <= 0.5).all() and (limits >= 1e-4).all()
 
 
-def test_a_report_is_a_table_in_words(llama: Model) -> None:
+def test_a_report_is_a_table_in_words(llama: Bridge) -> None:
     report = verify(llama, task=micro.task())
     assert report.ok and report.failures == [] and list(report.frame["check"]) == list(CHECKS)
     assert str(report).startswith("Llama (float32): everything supported holds\n") and repr(report).startswith(
@@ -66,7 +66,7 @@ def test_a_report_is_a_table_in_words(llama: Model) -> None:
 
 
 @pytest.fixture
-def llama() -> Model:
+def llama() -> Bridge:
     return micro.bridge("Llama")
 
 
@@ -123,7 +123,7 @@ def broken(patch: pytest.MonkeyPatch) -> None:
         (broken, "head edit"),
     ],
 )
-def test_a_fault_is_noticed(fault: Any, check: str, llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_noticed(fault: Any, check: str, llama: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         fault(patch)
         report = verify(llama, task=micro.task())

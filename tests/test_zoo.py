@@ -20,7 +20,7 @@ from sitelens.heads import (
     induction_scores,
 )
 from sitelens.heads.writing import written
-from sitelens.models.model import Model, head_shape
+from sitelens.models.model import Model
 from tests import micro, zoo
 
 architectures = [pytest.param(name, marks=[] if name in zoo.FAST else pytest.mark.slow) for name in zoo.ZOO]
@@ -60,7 +60,7 @@ def test_what_a_head_adds_to_the_stream_is_what_its_block_gives_more(name: str) 
     model, prompt = zoo.bridge(name), prompt_of(micro.task())
     batch = tokenize([prompt], micro.tokenizer())
     held = zoo.Held(name, batch.tokens[0].tolist())
-    z = torch.randn(*head_shape(model), generator=torch.Generator().manual_seed(1))
+    z = torch.randn(*Model.of(model).shape, generator=torch.Generator().manual_seed(1))
     found = written(z, Model.of(model), batch)
     blocks = zoo.blocks(zoo.raw(name))
     for layer, head in ((0, 0), (0, 3), (1, 1)):
@@ -71,7 +71,7 @@ def test_what_a_head_adds_to_the_stream_is_what_its_block_gives_more(name: str) 
 def test_a_write_that_passes_a_norm_needs_a_prompt() -> None:
     model = zoo.bridge("Gemma 2")
     with pytest.raises(sl.SitelensError, match="give prompts"):
-        written(torch.zeros(head_shape(model)), Model.of(model))
+        written(torch.zeros(Model.of(model).shape), Model.of(model))
 
 
 # -- attention --

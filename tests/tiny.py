@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from sitelens.methods.site.config import TrainConfig
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from sitelens.tasks import load_task
 from tests import micro
 
@@ -47,6 +47,6 @@ def network() -> Any:
 
 
 @functools.cache
-def model() -> Model:
+def model() -> Bridge:
     """The network as a TransformerBridge."""
     return micro.bridged(network(), "tiny", tokenizer())

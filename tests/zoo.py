@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge
 from tests import micro
 
 B: dict[str, Any] = {
@@ -124,7 +124,7 @@ def raw(name: str) -> Any:
 
 
 @functools.cache
-def bridge(name: str) -> Model:
+def bridge(name: str) -> Bridge:
     """The same weights as a TransformerBridge."""
     return micro.bridged(copy.deepcopy(raw(name)), name, micro.tokenizer())
 

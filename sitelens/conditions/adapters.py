@@ -104,7 +104,7 @@ class Adapters:
     def __init__(self, model: Model, rank: int, alpha: int) -> None:
         self.scaling = alpha / rank
         self.weights: dict[str, list[Tensor]] = {f"{name}.{side}": [] for name in PROJECTIONS for side in "AB"}
-        for name, _, linear in _projections(Model.of(model).bridge):
+        for name, _, linear in _projections(model.bridge):
             weight = linear.weight
             options: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
             self.weights[f"{name}.A"].append(torch.zeros(rank, linear.in_features, **options))

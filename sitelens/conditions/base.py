@@ -218,7 +218,6 @@ class Condition(ABC):
 @contextmanager
 def in_effect(condition: Condition, model: Model) -> Iterator[Passes]:
     """Passes with a condition in effect; a class's own `applied` is heeded."""
-    model = Model.of(model)
     kinds = type(condition).__mro__
     applied, passes = (next(kind for kind in kinds if name in vars(kind)) for name in ("applied", "_passes"))
     if kinds.index(applied) < kinds.index(passes):

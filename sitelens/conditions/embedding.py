@@ -21,7 +21,7 @@ from sitelens.engine.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.engine.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
 from sitelens.errors import SitelensError
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, ModelLike, check_fit, context_length, head_shape, own_tokenizer
+from sitelens.models.model import Model, ModelLike, ModelSource, check_fit
 from sitelens.models.provenance import Origin, model_label
 from sitelens.progress import portions, progress
 from sitelens.settings import settings
@@ -84,7 +84,7 @@ class TaskEmbedding:
 @torch.inference_mode(False)
 def embed_task(
     task: Task | str,
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     n_prompts: Count = 50,
     n_shots: CountOrZero = 10,
@@ -110,7 +110,7 @@ def embed_task(
 
     def read(artifact: Artifact) -> TaskEmbedding:
         embedding = artifact.made(TaskEmbedding)
-        if tuple(embedding.mean_z.shape) != head_shape(model):
+        if tuple(embedding.mean_z.shape) != model.shape:
             raise SitelensError(f"{artifact.where}: mean_z has the shape {tuple(embedding.mean_z.shape)}")
         return embedding
 
@@ -118,11 +118,11 @@ def embed_task(
         if len(task.train) < n_shots + 1:
             raise SitelensError(f"task {task.name!r} has too few training items for {n_shots} shots and a query: "
                                 f"{len(task.train)} items")  # fmt: skip
-        prompts = embedding_prompts(task, own_tokenizer(model), n_prompts, n_shots, seed)
-        batch = tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
+        prompts = embedding_prompts(task, model.tokenizer, n_prompts, n_shots, seed)
+        batch = tokenize(prompts, model.tokenizer, model.context_length, f"task {task.name!r}")
         cost = functools.partial(forward_bytes, model)
         parts = chunks(batch.lengths, cost, settings.budget(), max_tokens=MAX_TOKENS)
-        z = torch.empty(n_prompts, *head_shape(model), dtype=torch.float64)
+        z = torch.empty(n_prompts, *model.shape, dtype=torch.float64)
         with progress(n_prompts, f"embed {task.name}") as bar:
             for index in parts:
                 z[index] = capture_z(batch.rows(index), model).double().cpu()

@@ -33,7 +33,7 @@ def watch(tokens: Int[Tensor, "row pos"], model: Model, look: dict[str, Callable
 
         return hook
 
-    tokens = tokens.to(model.cfg.device)
+    tokens = tokens.to(model.device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     passes = Passes(model, [(name, hook_of(see)) for name, see in look.items()])
     run_tokens(passes, tokens, mask, all_positions(mask), kept=0)
@@ -46,7 +46,7 @@ def mean_states(batch: PromptBatch, points: Sequence[str], model: Model) -> Floa
 
 def states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "prompt point d_model"]:
     """What passes some hook points at the last token of each prompt, in float64."""
-    found = torch.zeros(len(batch), len(points), model.cfg.d_model, dtype=torch.float64)
+    found = torch.zeros(len(batch), len(points), model.d_model, dtype=torch.float64)
     for index in like_prompts(batch, model):
 
         def keep(place: int, rows: list[int] = index) -> Callable[[Tensor], None]:

@@ -75,7 +75,7 @@ def decode(
 
 def end_tokens(model: Model, tokenizer: Any) -> set[int]:
     """The tokens that end a text: the tokenizer's and those of the model's generation settings."""
-    settings = getattr(Model.of(model).network, "generation_config", None)
+    settings = getattr(model.network, "generation_config", None)
     listed = getattr(settings, "eos_token_id", None)
     ends = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
     return {end for end in ends if end is not None}

@@ -25,7 +25,7 @@ from sitelens.engine.network import Passes, all_positions, run_right_padded, run
 from sitelens.engine.prefix import PrefixCache, ReadOnly
 from sitelens.engine.prompts import PromptBatch
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model, head_shape, z_hook
+from sitelens.models.model import Model, z_hook
 
 Mixing = Literal["convex", "additive"]
 Hook = tuple[str, Callable[..., Any]]
@@ -103,7 +103,7 @@ class LastToken:
         self.passes = Passes(model)
         self._edit: HeadEdit | None = None
         if not self.passes.plain:
-            self.passes.install(_edit_hooks(head_shape(model)[0], lambda: self._edit))
+            self.passes.install(_edit_hooks(model.shape.layers, lambda: self._edit))
 
     def __enter__(self) -> LastToken:
         return self
@@ -200,7 +200,7 @@ def full_logits(
     Rows should be of one length: padding attends to nothing, which some dtypes cannot express.
     """
     passes = Passes.of(model)
-    device = passes.model.cfg.device
+    device = passes.model.device
     mask = batch.mask.to(device)
     return run_tokens(passes, batch.tokens.to(device), mask, all_positions(mask), cache)[:, -1]
 
@@ -243,7 +243,7 @@ def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head
 
     They run as one batch, right-padded; where the user listens, those of one length together.
     """
-    layers = head_shape(model)[0]
+    layers = model.shape.layers
     lengths = torch.tensor(batch.lengths)
     captured: dict[int, Tensor] = {}
     ends = lengths - 1
@@ -258,7 +258,7 @@ def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head
     for rows in groups:
         ends = lengths[rows] - 1
         run_right_padded(batch.rows(rows.tolist()).tokens, lengths[rows], passes)
-        parts.append(torch.stack([captured[layer].to(model.cfg.device) for layer in range(layers)], dim=1))
+        parts.append(torch.stack([captured[layer].to(model.device) for layer in range(layers)], dim=1))
     return torch.cat(parts)[torch.cat(groups).argsort().to(parts[0].device)]
 
 

@@ -21,7 +21,7 @@ from sitelens.errors import SitelensWarning
 from sitelens.models.facts import Facts, bridge_facts, modules_of, rotary_state
 from sitelens.models.identity import tensor_sums
 from sitelens.models.interference import heard, heard_in_tokenizer
-from sitelens.models.model import Model, ModelLike
+from sitelens.models.model import Model
 from sitelens.store.artifact import Artifact
 from sitelens.store.digests import digest
 from sitelens.store.folder import Cache, default_store
@@ -46,8 +46,8 @@ class ResultStore(Cache):
     open: whether results may be taken from the store; where not, a warning has said why.
     """
 
-    def __init__(self, model: ModelLike, tasks: Sequence[Task] = ()) -> None:
-        self._model, self._tasks = Model.of(model), tuple(tasks)
+    def __init__(self, model: Model, tasks: Sequence[Task] = ()) -> None:
+        self._model, self._tasks = model, tuple(tasks)
         self.open = not _is_heard(self._model)
         self.key = model_key(model, self._tasks)
 
@@ -68,9 +68,8 @@ class ResultStore(Cache):
         return default_store().put(artifact)
 
 
-def model_key(model: ModelLike, tasks: Sequence[Task] = ()) -> dict[str, str]:
+def model_key(model: Model, tasks: Sequence[Task] = ()) -> dict[str, str]:
     """What of a model, its setting and the rendering of chat prompts decides a result of these tasks."""
-    model = Model.of(model)
     modules = list(modules_of(model.bridge))
     surroundings = digest(setting(model, modules))[:32]
     key = {"model": model.fingerprint(), "tokenizer": model.tokenization(), "setting": surroundings}

@@ -76,7 +76,7 @@ def step_cost(of: Model | Passes, gradient: bool, hooked: bool = False) -> Calla
     passes = Passes.of(of)
     model = passes.model
     if passes.listened:  # whole prompts are run
-        times = model.cfg.n_layers if gradient else 1
+        times = model.shape.layers if gradient else 1
         return lambda length: times * forward_bytes(model, length) + logits_bytes(model)
     config, itemsize = model.cfg, _itemsize(model)
     layers = config.n_layers if gradient else 1
@@ -98,13 +98,13 @@ def step_cost(of: Model | Passes, gradient: bool, hooked: bool = False) -> Calla
 
 def logits_bytes(model: Model) -> int:
     """Bytes that one row's logits take with what is computed from them."""
-    return 5 * model.cfg.d_vocab * max(4, _itemsize(model))
+    return 5 * model.d_vocab * max(4, _itemsize(model))
 
 
 def _d_mlp(model: Model) -> int:
     experts = getattr(model.cfg, "experts_per_token", None) or 1
-    return (model.cfg.d_mlp or 4 * model.cfg.d_model) * experts
+    return (model.cfg.d_mlp or 4 * model.d_model) * experts
 
 
 def _itemsize(model: Model) -> int:
-    return Model.of(model).dtype.itemsize
+    return model.dtype.itemsize

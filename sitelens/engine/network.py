@@ -34,7 +34,7 @@ class Passes:
     """
 
     def __init__(self, model: Model, hooks: Sequence[tuple[str, Callable[..., Any]]] = ()) -> None:
-        self.model = Model.of(model)
+        self.model = model
         self.listened = is_listened(self.model.bridge)
         self.prompt: int | None = None
         self._fixed = self.listened and is_fixed(self.model.bridge)
@@ -192,7 +192,7 @@ def run_right_padded(
     width = tokens.shape[1]
     index = (torch.arange(width) + (width - lengths)[:, None]).clamp(max=width - 1)
     passes = Passes.of(model)
-    moved = tokens.gather(1, index.to(tokens.device)).to(passes.model.cfg.device)
+    moved = tokens.gather(1, index.to(tokens.device)).to(passes.model.device)
     mask = torch.ones_like(moved, dtype=torch.bool)
     run_tokens(passes, moved, mask, all_positions(mask), cache, kept=0)
 

@@ -50,7 +50,7 @@ class PrefixCache:
         """
         check_tokens(model, batch.tokens)
         check_tokens(model, batch.answer)
-        device = model.cfg.device
+        device = model.device
         passes = Passes(model)
         if passes.listened:
             tokens = batch.tokens.to(device)

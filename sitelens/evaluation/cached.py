@@ -25,7 +25,7 @@ from sitelens.errors import SitelensError, warned_once
 from sitelens.evaluation.evaluate import COLUMNS, evaluate
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.metrics import METRICS, Metric, checked_metrics
-from sitelens.models.model import Model, own_tokenizer
+from sitelens.models.model import Model
 from sitelens.store.artifact import Artifact
 from sitelens.store.code import code_digest
 from sitelens.store.digests import content_digest, digest
@@ -74,7 +74,7 @@ def score_conditions(
         "conditions": [[name, _digest(condition)] for name, condition in conditions.items()], **code,
     }  # fmt: skip
     if any(metric.generates for metric in chosen):
-        spec["ends"] = sorted(end_tokens(model, own_tokenizer(model)))
+        spec["ends"] = sorted(end_tokens(model, model.tokenizer))
     if not all(metric.generates for metric in chosen):
         warn_of_shared_first_tokens([task], model)
     return store.cached(

@@ -21,9 +21,8 @@ from sitelens.evaluation.labels import label_tokens, warn_of_shared_first_tokens
 from sitelens.evaluation.predictions import Predictor, as_patches
 from sitelens.evaluation.summary import ECHO
 from sitelens.metrics import Metric, Output, Target, answer_end, check_answers, checked_metrics
-from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, context_length, own_tokenizer
+from sitelens.models.model import Model, ModelSource
 from sitelens.progress import progress
 from sitelens.settings import settings
 from sitelens.tasks import Example, Task, load_task
@@ -36,7 +35,7 @@ COLUMNS = ("task", "condition", "seed", "item", "input", "answer", "predicted", 
 def evaluate(
     task: Task | str,
     conditions: Mapping[str, Condition] | Condition,
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     split: str = "test",
     n_items: Count | None = None,
@@ -81,12 +80,12 @@ def evaluate(
         groups.setdefault(condition.n_shots, {})[name] = condition
     rows: dict[tuple[str, str], list[tuple[Any, ...]]] = {}  # by metric and condition
     n_answers = len(conditions) * len(items)
-    with unchanged(model), progress(n_answers, f"evaluate {task.name}") as bar:  # each condition asks whether it fits
+    with model.unchanged(), progress(n_answers, f"evaluate {task.name}") as bar:  # each condition asks whether it fits
         parts = {n_shots: as_patches(group, model, generating) for n_shots, group in groups.items()}
         for n_shots, (patches, others) in parts.items():
             prompts = few_shot_prompts(task, items, n_shots, scoring.tokenizer, seed, split, chosen)
             where = f"task {task.name!r}, {n_shots} shots"
-            batch = tokenize(prompts, scoring.tokenizer, context_length(model), where, new_tokens)
+            batch = tokenize(prompts, scoring.tokenizer, model.context_length, where, new_tokens)
             targets = scoring.targets(batch)
             complete = functools.partial(scoring.complete, targets)
             predictor = Predictor(
@@ -104,7 +103,7 @@ def evaluate(
 @checked
 def echo(
     task: Task | str,
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     split: str = "test",
     n_items: Count | None = None,
@@ -132,7 +131,7 @@ def echo(
 def generate(
     prompts: Sequence[str] | str,
     condition: Condition | None = None,
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     max_new_tokens: Count = 20,
     stop: str | Sequence[str] | None = "\n",
@@ -161,12 +160,12 @@ def generate(
     if not prompts:
         return []
     (condition,) = checked_conditions(condition or ZeroShot()).values()
-    tokenizer = own_tokenizer(model)
+    tokenizer = model.tokenizer
     end = re.compile("|".join(map(re.escape, stops))) if stops else None
     texts = [Prompt(text, ()) for text in prompts]
     predictor = Predictor(
         model,
-        tokenize(texts, tokenizer, context_length(model), new_tokens=max_new_tokens),
+        tokenize(texts, tokenizer, model.context_length, new_tokens=max_new_tokens),
         settings.budget(),
         lambda _, row: f"prompt {row + 1} ({prompts[row][:60]!r})",
         max_new_tokens,
@@ -198,7 +197,7 @@ class _Scoring:
         seed: int, warn: bool = True,
     ) -> None:  # fmt: skip
         self.task, self.items, self.places, self.metrics, self.seed = task, items, places, metrics, seed
-        self.tokenizer = own_tokenizer(model)
+        self.tokenizer = model.tokenizer
         for item in items:
             check_answers(metrics, item.answers, task.case_sensitive, f"task {task.name!r}, input {item.input!r}")
         if warn and not all(metric.generates for metric in metrics):

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from sitelens.engine.prompts import answer_tokens, few_shot_prompt, prompt_tokens
 from sitelens.errors import SitelensError, not_yet_warned, warn_once
-from sitelens.models.model import Model, own_tokenizer
+from sitelens.models.model import Model
 from sitelens.tasks import Task
 
 # Below this share of items, shared first tokens move a score by less than the interval of 100 items does.
@@ -63,7 +63,7 @@ def warn_of_shared_first_tokens(tasks: Iterable[Task], model: Model) -> None:
     are too high by up to this share; it is not zero because among hundreds of words a few always begin alike.
     """
     listed = list({task.name: task for task in tasks}.values())
-    texts = {f"shared first tokens of {task.name}": _shared(task, own_tokenizer(model)) for task in listed}
+    texts = {f"shared first tokens of {task.name}": _shared(task, model.tokenizer) for task in listed}
     affected = {key: found for key, found in texts.items() if found is not None and not_yet_warned(key)}
     if len(affected) <= AT_ONCE:
         for key, (_, text) in affected.items():

@@ -27,7 +27,7 @@ from sitelens.engine.prefix import PrefixCache
 from sitelens.engine.prompts import PromptBatch
 from sitelens.engine.twins import is_listened
 from sitelens.metrics import Output
-from sitelens.models.model import Model, own_tokenizer
+from sitelens.models.model import Model
 
 
 def as_patches(
@@ -40,7 +40,6 @@ def as_patches(
     Raises:
         SitelensError: if a condition was made for another model.
     """
-    model = Model.of(model)
     listened = is_listened(model.bridge)
     patches: dict[str, Patch] = {}
     others: dict[str, Condition] = {}
@@ -68,12 +67,10 @@ class Predictor:
         labels: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.model, self.batch, self.budget, self.where, self.complete = model, batch, budget, where, complete
-        self.tokenizer, self.max_new_tokens = own_tokenizer(model), max_new_tokens
+        self.tokenizer, self.max_new_tokens = model.tokenizer, max_new_tokens
         self.ends = end_tokens(model, self.tokenizer) if ends is None else ends
         self.labels = torch.tensor(labels, dtype=torch.long)
-        self.listened = is_listened(
-            Model.of(model).bridge
-        )  # then `hooked` is for all conditions, and runs prompts whole
+        self.listened = is_listened(model.bridge)  # then `hooked` is for all conditions, and runs prompts whole
 
     def patched(self, patches: Mapping[str, Patch], advance: Callable[[int], None]) -> dict[str, list[Output]]:
         """Conditions that touch the last token only, as rows of one batch over a shared prefix."""

@@ -26,7 +26,7 @@ from sitelens.engine.prompts import PromptBatch, draw_demonstrations, few_shot_p
 from sitelens.errors import SitelensError
 from sitelens.heads.inputs import all_heads, checked_heads, per_head, task_or_texts, text_batch, valid_items
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, context_length, head_shape, model_dtype, model_name, own_tokenizer
+from sitelens.models.model import Model, ModelSource
 from sitelens.models.tokenizers import added, spans
 from sitelens.tasks import Example, Task
 
@@ -38,7 +38,7 @@ TEXT = "text"  # of a prompt of one's own, but for its first token
 
 @checked
 def attention(
-    prompts: PromptBatch | str | Sequence[str], heads: Heads, model: Model | str | None = None
+    prompts: PromptBatch | str | Sequence[str], heads: Heads, model: ModelSource | None = None
 ) -> Float[Tensor, "row head pos"]:
     """Each head's attention at the last prompt token over all positions (0 on padding), heads in the order given.
 
@@ -72,7 +72,7 @@ def attention(
 
 @checked
 def attention_example(
-    task: Task | str | Sequence[str], heads: Heads, model: Model | str | None = None, *, n_shots: CountOrZero = 3,
+    task: Task | str | Sequence[str], heads: Heads, model: ModelSource | None = None, *, n_shots: CountOrZero = 3,
     item: CountOrZero = 0, seed: Seed = 0,
 ) -> pd.DataFrame:  # fmt: skip
     """One few-shot prompt, token by token: columns position, token, role, and one of attention for each head.
@@ -106,7 +106,7 @@ def attention_example(
 
 @checked
 def attention_roles(
-    task: Task | str | Sequence[str], heads: Heads | None = None, model: Model | str | None = None, *,
+    task: Task | str | Sequence[str], heads: Heads | None = None, model: ModelSource | None = None, *,
     n_prompts: Count = 20, n_shots: CountOrZero = 10, seed: Seed = 0,
 ) -> pd.DataFrame:  # fmt: skip
     """On what the last token's attention falls, by role: one row per head (default: all) and role, columns
@@ -149,7 +149,7 @@ def attention_roles(
 
 @checked
 def induction_scores(
-    model: Model | str | None = None, *, n_rows: Count = 8, length: Count = 40, seed: Seed = 0
+    model: ModelSource | None = None, *, n_rows: Count = 8, length: Count = 40, seed: Seed = 0
 ) -> pd.DataFrame:
     """Induction and previous-token scores: one row per head, columns layer, head, induction, previous_token.
 
@@ -165,18 +165,18 @@ def induction_scores(
         ['layer', 'head', 'induction', 'previous_token']
     """
     model = resolve_model(model)
-    limit = context_length(model)
+    limit = model.context_length
     if length < 2 or (limit is not None and 2 * length + 1 > limit):
         most = "" if limit is None else f" and at most {(limit - 1) // 2}"
         raise SitelensError(f"length must be at least 2{most}, got {length}")
-    tokenizer, rng = own_tokenizer(model), random.Random(f"sitelens/induction/{seed}")
+    tokenizer, rng = model.tokenizer, random.Random(f"sitelens/induction/{seed}")
     special = set(tokenizer.all_special_ids)
-    words = [i for i in range(min(len(tokenizer), model.cfg.d_vocab)) if i not in special]
+    words = [i for i in range(min(len(tokenizer), model.d_vocab)) if i not in special]
     once = torch.tensor([rng.choices(words, k=length) for _ in range(n_rows)])
     start, _ = added(tokenizer)
     tokens = torch.cat([torch.tensor(start).long().expand(n_rows, -1), once, once], dim=1)
     at = torch.arange(tokens.shape[1] - length, tokens.shape[1])
-    found = torch.zeros(2, *head_shape(model)[:2])
+    found = torch.zeros(2, *model.shape[:2])
 
     def keep(pattern: Tensor, layer: int) -> None:
         weights = pattern.float().mean(0).cpu()
@@ -184,7 +184,7 @@ def induction_scores(
         found[1, layer] += weights[:, at, at - 1].mean(-1) * len(pattern) / n_rows
 
     for rows in tokens.split(max(1, MAX_TOKENS // tokens.shape[1])):
-        _watch_patterns(rows, model, range(model.cfg.n_layers), keep)
+        _watch_patterns(rows, model, range(model.shape.layers), keep)
     return per_head(found[0], "induction").assign(previous_token=found[1].flatten().tolist())
 
 
@@ -192,11 +192,11 @@ def _with_roles(
     task: Task, drawn: Sequence[tuple[Sequence[Example], Example]], model: Model
 ) -> tuple[PromptBatch, list[list[str]]]:
     """Few-shot prompts, and the role of each of their tokens: that of the text where the token ends."""
-    tokenizer = own_tokenizer(model)
+    tokenizer = model.tokenizer
     if not tokenizer.is_fast:
         raise SitelensError("roles need a tokenizer that tells where in the text a token stands (a fast one)")
     prompts = [few_shot_prompt(task, shown, query, tokenizer) for shown, query in drawn]
-    batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
+    batch = tokenize(prompts, tokenizer, model.context_length, f"task {task.name!r}")
     roles = []
     for prompt, length, (shown, query) in zip(prompts, batch.lengths, drawn, strict=True):
         of_character = [role for role, text in prompt_parts(task, shown, query) for _ in text]
@@ -211,7 +211,7 @@ def _by_token(
     batch: PromptBatch, roles: list[str], heads: list[tuple[int, int]], model: Model
 ) -> pd.DataFrame:  # fmt: skip
     """The attention of one prompt's last token as a frame."""
-    weights, tokenizer = attention(batch, heads, model), own_tokenizer(model)
+    weights, tokenizer = attention(batch, heads, model), model.tokenizer
     tokens = [tokenizer.decode([i]) for i in batch.tokens[0].tolist()]
     frame = pd.DataFrame({"position": range(len(roles)), "token": tokens, "role": roles})
     columns = {f"{layer}.{head}": row.tolist() for (layer, head), row in zip(heads, weights[0], strict=True)}
@@ -236,9 +236,7 @@ def _watch_patterns(
     def look(pattern: Tensor, layer: int) -> None:
         most = float(pattern.sum(-1).max())
         if pattern.min() < 0 or most > 1 + _slack(pattern):
-            raise SitelensError(
-                f"{points[layer]} of {model_name(model)} is no attention pattern: a row adds up to {most:.3f}"
-            )
+            raise SitelensError(f"{points[layer]} of {model.name} is no attention pattern: a row adds up to {most:.3f}")
         seen.add(layer)
         see(pattern, layer)
 
@@ -246,7 +244,7 @@ def _watch_patterns(
     watch(tokens, model, {name: functools.partial(look, layer=layer) for layer, name in shown.items()})
     if missing := sorted(set(points) - seen):
         raise SitelensError(
-            f"the TransformerLens bridge of {model_name(model)} does not show the attention of layer"
+            f"the TransformerLens bridge of {model.name} does not show the attention of layer"
             f"{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}: {points[missing[0]]} never fires, so "
             "what its heads attend to cannot be told"
         )
@@ -261,4 +259,4 @@ def _has_sinks(weights: Float[Tensor, "row head pos"], model: Model) -> bool:
     """Whether some attention falls on no token: the model keeps logits for that, or rows add up to less than one."""
     blocks: Any = model.bridge.blocks
     kept = any(hasattr(getattr(block.attn, "original_component", None), "sinks") for block in blocks)
-    return kept or bool((1 - weights.sum(-1)).max() > _slack(torch.empty(0, dtype=model_dtype(model))))
+    return kept or bool((1 - weights.sum(-1)).max() > _slack(torch.empty(0, dtype=model.dtype)))

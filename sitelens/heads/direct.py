@@ -24,8 +24,7 @@ from sitelens.engine.prefix import PrefixCache, ReadOnly
 from sitelens.engine.prompts import PromptBatch
 from sitelens.errors import SitelensError
 from sitelens.heads.norms import HeldNorm
-from sitelens.models.fingerprints import text_config
-from sitelens.models.model import Model, computing_dtype, head_shape, model_dtype, model_name, z_hook
+from sitelens.models.model import Model, z_hook
 from sitelens.settings import settings
 
 NORM = re.compile(r"((?:blocks\.\d+\.)?ln\w*)\.hook_in")
@@ -38,7 +37,7 @@ Act = tuple[str, Callable[[Tensor], Any]]  # a hook point, and what is done ther
 
 def tolerance(model: Model) -> float:
     """By how much two ways to one number may differ, as a share of its scale: 1e-4 in float32, 0.05 in bfloat16."""
-    return TOLERANCE.get(model_dtype(model), OTHERWISE)
+    return TOLERANCE.get(model.dtype, OTHERWISE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +103,7 @@ class DirectPath:
             seen[UNEMBED] = x[:, -1]
 
         hooks: list[Act] = [
-            (z_hook(layer), functools.partial(leaf, layer=layer)) for layer in range(head_shape(model)[0])
+            (z_hook(layer), functools.partial(leaf, layer=layer)) for layer in range(model.shape.layers)
         ]
         for name in names:
             hooks.append((f"{name}.hook_in", functools.partial(enter, name=name)))
@@ -113,7 +112,7 @@ class DirectPath:
         prefix = PrefixCache.of(batch, model, settings.budget() // 3)
         if prefix.tokens is not None:
             raise SitelensError(
-                f"{model_name(model)} has hooks, or a forward function, of your own: what its heads write directly is "
+                f"{model.name} has hooks, or a forward function, of your own: what its heads write directly is "
                 "measured with all else held, which they may not be. Take them off (model.reset_hooks())"
             )
         try:
@@ -123,7 +122,7 @@ class DirectPath:
             raise
         except Exception as error:  # a bridge that does not bear what is put at its hook points
             raise SitelensError(
-                f"the heads of {model_name(model)} cannot be told apart from the rest: {type(error).__name__} where "
+                f"the heads of {model.name} cannot be told apart from the rest: {type(error).__name__} where "
                 f"its norms are held ({error}). Direct logit attribution is not supported for this architecture"
             ) from error
         inputs = tuple(z[layer] for layer in sorted(z))
@@ -138,7 +137,7 @@ class DirectPath:
         Raises:
             SitelensError: if it is more than `tolerance`: the architecture is not one of those that can be read so.
         """
-        wide = computing_dtype(self.model)
+        wide = self.model.computing_dtype
         with_all = self.unembedded.detach().to(wide)
         lost = with_all - self.run([torch.zeros_like(z) for z in self.z]).to(wide)
         lost = lost - lost.mean(-1, keepdim=True)
@@ -153,7 +152,7 @@ class DirectPath:
         if not error <= tolerance(self.model):
             names = f" (norms of an unknown form: {', '.join(self.unknown)})" if self.unknown else ""
             raise SitelensError(
-                f"what the heads of {model_name(self.model)} write cannot be told apart from the rest: with all else "
+                f"what the heads of {self.model.name} write cannot be told apart from the rest: with all else "
                 f"held, their contributions miss the logits by {error:.1%}{names}. Direct logit attribution is not "
                 "supported for this architecture"
             )
@@ -173,7 +172,7 @@ class DirectPath:
         """Each head's contribution to a number that is linear in what the unembedding gives."""
         with torch.inference_mode(False), torch.enable_grad():
             gradients = torch.autograd.grad(total, self.z, retain_graph=True)
-        dtype, device = computing_dtype(self.model), self.model.cfg.device
+        dtype, device = self.model.computing_dtype, self.model.device
         layers = []
         for layer, (own, gradient) in enumerate(zip(self.z, gradients, strict=True)):
             given = own.detach()[:, 0] if z is None else z[:, layer]
@@ -188,13 +187,13 @@ class DirectPath:
         one = [*none]
         one[layer] = none[layer].clone()
         one[layer][:, 0, head] = factor * z.to(one[layer])
-        wide = computing_dtype(self.model)
+        wide = self.model.computing_dtype
         logits = self.run(one).to(wide) - self.run(none).to(wide)
         return self.scale / factor * (logits - logits.mean(-1, keepdim=True))
 
     def writes(self, z: Float[Tensor, "layer head d_head"], row: int) -> Float[Tensor, "layer head d_model"]:
         """What each head with the output z adds to the residual stream in one prompt, output biases left out."""
-        layers, heads, _ = head_shape(self.model)
+        layers, heads, _ = self.model.shape
         rows: list[Tensor] = []
         for own, given in zip(self.z, z, strict=True):
             alone = torch.zeros(heads + 1, 1, *own.shape[2:]).to(own)
@@ -206,7 +205,7 @@ class DirectPath:
             return torch.zeros_like(x)
 
         def see(x: Tensor) -> None:
-            behind.append(x[:, -1].to(self.model.cfg.device, computing_dtype(self.model)))
+            behind.append(x[:, -1].to(self.model.device, self.model.computing_dtype))
 
         around: list[Act] = []
         for layer in range(layers):
@@ -254,7 +253,7 @@ def past_the_mean(logits: Float[Tensor, "row vocab"], tokens: Int[Tensor, " row"
 
 
 def _mlps(model: Model) -> list[str]:
-    names = [f"blocks.{layer}.mlp.hook_in" for layer in range(head_shape(model)[0])]
+    names = [f"blocks.{layer}.mlp.hook_in" for layer in range(model.shape.layers)]
     return [name for name in names if name in model.bridge.hook_dict]
 
 
@@ -278,10 +277,10 @@ def _logit_scale(unembedded: Tensor, logits: Tensor, model: Model) -> tuple[floa
         scale = float((after * before).sum() / before.pow(2).sum().clamp(min=1e-30))
         if (after - scale * before).abs().max() <= share * after.abs().max():
             return scale, False
-        cap = getattr(text_config(model), "final_logit_softcapping", None)
+        cap = getattr(model.text_config, "final_logit_softcapping", None)
         if cap and (after - cap * torch.tanh(before / cap)).abs().max() <= share * after.abs().max():
             return 1.0, True
     raise SitelensError(
-        f"the logits of {model_name(model)} are neither a multiple of what its unembedding gives nor a soft cap of it: "
+        f"the logits of {model.name} are neither a multiple of what its unembedding gives nor a soft cap of it: "
         "direct logit attribution is not supported for this architecture"
     )

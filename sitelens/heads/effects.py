@@ -21,7 +21,7 @@ from sitelens.errors import SitelensError
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.heads.inputs import per_head, task_or_texts, text_batch, valid_items
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, computing_dtype, context_length, head_shape, own_tokenizer
+from sitelens.models.model import Model, ModelSource
 from sitelens.progress import progress
 from sitelens.settings import settings
 from sitelens.tasks import Example, Task
@@ -30,7 +30,7 @@ from sitelens.tasks import Example, Task
 @checked
 def indirect_effects(
     task: Task | str | Sequence[str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     embedding: TaskEmbedding,
     answer: str | Sequence[str] | None = None,
@@ -73,8 +73,8 @@ def indirect_effects(
         shuffled = "" if isinstance(task, list) else " with shuffled answers, ending in"
         return f"{name}, prompt {prompt}{shuffled} {batch.texts[prompt][-60:]!r}"
 
-    layers, heads, _ = head_shape(model)
-    dtype, device = computing_dtype(model), model.cfg.device
+    layers, heads, _ = model.shape
+    dtype, device = model.computing_dtype, model.device
     one_each = torch.eye(layers * heads, dtype=dtype, device=device)
     alphas = rearrange(one_each, "row (layer head) -> row layer head", layer=layers)
     alphas = torch.cat([torch.zeros_like(alphas[:1]), alphas])  # the first row changes nothing
@@ -105,7 +105,7 @@ def indirect_effects(
 
 
 def _shuffled_batch(task: Task, model: Model, n_prompts: int, n_shots: int, seed: int) -> PromptBatch:
-    tokenizer = own_tokenizer(model)
+    tokenizer = model.tokenizer
     queries, prompts = valid_items(task), []
     for i in range(n_prompts):
         query = queries[i % len(queries)]
@@ -113,7 +113,7 @@ def _shuffled_batch(task: Task, model: Model, n_prompts: int, n_shots: int, seed
             draw_demonstrations(task, n_shots, query, seed, "effects", i), f"{task.name}/{seed}/{i}"
         )
         prompts.append(few_shot_prompt(task, shown, query, tokenizer))
-    return tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
+    return tokenize(prompts, tokenizer, model.context_length, f"task {task.name!r}")
 
 
 def shuffled_labels(demonstrations: Sequence[Example], key: str) -> list[Example]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sitelens.conditions.selection import Heads, head_pairs
 from sitelens.engine.prompts import Prompt, PromptBatch, tokenize
 from sitelens.errors import SitelensError
-from sitelens.models.model import Model, context_length, head_shape, own_tokenizer
+from sitelens.models.model import Model
 from sitelens.tasks import ENDINGS, Example, Task, load_task
 
 
@@ -21,7 +21,7 @@ def checked_heads(heads: Heads, model: Model) -> list[tuple[int, int]]:
     Raises:
         SitelensError: as `head_pairs`.
     """
-    return head_pairs(heads, *head_shape(model)[:2])
+    return head_pairs(heads, *model.shape[:2])
 
 
 def task_or_texts(given: Task | str | Sequence[str]) -> Task | list[str]:
@@ -54,12 +54,12 @@ def text_batch(texts: Sequence[str], model: Model, answer: str | Sequence[str] |
             f"there are {len(texts)} prompts and {len(answers)} answers: give one for all, or one for each"
         )
     prompts = [Prompt(text, () if one is None else (one,)) for text, one in zip(texts, answers, strict=True)]
-    return tokenize(prompts, own_tokenizer(model), context_length(model))
+    return tokenize(prompts, model.tokenizer, model.context_length)
 
 
 def all_heads(model: Model) -> list[tuple[int, int]]:
     """Every head of a model, by layer."""
-    layers, heads, _ = head_shape(model)
+    layers, heads, _ = model.shape
     return [(layer, head) for layer in range(layers) for head in range(heads)]
 
 

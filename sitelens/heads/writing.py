@@ -22,14 +22,14 @@ from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.heads.direct import DirectPath
 from sitelens.heads.inputs import checked_heads, per_head, task_or_texts, text_batch, valid_items
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, computing_dtype, context_length, head_shape, own_tokenizer
+from sitelens.models.model import Model, ModelSource
 from sitelens.tasks import Task
 
 
 @checked
 def head_attribution(
     task: Task | str | Sequence[str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     embedding: TaskEmbedding | None = None,
     answer: str | Sequence[str] | None = None,
@@ -68,7 +68,7 @@ def head_attribution(
         batch = _few_shot_batch(task, model, n_items, n_shots, seed)
     if embedding is not None:
         embedding.check_fits(model)
-    total = torch.zeros(head_shape(model)[:2], dtype=computing_dtype(model))
+    total = torch.zeros(model.shape[:2], dtype=model.computing_dtype)
     for index in like_prompts(batch, model):
         part = batch.rows(index)
         path = DirectPath.of(part, model)
@@ -81,8 +81,8 @@ def head_attribution(
 
 def _few_shot_batch(task: Task, model: Model, n_items: int, n_shots: int, seed: int) -> PromptBatch:
     items = valid_items(task)[:n_items]
-    prompts = few_shot_prompts(task, items, n_shots, own_tokenizer(model), seed, "valid", range(len(items)))
-    return tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
+    prompts = few_shot_prompts(task, items, n_shots, model.tokenizer, seed, "valid", range(len(items)))
+    return tokenize(prompts, model.tokenizer, model.context_length, f"task {task.name!r}")
 
 
 @checked
@@ -90,7 +90,7 @@ def written_tokens(
     embedding: TaskEmbedding,
     head: Head,
     task: Task | str | Sequence[str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     n: Count = 10,
 ) -> pd.DataFrame:
@@ -112,7 +112,7 @@ def written_tokens(
     task, model = task_or_texts(task), resolve_model(model)
     embedding.check_fits(model)
     layer, place = checked_heads([head], model)[0]
-    tokenizer = own_tokenizer(model)
+    tokenizer = model.tokenizer
     if isinstance(task, list):
         batch = text_batch(task, model)
     else:
@@ -121,7 +121,7 @@ def written_tokens(
             warnings.warn(f"the embedding is of the task {embedding.task!r} as it was then, the prompts are of "
                           f"{task.name!r} as it is now", SitelensWarning, stacklevel=2)  # fmt: skip
         prompts = embedding_prompts(task, tokenizer, min(8, embedding.n_prompts), embedding.n_shots, embedding.seed)
-        batch = tokenize(prompts, tokenizer, context_length(model), f"task {task.name!r}")
+        batch = tokenize(prompts, tokenizer, model.context_length, f"task {task.name!r}")
     rows = []
     for index in like_prompts(batch, model):
         path = DirectPath.of(batch.rows(index), model)
@@ -150,7 +150,7 @@ def written(
             "what a head of this model writes passes a norm whose scale depends on the prompt: give prompts"
         )
     chosen = prompts.rows(range(min(8, len(prompts)))) if passes_norm and prompts is not None else _any_prompt(model)
-    total = torch.zeros(*z.shape[:2], model.cfg.d_model, dtype=computing_dtype(model))
+    total = torch.zeros(*z.shape[:2], model.d_model, dtype=model.computing_dtype)
     for index in like_prompts(chosen, model):
         path = DirectPath.of(chosen.rows(index), model)
         path.check()
@@ -161,5 +161,5 @@ def written(
 
 def _any_prompt(model: Model) -> PromptBatch:
     """Two tokens: a prompt for where it makes no difference which one it is."""
-    tokens = torch.tensor([[0, min(1, model.cfg.d_vocab - 1)]])
+    tokens = torch.tensor([[0, min(1, model.d_vocab - 1)]])
     return PromptBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([-1]), ((),), ("",), ((),))

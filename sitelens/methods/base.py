@@ -23,7 +23,7 @@ from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation import cached as scoring
 from sitelens.methods import registry
 from sitelens.methods.items import MAX_TRAIN, fitting
-from sitelens.models.model import Model
+from sitelens.models.model import Bridge, Model, ModelLike
 from sitelens.progress import portions
 from sitelens.store.artifact import Artifact
 from sitelens.store.digests import canonical_json, digest
@@ -76,14 +76,14 @@ class Method(ABC):
             object.__setattr__(self, field.name, value)
 
     @abstractmethod
-    def fit(self, task: Task, model: Model, *, seed: int = 0) -> Condition:
+    def fit(self, task: Task, model: Bridge, *, seed: int = 0) -> Condition:
         """The condition that this method gives for a task on a model.
 
         Raises:
             SitelensError: if it cannot be fitted.
         """
 
-    def fit_all(self, tasks: Sequence[Task], model: Model, *, seed: int = 0) -> Iterator[Condition | SitelensError]:
+    def fit_all(self, tasks: Sequence[Task], model: ModelLike, *, seed: int = 0) -> Iterator[Condition | SitelensError]:
         """One by one, in the order of the tasks, each task's condition, or the error that kept it from being fitted.
 
         Conditions are taken from the cache where they are known.
@@ -92,7 +92,7 @@ class Method(ABC):
             outcome: Condition | SitelensError
             with part:
                 try:
-                    outcome = self.measured_fit(task, model, seed=seed).condition
+                    outcome = self.measured_fit(task, Model.of(model), seed=seed).condition
                 except SitelensError as error:
                     outcome = error
             yield outcome
@@ -101,7 +101,7 @@ class Method(ABC):
         """How many numbers were trained for a condition that this method gave."""
         return 0
 
-    def work(self, tasks: Sequence[Task], model: Model) -> float:
+    def work(self, tasks: Sequence[Task], model: ModelLike) -> float:
         """Roughly what fitting all tasks costs, as a number of prompt tokens, for progress bars."""
         return FIT_TOKENS * len(tasks)
 
@@ -193,7 +193,7 @@ class Method(ABC):
 
     def _measured(self, task: Task, model: Model, seed: int) -> Fitted:
         with empty_cache(), metered() as spent, torch.inference_mode(False):
-            condition = self.fit(task, Model.of(model).bridge, seed=seed)
+            condition = self.fit(task, model.bridge, seed=seed)
         if not isinstance(condition, Condition):
             raise SitelensError(f"{self.label}: fit must return a condition, not {type(condition).__name__}")
         return Fitted(condition, self.n_trained(condition), spent.forward, spent.backward, spent.seconds)

@@ -25,9 +25,8 @@ from sitelens.heads.writing import written
 from sitelens.methods.base import Method
 from sitelens.methods.items import prompts_of
 from sitelens.methods.validation import best_on_valid
-from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, head_shape, own_tokenizer, z_hook
+from sitelens.models.model import Model, ModelSource, z_hook
 from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
 
@@ -57,7 +56,7 @@ class FV(Method):
     @checked
     @warned_once()
     @torch.inference_mode(False)
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> AddToStream:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> AddToStream:
         """The function vector; ties take the lowest layer.
 
         Raises:
@@ -66,12 +65,12 @@ class FV(Method):
         model, task = resolve_model(model), self.capped(load_task(task))
         queries = [task.valid[i % len(task.valid)] for i in range(self.n_prompts)]
         shown = few_shot_prompts(
-            task, queries, self.n_shots, own_tokenizer(model), seed, "function-vector", range(self.n_prompts)
+            task, queries, self.n_shots, model.tokenizer, seed, "function-vector", range(self.n_prompts)
         )
         batch = prompts_of(shown, task, model)
         mean_z = _mean_z(batch, model, self.correct_only)
         made_for, origin = (
-            fingerprint(model),
+            model.fingerprint(),
             Origin.of(model, task, n_prompts=self.n_prompts, n_shots=self.n_shots, seed=seed),
         )
         embedding = TaskEmbedding(mean_z, task.name, made_for, self.n_prompts, self.n_shots, seed, origin)
@@ -81,7 +80,7 @@ class FV(Method):
         ranked = effects.sort_values(["effect", "layer", "head"], ascending=[False, True, True])
         order = list(zip(ranked["layer"], ranked["head"], strict=True))
         writes = written(mean_z, model, batch)
-        layers = range(head_shape(model)[0])
+        layers = range(model.shape.layers)
         candidates = {
             (layer, count): AddToStream(
                 torch.stack([writes[place] for place in order[:count]]).sum(0)[None],
@@ -101,7 +100,7 @@ class FV(Method):
 
 def _mean_z(batch: PromptBatch, model: Model, correct_only: bool) -> Float[Tensor, "layer head d_head"]:
     """Every head's mean z at the last token: over all prompts, or those that the model answers correctly."""
-    z = torch.zeros(len(batch), *head_shape(model), dtype=torch.float64)
+    z = torch.zeros(len(batch), *model.shape, dtype=torch.float64)
     right = torch.ones(len(batch), dtype=torch.bool)
     for index in like_prompts(batch, model):
         part = batch.rows(index)

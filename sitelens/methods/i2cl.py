@@ -19,9 +19,8 @@ from sitelens.errors import warned_once
 from sitelens.methods.base import Method
 from sitelens.methods.items import drawn, prompts_of, zero_shot
 from sitelens.methods.losses import next_loss
-from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, head_shape, own_tokenizer
+from sitelens.models.model import ModelSource
 from sitelens.models.provenance import Origin
 from sitelens.tasks import Example, Task, load_task
 
@@ -55,7 +54,7 @@ class I2CL(Method):
     @checked
     @warned_once()
     @torch.inference_mode(False)
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> LinearCombination:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> LinearCombination:
         """The context vectors with the trained coefficients a and b.
 
         Raises:
@@ -63,18 +62,18 @@ class I2CL(Method):
         """
         model, task = resolve_model(model), self.capped(load_task(task))
         items = demonstrations(task, self.n_demonstrations, seed)
-        tokenizer = own_tokenizer(model)
+        tokenizer = model.tokenizer
         shown = []
         for item in items:
             prompt = few_shot_prompt(task, [], item, tokenizer)
             shown.append(Prompt(prompt.text + prompt.answers[0] + "\n", (), prompt.special_tokens))
-        layers = head_shape(model)[0]
+        layers = model.shape.layers
         points = output_points(model)
         context = mean_states(prompts_of(shown, task, model), points, model).reshape(layers, len(MODULES), -1)
         batch = zero_shot(task, items, model)
         asked = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
         rows = [(ids, len(ids) - 1, [answer]) for ids, answer in zip(asked, batch.answer.tolist(), strict=True)]
-        device = model.cfg.device
+        device = model.device
         context = context.to(device)
         shape = layers, len(MODULES)
         a, b = (torch.full(shape, start, device=device, dtype=torch.float32, requires_grad=True) for start in START)
@@ -89,7 +88,7 @@ class I2CL(Method):
             next_loss([rows[i] for i in index], passes).backward(inputs=[a, b])
             optimizer.step()
             schedule.step()
-        made_for = fingerprint(model), Origin.of(model, task, seed=seed)
+        made_for = model.fingerprint(), Origin.of(model, task, seed=seed)
         return LinearCombination(context.cpu(), a.detach().cpu(), b.detach().cpu(), *made_for)
 
     def n_trained(self, condition: Condition) -> int:

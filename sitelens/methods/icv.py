@@ -17,9 +17,8 @@ from sitelens.engine.prompts import Prompt
 from sitelens.methods.base import Method
 from sitelens.methods.items import drawn, prompts_of
 from sitelens.methods.validation import best_on_valid
-from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, head_shape
+from sitelens.models.model import ModelSource
 from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
 
@@ -44,7 +43,7 @@ class ICV(Method):
 
     @checked
     @torch.inference_mode(False)
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> InContextVector:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> InContextVector:
         """The direction of every layer, with the strength that is best on valid.
 
         Raises:
@@ -53,13 +52,13 @@ class ICV(Method):
         model, task = resolve_model(model), self.capped(load_task(task))
         (places,) = drawn(task.train, 1, min(self.n_pairs, len(task.train)), f"icv/{task.name}/{seed}")
         items = [task.train[i] for i in places]
-        points = ["blocks.0.hook_resid_pre", *(stream_hook(layer) for layer in range(head_shape(model)[0]))]
+        points = ["blocks.0.hook_resid_pre", *(stream_hook(layer) for layer in range(model.shape.layers))]
         said, asked = (
             states(prompts_of([Prompt(text, ()) for text in texts], task, model), points, model)
             for texts in ([item.output for item in items], [item.input for item in items])
         )
         directions = direction(said - asked)[1:].to(torch.float32)
-        made_for = fingerprint(model), Origin.of(model, task, seed=seed)
+        made_for = model.fingerprint(), Origin.of(model, task, seed=seed)
         candidates = {strength: InContextVector(directions, strength, *made_for) for strength in self.strengths}
         return candidates[best_on_valid(task, candidates, model)]
 

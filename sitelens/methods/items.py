@@ -10,7 +10,7 @@ from typing import Any
 from sitelens.engine.prompts import PromptBatch, answer_tokens, few_shot_prompt, few_shot_prompts, tokenize
 from sitelens.errors import SitelensError
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
-from sitelens.models.model import Model, context_length, own_tokenizer
+from sitelens.models.model import Model
 from sitelens.tasks import Example, Task
 
 MAX_TRAIN = 200  # training items that any method may see
@@ -34,12 +34,12 @@ def fitting(task: Task) -> Task:
 def zero_shot(task: Task, items: Sequence[Example], model: Model) -> PromptBatch:
     """Prompts without demonstrations; warns where first tokens cannot tell the task's answers apart."""
     warn_of_shared_first_tokens([task], model)
-    return prompts_of(few_shot_prompts(task, items, 0, own_tokenizer(model)), task, model)
+    return prompts_of(few_shot_prompts(task, items, 0, model.tokenizer), task, model)
 
 
 def prompts_of(prompts: Sequence[Any], task: Task, model: Model) -> PromptBatch:
     """Prompts as tokens, checked against the model's context."""
-    return tokenize(prompts, own_tokenizer(model), context_length(model), f"task {task.name!r}")
+    return tokenize(prompts, model.tokenizer, model.context_length, f"task {task.name!r}")
 
 
 def drawn(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[list[int]]:
@@ -57,7 +57,7 @@ def drawn(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[lis
 
 def answered(task: Task, items: Sequence[Example], model: Model) -> list[tuple[list[int], int]]:
     """Token ids of each zero-shot prompt with its whole answer behind it, and how many of them are the answer's."""
-    tokenizer = own_tokenizer(model)
+    tokenizer = model.tokenizer
     prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items]
     batch = prompts_of(prompts, task, model)
     ids = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]

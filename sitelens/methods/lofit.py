@@ -17,9 +17,8 @@ from sitelens.engine.network import Passes
 from sitelens.methods.base import Method
 from sitelens.methods.items import answered, drawn
 from sitelens.methods.losses import answer_loss
-from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, computing_dtype, head_shape
+from sitelens.models.model import ModelSource
 from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
 
@@ -48,17 +47,17 @@ class LoFiT(Method):
 
     @checked
     @torch.inference_mode(False)
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> HeadOffsets:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> HeadOffsets:
         """The offsets of the selected heads; zero for the others.
 
         Raises:
             SitelensError: for a task without training or validation items, or if the loss is not finite.
         """
         model, task = resolve_model(model), self.capped(load_task(task))
-        shape = head_shape(model)
+        shape = model.shape
         count = max(1, round(0.03 * shape[0] * shape[1])) if self.n_heads is None else self.n_heads
         generator = torch.Generator().manual_seed(seed)
-        dtype, device = computing_dtype(model), model.cfg.device
+        dtype, device = model.computing_dtype, model.device
         scales, offsets = (
             (1e-3 * torch.randn(shape, generator=generator, dtype=torch.float32)).to(device, dtype).requires_grad_()
             for _ in range(2)
@@ -85,7 +84,7 @@ class LoFiT(Method):
         mask = chosen.reshape(*shape[:2], 1)
         train(offsets, self.offset_lr, 0.0, lambda z, layer: z + (mask[layer] * offsets[layer]).to(z.device), "offsets")
         values, origin = (mask * offsets.detach()).float().cpu(), Origin.of(model, task, seed=seed)
-        return HeadOffsets(values, fingerprint(model), origin)
+        return HeadOffsets(values, model.fingerprint(), origin)
 
     def n_trained(self, condition: Condition) -> int:
         """A scale for every entry of z, then offsets on the selected heads."""

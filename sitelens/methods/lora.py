@@ -16,9 +16,8 @@ from sitelens.methods.base import Method
 from sitelens.methods.items import answered, drawn
 from sitelens.methods.losses import answer_loss
 from sitelens.methods.validation import best_on_valid
-from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model
+from sitelens.models.model import ModelSource
 from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
 
@@ -43,7 +42,7 @@ class LoRA(Method):
     @checked
     @warned_once()
     @torch.inference_mode(False)
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> LowRank:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> LowRank:
         """The adapters of the learning rate that is best on valid.
 
         Raises:
@@ -51,7 +50,7 @@ class LoRA(Method):
                 of the rates.
         """
         model, task = resolve_model(model), self.capped(load_task(task))
-        made_for, origin = fingerprint(model), Origin.of(model, task, seed=seed)
+        made_for, origin = model.fingerprint(), Origin.of(model, task, seed=seed)
         rows = answered(task, task.train, model)
         candidates = {}
         for rate in self.learning_rates:

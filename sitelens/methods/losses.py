@@ -41,7 +41,7 @@ def next_loss(rows: Sequence[tuple[list[int], int, list[int]]], model: Model | P
 
 
 def _padded_loss(rows: Sequence[tuple[list[int], int, list[int]]], passes: Passes) -> Float[Tensor, ""]:
-    device, width = passes.model.cfg.device, max(len(ids) for ids, _, _ in rows)
+    device, width = passes.model.device, max(len(ids) for ids, _, _ in rows)
     places = sorted({start + i for _, start, wanted in rows for i in range(len(wanted))} | {width - 1})
     # The last place stands among them, wanted or not: so a lone row keeps the shapes, and the bits, it always had.
     column = {place: i for i, place in enumerate(places)}

@@ -32,9 +32,8 @@ from sitelens.heads.writing import written
 from sitelens.methods.base import Method
 from sitelens.methods.items import drawn, prompts_of
 from sitelens.methods.validation import best_on_valid
-from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, own_tokenizer
+from sitelens.models.model import ModelSource
 from sitelens.models.provenance import Origin
 from sitelens.settings import settings
 from sitelens.tasks import Task, load_task
@@ -67,7 +66,7 @@ class LTV(Method):
     @checked
     @warned_once()
     @torch.inference_mode(False)
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> AddToStream:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> AddToStream:
         """The vectors of the learning rate that is best on valid.
 
         Raises:
@@ -75,15 +74,15 @@ class LTV(Method):
         """
         model, task = resolve_model(model), self.capped(load_task(task))
         embedding = embed_task(task, model, n_prompts=self.n_prompts, n_shots=self.n_shots, seed=seed)
-        device = model.cfg.device
-        measured = embedding_prompts(task, own_tokenizer(model), self.n_prompts, self.n_shots, seed)
+        device = model.device
+        measured = embedding_prompts(task, model.tokenizer, self.n_prompts, self.n_shots, seed)
         writes = written(embedding.mean_z, model, prompts_of(measured, task, model)).to(device)
         prompts = []
         for i in range(self.n_pool):
             query = task.train[i % len(task.train)]
             shown = draw_demonstrations(task, self.pool_shots, query, seed, "ltv", i)
             key = f"ltv/{task.name}/{seed}/{i}"
-            prompts.append(few_shot_prompt(task, shuffled_labels(shown, key), query, own_tokenizer(model)))
+            prompts.append(few_shot_prompt(task, shuffled_labels(shown, key), query, model.tokenizer))
         batch = prompts_of(prompts, task, model)
         budget = settings.budget() // 2  # half for prefixes, half for what is computed with them
         whole = self.n_pool * prefix_bytes(model, max(batch.lengths)) <= budget
@@ -114,7 +113,7 @@ class LTV(Method):
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-        layers, made_for = tuple(range(len(writes))), fingerprint(model)
+        layers, made_for = tuple(range(len(writes))), model.fingerprint()
         origin = Origin.of(model, task, n_prompts=self.n_prompts, n_shots=self.n_shots, seed=seed)
         sums = {rate: summed(weights.detach(), writes).float().cpu() for rate, weights in trained.items()}
         candidates = {

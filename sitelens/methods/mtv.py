@@ -23,9 +23,8 @@ from sitelens.errors import warned_once
 from sitelens.methods.base import Method
 from sitelens.methods.items import zero_shot
 from sitelens.methods.validation import MAX_VALID
-from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, computing_dtype, head_shape
+from sitelens.models.model import ModelSource
 from sitelens.settings import settings
 from sitelens.tasks import Task, load_task
 
@@ -57,7 +56,7 @@ class MTV(Method):
     @checked
     @warned_once()
     @torch.inference_mode(False)
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> PatchHeads:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> PatchHeads:
         """The mean z at the best of the masks that the trained policy draws.
 
         Raises:
@@ -69,10 +68,10 @@ class MTV(Method):
         batch = zero_shot(task, task.train[: self.n_items], model)
         budget = settings.budget() // 3
         prefix = PrefixCache.of(batch, model, budget)
-        logits = torch.full(head_shape(model)[:2], -1.0, dtype=torch.float32)
+        logits = torch.full(model.shape[:2], -1.0, dtype=torch.float32)
         optimizer = torch.optim.Adam([logits], lr=self.lr)
         rng = random.Random(f"sitelens/mtv/{task.name}/{seed}")
-        vectors = embedding.mean_z.to(model.cfg.device, computing_dtype(model))
+        vectors = embedding.mean_z.to(model.device, model.computing_dtype)
 
         def losses(
             masks: Float[Tensor, "mask layer head"], of: PrefixCache, item: int, answer: int
@@ -98,7 +97,7 @@ class MTV(Method):
             total = torch.stack([losses(masks, prefix, i, int(valid.answer[i])) for i in range(len(valid))]).sum(0)
         best = masks[int(total.argmin())]
         chosen = HeadSelection(
-            best, task.name, fingerprint(model), f"MTV, {self.n_steps} steps, seed {seed}", embedding.origin
+            best, task.name, model.fingerprint(), f"MTV, {self.n_steps} steps, seed {seed}", embedding.origin
         )
         return PatchHeads(chosen, embedding, scope="generation")
 

@@ -14,7 +14,7 @@ from sitelens.engine.prompts import few_shot_prompt, item_sizes
 from sitelens.methods.base import Fitted, Method
 from sitelens.methods.items import MAX_TRAIN, fitting
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, context_length, own_tokenizer
+from sitelens.models.model import Model, ModelLike, ModelSource
 from sitelens.tasks import Task, load_task
 
 ROOM = 32  # tokens kept for the answer
@@ -29,7 +29,7 @@ class ZeroShot(Method):
     max_train: ClassVar[int | None] = None
 
     @checked
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> prompting.ZeroShot:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> prompting.ZeroShot:
         """Prompts without demonstrations."""
         return prompting.ZeroShot()
 
@@ -37,7 +37,7 @@ class ZeroShot(Method):
         """The condition; it costs nothing and is not kept."""
         return Fitted(self.fit(task, model, seed=seed), 0, 0, 0, 0.0)
 
-    def work(self, tasks: Any, model: Model) -> float:
+    def work(self, tasks: Any, model: ModelLike) -> float:
         """Nothing: there is nothing to fit."""
         return 0.0
 
@@ -55,7 +55,7 @@ class FewShot(Method):
     n_shots: Count = 10
 
     @checked
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> prompting.FewShot:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> prompting.FewShot:
         """Prompts with `n_shots` demonstrations."""
         return prompting.FewShot(self.n_shots)
 
@@ -63,7 +63,7 @@ class FewShot(Method):
         """The condition; it costs nothing and is not kept."""
         return Fitted(self.fit(task, model, seed=seed), 0, 0, 0, 0.0)
 
-    def work(self, tasks: Any, model: Model) -> float:
+    def work(self, tasks: Any, model: ModelLike) -> float:
         """Nothing: there is nothing to fit."""
         return 0.0
 
@@ -92,7 +92,7 @@ class ManyShot(Method):
     limit: CountOrZero | None = None
 
     @checked
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> prompting.FewShot:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> prompting.FewShot:
         """Few-shot prompting with as many training items (at most 200) as fit into the context with any query.
 
         The longest items and the longest query are counted, so that whichever are drawn fit. Items with the query's own
@@ -105,10 +105,10 @@ class ManyShot(Method):
         """
         model, task = resolve_model(model), load_task(task)
         fitting(task)  # is it a task to fit anything to?
-        tokenizer = own_tokenizer(model)
+        tokenizer = model.tokenizer
         queries = [few_shot_prompt(task, [], item, tokenizer).text for item in (*task.valid, *task.test)]
         sizes = sorted(item_sizes(task.train, task, tokenizer), reverse=True)
-        left = (context_length(model) or 2**31) - max(map(len, tokenizer(queries)["input_ids"])) - ROOM
+        left = (model.context_length or 2**31) - max(map(len, tokenizer(queries)["input_ids"])) - ROOM
         repeats = Counter(item.input for item in task.train)
         own = max(repeats[item.input] for item in (*task.valid, *task.test))
         count, most = 0, min(MAX_TRAIN, len(sizes)) - max(1, own)

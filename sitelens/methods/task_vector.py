@@ -17,9 +17,8 @@ from sitelens.errors import SitelensError
 from sitelens.methods.base import Method
 from sitelens.methods.items import prompts_of
 from sitelens.methods.validation import best_on_valid
-from sitelens.models.fingerprints import fingerprint
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, head_shape, own_tokenizer
+from sitelens.models.model import ModelSource
 from sitelens.models.provenance import Origin
 from sitelens.tasks import Task, load_task
 
@@ -41,7 +40,7 @@ class TV(Method):
 
     @checked
     @torch.inference_mode(False)
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> ReplaceStream:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> ReplaceStream:
         """The mean state at the chosen layer; ties take the lowest layer.
 
         Raises:
@@ -57,11 +56,11 @@ class TV(Method):
         for i in range(self.n_sets):
             rng = random.Random(f"sitelens/task-vector/{task.name}/{seed}/{i}")
             *shown, dummy = rng.sample(task.train, self.n_shots + 1)
-            prompts.append(few_shot_prompt(task, shown, dummy, own_tokenizer(model)))
-        layers = range(head_shape(model)[0])
+            prompts.append(few_shot_prompt(task, shown, dummy, model.tokenizer))
+        layers = range(model.shape.layers)
         means = mean_states(prompts_of(prompts, task, model), [stream_hook(layer) for layer in layers], model)
         made_for, origin = (
-            fingerprint(model),
+            model.fingerprint(),
             Origin.of(model, task, n_prompts=self.n_sets, n_shots=self.n_shots, seed=seed),
         )
         candidates = {

@@ -16,7 +16,7 @@ from sitelens.checks.arguments import checked
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.models.catalogue import download_command
 from sitelens.models.gguf.converted import PACKAGED, gguf_folder, packaged_folder
-from sitelens.models.model import Model, ModelLike, z_hook
+from sitelens.models.model import Model, ModelSource, z_hook
 from sitelens.models.networks import load_network, quiet_transformers
 from sitelens.models.quantization import NO_8BIT, check_quantization, nf4_config, settle
 from sitelens.models.sources import DEFAULT_MODEL, check_device, hub_id
@@ -102,7 +102,7 @@ def default_model() -> TransformerBridge:
         return _default_model(settings.dtype)
 
 
-def resolve_model(model: ModelLike | str | Path | None) -> Model:
+def resolve_model(model: ModelSource | None) -> Model:
     """The model that an argument of a public function means: None is the default model, a name is loaded.
 
     A Model was checked at the door it came through, and is returned as it is.
@@ -110,7 +110,7 @@ def resolve_model(model: ModelLike | str | Path | None) -> Model:
     Raises:
         SitelensError: as `load_model`, and for a bridge without per-head z hooks or in training mode.
     """
-    if type(model) is Model:
+    if isinstance(model, Model):
         return model
     resolved = Model(default_model() if model is None else load_model(model))
     _check_bridge(resolved)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -53,12 +54,7 @@ _memories_lock = threading.Lock()
 _unchanged: ContextVar[tuple[TransformerBridge, Identity] | None] = ContextVar("unchanged", default=None)
 
 
-class _Lenient(type):
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return type(instance) is cls or isinstance(instance, TransformerBridge)
-
-
-class Model(metaclass=_Lenient):
+class Model:
     """A TransformerBridge with its tokenizer, shape, context, dtypes and fingerprint.
 
     `resolve_model` makes it once at every public door; within sitelens it is handed on. Models of one bridge are equal,
@@ -79,7 +75,7 @@ class Model(metaclass=_Lenient):
         return Model(model) if isinstance(model, TransformerBridge) else model
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is Model and other.bridge is self.bridge
+        return isinstance(other, Model) and other.bridge is self.bridge
 
     def __hash__(self) -> int:
         return hash(self.bridge)
@@ -234,6 +230,7 @@ class Model(metaclass=_Lenient):
 
 Bridge = TransformerBridge  # what users load and hold, and what their own conditions and methods are given
 ModelLike = Model | Bridge
+ModelSource = Model | Bridge | str | Path  # what public functions take: a name, a folder or a file, too
 
 
 def z_hook(layer: int) -> str:

@@ -24,9 +24,8 @@ from sitelens.evaluation.summary import summarize
 from sitelens.methods.base import Fitted, Method
 from sitelens.methods.items import fitting
 from sitelens.methods.registry import methods_by_label
-from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, model_name
+from sitelens.models.model import Model, ModelSource
 from sitelens.progress import Job, portion
 from sitelens.reports.comparison_result import Comparison as Comparison
 from sitelens.store.artifact import Artifact
@@ -42,7 +41,7 @@ FIT_SHARE = 0.9  # of a cell's time, for the progress bar
 def compare(
     tasks: Iterable[Task | str],
     methods: Sequence[Method | str] | Literal["all"] = "all",
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     n_items: Count | None = 100,
     seed: Seed = 0,
@@ -99,7 +98,7 @@ def _cells(
         job.plan(dict.fromkeys(cells, 1.0))
         for stage, (task, label) in cells.items():
             method = methods[label]
-            with job.stage(stage), unchanged(model):
+            with job.stage(stage), model.unchanged():
                 with portion(0.0, FIT_SHARE):
                     fitted = method.measured_fit(task, model, seed=seed)
                 with portion(FIT_SHARE, 1.0):
@@ -127,7 +126,7 @@ def _scored(
         answers = store.cached(Kind.COMPARISON, spec | {"n_items": n_items}, make, read)
     columns = {column: getattr(answers, column).numpy() for column in ("item", "score")}
     about = {"task": task.name, "condition": method.label, "metric": "first_token", "seed": seed,
-             "training_seed": seed, "model": model_name(model)}  # fmt: skip
+             "training_seed": seed, "model": model.name}  # fmt: skip
     return pd.DataFrame(columns).assign(**about), answers.seconds
 
 

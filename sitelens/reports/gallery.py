@@ -20,7 +20,7 @@ from sitelens.evaluation.record import data_facts
 from sitelens.files.writing import Outputs, check_file_name, check_folder, write_csv, write_text
 from sitelens.methods.site.config import TrainConfig
 from sitelens.models.loading import load_model
-from sitelens.models.model import Model, ModelLike, model_name
+from sitelens.models.model import Model, ModelLike
 from sitelens.models.provenance import provenance
 from sitelens.models.sources import DEFAULT_MODEL
 from sitelens.progress import Job
@@ -77,8 +77,8 @@ def make_figures(
     given, config = load_tasks(tasks or ()), config or TrainConfig()  # a wrong name shows before a model is loaded
     with Outputs(folder) as outputs, Job("figures", ["load the model", *chosen]) as job:
         with job.stage("load the model"):
-            loaded = Model.of(load_model(model.bridge if type(model) is Model else model))
-        asked = model if isinstance(model, str) else model_name(loaded)
+            loaded = Model.of(load_model(model.bridge if isinstance(model, Model) else model))
+        asked = model if isinstance(model, str) else loaded.name
         job.plan(dict.fromkeys(chosen, 1.0))
         for name in chosen:
             with job.stage(name):
@@ -111,7 +111,7 @@ def write_figure(
     name: str,
     formats: Sequence[str],
     command: str,
-    model: Model,
+    model: ModelLike,
     facts: Mapping[str, Any],
 ) -> None:
     """Write a figure, its data as NAME.csv, and NAME.json: the facts, the command, the model and all versions.

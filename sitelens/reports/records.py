@@ -15,7 +15,7 @@ from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation.record import RENDERING, task_record
 from sitelens.methods.site.config import TrainConfig
 from sitelens.models.gguf.converted import PACKAGED
-from sitelens.models.model import Model, tokenization
+from sitelens.models.model import Model, ModelLike
 from sitelens.models.provenance import model_facts, versions
 from sitelens.tasks import Task
 
@@ -45,7 +45,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def run_command(config: Any, model: Model | None = None) -> str:
+def run_command(config: Any, model: ModelLike | None = None) -> str:
     """The `sitelens run` command of a RunConfig, quoted for a shell: all options that are not at their defaults.
 
     With the model that ran, also its dtype and quantization where they are not what the name alone would load.
@@ -80,7 +80,7 @@ def train_options(config: TrainConfig) -> list[str]:
     return words
 
 
-def _precision(name: str, model: Model) -> list[str]:
+def _precision(name: str, model: ModelLike) -> list[str]:
     facts = model_facts(model)
     usual = "float32" if name in PACKAGED or name.endswith(".gguf") else None
     usual = "bfloat16" if facts["quantize"] else usual
@@ -97,7 +97,7 @@ def recorded_precision(record: Mapping[str, Any], given: Mapping[str, Any]) -> d
     return {name: known[name] if isinstance(known.get(name), str) else None for name in names}
 
 
-def warn_of_changes(path: str | Path, model: Model, tasks: Iterable[Task] = ()) -> None:
+def warn_of_changes(path: str | Path, model: ModelLike, tasks: Iterable[Task] = ()) -> None:
     """Warn, a line each, of what has changed since a run.json was written, so that its numbers may not come again.
 
     Raises:
@@ -107,7 +107,7 @@ def warn_of_changes(path: str | Path, model: Model, tasks: Iterable[Task] = ()) 
         warnings.warn(f"{path} {line}", SitelensWarning, stacklevel=2)
 
 
-def changes(record: Mapping[str, Any], model: Model, tasks: Iterable[Task]) -> list[str]:
+def changes(record: Mapping[str, Any], model: ModelLike, tasks: Iterable[Task]) -> list[str]:
     """What of the weights, the model, versions, the tokenizer and the tasks is not what a run.json records."""
     found: list[str] = []
     now = model_facts(model)
@@ -119,7 +119,7 @@ def changes(record: Mapping[str, Any], model: Model, tasks: Iterable[Task]) -> l
     for name in ("name", "revision", "dtype", "quantize"):
         if name in before and before[name] != now[name]:
             found.append(f"was made with a model of {name} {before[name]}, now it is {now[name]}")
-    if record.get("tokenizer") not in (None, tokenization(model)):
+    if record.get("tokenizer") not in (None, Model.of(model).tokenization()):
         found.append("was made with another tokenizer or chat template")
     here = versions()
     there = _object(record, "versions")

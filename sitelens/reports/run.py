@@ -19,7 +19,7 @@ from sitelens.evaluation.summary import summarize
 from sitelens.methods.site.train import TrainResult, train_selections
 from sitelens.methods.site.workload import total, workload
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, head_shape, model_name
+from sitelens.models.model import Model, ModelSource
 from sitelens.progress import Job, portions
 from sitelens.reports.run_config import RunConfig as RunConfig
 from sitelens.reports.run_report import RunReport as RunReport
@@ -34,7 +34,7 @@ SOFT_HARD_GAP = 0.05  # a soft minus hard accuracy above this is worth a warning
 @warned_once()
 def run(
     config: RunConfig,
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
 ) -> RunReport:
     """Embed, train and evaluate every task of `config` under all conditions.
 
@@ -50,7 +50,7 @@ def run(
     with Job("run", ["load the model", "embed", "train", "evaluate"]) as job:
         with job.stage("load the model"):
             model = resolve_model(model if model is not None else config.model)
-        layers, heads, _ = head_shape(model)
+        layers, heads, _ = model.shape
         if config.k is not None and config.k > layers * heads:
             raise SitelensError(f"k must be at most {layers * heads}, the heads of {config.model}, got {config.k}")
         sizes = {name: getattr(config, name) for name in ("n_prompts", "n_shots", "n_items")}
@@ -73,7 +73,7 @@ def run(
                     conditions = run_conditions(results[task.name], embeddings[task.name], config)
                     frames.append(_scores(task, conditions, model, config))
         clock.stop("evaluation")
-    scores = pd.concat(frames, ignore_index=True).assign(model=model_name(model), training_seed=config.train.seed)
+    scores = pd.concat(frames, ignore_index=True).assign(model=model.name, training_seed=config.train.seed)
     frame = _frame(scores)
     record = run_record(config, model, tasks, results, scores, frame, clock.seconds)
     _warn_about_gaps(frame)

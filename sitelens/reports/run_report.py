@@ -23,7 +23,7 @@ from sitelens.figures.style import accuracy_label
 from sitelens.files.escaping import visible
 from sitelens.files.writing import Outputs, check_file_name, file_names, write_csv, write_text
 from sitelens.methods.site.train import TrainResult
-from sitelens.models.model import Model, tokenization
+from sitelens.models.model import Model
 from sitelens.models.provenance import provenance
 from sitelens.reports.records import run_command
 from sitelens.reports.run_config import RunConfig
@@ -243,7 +243,7 @@ def run_record(
     n_items = scores.groupby("task")["item"].nunique()
     record = {
         **provenance(run_command(config, model), model),
-        "tokenizer": tokenization(model),
+        "tokenizer": model.tokenization(),
         "config": asdict(config),
         "tasks": {task.name: {**task_record(task), "n_items": int(n_items[task.name])} for task in tasks},
         "selections": selections,

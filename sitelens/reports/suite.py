@@ -20,9 +20,8 @@ from sitelens.evaluation.record import experiment_record
 from sitelens.methods.base import Method
 from sitelens.methods.registry import methods_by_label
 from sitelens.metrics import Metric, checked_metrics
-from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, context_length, model_name, own_tokenizer
+from sitelens.models.model import Model, ModelSource
 from sitelens.progress import Job, portions
 from sitelens.reports.suite_result import SuiteResult as SuiteResult
 from sitelens.suggestions import did_you_mean
@@ -37,7 +36,7 @@ SCORE = "score"  # the last stage
 @warned_once()
 def run_suite(
     suite: str | Suite,
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     methods: Sequence[Method | str] = ("SITE",),
     tasks: Sequence[str] | None = None,
@@ -89,10 +88,10 @@ def run_suite(
     if not scored_by.generates:
         warn_of_shared_first_tokens(loaded, model)
     run = _Run(model, seed, {"n_items": n_items, "metrics": (scored_by,), "seed": seed}, left_out)
-    stages = {f"fit {label}": method.work(loaded, model) for label, method in fitted.items()}
+    stages = {f"fit {label}": method.work(loaded, model.bridge) for label, method in fitted.items()}
     costs = (_scoring_work(task, model, n_items, n_shots + 2 + len(fitted)) for task in loaded)
     stages[SCORE] = sum(costs, 0.0)
-    with unchanged(model), Job(f"suite {suite.name}", list(stages)) as job:
+    with model.unchanged(), Job(f"suite {suite.name}", list(stages)) as job:
         job.plan(stages)
         for label, method in fitted.items():
             with job.stage(f"fit {label}"):
@@ -103,7 +102,7 @@ def run_suite(
         reasons = [f"{task}: {reason}" for task, reason in left_out.items() if reason != NOT_REQUESTED]
         raise SitelensError(f"no task of the suite {suite.name!r} can be run: {'; '.join(reasons[:3])}")
     scores = pd.concat(run.frames, ignore_index=True)
-    scores = scores.assign(model=model_name(model), training_seed=seed)
+    scores = scores.assign(model=model.name, training_seed=seed)
     scores.insert(1, "group", scores["task"].map({row["task"]: row["group"] for row in about}))
     record = experiment_record(
         "sl.run_suite", model, loaded, n_items, suite=suite.name, n_shots=n_shots, seed=seed, metric=scored_by.name,
@@ -146,7 +145,7 @@ class _Run:
     def fit(self, label: str, method: Method, tasks: Sequence[Task]) -> None:
         """The method's condition for each task."""
         conditions = self.conditions.setdefault(label, {})
-        outcomes = method.fit_all([method.capped(task) for task in tasks], self.model, seed=self.seed)
+        outcomes = method.fit_all([method.capped(task) for task in tasks], self.model.bridge, seed=self.seed)
         for task, outcome in zip(tasks, outcomes, strict=True):
             if isinstance(outcome, SitelensError):
                 self.left_out[f"{task.name}, {label}"] = str(outcome)
@@ -171,7 +170,7 @@ class _Run:
 
 def _scoring_work(task: Task, model: Model, n_items: int | None, n_prompts: int) -> float:
     """Roughly the prompt tokens of scoring a task, when each test item takes that many items' tokens."""
-    sizes = item_sizes(task.train[:50], task, own_tokenizer(model))
+    sizes = item_sizes(task.train[:50], task, model.tokenizer)
     return n_prompts * min(len(task.test), n_items or len(task.test)) * sum(sizes) / len(sizes)
 
 
@@ -179,7 +178,7 @@ def _loaded(
     suite: Suite, names: Iterable[str], model: Model, n_shots: int
 ) -> Iterator[tuple[Task, dict[str, Any], str | None]]:
     """Each task without its too long items, a row about it, and why it cannot be run (None: it can)."""
-    tokenizer, context = own_tokenizer(model), context_length(model)
+    tokenizer, context = model.tokenizer, model.context_length
     for name in names:
         try:
             whole = task_of(suite, name)

@@ -19,7 +19,7 @@ from sitelens.evaluation.cached import score_conditions
 from sitelens.evaluation.summary import summarize
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import TrainResult, train_selections
-from sitelens.models.model import Model, head_shape
+from sitelens.models.model import Model
 from sitelens.tasks import Task, load_tasks
 
 Facts = Mapping[str, Any]
@@ -117,7 +117,7 @@ def checked_counts(ks: Iterable[int] | None, model: Model) -> tuple[int, ...]:
     Raises:
         SitelensError: if one is negative, or larger than the number of heads.
     """
-    layers, heads, _ = head_shape(model)
+    layers, heads, _ = model.shape
     chosen = head_counts_up_to(layers * heads) if ks is None else tuple(ks)
     wrong = [k for k in chosen if not 0 <= k <= layers * heads]
     if wrong:

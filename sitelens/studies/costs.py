@@ -21,7 +21,7 @@ from sitelens.evaluation.evaluate import evaluate
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selection
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model
+from sitelens.models.model import ModelSource
 from sitelens.store.folder import empty_cache
 from sitelens.studies.common import Options, Sample
 from sitelens.studies.registry import TWO, study
@@ -33,7 +33,7 @@ from sitelens.tasks import Task, load_task
 @warned_once()
 def costs(
     task: Task | str,
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     counts: Sequence[Count] = (1, 10, 30, 100, 300),
     n_shots: CountOrZero = 10,

@@ -20,7 +20,7 @@ from sitelens.errors import SitelensError, warned_once
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model
+from sitelens.models.model import ModelSource
 from sitelens.studies.common import Options, Sample, measure, some_tasks
 from sitelens.studies.registry import TWO, study
 from sitelens.studies.training import initialization_runs
@@ -31,7 +31,7 @@ from sitelens.tasks import Task, load_task
 @checked
 @warned_once()
 def training_curves(
-    tasks: Iterable[Task | str], model: Model | str | None = None, *, config: TrainConfig | None = None
+    tasks: Iterable[Task | str], model: ModelSource | None = None, *, config: TrainConfig | None = None
 ) -> pd.DataFrame:
     """Losses during training: one row per task and step, with the columns of `TrainResult.history`.
 
@@ -54,7 +54,7 @@ def loss_path(
     a: HeadSelection,
     b: HeadSelection,
     embedding: TaskEmbedding,
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     points: Count = 21,
     mixing: Mixing = "convex",
@@ -92,7 +92,7 @@ def loss_path(
 @warned_once()
 def loss_paths(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     config: TrainConfig | None = None,
     **options: Unpack[Options],

@@ -16,7 +16,7 @@ from sitelens.errors import warned_once
 from sitelens.heads import attention_roles, indirect_effects, induction_scores
 from sitelens.methods.site.config import TrainConfig
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, head_shape
+from sitelens.models.model import ModelSource
 from sitelens.studies.common import Options, Sample, checked_counts, prepare
 from sitelens.studies.registry import study
 from sitelens.tasks import Task
@@ -27,7 +27,7 @@ from sitelens.tasks import Task
 @warned_once()
 def head_overlap(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     k: CountOrZero | None = None,
     n_prompts: Count = 25,
@@ -52,7 +52,7 @@ def head_overlap(
         ['induction', 'previous token', 'function vector']
     """
     model, sample = resolve_model(model), Sample(**options)
-    layers, heads, _ = head_shape(model)
+    layers, heads, _ = model.shape
     k = checked_counts((max(1, layers * heads // 10) if k is None else k,), model)[0]
     prepared = prepare(tasks, model, config, sample)
     known = induction_scores(model, seed=sample.seed)
@@ -86,7 +86,7 @@ def head_overlap(
 @warned_once()
 def shared_attention(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     n_prompts: Count = 20,
     n_shots: CountOrZero = 10,

@@ -19,7 +19,7 @@ from sitelens.errors import SitelensError, SitelensWarning, warned_once
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model
+from sitelens.models.model import ModelSource
 from sitelens.studies.common import Facts, Options, Sample, checked_counts, measure, prepare, some_tasks
 from sitelens.studies.registry import study
 from sitelens.tasks import Task
@@ -33,7 +33,7 @@ GENERIC = 0.02  # a shared alpha this near to the tasks' own is worth a warning
 @warned_once()
 def soft_hard(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     thresholds: Sequence[Share] = THRESHOLDS,
     config: TrainConfig | None = None,
@@ -76,7 +76,7 @@ def soft_hard(
 @warned_once()
 def random_heads(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     ks: Iterable[CountOrZero] | None = None,
     draws: CountOrZero = 10,
@@ -118,7 +118,7 @@ def random_heads(
 @warned_once()
 def head_counts(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     ks: Iterable[CountOrZero] | None = None,
     config: TrainConfig | None = None,
@@ -159,7 +159,7 @@ def head_counts(
 @warned_once()
 def task_agnostic(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     n_shots: CountOrZero = 10,
     config: TrainConfig | None = None,
@@ -209,7 +209,7 @@ def task_agnostic(
 @warned_once()
 def mixing(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     config: TrainConfig | None = None,
     **options: Unpack[Options],

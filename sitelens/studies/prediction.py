@@ -13,7 +13,7 @@ from sitelens.errors import warned_once
 from sitelens.figures import Figure
 from sitelens.methods.site.config import TrainConfig
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model
+from sitelens.models.model import ModelSource
 from sitelens.studies.common import Options, Sample, some_tasks
 from sitelens.studies.registry import SIXTEEN, study
 from sitelens.studies.similarity import head_similarity, similarity_predicts_transfer
@@ -35,7 +35,7 @@ def _scatter(frame: pd.DataFrame) -> Figure:
 @warned_once()
 def similarity_transfer(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     config: TrainConfig | None = None,
     **options: Unpack[Options],

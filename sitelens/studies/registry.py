@@ -14,7 +14,7 @@ from sitelens.evaluation.result import Result
 from sitelens.figures import Figure
 from sitelens.files.writing import check_file_name
 from sitelens.methods.site.config import TrainConfig
-from sitelens.models.model import Model
+from sitelens.models.model import Model, ModelLike
 from sitelens.registry import Registry
 from sitelens.tasks import Task
 
@@ -57,7 +57,7 @@ class Study:
         return n_items if self.most_items is None else min(n_items, self.most_items)
 
     def make(
-        self, tasks: Sequence[Task], model: Model, *, n_items: int = 100, seed: int = 0,
+        self, tasks: Sequence[Task], model: ModelLike, *, n_items: int = 100, seed: int = 0,
         config: TrainConfig | None = None,
     ) -> tuple[pd.DataFrame, Figure]:  # fmt: skip
         """The frame and the figure.
@@ -70,7 +70,7 @@ class Study:
         options: dict[str, Any] = {"n_items": self.items(n_items), "seed": seed, "config": config}
         options = {name: value for name, value in options.items() if takes_all or name in parameters}
         subject = tasks[0] if next(iter(parameters)) == "task" else tasks
-        result = self.function(subject, model.bridge, **options, **self.arguments)
+        result = self.function(subject, Model.of(model).bridge, **options, **self.arguments)
         if isinstance(result, Result):
             frame, figure = result.frame, result.figure("")
         else:

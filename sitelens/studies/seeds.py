@@ -16,7 +16,7 @@ from sitelens.errors import SitelensError, warned_once
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import TrainJob, train_jobs
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model
+from sitelens.models.model import ModelSource
 from sitelens.studies.common import Options, Sample, measure, some_tasks
 from sitelens.studies.registry import TWO, study
 from sitelens.tasks import Task
@@ -26,7 +26,7 @@ from sitelens.tasks import Task
 @warned_once()
 def seed_variance(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     prompt_seeds: Sequence[int] = (0, 1, 2, 3, 4),
     training_seeds: Sequence[int] = (0, 1, 2, 3, 4),

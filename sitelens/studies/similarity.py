@@ -24,7 +24,7 @@ from sitelens.evaluation.tables import Table
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, head_shape, model_name
+from sitelens.models.model import ModelSource
 from sitelens.studies.registry import SIXTEEN, study
 from sitelens.studies.transfer_result import TransferMatrix
 from sitelens.tasks import Task, groups_of, load_tasks
@@ -129,7 +129,7 @@ class HeadSimilarity(Result):
 @checked
 def head_similarity(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     seeds: Sequence[Seed] = (0, 1),
     k: CountOrZero | None = None,
@@ -154,7 +154,7 @@ def head_similarity(
     loaded, model = load_tasks(tasks), resolve_model(model)
     if len(loaded) < 2:
         raise SitelensError(f"similarity needs at least two tasks, got {len(loaded)}")
-    layers, heads, _ = head_shape(model)
+    layers, heads, _ = model.shape
     if k is not None and not 0 < k <= layers * heads:
         raise SitelensError(f"k must lie in 1 to {layers * heads}, the number of heads; got {k}")
     results = train_selections(loaded, model, seeds=seeds, config=config, embeddings=embeddings)
@@ -166,7 +166,7 @@ def head_similarity(
     )  # fmt: skip
     return HeadSimilarity(
         _pairs(selections, names, seeds, k), _floor(list(selections.values()), k, n_permutations), names,
-        {name: selections[name, seeds[0]].default_k if k is None else k for name in names}, model_name(model),
+        {name: selections[name, seeds[0]].default_k if k is None else k for name in names}, model.name,
         groups_of(names), record,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from sitelens.errors import SitelensError, warned_once
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import TrainJob, TrainResult, train_jobs
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model
+from sitelens.models.model import ModelSource
 from sitelens.studies.common import Options, Sample, measure, prepare, some_tasks
 from sitelens.studies.registry import TWO, study
 from sitelens.studies.similarity import alpha_similarity
@@ -34,7 +34,7 @@ INITS: tuple[float | Literal["random"], ...] = (0.1, 0.3, 0.5, 0.7, 0.9, "random
 @warned_once()
 def prompt_counts(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     n_prompts: Sequence[Count] = (1, 3, 5, 10, 50),
     n_shots: Sequence[CountOrZero] = (1, 2, 5, 10),
@@ -80,7 +80,7 @@ def prompt_counts(
 @warned_once()
 def initializations(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     inits: Sequence[float | Literal["random"]] = INITS,
     seeds: Sequence[Seed] = (0, 1),
@@ -120,7 +120,7 @@ def initializations(
 @warned_once()
 def initialization_distances(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     inits: Sequence[float | Literal["random"]] = INITS,
     seeds: Sequence[Seed] = (0, 1),
@@ -160,7 +160,7 @@ def initialization_distances(
 @warned_once()
 def initialization_runs(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     inits: Sequence[float | Literal["random"]] = INITS,
     seeds: Sequence[Seed] = (0, 1),
@@ -192,7 +192,7 @@ def initialization_runs(
 @warned_once()
 def checkpoints(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     config: TrainConfig | None = None,
     **options: Unpack[Options],
@@ -228,7 +228,7 @@ def checkpoints(
 @warned_once()
 def alpha_distribution(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     by: Literal["task", "layer", "step"] = "task",
     steps: Sequence[Count] = (25, 50, 100, 200, 400),

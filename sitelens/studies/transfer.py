@@ -23,9 +23,8 @@ from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import train_selections
 from sitelens.methods.site.workload import total, workload
 from sitelens.metrics import Metric, checked_metrics
-from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, model_name
+from sitelens.models.model import ModelSource
 from sitelens.models.provenance import Origin
 from sitelens.progress import Job, portions
 from sitelens.studies.registry import SIXTEEN, study
@@ -38,7 +37,7 @@ from sitelens.tasks import Task, groups_of, load_tasks
 @warned_once()
 def transfer_matrix(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     swap: Swap = "heads",
     n_items: Count | None = 100,
@@ -76,7 +75,7 @@ def transfer_matrix(
     if not scored.generates:
         warn_of_shared_first_tokens(loaded, model)
     work = workload(loaded, model, n_prompts=n_prompts, n_shots=n_shots, n_items=n_items, config=config)
-    with unchanged(model), Job(f"transfer of {swap}", ["embed", "train", "evaluate"]) as job:
+    with model.unchanged(), Job(f"transfer of {swap}", ["embed", "train", "evaluate"]) as job:
         job.plan({"embed": total(work, "embed"), "train": total(work, "train"),
                   "evaluate": total(work, "patch") * (1 + len(loaded) / 4)})  # fmt: skip
         with job.stage("embed"):
@@ -116,7 +115,7 @@ def transfer_matrix(
         n_shots=n_shots, seed=seed, train=asdict(config),
     )  # fmt: skip
     origin = Origin.of(model, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
-    name = model_name(model)
+    name = model.name
     return TransferMatrix(
         matrix, pd.Series(zero_shot), pd.Series(n), swap, scored.name, name, groups_of(names), origin, record
     )

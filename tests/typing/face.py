@@ -7,6 +7,7 @@ comment without an error to ignore: the mistakes at the end must be noticed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_type
 
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
 import sitelens as sl
 from sitelens import figures, heads, studies
@@ -106,6 +108,19 @@ def across_tasks(folder: Path) -> None:
     assert_type(report.scores, pd.DataFrame)
     verification = assert_type(sl.verify(), sl.Verification)
     assert_type(verification.failures, list[str])
+
+
+def methods() -> None:
+    """A method of one's own, beside ours."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(sl.Method):
+        n_shots: int = 3
+
+        def fit(self, task: sl.Task, model: TransformerBridge, *, seed: int = 0) -> sl.Condition:
+            return sl.FewShot(self.n_shots)
+
+    assert_type(sl.compare(["antonym"], [Mine(n_shots=5), "zero-shot"]), sl.Comparison)
 
 
 def single_heads(embedding: sl.TaskEmbedding, selection: sl.HeadSelection) -> None:

@@ -26,7 +26,7 @@ from sitelens.engine.prompts import PromptBatch, few_shot_prompt, tokenize
 from sitelens.errors import SitelensError
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.state import Record, State
-from sitelens.models.model import Model, computing_dtype, context_length, head_shape, own_tokenizer
+from sitelens.models.model import Model
 from sitelens.progress import Bar, progress
 from sitelens.settings import settings
 from sitelens.tasks import Task
@@ -94,11 +94,11 @@ def _train_group(
     budget: int,
     bar: Bar,
 ) -> Iterator[dict[str, Tensor]]:
-    dtype, device = computing_dtype(model), model.cfg.device
+    dtype, device = model.computing_dtype, model.device
     vectors = torch.stack([embedding.mean_z.to(device, dtype) for embedding in embeddings])
     share = budget // 4  # for the prefixes in training, and for what a step computes; validation has the other half
     train, rows = _training_rows(runs, tasks, model, config)
-    logits = _initial_logits(runs, tasks, head_shape(model)[:2], dtype).to(device).requires_grad_(True)
+    logits = _initial_logits(runs, tasks, model.shape[:2], dtype).to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([logits], lr=config.lr)
     record = Record(len(runs), config, torch.zeros_like(logits, requires_grad=False))
     state = State([run.key for run in runs], logits, optimizer, record)
@@ -235,11 +235,11 @@ def _owners(runs: Sequence[Run], counts: Sequence[int]) -> tuple[Tensor, Tensor,
 
 
 def _zero_shot(items: Sequence[tuple[int, int]], split: str, tasks: Sequence[Task], model: Model) -> PromptBatch:
-    tokenizer = own_tokenizer(model)
+    tokenizer = model.tokenizer
     chosen = [(tasks[task], tasks[task].split(split)[item]) for task, item in items]
     prompts = [few_shot_prompt(task, [], example, tokenizer) for task, example in chosen]
     names = ", ".join(dict.fromkeys(task.name for task, _ in chosen))
-    return tokenize(prompts, tokenizer, context_length(model), f"{split} items of {names}")
+    return tokenize(prompts, tokenizer, model.context_length, f"{split} items of {names}")
 
 
 def _groups(

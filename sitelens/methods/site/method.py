@@ -18,7 +18,7 @@ from sitelens.methods.site.state import ALGORITHM
 from sitelens.methods.site.train import train_selections
 from sitelens.methods.site.workload import total, workload
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model
+from sitelens.models.model import Model, ModelLike, ModelSource
 from sitelens.progress import portion, portions
 from sitelens.tasks import Task, load_task
 
@@ -42,7 +42,7 @@ class SITE(Training, Method):
     n_shots: CountOrZero = 10
 
     @checked
-    def fit(self, task: Task | str, model: Model | str | None = None, *, seed: Seed = 0) -> PatchHeads:
+    def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> PatchHeads:
         """The trained selection over the task's embedding.
 
         Raises:
@@ -54,7 +54,7 @@ class SITE(Training, Method):
             raise outcome
         return outcome
 
-    def fit_all(self, tasks: Sequence[Task], model: Model, *, seed: int = 0) -> Iterator[Condition | SitelensError]:
+    def fit_all(self, tasks: Sequence[Task], model: ModelLike, *, seed: int = 0) -> Iterator[Condition | SitelensError]:
         """Each task's trained selection over its embedding, or the error that kept it from being trained.
 
         Up to 16 tasks train in one batch; the numbers are those of training one by one.
@@ -63,7 +63,7 @@ class SITE(Training, Method):
         for start in range(0, len(tasks), TASKS_PER_BATCH):
             batch = tasks[start : start + TASKS_PER_BATCH]
             with portion(start / len(tasks), (start + len(batch)) / len(tasks)):
-                outcomes = self._fit_batch(batch, model, seed)
+                outcomes = self._fit_batch(batch, Model.of(model), seed)
             yield from outcomes
 
     def n_trained(self, condition: Condition) -> int:
@@ -71,9 +71,9 @@ class SITE(Training, Method):
         assert isinstance(condition, PatchHeads)
         return condition.selection.alpha.numel()
 
-    def work(self, tasks: Sequence[Task], model: Model) -> float:
+    def work(self, tasks: Sequence[Task], model: ModelLike) -> float:
         """Prompt tokens of the embeddings, and of as many as the training steps take."""
-        return total(self._workload(tasks, model), "embed", "train")
+        return total(self._workload(tasks, Model.of(model)), "embed", "train")
 
     def _workload(self, tasks: Sequence[Task], model: Model) -> dict[str, dict[str, float]]:
         prompts: Any = {"n_prompts": self.n_prompts, "n_shots": self.n_shots, "n_items": None}

@@ -24,9 +24,8 @@ from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.loop import Run, train_runs
 from sitelens.methods.site.state import ALGORITHM, ALGORITHM_RANDOM_INIT, HISTORY
-from sitelens.models.fingerprints import unchanged
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, head_shape
+from sitelens.models.model import Model, ModelSource
 from sitelens.models.provenance import Origin
 from sitelens.store.artifact import Artifact
 from sitelens.store.digests import content_digest, digest
@@ -65,7 +64,7 @@ class TrainResult:
 @checked
 def train_selection(
     task: Task | str,
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     embedding: TaskEmbedding | None = None,
     config: TrainConfig | None = None,
@@ -90,7 +89,7 @@ def train_selection(
 @checked
 def train_selections(
     tasks: Iterable[Task | str],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
     *,
     embeddings: Mapping[str, TaskEmbedding] | None = None,
     seeds: Sequence[Seed] = (0,),
@@ -142,7 +141,7 @@ class TrainJob:
 @torch.inference_mode(False)
 def train_jobs(
     jobs: Sequence[TrainJob],
-    model: Model | str | None = None,
+    model: ModelSource | None = None,
 ) -> list[TrainResult]:
     """Train any mixture of tasks, embeddings and configurations; results in the order of the jobs, cached on disk.
 
@@ -155,13 +154,13 @@ def train_jobs(
     tasks = [task for job in jobs for task, _ in job.members]
     _check_splits(tasks)
     warn_of_shared_first_tokens(tasks, model)
-    with unchanged(model):
+    with model.unchanged():
         for job in jobs:
             for _, embedding in job.members:
                 embedding.check_fits(model)
         store = ResultStore(model, tasks)
         specs = [_spec(job, store.key) for job in jobs]
-        shape = head_shape(model)[:2]
+        shape = model.shape[:2]
 
         def make(missing: list[int]) -> Iterator[tuple[int, Contents]]:
             batches: dict[TrainConfig, list[int]] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from sitelens.engine.prompts import item_sizes
 from sitelens.methods.site.config import TrainConfig
-from sitelens.models.model import Model, own_tokenizer
+from sitelens.models.model import Model
 from sitelens.tasks import Task
 
 STEP_TOKENS = 25  # prompt tokens that cost as much as one training step over a computed prefix
@@ -28,7 +28,7 @@ def total(work: dict[str, dict[str, float]], *parts: str) -> float:
 def _of_task(
     task: Task, model: Model, n_prompts: int, n_shots: int, n_items: int | None, config: TrainConfig
 ) -> dict[str, float]:
-    tokenizer: Any = own_tokenizer(model)
+    tokenizer: Any = model.tokenizer
     sizes = item_sizes(task.train[:50], task, tokenizer) or [1]
     item = sum(sizes) / len(sizes)
     n_test = min(len(task.test), n_items or len(task.test))

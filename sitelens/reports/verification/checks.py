@@ -20,13 +20,12 @@ from sitelens.evaluation.evaluate import generate
 from sitelens.heads.attention import attention
 from sitelens.heads.direct import DirectPath, tolerance
 from sitelens.heads.inputs import all_heads
-from sitelens.models.model import head_shape, model_dtype, own_tokenizer
 from sitelens.reports.verification.subject import NEW_TOKENS, Finding, Subject, distance
 from sitelens.settings import settings
 
 
 def _tokens(subject: Subject) -> Finding:
-    tokenizer, ids = own_tokenizer(subject.model), subject.ids[0][0].tolist()
+    tokenizer, ids = subject.model.tokenizer, subject.ids[0][0].tolist()
     bos = tokenizer.bos_token_id
     at_start = 0
     while bos is not None and at_start < len(ids) and ids[at_start] == bos:
@@ -61,8 +60,8 @@ def _prefix(subject: Subject) -> Finding:
 def _edit(subject: Subject) -> tuple[Finding, Finding]:
     """Logits and gradient under a random mixture of every head with another prompt's z."""
     model = subject.model
-    layers, heads, _ = head_shape(model)
-    device, generator = model.cfg.device, torch.Generator().manual_seed(subject.seed)
+    layers, heads, _ = model.shape
+    device, generator = model.device, torch.Generator().manual_seed(subject.seed)
     rows = len(subject.ids)
     start = torch.rand(rows, layers, heads, generator=generator).to(device, subject.dtype)
     vectors = capture_z(subject.batch, model).to(device, subject.dtype).roll(1, 0)
@@ -85,7 +84,7 @@ def _edit(subject: Subject) -> tuple[Finding, Finding]:
     quick, exact = (torch.zeros_like(x) if x.grad is None else x.grad for x in (fast, slow))
     gradient = float((quick - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
     detail = f"the edit changes the logits by {changed:.0%} of their scale"
-    limit = subject.limit * (10 if subject.dtype == model_dtype(subject.model) else 1)
+    limit = subject.limit * (10 if subject.dtype == subject.model.dtype else 1)
     return subject.compared(found.detach(), expected, detail), Finding("", gradient, limit)
 
 
@@ -115,7 +114,7 @@ def _mixed(subject: Subject, network: Any, alpha: Tensor, vectors: Tensor) -> It
 
 def _generation(subject: Subject) -> Finding:
     """Greedy texts, cached and padded, against the raw network run anew for each token."""
-    tokenizer, network = own_tokenizer(subject.model), subject.raw()
+    tokenizer, network = subject.model.tokenizer, subject.raw()
     ends = end_tokens(subject.model, tokenizer)
     found = generate(list(subject.batch.texts), None, subject.model, max_new_tokens=NEW_TOKENS, stop=None)
     ties = 0
@@ -168,8 +167,8 @@ def _attribution(subject: Subject) -> Finding:
 
 def _stream(subject: Subject) -> Finding:
     """A vector added behind a layer in the middle."""
-    model, layer = subject.model, head_shape(subject.model)[0] // 2
-    vector = torch.randn(1, model.cfg.d_model, generator=torch.Generator().manual_seed(subject.seed))
+    model, layer = subject.model, subject.model.shape.layers // 2
+    vector = torch.randn(1, model.d_model, generator=torch.Generator().manual_seed(subject.seed))
 
     def act(module: nn.Module, args: Any, out: Any) -> Any:
         state = out[0] if isinstance(out, tuple) else out

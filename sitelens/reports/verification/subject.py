@@ -15,7 +15,7 @@ from sitelens.engine.prompts import PromptBatch, few_shot_prompts, tokenize
 from sitelens.engine.twins import network_twin
 from sitelens.errors import SitelensError
 from sitelens.heads.direct import tolerance
-from sitelens.models.model import Model, computing_dtype, context_length, model_dtype, model_name, own_tokenizer
+from sitelens.models.model import Model
 from sitelens.tasks import Task
 
 SHOTS = (3, 2, 1)  # demonstrations of the prompts, which so differ in length
@@ -46,18 +46,18 @@ class Subject:
 
     @cached_property
     def batch(self) -> PromptBatch:
-        tokenizer, items = own_tokenizer(self.model), self.task.valid[: len(SHOTS)]
+        tokenizer, items = self.model.tokenizer, self.task.valid[: len(SHOTS)]
         prompts = [
             few_shot_prompts(self.task, [item], shots, tokenizer, self.seed, "valid", [place])[0]
             for place, (item, shots) in enumerate(zip(items, SHOTS, strict=False))
         ]
-        return tokenize(prompts, tokenizer, context_length(self.model), f"task {self.task.name!r}", NEW_TOKENS)
+        return tokenize(prompts, tokenizer, self.model.context_length, f"task {self.task.name!r}", NEW_TOKENS)
 
     @cached_property
     def ids(self) -> list[Int[Tensor, "1 pos"]]:
         """Each prompt alone."""
         rows = zip(self.batch.tokens, self.batch.mask, strict=True)
-        return [tokens[mask][None].to(self.model.cfg.device) for tokens, mask in rows]
+        return [tokens[mask][None].to(self.model.device) for tokens, mask in rows]
 
     @cached_property
     def names(self) -> dict[int, list[str]]:
@@ -75,7 +75,7 @@ class Subject:
                 return network.get_submodule(name)
             except AttributeError:
                 continue
-        raise SitelensError(f"{point} of {model_name(self.model)} is not found in the raw network")
+        raise SitelensError(f"{point} of {self.model.name} is not found in the raw network")
 
     def raw(self, attention: str = "eager") -> Any:
         """The raw network."""
@@ -90,20 +90,20 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        return computing_dtype(self.model)
+        return self.model.computing_dtype
 
     @cached_property
     def limit(self) -> float:
         """By how much, as a share of the scale, numbers may differ."""
-        if model_dtype(self.model) in (torch.float32, torch.float64):
+        if self.model.dtype in (torch.float32, torch.float64):
             return tolerance(self.model)
-        mask = self.batch.mask.to(self.model.cfg.device)
+        mask = self.batch.mask.to(self.model.device)
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        network, tokens = self.raw(), self.batch.tokens.to(self.model.cfg.device)
+        network, tokens = self.raw(), self.batch.tokens.to(self.model.device)
         with torch.no_grad():
             padded = network(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
         noise = distance(padded.to(self.dtype), self.logits)
-        spacing = torch.finfo(model_dtype(self.model)).eps
+        spacing = torch.finfo(self.model.dtype).eps
         return min(2 * tolerance(self.model), 4 * max(spacing, 0.0 if math.isnan(noise) else noise))
 
     def compared(self, found: Tensor, expected: Tensor, detail: str = "") -> Finding:

@@ -23,7 +23,7 @@ from sitelens.evaluation.record import task_record
 from sitelens.evaluation.result import Result
 from sitelens.evaluation.tables import Table
 from sitelens.models.loading import resolve_model
-from sitelens.models.model import Model, model_dtype, model_name
+from sitelens.models.model import ModelSource
 from sitelens.models.provenance import provenance
 from sitelens.reports.verification.checks import CHECKS
 from sitelens.reports.verification.subject import Subject
@@ -107,7 +107,7 @@ class Verification(Result):
         return f"Verification({self.model!r}, {counts})"
 
 
-def verify(model: Model | str | None = None, *, task: Task | str = "antonym", seed: int = 0) -> Verification:
+def verify(model: ModelSource | None = None, *, task: Task | str = "antonym", seed: int = 0) -> Verification:
     """Whether this library's fast paths are exact on a model, and which methods its architecture supports.
 
     Compared with the raw Hugging Face network on three few-shot prompts of `task`: the bridge's logits, prefixes and
@@ -134,5 +134,5 @@ def verify(model: Model | str | None = None, *, task: Task | str = "antonym", se
         rows.append((name, result, error, limit, detail))
     frame = pd.DataFrame(rows, columns=["check", "result", "error", "limit", "detail"])
     record = {"task": task_record(task), "seed": seed, **provenance("sl.verify", model)}
-    name = f"{model_name(model)} ({str(model_dtype(model)).removeprefix('torch.')})"
+    name = f"{model.name} ({str(model.dtype).removeprefix('torch.')})"
     return Verification(name, frame, json.loads(json.dumps(record)))
