@@ -145,11 +145,11 @@ class Result(ABC):
         Raises:
             SitelensError: if there is no such file, there are several, or it is damaged or holds something else.
         """
-        found = cls.from_artifact(Artifact.load(_file(Path(path), name, cls.kind), cls.kind))
-        missing = set(cls.columns) - set(found.frame.columns)
+        result = cls.from_artifact(Artifact.load(_file(Path(path), name, cls.kind), cls.kind))
+        missing = set(cls.columns) - set(result.frame.columns)
         if missing:
             raise SitelensError(f"{path}: the frame has no column {', '.join(sorted(missing))}")
-        return found
+        return result
 
     @classmethod
     def from_artifact(cls: type[Loaded], artifact: Artifact) -> Loaded:

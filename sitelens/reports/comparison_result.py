@@ -67,8 +67,8 @@ class Comparison(Result):
         """
         if against not in set(self.frame["method"]):
             raise SitelensError(f"no method {against!r}; there are: {', '.join(self.frame['method'].unique())}")
-        found = summarize(self.scores, by=(*by, "condition"), against=against)
-        return found[found["condition"] != against].rename(columns={"condition": "method"}).reset_index(drop=True)
+        rows = summarize(self.scores, by=(*by, "condition"), against=against)
+        return rows[rows["condition"] != against].rename(columns={"condition": "method"}).reset_index(drop=True)
 
     def tables(self) -> list[Table]:
         """Accuracy, tasks by methods with the mean over tasks; and mean costs per method."""
