@@ -1,4 +1,4 @@
-"""A suite, a metric, a condition or a study of a user's own file: it gets whatever sitelens's own get.
+"""A suite, a metric, a condition, a method or a study of a user's own file: it gets whatever sitelens's own get.
 
 Every test runs a file outside of the package in a fresh process; the file uses public names only.
 """
@@ -206,6 +206,136 @@ for act in (
         "suite 'wrong': 'mine/capitals' is a task of the suite 'mine'",
     ), strict=True):  # fmt: skip
         assert line.startswith(said)
+
+
+# Methods
+
+METHOD = '''
+from dataclasses import dataclass
+
+import torch
+
+import sitelens as sl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widest(sl.Method):
+    """The task's mean z in the heads whose mean z is longest."""
+
+    name = "widest"
+    width: int = 3
+
+    def fit(self, task, model, *, seed=0):
+        print("fitting", task.name, self.width)
+        embedding = sl.embed_task(task, model, n_prompts=2, n_shots=2, seed=seed)
+        norms = embedding.mean_z.norm(dim=-1)
+        longest = norms >= norms.flatten().sort().values[-self.width]
+        return sl.PatchHeads(sl.HeadSelection(longest.float()), embedding)
+
+    def n_trained(self, condition):
+        return self.width
+
+
+@dataclass(frozen=True, eq=False)
+class Louder(sl.Condition):
+    """Every head's z of a layer, scaled; a condition of one's own."""
+
+    scale: float
+    scope = "generation"
+
+    def fwd_hooks(self, model):
+        return [("blocks.0.attn.hook_z", lambda z, hook: self.scale * z)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loud(sl.Method):
+    scale: float = 2.0
+
+    def fit(self, task, model, *, seed=0):
+        print("fitting", task.name, self.scale)
+        if task.name == "antonym":
+            raise sl.SitelensError("antonyms are loud already")
+        return Louder(self.scale)
+'''
+COMPARED = """
+import sitelens as sl
+from mine import Loud, Widest
+
+model = sl.load_model("model")
+"""
+
+
+def test_a_method_is_compared_as_a_value(home: Path) -> None:
+    (home / "mine.py").write_text(METHOD)
+    script = COMPARED + '''
+methods = ["zero-shot", Widest(width=2), Widest(width=3), Loud(), "mine:Widest"]
+result = sl.compare(["country-capital"], methods, model, n_items=4)
+print(*result.frame["method"], *result.frame["trained"])
+result.save("out")
+figure = result.figure()
+print(result.record["methods"]["widest(width=2)"])
+'''  # fmt: skip
+    lines = run_file(home, script)
+    fits = [line for line in lines if line.startswith("fitting")]
+    assert fits == ["fitting country-capital 2", "fitting country-capital 3", "fitting country-capital 2.0"]
+    assert lines[-2:] == [
+        "zero-shot widest(width=2) widest Loud 0 2 3 0", "{'method': 'mine:Widest', 'width': 2}",
+    ]  # fmt: skip
+    assert "widest(width=2)" in (home / "out" / "comparison.md").read_text()
+    again = run_file(home, script)
+    assert not any(line.startswith("fitting") for line in again) and again[-2:] == lines[-2:]
+    (home / "mine.py").write_text(METHOD.replace("[-self.width]", "[-1]"))  # other code: other results
+    assert len([line for line in run_file(home, script) if line.startswith("fitting")]) == 2
+
+
+def test_a_methods_condition_is_saved_and_loaded_and_its_fields_are_checked(home: Path) -> None:
+    (home / "mine.py").write_text(METHOD)
+    lines = run_file(home, COMPARED + '''
+condition = Loud(scale=3).fit(sl.load_task("country-capital"), model)
+path = condition.save("loud.safetensors")
+print(sl.Condition.load(path).scale)
+for scale in ("x", None):
+    try:
+        Loud(scale=scale)
+    except sl.SitelensError as error:
+        print(error)
+try:
+    sl.compare(["country-capital"], ["wides"], model)
+except sl.SitelensError as error:
+    print(error)
+''')  # fmt: skip
+    assert lines == [
+        "fitting country-capital 3.0", "3.0", "Loud.scale must be a number, not 'x'",
+        "Loud.scale must be a number, not None", "unknown method 'wides': did you mean widest?",
+    ]  # fmt: skip
+
+
+def test_a_suite_runs_a_method_and_leaves_out_where_it_fails(home: Path) -> None:
+    (home / "mine.py").write_text(METHOD)
+    lines = run_file(home, COMPARED + '''
+result = sl.run_suite("builtin", model, tasks=["antonym", "country-capital"], methods=[Widest(), Loud()], n_items=4,
+                      n_shots=2)
+print(result.left_out["antonym, Loud"])
+print(sorted(set(result.scores["condition"])), sorted(result.conditions["Loud"]))
+result.save("out")
+''')  # fmt: skip
+    assert lines[-2:] == ["antonyms are loud already", "['2-shot', 'Loud', 'widest', 'zero-shot'] ['country-capital']"]
+    assert "widest" in (home / "out" / "suite-builtin.md").read_text()
+
+
+def test_a_method_of_a_file_or_an_installed_package_is_known_to_the_command(home: Path) -> None:
+    (home / "mine.py").write_text(METHOD)
+    command = ["-m", "sitelens.cli", "compare", "country-capital", "--model", "model", "--n-items", "4", "--methods"]
+    assert "unknown method 'widest'" in run(home, *command, "widest", expect=1)
+    file = ["widest", "zero-shot", "--method-file", "mine.py", "--set"]
+    assert "| widest |" in run(home, *command, *file, "widest.width=2").replace("widest(width=2)", "widest")
+    assert "widest.width must be a whole number, not 'x'" in run(home, *command, *file, "widest.width=x", expect=1)
+    assert "widest has no option 'with': did you mean width?" in run(home, *command, *file, "widest.with=1", expect=1)
+    install(home, "sitelens.methods", "widest", "mine:Widest")
+    install(home, "sitelens.methods", "lost", "nowhere:Lost")
+    assert "| widest |" in run(home, *command, "widest", "zero-shot")
+    error = run(home, *command, "widset", expect=1)
+    assert "'lost'" in error and "did you mean widest?" in error
 
 
 # Metrics and conditions

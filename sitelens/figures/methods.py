@@ -137,10 +137,11 @@ def suite(frame: pd.DataFrame, title: str = "") -> Figure:
         'First-token accuracy'
     """
     label = accuracy_label(str(frame["metric"].iloc[0]))
-    last = frame["condition"].iloc[-1]
-    order = frame[frame["condition"] == last].sort_values(["group", "mean"], ascending=[True, False])
-    position = {task: i for i, task in enumerate(order["task"])}
     conditions = list(dict.fromkeys(frame["condition"]))
+    last = frame[frame["condition"] == conditions[-1]].set_index("task")["mean"]  # it may have failed on some tasks
+    tasks = frame[["task", "group"]].drop_duplicates()
+    order = tasks.assign(mean=tasks["task"].map(last)).sort_values(["group", "mean"], ascending=[True, False])
+    position = {task: i for i, task in enumerate(order["task"])}
     key = {"task": position.__getitem__, "condition": conditions.index}
     ordered = frame.sort_values(["task", "condition"], key=lambda column: column.map(key[str(column.name)]))
     figure = dots(ordered, labels={"mean": label}, title=title)

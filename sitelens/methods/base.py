@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +24,8 @@ from sitelens.methods.items import MAX_TRAIN, fitting
 from sitelens.models.model import Bridge, Model, ModelLike
 from sitelens.progress import portions
 from sitelens.store.artifact import Artifact
-from sitelens.store.digests import canonical_json, digest
+from sitelens.store.code import code_digest
+from sitelens.store.digests import canonical_json
 from sitelens.store.folder import Contents, empty_cache
 from sitelens.store.kinds import Kind
 from sitelens.tasks import Task
@@ -48,7 +47,7 @@ class Method(ABC):
         sl.compare(tasks, [sl.methods.SITE(), Mine(width=5)])
 
     Fields are checked against their annotations when a method is made. Fits are cached on disk by the class, its
-    `version`, its fields and, for a class of your own, the source of its module.
+    `version`, its fields and, for a class of your own, what its code computes.
 
     name: what tables call it (default: the name of the class).
     version: part of the cache key, to be raised when the numbers of its fits change.
@@ -57,7 +56,6 @@ class Method(ABC):
 
     name: ClassVar[str] = "Method"
     key: ClassVar[str] = ""
-    source: ClassVar[str | None] = None  # a digest of the code of a user's class
     version: ClassVar[int] = 1
     max_train: ClassVar[int | None] = MAX_TRAIN
 
@@ -67,7 +65,6 @@ class Method(ABC):
         if "name" not in vars(cls):
             cls.name = cls.__name__
         cls.key = registry.register(cls)
-        cls.source = None if registry.is_own(cls) else _source(cls)
 
     def __post_init__(self) -> None:
         hints = arguments_of(type(self)).hints
@@ -151,9 +148,9 @@ class Method(ABC):
             **key, "seed": seed,
         }  # fmt: skip
         if not registry.is_own(type(self)):
-            if self.source is None:
+            if (code := code_digest([type(self)])) is None:
                 return None
-            spec["source"] = self.source
+            spec["code"] = code
         try:
             canonical_json(spec)
         except (TypeError, ValueError):
@@ -263,23 +260,3 @@ def _defaults(method: Method) -> dict[str, Any]:
     """The fields' defaults; MISSING where there is none."""
     makers = {field.name: (field.default, field.default_factory) for field in fields(method)}
     return {name: usual if make is MISSING else make() for name, (usual, make) in makers.items()}
-
-
-def _source(kind: type) -> str | None:
-    """A digest of the code of a class that is not sitelens's: of its module's file, or of its functions in a notebook.
-
-    None where neither can be read.
-    """
-    kinds = [base for base in kind.__mro__ if base not in (object, ABC) and not registry.is_own(base)]
-    parts: list[str] = []
-    for base in kinds:
-        module = inspect.getmodule(base)
-        try:
-            if file := getattr(module, "__file__", None):
-                parts.append(Path(file).read_text("utf-8"))
-            else:
-                functions = [value for name, value in vars(base).items() if inspect.isfunction(value)]
-                parts += map(inspect.getsource, functions)
-        except (OSError, TypeError, UnicodeDecodeError):
-            return None
-    return digest(parts)[:32]

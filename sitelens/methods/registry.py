@@ -97,15 +97,15 @@ def load_methods(path: str | Path) -> list[str]:
     if not path.is_file() or path.suffix != ".py":
         raise SitelensError(f"{path} is no Python file")
     module = sys.modules.get(path.stem)
-    if module is not None or importlib.util.find_spec(path.stem) is not None:
-        home = getattr(module, "__file__", None)
-        if home is None or Path(home).resolve() != path.resolve():
-            raise SitelensError(f"{path}: there is a module {path.stem!r} already; rename the file")
+    known = importlib.util.find_spec(path.stem) if module is None else getattr(module, "__spec__", None)
+    home = None if known is None else known.origin
+    if (module is not None or known is not None) and (home is None or Path(home).resolve() != path.resolve()):
+        raise SitelensError(f"{path}: there is a module {path.stem!r} already; rename the file")
     if module is None:
-        loader = importlib.machinery.SourceFileLoader(path.stem, str(path))
-        module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(path.stem, loader, origin=str(path)))
-        module.__file__ = str(path)
-        sys.modules[path.stem] = module
+        loader = importlib.machinery.SourceFileLoader(path.stem, str(path.resolve()))
+        spec = importlib.util.spec_from_loader(path.stem, loader)
+        assert spec is not None  # a loader is given
+        sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
         try:
             loader.exec_module(module)
         except Exception as error:
