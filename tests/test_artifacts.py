@@ -356,7 +356,7 @@ def test_two_conditions_of_one_name_do_not_take_each_others_place(tmp_path: Path
             assert type(Condition.load(kind().save(tmp_path / "own.safetensors"))) is kind
     finally:
         for kind in (First.Same, Second.Same):
-            del Condition.kinds[kind.saved_as]
+            del Condition.registry[kind.saved_as]
 
 
 def test_a_name_that_another_class_has_is_refused_when_the_class_is_made():
@@ -372,7 +372,7 @@ def test_a_class_of_ones_own_has_the_name_that_it_asks_for_and_may_be_defined_an
         found: Any = Condition.load(latest(2.5).save(tmp_path / "own.safetensors"))
         assert type(found) is latest and found.strength == 2.5
     finally:
-        del Condition.kinds["mine"]
+        del Condition.registry["mine"]
 
 
 def test_a_class_that_is_not_imported_is_named_with_its_module(tmp_path: Path):

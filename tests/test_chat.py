@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from sitelens.engine.prompts import Prompt, few_shot_prompt, item_sizes, tokenize
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation.labels import shared_first_tokens
-from sitelens.methods.items import answered
+from sitelens.methods.items import prompts_with_answers
 from sitelens.models.model import Model
 from sitelens.tasks import Example, Task, rewritten
 from sitelens.tasks.templates import checked_arguments
@@ -150,7 +150,7 @@ def test_an_answer_s_loss_covers_the_answer_and_not_the_end_of_its_turn():
         "{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
     )
     task = Task.from_pairs("own", [(w, f"{w} bb") for w in micro.WORDS[:8]], template="chat")
-    [(ids, size)] = answered(task, task.test[:1], Model.of(model))
+    [(ids, size)] = prompts_with_answers(task, task.test[:1], Model.of(model))
     word = task.test[0].input
     assert model.tokenizer.decode(ids) == f"Q: {word}\nA: {word} bb" and size == 2
 

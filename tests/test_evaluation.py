@@ -514,12 +514,12 @@ def test_a_condition_that_cannot_be_saved_says_so(tmp_path: Path) -> None:
         with pytest.raises(sl.SitelensError, match="Odd cannot be saved: it must define state"):
             Odd(object()).save(tmp_path / "own.safetensors")
     finally:
-        del Condition.kinds[Odd.saved_as]
+        del Condition.registry[Odd.saved_as]
 
 
 def test_a_condition_of_an_unknown_kind_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = WholePrompt(stream_vector()).save(tmp_path / "own.safetensors")
-    monkeypatch.delitem(Condition.kinds, WholePrompt.saved_as)
+    monkeypatch.delitem(Condition.registry, WholePrompt.saved_as)
     with pytest.raises(sl.SitelensError, match=rf"class WholePrompt: import {__name__} first, which defines it"):
         Condition.load(path)
 

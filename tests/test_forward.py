@@ -133,7 +133,7 @@ def test_prefix_path_gives_the_oracles_logits_and_gradients(family: str, mixing:
     heard: list[Tensor] = []
     listening: list[Any] = [("blocks.1.mlp.hook_in", lambda x, hook: heard.append(x))] if watched else []
     with model.hooks(fwd_hooks=listening):
-        assert Passes(Model.of(model)).plain == (not watched and not family.startswith("GPT"))
+        assert Passes(Model.of(model)).can_bypass_bridge == (not watched and not family.startswith("GPT"))
         prefix = PrefixCache.of(batch_of(TEXTS), Model.of(model), AMPLE)
         with LastToken(Model.of(model)) as run:
             logits = run(prefix, HeadEdit.mix(alpha, vectors, mixing))
@@ -252,10 +252,10 @@ def test_rows_that_share_a_prompt_give_what_each_gives_alone(model: Bridge, watc
     which = torch.tensor([3, 3, 0, 0, 4, 4])
     listening: list[Any] = [("blocks.0.mlp.hook_in", lambda x, hook: x)] if watched else []
     with model.hooks(fwd_hooks=listening), LastToken(Model.of(model)) as run:
-        shared = run(prefix.sharing(which), HeadEdit.mix(alpha, vectors))
+        shared = run(prefix.grouped_by_prompt(which), HeadEdit.mix(alpha, vectors))
         edits = [HeadEdit.mix(alpha[i : i + 1], vectors[i : i + 1]) for i in range(6)]
         alone = torch.cat([run(prefix.rows(which[i : i + 1]), edits[i]) for i in range(6)])
-    assert prefix.sharing(which).repeats == 2
+    assert prefix.grouped_by_prompt(which).repeats == 2
     assert_close(shared.detach(), alone.detach())
     (one,), (other,) = (torch.autograd.grad(summed_loss(logits), alpha) for logits in (shared, alone))
     assert_close(one, other)
@@ -264,7 +264,7 @@ def test_rows_that_share_a_prompt_give_what_each_gives_alone(model: Bridge, watc
 @pytest.mark.parametrize("which", [[0, 1, 1], [1, 0, 1, 0], [2], [0, 1, 2, 3, 4]])
 def test_rows_share_only_where_every_prompt_has_as_many(llama: Bridge, which: list[int]) -> None:
     prefix = PrefixCache.of(batch_of(TEXTS), Model.of(llama), AMPLE)
-    found, expected = prefix.sharing(torch.tensor(which)), prefix.rows(torch.tensor(which))
+    found, expected = prefix.grouped_by_prompt(torch.tensor(which)), prefix.rows(torch.tensor(which))
     assert found.repeats == 1 and torch.equal(found.last, expected.last)
     assert all(torch.equal(a, b) for a, b in zip(found.layer(0), expected.layer(0), strict=True))
 

@@ -33,7 +33,7 @@ from sitelens.heads import (
     head_attribution,
     indirect_effects,
     induction_scores,
-    written_tokens,
+    promoted_tokens,
 )
 from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
@@ -228,7 +228,7 @@ def test_attribution_of_an_embedding_uses_its_outputs_and_the_prompts_scales(fam
     close(by_head(found, "attribution"), torch.stack(written).reshape(LAYERS, HEADS))
 
 
-def test_written_tokens_are_ranked_as_by_hand(family: str, model: Bridge) -> None:
+def test_promoted_tokens_are_ranked_as_by_hand(family: str, model: Bridge) -> None:
     task, n = worded(), 6
     embedding, tokenizer = embedding_for(model, task), micro.tokenizer()
     prompts = embedding_prompts(task, tokenizer, 3, 2, 0)
@@ -239,17 +239,16 @@ def test_written_tokens_are_ranked_as_by_hand(family: str, model: Bridge) -> Non
         logits = logits - logits.mean()
         order = logits.argsort(descending=True).tolist()
         order = order[:n] + order[-n:]
-        found = written_tokens(embedding, head, task, model, n=n)
+        found = promoted_tokens(embedding, head, task, model, n=n)
         assert found["token"].tolist() == [tokenizer.decode([i]) for i in order]
         close(torch.tensor(found["logit"].tolist()), logits[order])
     with pytest.raises(sl.SitelensError, match="n must be at least 1, got 0"):
-        written_tokens(embedding, (0, 0), task, model, n=0)
+        promoted_tokens(embedding, (0, 0), task, model, n=0)
 
 
-def test_the_prompts_of_written_tokens_are_at_most_eight_of_the_embeddings(
+def test_the_prompts_of_promoted_tokens_are_at_most_eight_of_the_embeddings(
     gpt2: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sitelens.heads import writing
 
     asked: list[tuple[Any, ...]] = []
 
@@ -259,7 +258,7 @@ def test_the_prompts_of_written_tokens_are_at_most_eight_of_the_embeddings(
 
     monkeypatch.setattr(writing, "embedding_prompts", seen)
     task = worded()
-    written_tokens(embedding_for(gpt2, task, n_prompts=50, n_shots=1, seed=4), (0, 0), task, gpt2)
+    promoted_tokens(embedding_for(gpt2, task, n_prompts=50, n_shots=1, seed=4), (0, 0), task, gpt2)
     assert asked == [(8, 1, 4)]
 
 
@@ -414,7 +413,7 @@ def test_a_head_that_is_not_there_is_refused(head: tuple[int, int], gpt2: Bridge
         lambda: attention(tokenize([Prompt("Q", ())], micro.tokenizer()), [head], gpt2),
         lambda: attention_example(task, [head], gpt2),
         lambda: attention_roles(task, [head], gpt2),
-        lambda: written_tokens(embedding_for(gpt2, task), head, task, gpt2),
+        lambda: promoted_tokens(embedding_for(gpt2, task), head, task, gpt2),
     ]
     for call in calls:
         with pytest.raises(sl.SitelensError, match=message):
@@ -433,7 +432,7 @@ def test_no_validation_items_and_an_embedding_of_another_model_are_refused(gpt2:
             call()
     for call in (
         lambda: head_attribution(task, gpt2, embedding=other, n_shots=2),
-        lambda: written_tokens(other, (0, 0), task, gpt2),
+        lambda: promoted_tokens(other, (0, 0), task, gpt2),
         lambda: indirect_effects(task, gpt2, embedding=other),
     ):
         with pytest.raises(sl.SitelensError, match="another model"):
@@ -449,9 +448,11 @@ def test_induction_scores_are_means_of_raw_attention(family: str, bos: bool, mon
     model = micro.bridged(copy.deepcopy(raw(family)), family, micro.tokenizer(bos))
     n_rows, length = 5, 6
     shown: list[Tensor] = []
-    watch = attention_module.watch
+    run = attention_module.run_with_callbacks
     monkeypatch.setattr(attention_module, "MAX_TOKENS", 2 * (2 * length + bos))  # two rows at once, then one
-    monkeypatch.setattr(attention_module, "watch", lambda rows, *rest: (shown.append(rows), watch(rows, *rest)))
+    monkeypatch.setattr(
+        attention_module, "run_with_callbacks", lambda rows, *rest: (shown.append(rows), run(rows, *rest))
+    )
     found = induction_scores(model, n_rows=n_rows, length=length, seed=2)
     assert [len(rows) for rows in shown] == [2, 2, 1]
     induction, previous = torch.zeros(LAYERS, HEADS), torch.zeros(LAYERS, HEADS)
@@ -488,7 +489,7 @@ def test_an_induction_head_scores_one(gpt2: Bridge, monkeypatch: pytest.MonkeyPa
                     before[:, at] = torch.eye(width)[at - 1]
             see(pattern)
 
-    monkeypatch.setattr(attention_module, "watch", planted)
+    monkeypatch.setattr(attention_module, "run_with_callbacks", planted)
     found = induction_scores(gpt2, n_rows=100, length=length)
     one, zero = torch.zeros(LAYERS, HEADS), torch.zeros(LAYERS, HEADS)
     one[1, 2], zero[1, 3] = 1, 1
@@ -617,11 +618,11 @@ def test_attribution_on_a_text_is_that_of_the_prompt(gpt2: Bridge) -> None:
     )
 
 
-def test_written_tokens_and_effects_take_texts(gpt2: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_promoted_tokens_and_effects_take_texts(gpt2: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
     task = worded()
     embedding = embedding_for(gpt2, task)
     texts = [prompt.text for prompt in embedding_prompts(task, micro.tokenizer(), 3, 2, 0)]
-    by_task, by_text = (written_tokens(embedding, "L1H3", given, gpt2) for given in (task, texts))
+    by_task, by_text = (promoted_tokens(embedding, "L1H3", given, gpt2) for given in (task, texts))
     pd.testing.assert_frame_equal(by_task, by_text)
     found, batch = asked_by(task, gpt2, monkeypatch, embedding=embedding, n_prompts=3, n_shots=2)
     answers = [answer for answer, *_ in batch.answers]

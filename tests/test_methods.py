@@ -28,7 +28,7 @@ from sitelens.errors import SitelensError
 from sitelens.methods import i2cl, icv, lofit, ltv, mtv
 from sitelens.methods.base import Method
 from sitelens.methods.i2cl import cosine
-from sitelens.methods.items import answered, drawn, fitting, zero_shot
+from sitelens.methods.items import cap_training_items, prompts_with_answers, shuffled_batches, zero_shot
 from sitelens.methods.lofit import MAX_GRAD_NORM
 from sitelens.methods.losses import answer_loss
 from sitelens.methods.registry import method_named
@@ -124,11 +124,11 @@ def test_test_items_are_not_looked_at(name: str, llama: Bridge) -> None:
 
 def test_no_method_sees_more_than_two_hundred_training_items() -> None:
     many = Task("many", "own", tuple(Example(f"a{i}", f"b{i}") for i in range(500)), TASK.valid, TASK.test)
-    seen = fitting(many)
+    seen = cap_training_items(many)
     assert len(seen.train) == 200 and len(set(seen.train)) == 200
-    assert seen == fitting(many) and fitting(TASK) == TASK
+    assert seen == cap_training_items(many) and cap_training_items(TASK) == TASK
     with pytest.raises(SitelensError, match="no valid items"):
-        fitting(replace(TASK, valid=()))
+        cap_training_items(replace(TASK, valid=()))
 
 
 def test_a_saved_method_is_known_where_no_method_was_imported(tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ def test_the_policy_learns_which_head_matters() -> None:
 def test_weighted_writes_add_up_to_what_the_heads_write(model: Bridge) -> None:
     """All weights one, and z a prompt's own: the attention layer's output, behind its norm if any, less its bias."""
     from sitelens.engine.forward import capture_z
-    from sitelens.heads.writing import written
+    from sitelens.heads.attribution import head_outputs
 
     batch = zero_shot(TASK, TASK.train[:1], Model.of(model))
     seen: list[Tensor] = []
@@ -408,7 +408,7 @@ def test_weighted_writes_add_up_to_what_the_heads_write(model: Bridge) -> None:
     ]
     with torch.no_grad():
         model.run_with_hooks(batch.tokens, fwd_hooks=hooks)
-    writes = written(capture_z(batch, Model.of(model))[0], Model.of(model), batch)
+    writes = head_outputs(capture_z(batch, Model.of(model))[0], Model.of(model), batch)
     found = ltv.summed(torch.ones(writes.shape[:2]), writes)
     bias = [getattr(block.attn, "b_O", None) for block in model.blocks]
     expected = torch.stack([x - (0 if b is None else b) for x, b in zip(seen, bias, strict=True)])
@@ -416,7 +416,7 @@ def test_weighted_writes_add_up_to_what_the_heads_write(model: Bridge) -> None:
 
 
 def test_answers_are_scored_as_whole_texts_by_the_raw_model(family: str, model: Bridge) -> None:
-    rows = answered(TASK, TASK.train[:3], Model.of(model))
+    rows = prompts_with_answers(TASK, TASK.train[:3], Model.of(model))
     found = answer_loss(rows, Model.of(model))
     losses = []
     for ids, n in rows:
@@ -513,9 +513,9 @@ def test_a_task_vector_needs_items_enough(llama: Bridge) -> None:
 
 
 def test_items_come_again_only_when_all_have_come() -> None:
-    batches = list(drawn("abcde", 4, 2, "x"))
+    batches = list(shuffled_batches("abcde", 4, 2, "x"))
     flat = [i for batch in batches for i in batch]
-    assert sorted(flat[:5]) == list(range(5)) and batches == list(drawn("abcde", 4, 2, "x"))
+    assert sorted(flat[:5]) == list(range(5)) and batches == list(shuffled_batches("abcde", 4, 2, "x"))
 
 
 def test_demonstrations_are_five_of_each_label_or_ten_in_all() -> None:
@@ -542,11 +542,11 @@ def test_many_shot_prompts_fit_the_context(llama: Bridge) -> None:
 
 def test_many_shot_prompts_fit_whichever_items_are_drawn(llama: Bridge) -> None:
     task = replace(TASK, train=tuple(Example(f"{a} {b}", a) for a in micro.WORDS[:16] for b in micro.WORDS[:16]))
-    shown = set(fitting(task).train)
+    shown = set(cap_training_items(task).train)
     assert len(shown) == 200
     longer = [one if one in shown else replace(one, input=" ".join([one.input] * 6)) for one in task.train]
     task = replace(task, train=tuple(longer))
-    assert set(fitting(task).train) == shown  # none of the long ones
+    assert set(cap_training_items(task).train) == shown  # none of the long ones
     sl.evaluate(task, {"many-shot": sl.methods.ManyShot().fit(task, llama)}, llama)
 
 
@@ -562,7 +562,7 @@ def test_many_shot_prompts_leave_out_what_equals_the_query(llama: Bridge) -> Non
 
 
 def test_tokens_are_counted_forward_and_backward(llama: Bridge) -> None:
-    rows = answered(TASK, TASK.train[:2], Model.of(llama))
+    rows = prompts_with_answers(TASK, TASK.train[:2], Model.of(llama))
     width = max(len(ids) for ids, _ in rows)
     offsets = torch.zeros(Model.of(llama).shape, requires_grad=True)
     from sitelens.conditions.heads import changing

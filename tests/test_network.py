@@ -66,7 +66,7 @@ def test_hooks_on_a_twin_are_its_own() -> None:
 def test_whoever_listens_is_noticed(where: str) -> None:
     model = micro.bridge("Llama")
     model.forward(torch.tensor([IDS]))
-    assert Passes(Model.of(model)).plain and not Passes(Model.of(model)).listened
+    assert Passes(Model.of(model)).can_bypass_bridge and not Passes(Model.of(model)).user_hooked
     point: Any = model.hook_dict["blocks.1.attn.hook_pattern"]
     raw: Any = model.blocks[0].mlp.original_component
     handle: Any = None
@@ -83,14 +83,14 @@ def test_whoever_listens_is_noticed(where: str) -> None:
     else:
         point.add_hook(lambda x, hook: None, dir="bwd" if where == "backward" else "fwd",
                        is_permanent=where == "permanent")  # fmt: skip
-    assert Passes(Model.of(model)).listened and not Passes(Model.of(model)).plain
+    assert Passes(Model.of(model)).user_hooked and not Passes(Model.of(model)).can_bypass_bridge
     if handle is not None:
         handle.remove()
     elif "forward" in vars(raw):
         del raw.forward
     else:
         point.remove_hooks(dir="both", including_permanent=True)
-    assert Passes(Model.of(model)).plain
+    assert Passes(Model.of(model)).can_bypass_bridge
 
 
 @pytest.mark.parametrize("kind", ["lens", "forward", "pre", "keywords"])
@@ -169,7 +169,7 @@ def test_unknown_families_run_through_the_bridge() -> None:
     model = micro.bridge("Llama")
     network: Any = model.original_model
     network.config.model_type = "something-new"
-    assert not Passes(Model.of(model)).plain
+    assert not Passes(Model.of(model)).can_bypass_bridge
 
 
 @pytest.mark.parametrize("whose", ["network", "block"])

@@ -91,7 +91,7 @@ def test_fv_tasks_show_what_the_protocol_says(
     for name in FV_TASKS:
         for condition in ("low-alpha", "all-ones"):
             assert accuracy[name, 0][condition] <= accuracy[name, 0]["zero-shot"] + 0.08, (name, condition)
-    shares = [run.selection.share_binary for run in fv_runs.values()]
+    shares = [run.selection.fraction_saturated for run in fv_runs.values()]
     assert sum(shares) / len(shares) >= 0.75
 
 

@@ -91,7 +91,7 @@ def report() -> sl.RunReport:
     frame = sl.summarize(scores).assign(spread=float("nan"))
     origin, alpha = Origin(model=NAMES[1]), torch.tensor([[0.1, 0.9], [1.0, 0.0]])
     history = pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0], "valid_loss": [float("nan"), 1.5],
-                            "mean_alpha": 0.5, "share_binary": 0.25})  # fmt: skip
+                            "mean_alpha": 0.5, "fraction_saturated": 0.25})  # fmt: skip
     results = {name: sl.TrainResult(sl.HeadSelection(alpha, name, "ab", "given", origin), history, sl.TrainConfig())
                for name in names}  # fmt: skip
     embeddings = {name: sl.TaskEmbedding(torch.ones(2, 2, 3), name, "ab", 2, 1, 0, origin) for name in names}

@@ -108,14 +108,14 @@ class TestBinary:
     def test_exactly_k_heads_are_taken(self, drawn: tuple[HeadSelection, int], seed: int) -> None:
         selection, k = drawn
         for taken in (selection.top(k), selection.bottom(k), selection.random(k, seed)):
-            assert len(chosen(taken)) == taken.default_k == k
+            assert len(chosen(taken)) == taken.n_selected == k
             assert taken.alpha.dtype == selection.alpha.dtype
 
     @quick
     @hypothesis.given(selections)
     def test_k_is_by_default_the_number_of_alphas_above_a_half(self, selection: HeadSelection) -> None:
         k = sum(alpha > 0.5 for alpha in selection.alpha.flatten().tolist())
-        assert selection.default_k == k
+        assert selection.n_selected == k
         for taken in (selection.top(), selection.bottom(), selection.random()):
             assert len(chosen(taken)) == k
 
@@ -144,7 +144,7 @@ class TestBinary:
 
     def test_the_share_of_binary_alphas_counts_those_within_a_tenth(self) -> None:
         alpha = torch.tensor([[0.0, 0.1, 0.11, 0.5], [0.89, 0.9, 0.95, 1.0]])
-        assert HeadSelection(alpha).share_binary == 5 / 8
+        assert HeadSelection(alpha).fraction_saturated == 5 / 8
 
 
 class TestRandom:
@@ -347,7 +347,7 @@ class TestBadInput:
     def test_lists_and_arrays_become_a_tensor(self, alpha: Any) -> None:
         selection = HeadSelection(alpha)
         assert selection.alpha.tolist() == [[0, 1], [0.25, 1]] and selection.alpha.is_floating_point()
-        assert not selection.alpha.requires_grad and selection.top().default_k == 2
+        assert not selection.alpha.requires_grad and selection.top().n_selected == 2
 
     def test_whole_numbers_and_booleans_are_an_alpha(self) -> None:
         for alpha in (torch.ones(2, 3, dtype=torch.bool), [[1, 1, 1], [1, 1, 1]]):

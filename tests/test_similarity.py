@@ -126,7 +126,7 @@ def test_pairs_are_of_the_trained_alphas(model: Bridge) -> None:
         a, b = runs[row.a, row.seed_a].selection, runs[row.b, row.seed_b].selection
         assert row.similarity == alpha_similarity(a, b, str(row.measure))
     assert found.tasks == NAMES and found.model == "Llama" and found.groups == {}
-    assert found.k == {name: runs[name, 1].selection.default_k for name in NAMES}
+    assert found.k == {name: runs[name, 1].selection.n_selected for name in NAMES}
     pd.testing.assert_frame_equal(found.floor, head_similarity(TASKS, model, n_permutations=5, **options).floor)
 
 

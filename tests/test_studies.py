@@ -102,7 +102,7 @@ STUDIES: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any], list[str],
     "random_heads": (studies.random_heads, {"ks": (1, 3), "draws": 2}, ["task", "heads", "k", "draw", *MEASURED], 12),
     "head_counts": (studies.head_counts, {"ks": (1, 3)}, ["task", "order", "change", "k", *MEASURED], 16),
     "task_agnostic": (studies.task_agnostic, {"n_shots": 2}, ["task", "condition", *MEASURED], 10),
-    "mixing": (studies.mixing, {}, ["task", "mixing", "n_heads", "share_binary", "hard", *MEASURED], 8),
+    "mixing": (studies.mixing, {}, ["task", "mixing", "n_heads", "fraction_saturated", "hard", *MEASURED], 8),
     "prompt_counts": (
         studies.prompt_counts, {"n_prompts": (1, 3), "n_shots": (1, 2)},
         ["task", "n_prompts", "n_shots", *MEASURED, "few_shot", "few_shot_low", "few_shot_high"], 8,
@@ -113,7 +113,7 @@ STUDIES: dict[str, tuple[Callable[..., pd.DataFrame], dict[str, Any], list[str],
     ),
     "initializations": (
         studies.initializations, {"inits": (0.3, "random")},
-        ["task", "init", "seed", "valid_loss", "n_heads", "share_binary", *MEASURED], 8,
+        ["task", "init", "seed", "valid_loss", "n_heads", "fraction_saturated", *MEASURED], 8,
     ),
     "initialization_distances": (
         studies.initialization_distances, {"inits": (0.3, "random")},
@@ -348,8 +348,8 @@ def test_mixing_trains_and_evaluates_under_both(model: Bridge, tasks: list[sl.Ta
                 row = only(frame, task=task.name, mixing=kind, hard=hard)
                 alpha = result.selection.hard() if hard else result.selection
                 assert_measured(row, task, sl.PatchHeads(alpha, vector, kind), model)
-                facts = (result.selection.default_k, result.selection.share_binary)
-                assert (row["n_heads"], row["share_binary"]) == facts
+                facts = (result.selection.n_selected, result.selection.fraction_saturated)
+                assert (row["n_heads"], row["fraction_saturated"]) == facts
     assert frame["loss"].nunique() == 8
 
 
@@ -381,7 +381,7 @@ class TestSeedVariance:
                     alpha = sl.train_selection(task, model, embedding=vector, config=config).selection
                     row = only(frame, task=task.name, prompt_seed=prompt_seed, training_seed=seed)
                     assert_measured(row, task, sl.PatchHeads(alpha, vector), model)
-                    assert row["n_heads"] == alpha.default_k
+                    assert row["n_heads"] == alpha.n_selected
         assert frame["loss"].nunique() == 8
 
     def test_components_by_hand(self) -> None:
@@ -461,7 +461,7 @@ class TestInitializations:
                     vector, result = trained(task, model, replace(CONFIG, init=init, seed=seed))
                     row, alpha = only(frame, task=task.name, init=str(init), seed=seed), result.selection
                     assert_measured(row, task, sl.PatchHeads(alpha, vector), model)
-                    assert (row["n_heads"], row["share_binary"]) == (alpha.default_k, alpha.share_binary)
+                    assert (row["n_heads"], row["fraction_saturated"]) == (alpha.n_selected, alpha.fraction_saturated)
                     lowest = result.history["valid_loss"].dropna().to_numpy().min()
                     assert row["valid_loss"] == pytest.approx(lowest, abs=1e-8)
         assert frame["loss"].nunique() == 8

@@ -502,7 +502,7 @@ class TestHistory:
         return train_selection(task, model, embedding=vectors(model, task)[task.name], config=self.config)
 
     def test_has_a_row_a_step_from_one(self, result: TrainResult) -> None:
-        assert result.history.columns.tolist() == ["step", "loss", "valid_loss", "mean_alpha", "share_binary"]
+        assert result.history.columns.tolist() == ["step", "loss", "valid_loss", "mean_alpha", "fraction_saturated"]
         assert result.history["step"].tolist() == [1, 2, 3, 4, 5, 6, 7]
         assert result.history["step"].dtype.kind == "i"
         assert result.history.drop(columns="valid_loss").notna().all(axis=None)
@@ -513,8 +513,8 @@ class TestHistory:
     def test_ends_with_the_facts_of_the_last_alpha(self, result: TrainResult) -> None:
         final = result.history.iloc[-1]
         assert final["mean_alpha"] == pytest.approx(result.selection.alpha.mean().item(), abs=1e-6)
-        assert final["share_binary"] == pytest.approx(result.selection.share_binary, abs=1e-12)
-        assert 0 < final["share_binary"] < 1
+        assert final["fraction_saturated"] == pytest.approx(result.selection.fraction_saturated, abs=1e-12)
+        assert 0 < final["fraction_saturated"] < 1
 
     def test_the_result_says_how_it_was_made(self, result: TrainResult) -> None:
         assert result.config == self.config
@@ -769,7 +769,7 @@ class TestUndecidedAlpha:
 
     def test_is_no_surprise_after_a_short_training(self) -> None:
         result = anew([worded("one")], micro.bridge("GPT2"), config=TrainConfig(steps=399))
-        assert result["one", 0].selection.share_binary == 0.375
+        assert result["one", 0].selection.fraction_saturated == 0.375
 
 
 class TestTheModelIsLeftAlone:

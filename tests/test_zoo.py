@@ -19,7 +19,7 @@ from sitelens.heads import (
     head_attribution,
     induction_scores,
 )
-from sitelens.heads.writing import written
+from sitelens.heads.attribution import head_outputs
 from sitelens.models.model import Model
 from tests import micro, zoo
 
@@ -61,7 +61,7 @@ def test_what_a_head_adds_to_the_stream_is_what_its_block_gives_more(name: str) 
     batch = tokenize([prompt], micro.tokenizer())
     held = zoo.Held(name, batch.tokens[0].tolist())
     z = torch.randn(*Model.of(model).shape, generator=torch.Generator().manual_seed(1))
-    found = written(z, Model.of(model), batch)
+    found = head_outputs(z, Model.of(model), batch)
     blocks = zoo.blocks(zoo.raw(name))
     for layer, head in ((0, 0), (0, 3), (1, 1)):
         expected = held.writes(layer, head, z[layer, head], blocks[layer])
@@ -71,7 +71,7 @@ def test_what_a_head_adds_to_the_stream_is_what_its_block_gives_more(name: str) 
 def test_a_write_that_passes_a_norm_needs_a_prompt() -> None:
     model = zoo.bridge("Gemma 2")
     with pytest.raises(sl.SitelensError, match="give prompts"):
-        written(torch.zeros(Model.of(model).shape), Model.of(model))
+        head_outputs(torch.zeros(Model.of(model).shape), Model.of(model))
 
 
 # -- attention --

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sitelens.checks.schema import packed, unpacked
 from sitelens.checks.values import CountOrZero, converted
-from sitelens.conditions import registry
+from sitelens.conditions.registry import KINDS, kind_of, register
 from sitelens.engine.forward import HeadEdit, Hook, Mixing
 from sitelens.engine.network import Passes
 from sitelens.engine.twins import hooked_here
@@ -65,7 +65,7 @@ class Condition(ABC):
     n_shots: int = 0
     positions: Positions = "all"
     scope: Scope = "prompt"
-    kinds: ClassVar[dict[str, type[Condition]]] = registry.KINDS
+    registry: ClassVar[dict[str, type[Condition]]] = KINDS
     saved_as: ClassVar[str] = ""
 
     def __init_subclass__(cls, saved_as: str | None = None, **options: Any) -> None:
@@ -77,7 +77,7 @@ class Condition(ABC):
         super().__init_subclass__(**options)
         if isinstance(steps := vars(cls).get("steps"), str) and steps in _OLD_SCOPES:
             raise SitelensError(f"{cls.__name__}.steps is called scope: write scope = {_OLD_SCOPES[steps]!r}")
-        cls.saved_as = registry.register(cls, saved_as)
+        cls.saved_as = register(cls, saved_as)
         if "__repr__" not in vars(cls):
             cls.__repr__ = cls.__repr__  # the inherited one, which a dataclass would replace by one that shows tensors
 
@@ -173,10 +173,10 @@ class Condition(ABC):
                 that it needs is not imported.
         """
         artifact = Artifact.load(path, Kind.CONDITION)
-        return Condition.remade(artifact.tensors, artifact.meta, artifact.where)
+        return Condition.from_saved(artifact.tensors, artifact.meta, artifact.where)
 
     @staticmethod
-    def remade(tensors: dict[str, Tensor], meta: Any, where: str = "the condition") -> Condition:
+    def from_saved(tensors: dict[str, Tensor], meta: Any, where: str = "the condition") -> Condition:
         """The condition of any known kind that `state` described.
 
         Raises:
@@ -185,7 +185,7 @@ class Condition(ABC):
         name = meta.get("condition") if isinstance(meta, dict) else None
         if not isinstance(name, str):
             raise SitelensError(f"{where}: the kind of condition must be text, not {name!r}")
-        kind: type[Condition] = registry.kind_of(name, where)
+        kind: type[Condition] = kind_of(name, where)
         rest = {key: value for key, value in meta.items() if key != "condition"}
         if isinstance(steps := rest.get("steps"), str) and steps in _OLD_SCOPES and "scope" not in rest:
             rest["scope"] = _OLD_SCOPES[rest.pop("steps")]

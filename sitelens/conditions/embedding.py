@@ -138,7 +138,7 @@ def embed_task(
     return store.cached(Kind.EMBEDDING, spec, make, read)
 
 
-def embedded(
+def embed_tasks(
     tasks: Iterable[Task], model: Model, given: Mapping[str, TaskEmbedding] | None = None, **options: Any
 ) -> dict[str, TaskEmbedding]:
     """Each task's embedding by its name: the given one, or else `embed_task` of it with `options`.

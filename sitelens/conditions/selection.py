@@ -150,7 +150,7 @@ class HeadSelection:
         """A few words for a repr: task, model, shape, and how many heads have alpha > 0.5."""
         layers, heads = self.alpha.shape
         model = model_label(self.origin, self.model)
-        return f"{self.task!r}, {model}, {layers} layers x {heads} heads, {self.default_k} on"
+        return f"{self.task!r}, {model}, {layers} layers x {heads} heads, {self.n_selected} on"
 
     @property
     def n_heads(self) -> int:
@@ -158,12 +158,12 @@ class HeadSelection:
         return self.alpha.numel()
 
     @property
-    def default_k(self) -> int:
+    def n_selected(self) -> int:
         """The number of heads with alpha > 0.5."""
         return int((self.alpha > 0.5).sum())
 
     @property
-    def share_binary(self) -> float:
+    def fraction_saturated(self) -> float:
         """The share of heads whose alpha is within 0.1 of 0 or 1."""
         return ((self.alpha <= 0.1) | (self.alpha >= 0.9)).double().mean().item()
 
@@ -275,7 +275,7 @@ class HeadSelection:
         return [divmod(i, self.alpha.shape[1]) for i in flat]
 
     def _checked(self, k: int | None) -> int:
-        k = self.default_k if k is None else k
+        k = self.n_selected if k is None else k
         if not 0 <= k <= self.n_heads:
             raise SitelensError(f"k must lie in 0 to {self.n_heads}, the number of heads; got {k}")
         return k

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from sitelens.checks.arguments import checked
 from sitelens.conditions.base import Condition, Scope
-from sitelens.engine.capture import watch
+from sitelens.engine.capture import run_with_callbacks
 from sitelens.engine.forward import Hook
 from sitelens.errors import SitelensError
 from sitelens.models.model import Model, ModelLike, check_fit
@@ -53,7 +53,9 @@ def _found_outputs(part: Part, model: Model) -> list[str]:
     whole = [f"blocks.{layer}.{'hook_out' if part == 'mlp' else 'ln2.hook_in'}" for layer in range(layers)]
     seen: dict[str, Tensor] = {}
     points = [name for name in (*outer, *inner, *whole) if name in model.bridge.hook_dict]
-    watch(torch.tensor([[0, 1]]), model, {name: functools.partial(seen.__setitem__, name) for name in points})
+    run_with_callbacks(
+        torch.tensor([[0, 1]]), model, {name: functools.partial(seen.__setitem__, name) for name in points}
+    )
     found = []
     for out, own, stream in zip(outer, inner, whole, strict=True):
         adds = out in seen and stream in seen and _alike(seen[out], seen[stream])

@@ -17,14 +17,14 @@ from sitelens.models.model import Model
 from sitelens.settings import settings
 
 
-def like_prompts(batch: PromptBatch, model: Model) -> list[list[int]]:
+def same_length_chunks(batch: PromptBatch, model: Model) -> list[list[int]]:
     """Rows in chunks of one length each, which need no padding and fit the memory budget."""
     cost = functools.partial(forward_bytes, model)
     return chunks(batch.lengths, cost, settings.budget(), max_tokens=MAX_TOKENS, same_length=True)
 
 
 @torch.no_grad()
-def watch(tokens: Int[Tensor, "row pos"], model: Model, look: dict[str, Callable[[Tensor], None]]) -> None:
+def run_with_callbacks(tokens: Int[Tensor, "row pos"], model: Model, look: dict[str, Callable[[Tensor], None]]) -> None:
     """Run whole prompts of one length, unembedding nothing, and show the tensors at some hook points."""
 
     def hook_of(see: Callable[[Tensor], None]) -> Callable[..., None]:
@@ -47,7 +47,7 @@ def mean_states(batch: PromptBatch, points: Sequence[str], model: Model) -> Floa
 def states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "prompt point d_model"]:
     """What passes some hook points at the last token of each prompt, in float64."""
     found = torch.zeros(len(batch), len(points), model.d_model, dtype=torch.float64)
-    for index in like_prompts(batch, model):
+    for index in same_length_chunks(batch, model):
 
         def keep(place: int, rows: list[int] = index) -> Callable[[Tensor], None]:
             def see(x: Tensor) -> None:
@@ -55,5 +55,5 @@ def states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Ten
 
             return see
 
-        watch(batch.rows(index).tokens, model, {point: keep(place) for place, point in enumerate(points)})
+        run_with_callbacks(batch.rows(index).tokens, model, {point: keep(place) for place, point in enumerate(points)})
     return found

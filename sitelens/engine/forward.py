@@ -102,7 +102,7 @@ class LastToken:
     def __init__(self, model: Model) -> None:
         self.passes = Passes(model)
         self._edit: HeadEdit | None = None
-        if not self.passes.plain:
+        if not self.passes.can_bypass_bridge:
             self.passes.install(_edit_hooks(model.shape.layers, lambda: self._edit))
 
     def __enter__(self) -> LastToken:
@@ -114,7 +114,9 @@ class LastToken:
     def __call__(self, prefix: PrefixCache, edit: HeadEdit | None = None) -> Float[Tensor, "row vocab"]:
         if prefix.tokens is not None:
             return self._whole(prefix, edit)
-        return self._step(prefix, edit, prefix.outline() if self.passes.plain else prefix.cache(ReadOnly))
+        return self._step(
+            prefix, edit, prefix.placeholder_cache() if self.passes.can_bypass_bridge else prefix.cache(ReadOnly)
+        )
 
     def step(self, prefix: PrefixCache, edit: HeadEdit | None) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
         """As a call, and with it a cache that holds the whole prompt and may grow, for decoding."""
@@ -252,7 +254,7 @@ def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head
         captured[layer] = z[torch.arange(len(z), device=z.device), ends.to(z.device)].clone()
 
     passes = Passes(model, [(z_hook(layer), functools.partial(keep, layer=layer)) for layer in range(layers)])
-    alike = lengths if passes.listened else torch.zeros_like(lengths)
+    alike = lengths if passes.user_hooked else torch.zeros_like(lengths)
     groups = [(alike == kind).nonzero().flatten() for kind in alike.unique()]
     parts = []
     for rows in groups:

@@ -36,7 +36,7 @@ def chunks(
     return parts
 
 
-def crossed(
+def chunk_grid(
     lengths: Sequence[int], variants: int, cost: Callable[[int], int], budget: int
 ) -> list[tuple[list[int], list[int]]]:
     """Split rows, each in every variant, into chunks (rows, variants) of all pairs of the two, as `chunks` does.
@@ -75,14 +75,14 @@ def step_cost(of: Model | Passes, gradient: bool, hooked: bool = False) -> Calla
     """
     passes = Passes.of(of)
     model = passes.model
-    if passes.listened:  # whole prompts are run
+    if passes.user_hooked:  # whole prompts are run
         times = model.shape.layers if gradient else 1
         return lambda length: times * forward_bytes(model, length) + logits_bytes(model)
     config, itemsize = model.cfg, _itemsize(model)
     layers = config.n_layers if gradient else 1
     fixed = 16 * config.d_model + 10 * config.n_heads * config.d_head + 8 * _d_mlp(model)
     own = config.n_layers * config.n_heads * config.d_head * (3 if gradient else 1)
-    bridged = hooked or not passes.plain
+    bridged = hooked or not passes.can_bypass_bridge
 
     def cost(length: int) -> int:
         layer = prefix_bytes(model, length + 1) // itemsize // config.n_layers

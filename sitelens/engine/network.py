@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from sitelens.contexts import bound
-from sitelens.engine.twins import PLAIN, bridge_twin, hooked_here, is_fixed, is_listened, network_twin
+from sitelens.engine.twins import (
+    BRIDGE_FREE,
+    bridge_twin,
+    forward_is_replaced,
+    hooked_here,
+    is_user_hooked,
+    network_twin,
+)
 from sitelens.errors import SitelensError
 from sitelens.models.model import Bridge, Model
 
@@ -28,16 +35,16 @@ from sitelens.models.model import Bridge, Model
 class Passes:
     """Forward passes of a model as it is at this moment, under hooks that act on these passes only.
 
-    listened: whether code of the user takes part (a hook of hers on any module). It acts here, too, and since it may
+    user_hooked: whether code of the user takes part (a hook of hers on any module). It acts here, too, and since it may
         mean the last position, or any, prompts are then run whole: no prefix on its own, no padding.
     prompt: where whole texts are run again for each new token, how many of their tokens are the prompt's.
     """
 
     def __init__(self, model: Model, hooks: Sequence[tuple[str, Callable[..., Any]]] = ()) -> None:
         self.model = model
-        self.listened = is_listened(self.model.bridge)
+        self.user_hooked = is_user_hooked(self.model.bridge)
         self.prompt: int | None = None
-        self._fixed = self.listened and is_fixed(self.model.bridge)
+        self._forward_replaced = self.user_hooked and forward_is_replaced(self.model.bridge)
         self._twin: Bridge | None = None
         self._networks: dict[str, Any] = {}
         self._hooks: list[tuple[str, Callable[..., Any]]] = []
@@ -51,16 +58,16 @@ class Passes:
         return model if isinstance(model, Passes) else Passes(model)
 
     @property
-    def plain(self) -> bool:
+    def can_bypass_bridge(self) -> bool:
         """Whether the network runs without its bridge: a known type, no hook of ours, and nobody listens."""
         compatible = getattr(self.model.bridge, "compatibility_mode", False)
-        known = self.model.network.config.model_type in PLAIN
-        return self._twin is None and not self.listened and not compatible and known
+        known = self.model.network.config.model_type in BRIDGE_FREE
+        return self._twin is None and not self.user_hooked and not compatible and known
 
     @contextmanager
     def bridge(self) -> Iterator[Bridge]:
         """The bridge to run: a twin or, where a module's `forward` was replaced, the model itself under a lock."""
-        if not self._fixed:
+        if not self._forward_replaced:
             yield self._made()
             return
         bridge = self.model.bridge
@@ -82,13 +89,13 @@ class Passes:
     def install(self, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> None:
         """Add TransformerLens hooks, for good."""
         self._hooks += hooks
-        for name, hook in () if self._fixed else hooks:
+        for name, hook in () if self._forward_replaced else hooks:
             self._made().add_hook(name, hook)
 
     def adapt(self, adapters: Callable[[Bridge], list[ModuleHook]]) -> None:
         """Add the forward hooks that `adapters` makes for modules of a bridge, for good."""
         self._adapters.append(adapters)
-        for module, hook in () if self._fixed else adapters(self._made()):
+        for module, hook in () if self._forward_replaced else adapters(self._made()):
             module.register_forward_hook(hook)
 
 
@@ -146,7 +153,7 @@ def run_tokens(
     options |= {"attention_mask": mask, "position_ids": positions, "logits_to_keep": last, "use_cache": bool(options)}
     with out_of_memory_is_named():
         try:
-            if passes.plain:
+            if passes.can_bypass_bridge:
                 result = passes.network(attention)(tokens, **options).logits
             else:
                 with passes.bridge() as bridge:

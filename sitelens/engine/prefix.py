@@ -52,7 +52,7 @@ class PrefixCache:
         check_tokens(model, batch.answer)
         device = model.device
         passes = Passes(model)
-        if passes.listened:
+        if passes.user_hooked:
             tokens = batch.tokens.to(device)
             return PrefixCache((), (), batch.mask.to(device), tokens[:, -1], tokens=tokens)
         width = batch.tokens.shape[1] - 1
@@ -91,7 +91,7 @@ class PrefixCache:
             tokens=None if self.tokens is None else several(self.tokens[index][:, start:]),
         )
 
-    def sharing(self, index: Int[Tensor, " row"]) -> PrefixCache:
+    def grouped_by_prompt(self, index: Int[Tensor, " row"]) -> PrefixCache:
         """As `rows`, but rows of one prompt that stand side by side share its keys, where each has as many."""
         prompts, counts = index.unique_consecutive(return_counts=True)
         alike = len(prompts) < len(index) and bool((counts == counts[0]).all())
@@ -117,11 +117,11 @@ class PrefixCache:
             cache.layers.append(one)
         return cache
 
-    def outline(self) -> DynamicCache:
+    def placeholder_cache(self) -> DynamicCache:
         """For a forward pass whose attention reads this prefix itself: a cache that knows its length only."""
         cache = DynamicCache()
         for keys in self.keys:
-            layer = _Outline()
+            layer = _Placeholder()
             layer.lazy_initialization(keys, keys)
             layer.keys = keys[:1, :, self.start :]
             cache.layers.append(layer)
@@ -143,7 +143,7 @@ class ReadOnly(DynamicLayer):
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)  # type: ignore[list-item]
 
 
-class _Outline(DynamicLayer):
+class _Placeholder(DynamicLayer):
     """Hands new keys and values on as they are."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

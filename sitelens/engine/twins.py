@@ -27,7 +27,7 @@ from sitelens.models.model import Bridge
 
 # Model types whose wrappers have no weights of their own, and whose z reaches the output projection as attention gave
 # it: those that the tests compare with raw forward passes. All others run through the bridge.
-PLAIN = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3", "gemma3_text"})
+BRIDGE_FREE = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3", "gemma3_text"})
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EVERYWHERE = (
     torch_modules._global_forward_hooks,
@@ -54,9 +54,9 @@ def bridge_twin(bridge: Bridge) -> Bridge:
     return _Maker(bridged=True).module(bridge)
 
 
-def is_listened(bridge: Bridge) -> bool:
+def is_user_hooked(bridge: Bridge) -> bool:
     """Whether code of the user's takes part in a forward pass: a hook on any module, or an instance's own `forward`."""
-    return any(EVERYWHERE) or any(map(_is_listened, _modules(bridge)))
+    return any(EVERYWHERE) or any(map(_is_user_hooked, _modules(bridge)))
 
 
 def _modules(bridge: Bridge) -> Iterator[nn.Module]:
@@ -70,17 +70,17 @@ def _modules(bridge: Bridge) -> Iterator[nn.Module]:
             stack += [child for child in module._modules.values() if child is not None]
 
 
-def _is_listened(module: nn.Module) -> bool:
+def _is_user_hooked(module: nn.Module) -> bool:
     facts = module.__dict__
-    return _is_fixed(module) or any(facts[name] and users_hooks(module, name) for name in HOOKS)
+    return _forward_is_replaced(module) or any(facts[name] and users_hooks(module, name) for name in HOOKS)
 
 
-def is_fixed(bridge: Bridge) -> bool:
+def forward_is_replaced(bridge: Bridge) -> bool:
     """Whether a module's `forward` was replaced or compiled, so that it runs the model's modules and not a twin's."""
-    return any(map(_is_fixed, _modules(bridge)))
+    return any(map(_forward_is_replaced, _modules(bridge)))
 
 
-def _is_fixed(module: nn.Module) -> bool:
+def _forward_is_replaced(module: nn.Module) -> bool:
     facts = module.__dict__
     if "forward" in facts and is_foreign(facts["forward"]):
         return True

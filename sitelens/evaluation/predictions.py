@@ -15,8 +15,8 @@ from sitelens.engine.forward import HeadEdit, LastToken, check_finite, full_logi
 from sitelens.engine.memory import (
     MAX_ROWS,
     MAX_TOKENS,
+    chunk_grid,
     chunks,
-    crossed,
     forward_bytes,
     logits_bytes,
     prefix_bytes,
@@ -25,7 +25,7 @@ from sitelens.engine.memory import (
 from sitelens.engine.network import Passes
 from sitelens.engine.prefix import PrefixCache
 from sitelens.engine.prompts import PromptBatch
-from sitelens.engine.twins import is_listened
+from sitelens.engine.twins import is_user_hooked
 from sitelens.metrics import Output
 from sitelens.models.model import Model
 
@@ -40,12 +40,12 @@ def as_patches(
     Raises:
         SitelensError: if a condition was made for another model.
     """
-    listened = is_listened(model.bridge)
+    user_hooked = is_user_hooked(model.bridge)
     patches: dict[str, Patch] = {}
     others: dict[str, Condition] = {}
     for name, condition in conditions.items():
         patch = condition.patch(model.bridge)
-        if patch is None or listened or (generating and condition.scope == "generation"):
+        if patch is None or user_hooked or (generating and condition.scope == "generation"):
             others[name] = condition
         else:
             patches[name] = patch
@@ -70,7 +70,7 @@ class Predictor:
         self.tokenizer, self.max_new_tokens = model.tokenizer, max_new_tokens
         self.ends = end_tokens(model, self.tokenizer) if ends is None else ends
         self.labels = torch.tensor(labels, dtype=torch.long)
-        self.listened = is_listened(model.bridge)  # then `hooked` is for all conditions, and runs prompts whole
+        self.user_hooked = is_user_hooked(model.bridge)  # then `hooked` is for all conditions, and runs prompts whole
 
     def patched(self, patches: Mapping[str, Patch], advance: Callable[[int], None]) -> dict[str, list[Output]]:
         """Conditions that touch the last token only, as rows of one batch over a shared prefix."""
@@ -84,7 +84,7 @@ class Predictor:
             for index in chunks(self.batch.lengths, functools.partial(prefix_bytes, self.model), share):
                 part = self.batch.rows(index)
                 prefix = PrefixCache.of(part, self.model, share)
-                for items, which in crossed(part.lengths, len(patches), self._step_cost(), share):
+                for items, which in chunk_grid(part.lengths, len(patches), self._step_cost(), share):
                     prefix_rows = prefix.rows(torch.tensor(items), repeats=len(which))
                     edit = edits.rows(torch.tensor(which * len(items), device=edits.keep.device))
                     cache = None
@@ -114,7 +114,7 @@ class Predictor:
             part = self.batch.rows(index)
             prefix: PrefixCache | None = None
             for name, condition in conditions.items():
-                shared = condition.positions == "last" and not self.listened
+                shared = condition.positions == "last" and not self.user_hooked
                 if shared and prefix is None:
                     prefix = PrefixCache.of(part, self.model, share)
                 with torch.no_grad(), in_effect(condition, self.model) as passes:
@@ -163,7 +163,7 @@ class Predictor:
             labels = self.labels[logits[:, self.labels.to(logits.device)].argmax(-1).cpu()].tolist()
         texts = [""] * len(batch)
         if cache is not None and self.max_new_tokens:
-            whole = batch.tokens.to(mask.device) if self.listened else None
+            whole = batch.tokens.to(mask.device) if self.user_hooked else None
             texts = decode(
                 passes, logits, cache, mask, self.tokenizer, self.max_new_tokens, self.ends,
                 lambda row, text: self.complete(rows[row][1], text), where, whole,

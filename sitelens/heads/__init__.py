@@ -6,6 +6,6 @@ from sitelens.heads.attention import attention as attention
 from sitelens.heads.attention import attention_example as attention_example
 from sitelens.heads.attention import attention_roles as attention_roles
 from sitelens.heads.attention import induction_scores as induction_scores
+from sitelens.heads.attribution import head_attribution as head_attribution
+from sitelens.heads.attribution import promoted_tokens as promoted_tokens
 from sitelens.heads.effects import indirect_effects as indirect_effects
-from sitelens.heads.writing import head_attribution as head_attribution
-from sitelens.heads.writing import written_tokens as written_tokens

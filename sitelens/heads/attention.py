@@ -20,7 +20,7 @@ from torch import Tensor
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.selection import Heads
-from sitelens.engine.capture import like_prompts, watch
+from sitelens.engine.capture import run_with_callbacks, same_length_chunks
 from sitelens.engine.memory import MAX_TOKENS
 from sitelens.engine.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, prompt_parts, tokenize
 from sitelens.errors import SitelensError
@@ -57,7 +57,7 @@ def attention(
     texts = [prompts] if isinstance(prompts, str) else prompts
     batch = texts if isinstance(texts, PromptBatch) else text_batch(texts, model)
     found = torch.zeros(len(batch), len(chosen), batch.tokens.shape[1])
-    for index in like_prompts(batch, model):
+    for index in same_length_chunks(batch, model):
         part = batch.rows(index)
         kept: dict[int, Tensor] = {}
 
@@ -241,7 +241,7 @@ def _watch_patterns(
         see(pattern, layer)
 
     shown = {layer: name for layer, name in points.items() if name in model.bridge.hook_dict}
-    watch(tokens, model, {name: functools.partial(look, layer=layer) for layer, name in shown.items()})
+    run_with_callbacks(tokens, model, {name: functools.partial(look, layer=layer) for layer, name in shown.items()})
     if missing := sorted(set(points) - seen):
         raise SitelensError(
             f"the TransformerLens bridge of {model.name} does not show the attention of layer"

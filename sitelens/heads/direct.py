@@ -179,7 +179,7 @@ class DirectPath:
             layers.append((gradient[:, 0].to(device, dtype) * given.to(device, dtype)).sum(-1))
         return torch.stack(layers, dim=1)
 
-    def written(self, layer: int, head: int, z: Float[Tensor, " d_head"]) -> Float[Tensor, "row vocab"]:
+    def promoted_logits(self, layer: int, head: int, z: Float[Tensor, " d_head"]) -> Float[Tensor, "row vocab"]:
         """What a head adds to the logits of each prompt with the output z, past the vocabulary's mean."""
         none = [torch.zeros_like(own) for own in self.z]
         # The path is affine: a write as large as all others loses no digits in the difference.

@@ -14,7 +14,7 @@ from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.engine.forward import HeadEdit, LastToken, check_finite
-from sitelens.engine.memory import chunks, crossed, prefix_bytes, step_cost
+from sitelens.engine.memory import chunk_grid, chunks, prefix_bytes, step_cost
 from sitelens.engine.prefix import PrefixCache
 from sitelens.engine.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, tokenize
 from sitelens.errors import SitelensError
@@ -86,7 +86,7 @@ def indirect_effects(
         for index in chunks(batch.lengths, functools.partial(prefix_bytes, model), share):
             part = batch.rows(index)
             prefix = PrefixCache.of(part, model, share)
-            for items, some in crossed(part.lengths, len(alphas), step_cost(model, gradient=False), share):
+            for items, some in chunk_grid(part.lengths, len(alphas), step_cost(model, gradient=False), share):
                 which = some * len(items)
                 edit = HeadEdit.mix(alphas[which], vectors.expand(len(which), -1, -1, -1))
                 logits = last_token(prefix.rows(torch.tensor(items), repeats=len(some)), edit)

@@ -20,7 +20,7 @@ from sitelens.engine.network import metered
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation import cached as scoring
 from sitelens.methods import registry
-from sitelens.methods.items import MAX_TRAIN, fitting
+from sitelens.methods.items import MAX_TRAIN, cap_training_items
 from sitelens.models.model import Bridge, Model, ModelLike
 from sitelens.progress import portions
 from sitelens.store.artifact import Artifact
@@ -130,7 +130,7 @@ class Method(ABC):
         Raises:
             SitelensError: if there are no training or no validation items.
         """
-        return task if self.max_train is None else fitting(task)
+        return task if self.max_train is None else cap_training_items(task)
 
     def record(self) -> dict[str, Any]:
         """What a record says of this method, as JSON as far as its fields are: its key and its fields."""
@@ -243,7 +243,7 @@ def _fitted(artifact: Artifact) -> Fitted:
         SitelensError: if it holds something else.
     """
     check_names(artifact.meta, ("state", "cost"), artifact.where)
-    condition = Condition.remade(artifact.tensors, artifact.meta.get("state"), artifact.where)
+    condition = Condition.from_saved(artifact.tensors, artifact.meta.get("state"), artifact.where)
     cost = unpacked(_Cost, artifact.meta.get("cost"), {}, f"{artifact.where}: cost")
     return Fitted(condition, **vars(cost))
 

@@ -15,13 +15,13 @@ from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.base import Scope
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.streams import AddToStream
-from sitelens.engine.capture import like_prompts
+from sitelens.engine.capture import same_length_chunks
 from sitelens.engine.forward import check_finite, full_logits
 from sitelens.engine.network import Passes
 from sitelens.engine.prompts import PromptBatch, few_shot_prompts
 from sitelens.errors import SitelensError, warned_once
+from sitelens.heads.attribution import head_outputs
 from sitelens.heads.effects import indirect_effects
-from sitelens.heads.writing import written
 from sitelens.methods.base import Method
 from sitelens.methods.items import prompts_of
 from sitelens.methods.validation import best_on_valid
@@ -79,7 +79,7 @@ class FV(Method):
         )
         ranked = effects.sort_values(["effect", "layer", "head"], ascending=[False, True, True])
         order = list(zip(ranked["layer"], ranked["head"], strict=True))
-        writes = written(mean_z, model, batch)
+        writes = head_outputs(mean_z, model, batch)
         layers = range(model.shape.layers)
         candidates = {
             (layer, count): AddToStream(
@@ -102,7 +102,7 @@ def _mean_z(batch: PromptBatch, model: Model, correct_only: bool) -> Float[Tenso
     """Every head's mean z at the last token: over all prompts, or those that the model answers correctly."""
     z = torch.zeros(len(batch), *model.shape, dtype=torch.float64)
     right = torch.ones(len(batch), dtype=torch.bool)
-    for index in like_prompts(batch, model):
+    for index in same_length_chunks(batch, model):
         part = batch.rows(index)
 
         def keep(out: Tensor, hook: Any = None, *, layer: int, rows: list[int] = index) -> None:

@@ -17,7 +17,7 @@ from sitelens.engine.network import Passes
 from sitelens.engine.prompts import Prompt, few_shot_prompt
 from sitelens.errors import warned_once
 from sitelens.methods.base import Method
-from sitelens.methods.items import drawn, prompts_of, zero_shot
+from sitelens.methods.items import prompts_of, shuffled_batches, zero_shot
 from sitelens.methods.losses import next_loss
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import ModelSource
@@ -83,7 +83,7 @@ class I2CL(Method):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         generator = torch.Generator().manual_seed(seed)
         passes = Passes(model, combining(context, a, b, self.noise, generator, points=points))
-        for index in drawn(items, steps, min(self.batch_size, len(items)), f"i2cl/train/{task.name}/{seed}"):
+        for index in shuffled_batches(items, steps, min(self.batch_size, len(items)), f"i2cl/train/{task.name}/{seed}"):
             optimizer.zero_grad()
             next_loss([rows[i] for i in index], passes).backward(inputs=[a, b])
             optimizer.step()
@@ -99,7 +99,7 @@ class I2CL(Method):
 
 def demonstrations(task: Task, n: int | None, seed: int) -> list[Example]:
     """`n` training items; without `n`, 5 of each answer of a task with at most 10 of them, 10 in all of another."""
-    (order,) = drawn(task.train, 1, len(task.train), f"i2cl/{task.name}/{seed}")
+    (order,) = shuffled_batches(task.train, 1, len(task.train), f"i2cl/{task.name}/{seed}")
     items = [task.train[i] for i in order]
     labels = dict.fromkeys(item.output for item in items)
     if n is None and len(labels) <= CLOSED:

@@ -15,7 +15,7 @@ from sitelens.conditions.streams import InContextVector, stream_hook
 from sitelens.engine.capture import states
 from sitelens.engine.prompts import Prompt
 from sitelens.methods.base import Method
-from sitelens.methods.items import drawn, prompts_of
+from sitelens.methods.items import prompts_of, shuffled_batches
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import ModelSource
@@ -50,7 +50,7 @@ class ICV(Method):
             SitelensError: for a task without training or validation items.
         """
         model, task = resolve_model(model), self.capped(load_task(task))
-        (places,) = drawn(task.train, 1, min(self.n_pairs, len(task.train)), f"icv/{task.name}/{seed}")
+        (places,) = shuffled_batches(task.train, 1, min(self.n_pairs, len(task.train)), f"icv/{task.name}/{seed}")
         items = [task.train[i] for i in places]
         points = ["blocks.0.hook_resid_pre", *(stream_hook(layer) for layer in range(model.shape.layers))]
         said, asked = (

@@ -16,7 +16,7 @@ from sitelens.tasks import Example, Task
 MAX_TRAIN = 200  # training items that any method may see
 
 
-def fitting(task: Task) -> Task:
+def cap_training_items(task: Task) -> Task:
     """The task with at most 200 training items, the same for every method.
 
     Raises:
@@ -42,7 +42,7 @@ def prompts_of(prompts: Sequence[Any], task: Task, model: Model) -> PromptBatch:
     return tokenize(prompts, model.tokenizer, model.context_length, f"task {task.name!r}")
 
 
-def drawn(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[list[int]]:
+def shuffled_batches(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[list[int]]:
     """Places of the items in each of `steps` batches, every item once before any comes again."""
     rng = random.Random(f"sitelens/batches/{key}")
     queue: list[int] = []
@@ -55,7 +55,7 @@ def drawn(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[lis
         del queue[:size]
 
 
-def answered(task: Task, items: Sequence[Example], model: Model) -> list[tuple[list[int], int]]:
+def prompts_with_answers(task: Task, items: Sequence[Example], model: Model) -> list[tuple[list[int], int]]:
     """Token ids of each zero-shot prompt with its whole answer behind it, and how many of them are the answer's."""
     tokenizer = model.tokenizer
     prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items]

@@ -15,7 +15,7 @@ from sitelens.conditions.base import Condition
 from sitelens.conditions.heads import HeadOffsets, changing
 from sitelens.engine.network import Passes
 from sitelens.methods.base import Method
-from sitelens.methods.items import answered, drawn
+from sitelens.methods.items import prompts_with_answers, shuffled_batches
 from sitelens.methods.losses import answer_loss
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import ModelSource
@@ -62,14 +62,16 @@ class LoFiT(Method):
             (1e-3 * torch.randn(shape, generator=generator, dtype=torch.float32)).to(device, dtype).requires_grad_()
             for _ in range(2)
         )
-        rows = answered(task, task.train, model)
+        rows = prompts_with_answers(task, task.train, model)
         steps = self.epochs * math.ceil(len(rows) / self.batch_size)
 
         def train(values: Tensor, lr: float, penalty: float, change: Callable[[Tensor, int], Tensor], key: str) -> None:
             optimizer = torch.optim.AdamW([values], lr=lr, weight_decay=0.0)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
             passes = Passes(model, changing(change, shape[0]))
-            for index in drawn(rows, steps, min(self.batch_size, len(rows)), f"lofit/{key}/{task.name}/{seed}"):
+            for index in shuffled_batches(
+                rows, steps, min(self.batch_size, len(rows)), f"lofit/{key}/{task.name}/{seed}"
+            ):
                 optimizer.zero_grad()
                 loss = answer_loss([rows[i] for i in index], passes) + penalty * values.abs().sum()
                 loss.backward(inputs=[values])

@@ -13,7 +13,7 @@ from sitelens.conditions.base import Condition
 from sitelens.engine.network import Passes
 from sitelens.errors import warned_once
 from sitelens.methods.base import Method
-from sitelens.methods.items import answered, drawn
+from sitelens.methods.items import prompts_with_answers, shuffled_batches
 from sitelens.methods.losses import answer_loss
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.loading import resolve_model
@@ -51,7 +51,7 @@ class LoRA(Method):
         """
         model, task = resolve_model(model), self.capped(load_task(task))
         made_for, origin = model.fingerprint(), Origin.of(model, task, seed=seed)
-        rows = answered(task, task.train, model)
+        rows = prompts_with_answers(task, task.train, model)
         candidates = {}
         for rate in self.learning_rates:
             adapters, passes = Adapters(model, self.rank, self.alpha), Passes(model)
@@ -64,7 +64,9 @@ class LoRA(Method):
                     weight.copy_(bound * start).requires_grad_()
             flat = [weight for layers in adapters.weights.values() for weight in layers]
             optimizer = torch.optim.AdamW(flat, lr=rate)
-            for index in drawn(rows, self.n_steps, min(self.batch_size, len(rows)), f"lora/{task.name}/{seed}"):
+            for index in shuffled_batches(
+                rows, self.n_steps, min(self.batch_size, len(rows)), f"lora/{task.name}/{seed}"
+            ):
                 optimizer.zero_grad()
                 answer_loss([rows[i] for i in index], passes).backward(inputs=flat)
                 optimizer.step()

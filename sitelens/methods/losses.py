@@ -15,7 +15,7 @@ from sitelens.models.model import Model
 
 
 def answer_loss(rows: Sequence[tuple[list[int], int]], model: Model | Passes) -> Float[Tensor, ""]:
-    """Mean cross-entropy of all answer tokens of some rows of `answered`, with gradient."""
+    """Mean cross-entropy of all answer tokens of some rows of `prompts_with_answers`, with gradient."""
     return next_loss([(ids, len(ids) - n - 1, ids[len(ids) - n :]) for ids, n in rows], model)
 
 
@@ -29,7 +29,7 @@ def next_loss(rows: Sequence[tuple[list[int], int, list[int]]], model: Model | P
         SitelensError: if the loss is not finite.
     """
     passes = Passes.of(model)
-    if passes.listened:
+    if passes.user_hooked:
         texts = [(ids[: start + i + 1], token) for ids, start, wanted in rows for i, token in enumerate(wanted)]
         loss = torch.stack([_padded_loss([(ids, len(ids) - 1, [token])], passes) for ids, token in texts]).mean()
     else:

@@ -27,10 +27,10 @@ from sitelens.engine.network import Passes
 from sitelens.engine.prefix import PrefixCache, ReadOnly
 from sitelens.engine.prompts import draw_demonstrations, few_shot_prompt
 from sitelens.errors import warned_once
+from sitelens.heads.attribution import head_outputs
 from sitelens.heads.effects import shuffled_labels
-from sitelens.heads.writing import written
 from sitelens.methods.base import Method
-from sitelens.methods.items import drawn, prompts_of
+from sitelens.methods.items import prompts_of, shuffled_batches
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import ModelSource
@@ -76,7 +76,7 @@ class LTV(Method):
         embedding = embed_task(task, model, n_prompts=self.n_prompts, n_shots=self.n_shots, seed=seed)
         device = model.device
         measured = embedding_prompts(task, model.tokenizer, self.n_prompts, self.n_shots, seed)
-        writes = written(embedding.mean_z, model, prompts_of(measured, task, model)).to(device)
+        writes = head_outputs(embedding.mean_z, model, prompts_of(measured, task, model)).to(device)
         prompts = []
         for i in range(self.n_pool):
             query = task.train[i % len(task.train)]
@@ -98,7 +98,9 @@ class LTV(Method):
         optimizers = [torch.optim.Adam([weights], lr=rate) for rate, weights in trained.items()]
         passes = {rate: Passes(model, _adding(weights, writes)) for rate, weights in trained.items()}
         cost = step_cost(model, gradient=True, hooked=True)
-        for index in drawn(prompts, self.n_steps, min(self.batch_size, self.n_pool), f"ltv/train/{task.name}/{seed}"):
+        for index in shuffled_batches(
+            prompts, self.n_steps, min(self.batch_size, self.n_pool), f"ltv/train/{task.name}/{seed}"
+        ):
             for part in chunks([batch.lengths[i] for i in index], cost, budget):
                 chosen = [index[i] for i in sorted(part)]
                 some = prefixes(chosen)  # for all rates

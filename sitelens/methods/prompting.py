@@ -12,7 +12,7 @@ from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions import prompting
 from sitelens.engine.prompts import few_shot_prompt, item_sizes
 from sitelens.methods.base import Fitted, Method
-from sitelens.methods.items import MAX_TRAIN, fitting
+from sitelens.methods.items import MAX_TRAIN, cap_training_items
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, ModelLike, ModelSource
 from sitelens.tasks import Task, load_task
@@ -104,7 +104,7 @@ class ManyShot(Method):
             SitelensError: for a task without training or validation items.
         """
         model, task = resolve_model(model), load_task(task)
-        fitting(task)  # is it a task to fit anything to?
+        cap_training_items(task)  # is it a task to fit anything to?
         tokenizer = model.tokenizer
         queries = [few_shot_prompt(task, [], item, tokenizer).text for item in (*task.valid, *task.test)]
         sizes = sorted(item_sizes(task.train, task, tokenizer), reverse=True)

@@ -22,7 +22,7 @@ from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.evaluation.record import experiment_record
 from sitelens.evaluation.summary import summarize
 from sitelens.methods.base import Fitted, Method
-from sitelens.methods.items import fitting
+from sitelens.methods.items import cap_training_items
 from sitelens.methods.registry import methods_by_label
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, ModelSource
@@ -63,7 +63,7 @@ def compare(
         SitelensError: for an unknown method, two of one label, and as each method's fit.
     """
     chosen = methods_by_label(methods)
-    loaded, model = [fitting(task) for task in load_tasks(tasks)], resolve_model(model)
+    loaded, model = [cap_training_items(task) for task in load_tasks(tasks)], resolve_model(model)
     rows: list[dict[str, Any]] = []
     frames: list[pd.DataFrame] = []
     for fitted, scores, seconds in _cells(loaded, chosen, model, n_items, seed):

@@ -10,7 +10,7 @@ import pandas as pd
 
 from sitelens.checks.arguments import checked
 from sitelens.conditions.base import Condition
-from sitelens.conditions.embedding import TaskEmbedding, embedded
+from sitelens.conditions.embedding import TaskEmbedding, embed_tasks
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.prompting import FewShot, ZeroShot
 from sitelens.errors import SitelensError, SitelensWarning, warned_once
@@ -59,7 +59,7 @@ def run(
                   "evaluate": total(work, "prompt", "patch")})  # fmt: skip
         clock.stop("model")
         with job.stage("embed"):
-            embeddings = embedded(tasks, model, n_prompts=config.n_prompts, n_shots=config.n_shots, seed=config.seed)
+            embeddings = embed_tasks(tasks, model, n_prompts=config.n_prompts, n_shots=config.n_shots, seed=config.seed)
         clock.stop("embeddings")
         with job.stage("train"):
             seeds = (config.train.seed,)

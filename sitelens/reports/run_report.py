@@ -233,8 +233,8 @@ def run_record(
     selections = {
         name: {
             "heads": result.selection.n_heads,
-            "alpha_above_half": result.selection.default_k,
-            "share_within_0.1_of_0_or_1": round(result.selection.share_binary, 4),
+            "alpha_above_half": result.selection.n_selected,
+            "share_within_0.1_of_0_or_1": round(result.selection.fraction_saturated, 4),
             "best_step": result.best_step,
             "valid_loss": round(float(result.history["valid_loss"].min()), 4),
         }

@@ -11,7 +11,7 @@ import pandas as pd
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, Seed
 from sitelens.conditions.base import Condition
-from sitelens.conditions.embedding import TaskEmbedding, embedded
+from sitelens.conditions.embedding import TaskEmbedding, embed_tasks
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.selection import HeadSelection
 from sitelens.errors import SitelensError
@@ -74,7 +74,7 @@ def prepare(
         SitelensError: for fewer tasks than `at_least`, before anything is trained.
     """
     loaded, config = some_tasks(tasks, at_least), config or TrainConfig()
-    vectors = embedded(loaded, model, seed=sample.seed)
+    vectors = embed_tasks(loaded, model, seed=sample.seed)
     runs = train_selections(loaded, model, embeddings=vectors, seeds=(config.seed,), config=config)
     return [Prepared(task, vectors[task.name], runs[task.name, config.seed]) for task in loaded]
 

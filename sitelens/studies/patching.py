@@ -62,7 +62,7 @@ def soft_hard(
         settings: list[tuple[Facts, Condition]] = [(unrounded, item.patch())]
         for threshold in thresholds:
             hard = item.selection.hard(threshold)
-            facts = {"threshold": threshold, "n_heads": hard.default_k}
+            facts = {"threshold": threshold, "n_heads": hard.n_selected}
             settings.append((facts, item.patch(hard)))
         rows = measure(item.task, settings, model, sample)
         soft, rows = rows.iloc[0], rows.iloc[1:]
@@ -216,7 +216,7 @@ def mixing(
 ) -> pd.DataFrame:
     """Convex against additive mixing, each with an alpha trained for it (asked for by reviewers).
 
-    One row per task and mixing: mean, low, high, n, loss, n_heads (alpha above 0.5), share_binary, and with
+    One row per task and mixing: mean, low, high, n, loss, n_heads (alpha above 0.5), fraction_saturated, and with
     `hard` True the same alpha rounded.
 
     Raises:
@@ -232,7 +232,11 @@ def mixing(
     frames = []
     for kind in ("convex", "additive"):
         for item in prepare(loaded, model, replace(config, mixing=kind), sample):
-            facts = {"mixing": kind, "n_heads": item.selection.default_k, "share_binary": item.selection.share_binary}
+            facts = {
+                "mixing": kind,
+                "n_heads": item.selection.n_selected,
+                "fraction_saturated": item.selection.fraction_saturated,
+            }
             settings: list[tuple[Facts, Condition]] = [
                 ({**facts, "hard": False}, item.patch()),
                 ({**facts, "hard": True}, item.patch(item.selection.hard())),

@@ -61,7 +61,7 @@ def seed_variance(
     frames = []
     for task in loaded:
         settings = [
-            ({"prompt_seed": p, "training_seed": t, "n_heads": result.selection.default_k},
+            ({"prompt_seed": p, "training_seed": t, "n_heads": result.selection.n_selected},
              PatchHeads(result.selection, vector, config.mixing))
             for (own, p, t, vector), result in zip(cells, results, strict=True) if own is task
         ]  # fmt: skip

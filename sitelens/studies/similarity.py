@@ -166,7 +166,7 @@ def head_similarity(
     )  # fmt: skip
     return HeadSimilarity(
         _pairs(selections, names, seeds, k), _floor(list(selections.values()), k, n_permutations), names,
-        {name: selections[name, seeds[0]].default_k if k is None else k for name in names}, model.name,
+        {name: selections[name, seeds[0]].n_selected if k is None else k for name in names}, model.name,
         groups_of(names), record,
     )  # fmt: skip
 

@@ -89,7 +89,7 @@ def initializations(
 ) -> pd.DataFrame:
     """Where alpha starts, and where it ends (asked for by reviewers).
 
-    One row per task, init and seed: mean, low, high, n, loss, valid_loss (the best), n_heads, share_binary.
+    One row per task, init and seed: mean, low, high, n, loss, valid_loss (the best), n_heads, fraction_saturated.
 
     Raises:
         SitelensError: as `train_selections`.
@@ -109,7 +109,7 @@ def initializations(
             if name == task.name:
                 alpha = result.selection
                 facts = {"init": str(init), "seed": seed, "valid_loss": result.history["valid_loss"].min(),
-                         "n_heads": alpha.default_k, "share_binary": alpha.share_binary}  # fmt: skip
+                         "n_heads": alpha.n_selected, "fraction_saturated": alpha.fraction_saturated}  # fmt: skip
                 settings.append((facts, PatchHeads(alpha, vector, result.config.mixing)))
         frames.append(measure(task, settings, model, sample))
     return pd.concat(frames, ignore_index=True)

@@ -11,7 +11,7 @@ import pandas as pd
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.base import Condition
-from sitelens.conditions.embedding import TaskEmbedding, embedded
+from sitelens.conditions.embedding import TaskEmbedding, embed_tasks
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.prompting import ZeroShot
 from sitelens.conditions.selection import HeadSelection
@@ -79,7 +79,7 @@ def transfer_matrix(
         job.plan({"embed": total(work, "embed"), "train": total(work, "train"),
                   "evaluate": total(work, "patch") * (1 + len(loaded) / 4)})  # fmt: skip
         with job.stage("embed"):
-            settled = embedded(loaded, model, embeddings, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
+            settled = embed_tasks(loaded, model, embeddings, n_prompts=n_prompts, n_shots=n_shots, seed=seed)
         alphas = dict(selections or {})
         missing = [task for task in loaded if task.name not in alphas]
         with job.stage("train"):

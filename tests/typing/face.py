@@ -131,7 +131,7 @@ def single_heads(embedding: sl.TaskEmbedding, selection: sl.HeadSelection) -> No
     assert_type(heads.induction_scores(), pd.DataFrame)
     assert_type(heads.indirect_effects("antonym", embedding=embedding), pd.DataFrame)
     assert_type(heads.head_attribution("Q: hot\nA:", answer=" cold"), pd.DataFrame)
-    assert_type(heads.written_tokens(embedding, (10, 6), "antonym"), pd.DataFrame)
+    assert_type(heads.promoted_tokens(embedding, (10, 6), "antonym"), pd.DataFrame)
 
 
 def analyses(embedding: sl.TaskEmbedding, one: sl.HeadSelection, other: sl.HeadSelection, folder: Path) -> None:

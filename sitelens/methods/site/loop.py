@@ -163,7 +163,7 @@ def _losses(
         prompt, run, embedding = (which[part].to(device) for which in (rows.prompt, rows.run, rows.embedding))
         with torch.set_grad_enabled(gradient):
             weights = alpha[run].requires_grad_(gradient)
-            logits = last_token(prefix.sharing(prompt), HeadEdit.mix(weights, vectors[embedding], mixing))
+            logits = last_token(prefix.grouped_by_prompt(prompt), HeadEdit.mix(weights, vectors[embedding], mixing))
             answers = batch.answer.to(logits.device)[prompt.to(logits.device)]
             loss = cross_entropy(logits.to(alpha.dtype), answers, reduction="none")
             if gradient:

@@ -19,7 +19,7 @@ from sitelens.store.kinds import Kind
 ALGORITHM = 1  # of training, to be raised when the numbers change
 ALGORITHM_RANDOM_INIT = 2  # of training from a random start; likewise, and raised with the other
 KEEP_SECONDS = 10  # between two writings of a training's state
-HISTORY = ("step", "loss", "valid_loss", "mean_alpha", "share_binary")
+HISTORY = ("step", "loss", "valid_loss", "mean_alpha", "fraction_saturated")
 
 
 class Record:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sitelens.checks.arguments import checked
 from sitelens.checks.schema import checked_tensor, packed
 from sitelens.checks.values import Seed
-from sitelens.conditions.embedding import TaskEmbedding, embedded
+from sitelens.conditions.embedding import TaskEmbedding, embed_tasks
 from sitelens.conditions.selection import HeadSelection
 from sitelens.engine.keys import ResultStore
 from sitelens.errors import SitelensError, SitelensWarning, warned_once
@@ -41,7 +41,7 @@ class TrainResult:
     """A trained selection and how it came about.
 
     history: one row a step: step (from 1), loss (nats, of that step's items), valid_loss (NaN where not measured),
-    mean_alpha, share_binary (alpha within 0.1 of 0 or 1).
+    mean_alpha, fraction_saturated (alpha within 0.1 of 0 or 1).
     """
 
     selection: HeadSelection
@@ -116,7 +116,7 @@ def train_selections(
     if not loaded or not seeds or len(set(seeds)) < len(seeds):
         raise SitelensError("give at least one task, and seeds that differ")
     _check_splits(loaded)
-    vectors = embedded(loaded, model, embeddings)
+    vectors = embed_tasks(loaded, model, embeddings)
     members = [(task, vectors[task.name]) for task in loaded]
     groups = [tuple(members)] if shared else [(member,) for member in members]
     jobs = [TrainJob(group, replace(config, seed=seed)) for group in groups for seed in seeds]
@@ -249,7 +249,7 @@ def _result(artifact: Artifact, config: TrainConfig, shape: tuple[int, int]) -> 
 
 
 def _warn_if_undecided(result: TrainResult) -> None:
-    share, selection = result.selection.share_binary, result.selection
+    share, selection = result.selection.fraction_saturated, result.selection
     if share < FEW_BINARY and result.config.steps >= TrainConfig().steps:
         warnings.warn(
             f"task {selection.task!r}, seed {result.config.seed}: only {share:.0%} of alpha is within 0.1 of 0 or 1 "

@@ -15,7 +15,7 @@ from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.embedding import TaskEmbedding, embedding_prompts
 from sitelens.conditions.selection import Head
-from sitelens.engine.capture import like_prompts
+from sitelens.engine.capture import same_length_chunks
 from sitelens.engine.prompts import PromptBatch, few_shot_prompts, tokenize
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
@@ -69,7 +69,7 @@ def head_attribution(
     if embedding is not None:
         embedding.check_fits(model)
     total = torch.zeros(model.shape[:2], dtype=model.computing_dtype)
-    for index in like_prompts(batch, model):
+    for index in same_length_chunks(batch, model):
         part = batch.rows(index)
         path = DirectPath.of(part, model)
         path.check()
@@ -86,7 +86,7 @@ def _few_shot_batch(task: Task, model: Model, n_items: int, n_shots: int, seed: 
 
 
 @checked
-def written_tokens(
+def promoted_tokens(
     embedding: TaskEmbedding,
     head: Head,
     task: Task | str | Sequence[str],
@@ -105,7 +105,7 @@ def written_tokens(
             an architecture.
 
     Example:
-        >>> frame = sl.heads.written_tokens(embedding, "L1H3", task, model, n=2)
+        >>> frame = sl.heads.promoted_tokens(embedding, "L1H3", task, model, n=2)
         >>> len(frame)  # the two highest and the two lowest
         4
     """
@@ -123,17 +123,17 @@ def written_tokens(
         prompts = embedding_prompts(task, tokenizer, min(8, embedding.n_prompts), embedding.n_shots, embedding.seed)
         batch = tokenize(prompts, tokenizer, model.context_length, f"task {task.name!r}")
     rows = []
-    for index in like_prompts(batch, model):
+    for index in same_length_chunks(batch, model):
         path = DirectPath.of(batch.rows(index), model)
         path.check()
-        rows.append(path.written(layer, place, embedding.mean_z[layer, place]))
+        rows.append(path.promoted_logits(layer, place, embedding.mean_z[layer, place]))
     logits = torch.cat(rows).mean(0)
     order = logits.argsort(descending=True).tolist()
     chosen = [*order[:n], *order[len(order) - n :]]
     return pd.DataFrame({"token": [tokenizer.decode([i]) for i in chosen], "logit": logits[chosen].tolist()})
 
 
-def written(
+def head_outputs(
     z: Float[Tensor, "layer head d_head"], model: Model, prompts: PromptBatch | None = None
 ) -> Float[Tensor, "layer head d_model"]:
     """What each head's z adds to the residual stream, without the output bias, on the CPU.
@@ -151,7 +151,7 @@ def written(
         )
     chosen = prompts.rows(range(min(8, len(prompts)))) if passes_norm and prompts is not None else _any_prompt(model)
     total = torch.zeros(*z.shape[:2], model.d_model, dtype=model.computing_dtype)
-    for index in like_prompts(chosen, model):
+    for index in same_length_chunks(chosen, model):
         path = DirectPath.of(chosen.rows(index), model)
         path.check()
         for row in range(len(index)):
