@@ -22,8 +22,9 @@ import torch
 import sitelens as sl
 from benchmarks.plain import Plain
 from sitelens.conditions.embedding import embedding_prompts
+from sitelens.engine.batches import tokenize
 from sitelens.engine.decoding import end_tokens
-from sitelens.engine.prompts import few_shot_prompts, tokenize
+from sitelens.engine.prompts import few_shot_prompts
 from sitelens.methods.site.loop import Run
 from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings

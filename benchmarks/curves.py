@@ -21,7 +21,8 @@ from plotly.subplots import make_subplots
 
 import sitelens as sl
 from benchmarks.bench import RESULTS, machine, padded, seconds
-from sitelens.engine.prompts import few_shot_prompts, tokenize
+from sitelens.engine.batches import tokenize
+from sitelens.engine.prompts import few_shot_prompts
 from sitelens.figures.style import COLORS, DOUBLE, styled
 from sitelens.models.model import Bridge, Model
 from sitelens.settings import parse_bytes

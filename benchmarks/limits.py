@@ -17,9 +17,10 @@ import torch
 
 import sitelens as sl
 from benchmarks.bench import RESULTS, machine
+from sitelens.engine.batches import tokenize
 from sitelens.engine.forward import HeadEdit, LastToken
 from sitelens.engine.prefix import PrefixCache
-from sitelens.engine.prompts import few_shot_prompts, tokenize
+from sitelens.engine.prompts import few_shot_prompts
 from sitelens.models.model import Bridge, Model
 
 REPEATS = 21

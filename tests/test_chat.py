@@ -13,7 +13,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sitelens.engine.prompts import Prompt, few_shot_prompt, item_sizes, tokenize
+from sitelens.engine.batches import tokenize
+from sitelens.engine.lengths import item_sizes
+from sitelens.engine.prompts import Prompt, few_shot_prompt
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation.labels import shared_first_tokens
 from sitelens.methods.items import prompts_with_answers

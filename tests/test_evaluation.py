@@ -22,9 +22,10 @@ import sitelens as sl
 from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.patching import PatchHeads
+from sitelens.engine.batches import PromptBatch, tokenize
 from sitelens.engine.decoding import decode
 from sitelens.engine.forward import Hook, full_logits
-from sitelens.engine.prompts import Prompt, PromptBatch, draw_demonstrations, few_shot_prompts, tokenize
+from sitelens.engine.prompts import Prompt, draw_demonstrations, few_shot_prompts
 from sitelens.evaluation.evaluate import COLUMNS
 from sitelens.models.fingerprints import fingerprint
 from sitelens.models.model import Bridge, Model

@@ -16,12 +16,13 @@ from torch import Tensor
 from sitelens.conditions.embedding import TaskEmbedding, embed_task, embedding_prompts
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.selection import HeadSelection
+from sitelens.engine.batches import PromptBatch, tokenize
 from sitelens.engine.decoding import decode
 from sitelens.engine.forward import HeadEdit, LastToken, capture_z, full_logits
 from sitelens.engine.memory import chunks, prefix_bytes
 from sitelens.engine.network import Passes, all_positions, run_tokens
 from sitelens.engine.prefix import PrefixCache, ReadOnly
-from sitelens.engine.prompts import Prompt, PromptBatch, tokenize
+from sitelens.engine.prompts import Prompt
 from sitelens.errors import SitelensError
 from sitelens.models.model import Bridge, Model, z_hook
 from sitelens.settings import settings

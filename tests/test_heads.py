@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerFast
 
 import sitelens as sl
 from sitelens.conditions.embedding import TaskEmbedding, embedding_prompts
+from sitelens.engine.batches import tokenize
 from sitelens.engine.memory import prefix_bytes
-from sitelens.engine.prompts import Prompt, few_shot_prompts, tokenize
+from sitelens.engine.prompts import Prompt, few_shot_prompts
 from sitelens.heads import (
     ROLES,
     attention,

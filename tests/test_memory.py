@@ -25,10 +25,11 @@ from sitelens.conditions.embedding import TaskEmbedding, embed_task
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.prompting import FewShot, ZeroShot
 from sitelens.conditions.selection import HeadSelection
+from sitelens.engine.batches import PromptBatch, tokenize
 from sitelens.engine.forward import HeadEdit, LastToken, capture_z, full_logits
 from sitelens.engine.memory import forward_bytes, prefix_bytes, step_cost
 from sitelens.engine.prefix import PrefixCache
-from sitelens.engine.prompts import Prompt, PromptBatch, tokenize
+from sitelens.engine.prompts import Prompt
 from sitelens.errors import SitelensWarning
 from sitelens.evaluation.evaluate import evaluate
 from sitelens.methods.site.config import TrainConfig

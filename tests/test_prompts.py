@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 
-from sitelens.engine.prompts import (
-    Prompt,
-    PromptBatch,
-    draw_demonstrations,
-    few_shot_prompt,
-    few_shot_prompts,
-    prompt_parts,
-    tokenize,
-)
+from sitelens.engine.batches import PromptBatch, tokenize
+from sitelens.engine.prompts import Prompt, draw_demonstrations, few_shot_prompt, few_shot_prompts, prompt_parts
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.tasks import QA_TEMPLATE, Example, Task
 from tests import micro

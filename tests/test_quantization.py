@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import sitelens as sl
+from sitelens.engine.batches import tokenize
 from sitelens.engine.forward import HeadEdit, LastToken, full_logits
 from sitelens.engine.prefix import PrefixCache
-from sitelens.engine.prompts import Prompt, tokenize
+from sitelens.engine.prompts import Prompt
 from sitelens.models import quantization
 from sitelens.models.catalogue import PAPER
 from sitelens.models.fingerprints import fingerprint

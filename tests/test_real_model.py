@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import sitelens as sl
 from sitelens import cli
+from sitelens.engine.batches import tokenize
 from sitelens.engine.forward import HeadEdit, LastToken
 from sitelens.engine.prefix import PrefixCache
-from sitelens.engine.prompts import few_shot_prompts, tokenize
+from sitelens.engine.prompts import few_shot_prompts
 from sitelens.models.model import Bridge, Model
 from sitelens.settings import settings
 from tests import micro, oracle

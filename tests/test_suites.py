@@ -20,7 +20,8 @@ import pytest
 
 import sitelens as sl
 from sitelens import progress
-from sitelens.engine.prompts import few_shot_prompts, item_sizes, within_context
+from sitelens.engine.lengths import item_sizes, within_context
+from sitelens.engine.prompts import few_shot_prompts
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation.labels import shared_first_tokens
 from sitelens.methods.site import method as site

@@ -9,7 +9,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import sitelens as sl
-from sitelens.engine.prompts import Prompt, few_shot_prompt, tokenize
+from sitelens.engine.batches import tokenize
+from sitelens.engine.prompts import Prompt, few_shot_prompt
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.models.tokenizers import added, continuation, encode, spans
 from sitelens.tasks import QA_TEMPLATE, Example, Task

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sitelens.conditions.embedding import TaskEmbedding, embed_task
+from sitelens.engine.batches import PromptBatch, tokenize
 from sitelens.engine.forward import HeadEdit, LastToken, full_logits
 from sitelens.engine.memory import prefix_bytes
 from sitelens.engine.prefix import PrefixCache
-from sitelens.engine.prompts import PromptBatch, few_shot_prompts, tokenize
+from sitelens.engine.prompts import few_shot_prompts
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.methods.site import loop as training_loop
 from sitelens.methods.site import state as training_state

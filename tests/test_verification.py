@@ -14,8 +14,8 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 import sitelens as sl
 from sitelens.cli import main
 from sitelens.engine import prefix
+from sitelens.engine.batches import tokenize
 from sitelens.engine.forward import HeadEdit
-from sitelens.engine.prompts import tokenize
 from sitelens.heads.direct import DirectPath
 from sitelens.models.model import Bridge
 from sitelens.reports.verification import checks, subject

@@ -9,7 +9,8 @@ import torch
 
 import sitelens as sl
 from sitelens.conditions.streams import InContextVector, LinearCombination
-from sitelens.engine.prompts import few_shot_prompts, tokenize
+from sitelens.engine.batches import tokenize
+from sitelens.engine.prompts import few_shot_prompts
 from sitelens.heads import (
     ROLES,
     SINK,

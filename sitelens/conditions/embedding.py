@@ -15,10 +15,11 @@ from torch import Tensor
 from sitelens.checks.arguments import checked
 from sitelens.checks.schema import packed
 from sitelens.checks.values import Count, CountOrZero, Seed, tensor
+from sitelens.engine.batches import tokenize
 from sitelens.engine.forward import capture_z
 from sitelens.engine.keys import ResultStore
 from sitelens.engine.memory import MAX_TOKENS, chunks, forward_bytes
-from sitelens.engine.prompts import Prompt, draw_demonstrations, few_shot_prompt, tokenize
+from sitelens.engine.prompts import Prompt, draw_demonstrations, few_shot_prompt
 from sitelens.errors import SitelensError
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, ModelLike, ModelSource, check_fit

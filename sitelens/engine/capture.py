@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sitelens.engine.batches import PromptBatch
 from sitelens.engine.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.engine.network import Passes, all_positions, run_tokens
-from sitelens.engine.prompts import PromptBatch
 from sitelens.models.model import Model
 from sitelens.settings import settings
 

@@ -21,9 +21,9 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
 from sitelens.contexts import bound
+from sitelens.engine.batches import PromptBatch
 from sitelens.engine.network import Passes, all_positions, run_right_padded, run_tokens
 from sitelens.engine.prefix import PrefixCache, ReadOnly
-from sitelens.engine.prompts import PromptBatch
 from sitelens.errors import SitelensError
 from sitelens.models.model import Model, z_hook
 

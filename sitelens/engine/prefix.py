@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from sitelens.engine.batches import PromptBatch
 from sitelens.engine.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.engine.network import Passes, check_tokens, run_right_padded
-from sitelens.engine.prompts import PromptBatch
 from sitelens.models.model import Model
 
 

@@ -14,8 +14,9 @@ from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, Seed
 from sitelens.conditions.base import Condition, checked_conditions
 from sitelens.conditions.prompting import ZeroShot
+from sitelens.engine.batches import PromptBatch, tokenize
 from sitelens.engine.decoding import end_tokens
-from sitelens.engine.prompts import Prompt, PromptBatch, after_answer, few_shot_prompts, tokenize
+from sitelens.engine.prompts import Prompt, after_answer, few_shot_prompts
 from sitelens.errors import SitelensError, warned_once
 from sitelens.evaluation.labels import label_tokens, warn_of_shared_first_tokens
 from sitelens.evaluation.predictions import Predictor, as_patches

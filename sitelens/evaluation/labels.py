@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sitelens.engine.prompts import answer_tokens, few_shot_prompt, prompt_tokens
+from sitelens.engine.batches import answer_tokens, prompt_tokens
+from sitelens.engine.prompts import few_shot_prompt
 from sitelens.errors import SitelensError, not_yet_warned, warn_once
 from sitelens.models.model import Model
 from sitelens.tasks import Task

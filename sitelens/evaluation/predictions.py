@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from sitelens.conditions.base import Condition, Patch, in_effect
+from sitelens.engine.batches import PromptBatch
 from sitelens.engine.decoding import decode, end_tokens
 from sitelens.engine.forward import HeadEdit, LastToken, check_finite, full_logits, last_logits
 from sitelens.engine.memory import (
@@ -24,7 +25,6 @@ from sitelens.engine.memory import (
 )
 from sitelens.engine.network import Passes
 from sitelens.engine.prefix import PrefixCache
-from sitelens.engine.prompts import PromptBatch
 from sitelens.engine.twins import is_user_hooked
 from sitelens.metrics import Output
 from sitelens.models.model import Model

@@ -20,9 +20,10 @@ from torch import Tensor
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.selection import Heads
+from sitelens.engine.batches import PromptBatch, tokenize
 from sitelens.engine.capture import run_with_callbacks, same_length_chunks
 from sitelens.engine.memory import MAX_TOKENS
-from sitelens.engine.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, prompt_parts, tokenize
+from sitelens.engine.prompts import draw_demonstrations, few_shot_prompt, prompt_parts
 from sitelens.errors import SitelensError
 from sitelens.heads.inputs import all_heads, checked_heads, per_head, task_or_texts, text_batch, valid_items
 from sitelens.models.loading import resolve_model

@@ -15,8 +15,9 @@ from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.embedding import TaskEmbedding, embedding_prompts
 from sitelens.conditions.selection import Head
+from sitelens.engine.batches import PromptBatch, tokenize
 from sitelens.engine.capture import same_length_chunks
-from sitelens.engine.prompts import PromptBatch, few_shot_prompts, tokenize
+from sitelens.engine.prompts import few_shot_prompts
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.heads.direct import DirectPath

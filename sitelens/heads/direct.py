@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sitelens.engine.batches import PromptBatch
 from sitelens.engine.network import Passes, run_tokens
 from sitelens.engine.prefix import PrefixCache, ReadOnly
-from sitelens.engine.prompts import PromptBatch
 from sitelens.errors import SitelensError
 from sitelens.heads.norms import HeldNorm
 from sitelens.models.model import Model, z_hook

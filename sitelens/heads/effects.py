@@ -13,10 +13,11 @@ from einops import rearrange
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.embedding import TaskEmbedding
+from sitelens.engine.batches import PromptBatch, tokenize
 from sitelens.engine.forward import HeadEdit, LastToken, check_finite
 from sitelens.engine.memory import chunk_grid, chunks, prefix_bytes, step_cost
 from sitelens.engine.prefix import PrefixCache
-from sitelens.engine.prompts import PromptBatch, draw_demonstrations, few_shot_prompt, tokenize
+from sitelens.engine.prompts import draw_demonstrations, few_shot_prompt
 from sitelens.errors import SitelensError
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.heads.inputs import per_head, task_or_texts, text_batch, valid_items

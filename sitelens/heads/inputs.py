@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sitelens.conditions.selection import Heads, head_pairs
-from sitelens.engine.prompts import Prompt, PromptBatch, tokenize
+from sitelens.engine.batches import PromptBatch, tokenize
+from sitelens.engine.prompts import Prompt
 from sitelens.errors import SitelensError
 from sitelens.models.model import Model
 from sitelens.tasks import ENDINGS, Example, Task, load_task

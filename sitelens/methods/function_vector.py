@@ -15,10 +15,11 @@ from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.base import Scope
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.streams import AddToStream
+from sitelens.engine.batches import PromptBatch
 from sitelens.engine.capture import same_length_chunks
 from sitelens.engine.forward import check_finite, full_logits
 from sitelens.engine.network import Passes
-from sitelens.engine.prompts import PromptBatch, few_shot_prompts
+from sitelens.engine.prompts import few_shot_prompts
 from sitelens.errors import SitelensError, warned_once
 from sitelens.heads.attribution import head_outputs
 from sitelens.heads.effects import indirect_effects

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sitelens.engine.prompts import PromptBatch, answer_tokens, few_shot_prompt, few_shot_prompts, tokenize
+from sitelens.engine.batches import PromptBatch, answer_tokens, tokenize
+from sitelens.engine.prompts import few_shot_prompt, few_shot_prompts
 from sitelens.errors import SitelensError
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.models.model import Model

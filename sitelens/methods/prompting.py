@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions import prompting
-from sitelens.engine.prompts import few_shot_prompt, item_sizes
+from sitelens.engine.lengths import item_sizes
+from sitelens.engine.prompts import few_shot_prompt
 from sitelens.methods.base import Fitted, Method
 from sitelens.methods.items import MAX_TRAIN, cap_training_items
 from sitelens.models.loading import resolve_model

@@ -12,7 +12,7 @@ from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, Seed
 from sitelens.conditions.base import Condition
 from sitelens.conditions.prompting import FewShot, ZeroShot
-from sitelens.engine.prompts import item_sizes, within_context
+from sitelens.engine.lengths import item_sizes, within_context
 from sitelens.errors import SitelensError, warned_once
 from sitelens.evaluation.cached import score_conditions
 from sitelens.evaluation.labels import shared_first_tokens, warn_of_shared_first_tokens

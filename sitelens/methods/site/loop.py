@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sitelens.conditions.embedding import TaskEmbedding
+from sitelens.engine.batches import PromptBatch, tokenize
 from sitelens.engine.forward import HeadEdit, LastToken, Mixing
 from sitelens.engine.memory import MAX_ROWS, chunks, prefix_bytes, step_cost
 from sitelens.engine.prefix import PrefixCache
-from sitelens.engine.prompts import PromptBatch, few_shot_prompt, tokenize
+from sitelens.engine.prompts import few_shot_prompt
 from sitelens.errors import SitelensError
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.state import Record, State

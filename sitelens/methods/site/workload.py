@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sitelens.engine.prompts import item_sizes
+from sitelens.engine.lengths import item_sizes
 from sitelens.methods.site.config import TrainConfig
 from sitelens.models.model import Model
 from sitelens.tasks import Task

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sitelens.engine.prompts import PromptBatch, few_shot_prompts, tokenize
+from sitelens.engine.batches import PromptBatch, tokenize
+from sitelens.engine.prompts import few_shot_prompts
 from sitelens.engine.twins import network_twin
 from sitelens.errors import SitelensError
 from sitelens.heads.direct import tolerance
