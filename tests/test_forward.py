@@ -17,8 +17,9 @@ from sitelens.conditions.embedding import TaskEmbedding, embed_task, embedding_p
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.selection import HeadSelection
 from sitelens.engine.batches import PromptBatch, tokenize
+from sitelens.engine.capture import capture_z
 from sitelens.engine.decoding import decode
-from sitelens.engine.forward import HeadEdit, LastToken, capture_z, full_logits
+from sitelens.engine.forward import HeadEdit, LastToken, full_logits
 from sitelens.engine.memory import chunks, prefix_bytes
 from sitelens.engine.network import Passes, all_positions, run_tokens
 from sitelens.engine.prefix import PrefixCache, ReadOnly

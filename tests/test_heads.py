@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import sitelens as sl
 from sitelens.conditions.embedding import TaskEmbedding, embedding_prompts
-from sitelens.engine.batches import tokenize
+from sitelens.engine.batches import task_batch, tokenize
 from sitelens.engine.memory import prefix_bytes
 from sitelens.engine.prompts import Prompt, few_shot_prompts
 from sitelens.heads import (
@@ -250,6 +250,7 @@ def test_promoted_tokens_are_ranked_as_by_hand(family: str, model: Bridge) -> No
 def test_the_prompts_of_promoted_tokens_are_at_most_eight_of_the_embeddings(
     gpt2: Bridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sitelens.heads import attribution
 
     asked: list[tuple[Any, ...]] = []
 
@@ -257,7 +258,7 @@ def test_the_prompts_of_promoted_tokens_are_at_most_eight_of_the_embeddings(
         asked.append(args[2:])
         return embedding_prompts(*args)
 
-    monkeypatch.setattr(writing, "embedding_prompts", seen)
+    monkeypatch.setattr(attribution, "embedding_prompts", seen)
     task = worded()
     promoted_tokens(embedding_for(gpt2, task, n_prompts=50, n_shots=1, seed=4), (0, 0), task, gpt2)
     assert asked == [(8, 1, 4)]
@@ -519,11 +520,11 @@ def asked_by(task: Task, model: Bridge, monkeypatch: pytest.MonkeyPatch, **optio
     batches = []
 
     def keep(*args: Any) -> Any:
-        batches.append(tokenize(*args))
+        batches.append(task_batch(*args))
         return batches[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(effects, "tokenize", keep)
+        patch.setattr(effects, "task_batch", keep)
         found = indirect_effects(task, model, **options)
     (batch,) = batches
     return found, batch

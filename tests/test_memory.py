@@ -26,7 +26,8 @@ from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.prompting import FewShot, ZeroShot
 from sitelens.conditions.selection import HeadSelection
 from sitelens.engine.batches import PromptBatch, tokenize
-from sitelens.engine.forward import HeadEdit, LastToken, capture_z, full_logits
+from sitelens.engine.capture import capture_z
+from sitelens.engine.forward import HeadEdit, LastToken, full_logits
 from sitelens.engine.memory import forward_bytes, prefix_bytes, step_cost
 from sitelens.engine.prefix import PrefixCache
 from sitelens.engine.prompts import Prompt

@@ -397,7 +397,7 @@ def test_the_policy_learns_which_head_matters() -> None:
 
 def test_weighted_writes_add_up_to_what_the_heads_write(model: Bridge) -> None:
     """All weights one, and z a prompt's own: the attention layer's output, behind its norm if any, less its bias."""
-    from sitelens.engine.forward import capture_z
+    from sitelens.engine.capture import capture_z
     from sitelens.heads.attribution import head_outputs
 
     batch = zero_shot(TASK, TASK.train[:1], Model.of(model))

@@ -21,7 +21,7 @@ from sitelens.conditions.adapters import Adapters, LowRank
 from sitelens.conditions.embedding import embedding_prompts
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.streams import AddToStream
-from sitelens.engine import forward, network, prefix, prompts, twins
+from sitelens.engine import batches, forward, network, prefix, prompts, twins
 from sitelens.methods.site.loop import Run
 from sitelens.models.interference import Here
 from sitelens.models.model import Bridge, Model, z_hook
@@ -462,7 +462,7 @@ def test_an_interrupt_at_any_line_does_no_harm(llama: Bridge) -> None:
     llama.forward(torch.tensor([ids]))
     before = whole(llama, ids)
     heard: list[int] = []
-    batch = prompts.tokenize([prompts.Prompt("ab cd", ())], micro.tokenizer(), None, "t")
+    batch = batches.tokenize([prompts.Prompt("ab cd", ())], micro.tokenizer(), None, "t")
     with llama.hooks(fwd_hooks=[("blocks.1.mlp.hook_out", lambda x, hook: heard.append(1))]):
         left = micro.hooks_left(llama)
 

@@ -15,8 +15,9 @@ from sitelens.checks.values import CountOrZero
 from sitelens.conditions.base import Patch, Positions, Scope
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.patching import HeadPatch
-from sitelens.conditions.selection import Heads, HeadSelection, head_pairs, parsed_heads
+from sitelens.conditions.selection import HeadSelection
 from sitelens.errors import SitelensError
+from sitelens.models.heads import Heads, head_pairs, parsed_heads
 from sitelens.models.model import Model, ModelLike, check_fit
 
 Kind = Literal["zero", "mean"]

@@ -15,8 +15,8 @@ from torch import Tensor
 from sitelens.checks.arguments import checked
 from sitelens.checks.schema import packed
 from sitelens.checks.values import Count, CountOrZero, Seed, tensor
-from sitelens.engine.batches import tokenize
-from sitelens.engine.forward import capture_z
+from sitelens.engine.batches import task_batch
+from sitelens.engine.capture import capture_z
 from sitelens.engine.keys import ResultStore
 from sitelens.engine.memory import MAX_TOKENS, chunks, forward_bytes
 from sitelens.engine.prompts import Prompt, draw_demonstrations, few_shot_prompt
@@ -120,7 +120,7 @@ def embed_task(
             raise SitelensError(f"task {task.name!r} has too few training items for {n_shots} shots and a query: "
                                 f"{len(task.train)} items")  # fmt: skip
         prompts = embedding_prompts(task, model.tokenizer, n_prompts, n_shots, seed)
-        batch = tokenize(prompts, model.tokenizer, model.context_length, f"task {task.name!r}")
+        batch = task_batch(task, prompts, model)
         cost = functools.partial(forward_bytes, model)
         parts = chunks(batch.lengths, cost, settings.budget(), max_tokens=MAX_TOKENS)
         z = torch.empty(n_prompts, *model.shape, dtype=torch.float64)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import random
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +18,7 @@ from sitelens.checks.arguments import checked
 from sitelens.checks.schema import packed
 from sitelens.checks.values import Seed, Share, tensor
 from sitelens.errors import SitelensError
+from sitelens.models.heads import Heads, head_pairs, per_head
 from sitelens.models.model import ModelLike, check_fit
 from sitelens.models.provenance import Origin, model_label
 from sitelens.store.artifact import Artifact
@@ -29,94 +27,12 @@ from sitelens.store.kinds import Kind
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    Head = tuple[int, int] | str  # (10, 6), "L10H6" or "10.6"
-    Heads = Iterable[Head] | Head | Bool[Tensor, "layer head"] | pd.DataFrame
-else:
-    Head = Heads = Any  # whatever is given is checked below, numpy's numbers included
-HEAD = re.compile(r"L?(\d+)(?:H|\.)(\d+)", re.IGNORECASE)
+SATURATED = 0.1  # an alpha this near to 0 or 1 counts as saturated
 
 
-def head_pairs(heads: Heads, layers: int, width: int) -> list[tuple[int, int]]:
-    """Heads of a model with so many layers, and heads in each, as (layer, head), in the order given.
-
-    Raises:
-        SitelensError: as `parsed_heads`, or if the model has no such head.
-    """
-    mask = _as_mask(heads)
-    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (layers, width)):
-        raise SitelensError(
-            f"a mask of heads must be boolean of shape {(layers, width)}, not {mask.dtype} {tuple(mask.shape)}"
-        )
-    pairs = parsed_heads(heads)
-    for layer, head in pairs:
-        if not (0 <= layer < layers and 0 <= head < width):
-            raise SitelensError(f"there is no head ({layer}, {head}): layers 0 to {layers - 1}, heads 0 to {width - 1}")
-    return pairs
-
-
-def parsed_heads(heads: Heads) -> list[tuple[int, int]]:
-    """Heads as (layer, head), in the order given.
-
-    A head is (10, 6), "L10H6" or "10.6". Heads are a head, any number of them (in one text with commas or spaces
-    between them), a boolean mask `[layer head]`, or a DataFrame with the columns layer and head.
-
-    Raises:
-        SitelensError: if they are something else.
-    """
-    given: Any = heads
-    if (mask := _as_mask(heads)) is not None:
-        if mask.dtype != torch.bool or mask.ndim != 2:
-            raise SitelensError(f"a mask of heads must be boolean [layer head], not {mask.dtype} {tuple(mask.shape)}")
-        given = mask.nonzero().tolist()
-    elif isinstance(heads, pd.DataFrame):
-        if not {"layer", "head"} <= set(heads.columns):
-            columns = ", ".join(map(str, heads.columns))
-            raise SitelensError(f"a table of heads needs the columns layer and head, it has {columns}")
-        given = list(zip(heads["layer"], heads["head"], strict=True))
-    elif isinstance(heads, Tensor | np.ndarray):
-        given = heads.tolist()
-    elif isinstance(heads, str):
-        given = heads.replace(",", " ").split()
-    elif isinstance(heads, tuple) and len(heads) == 2 and all(map(_is_number, heads)):
-        given = [heads]
-    if not isinstance(given, Iterable):
-        raise SitelensError(f"heads are pairs (layer, head) or names such as L10H6, not {heads!r}")
-    return [_pair(head) for head in given]
-
-
-def _as_mask(heads: Any) -> Tensor | None:
-    """What should be a boolean mask, as a tensor; None where heads are given otherwise."""
-    if not isinstance(heads, Tensor | np.ndarray):
-        return None
-    mask = torch.as_tensor(heads)
-    return mask if mask.dtype == torch.bool or mask.ndim != 2 or mask.shape[1] != 2 else None
-
-
-def _pair(head: Any) -> tuple[int, int]:
-    """One head, however it is written."""
-    match = HEAD.fullmatch(head.strip()) if isinstance(head, str) else None
-    if match:
-        return int(match[1]), int(match[2])
-    try:
-        if isinstance(head, str):
-            raise ValueError
-        layer, place = head
-        if _is_number(layer) and _is_number(place) and int(layer) == layer and int(place) == place:
-            return int(layer), int(place)
-    except (TypeError, ValueError):
-        pass
-    raise SitelensError(f"a head is a pair (layer, head) or a name such as L10H6, not {head!r}")
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is one number, numpy's and torch's included (whole floats come out of DataFrames)."""
-    if isinstance(value, (bool, np.bool_)):
-        return False
-    try:
-        operator.index(value)
-    except (TypeError, ValueError, RuntimeError):
-        return isinstance(value, (float, np.floating)) and bool(np.isfinite(value))
-    return True
+def saturated(alpha: Float[Tensor, "*heads"]) -> Bool[Tensor, "*heads"]:
+    """Which alphas are within 0.1 of 0 or 1."""
+    return (alpha <= SATURATED) | (alpha >= 1 - SATURATED)
 
 
 @checked
@@ -164,8 +80,8 @@ class HeadSelection:
 
     @property
     def fraction_saturated(self) -> float:
-        """The share of heads whose alpha is within 0.1 of 0 or 1."""
-        return ((self.alpha <= 0.1) | (self.alpha >= 0.9)).double().mean().item()
+        """The fraction of heads whose alpha is within 0.1 of 0 or 1."""
+        return saturated(self.alpha).double().mean().item()
 
     @checked
     def hard(self, threshold: Share = 0.5) -> HeadSelection:
@@ -228,9 +144,8 @@ class HeadSelection:
         return HeadSelection(alpha, tasks, selections[0].model, f"mean of {len(selections)} selections", origin)
 
     def frame(self) -> pd.DataFrame:
-        """One row a head: layer, head, alpha."""
-        index = [(layer, head) for layer in range(self.alpha.shape[0]) for head in range(self.alpha.shape[1])]
-        return pd.DataFrame(index, columns=["layer", "head"]).assign(alpha=self.alpha.flatten().tolist())
+        """One row per head: layer, head, alpha."""
+        return per_head(self.alpha, "alpha")
 
     def heatmap(self, title: str | None = None) -> go.Figure:
         """Layer by head, colors fixed to [0, 1], the numbers in the hover."""

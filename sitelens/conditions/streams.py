@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,16 @@ from sitelens.models.provenance import Origin
 def stream_hook(layer: int) -> str:
     """The residual stream after a layer, `[batch pos d_model]`."""
     return f"blocks.{layer}.hook_resid_post"
+
+
+def at_last_token(x: Float[Tensor, "row pos d_model"], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A new x whose last position is what `change` makes of it, in the dtype of x."""
+    return torch.cat([x[:, :-1], change(x[:, -1:]).to(x.dtype)], dim=1)
+
+
+def added(last: Float[Tensor, "row 1 d_model"], vector: Float[Tensor, " d_model"]) -> Tensor:
+    """The sum in the dtype of the vector."""
+    return last.to(vector.dtype) + vector
 
 
 Part = Literal["attn", "mlp"]
@@ -102,8 +112,7 @@ class _StreamCondition(Condition):
         ]
 
     def _act(self, x: Tensor, hook: Any = None, *, vector: Tensor) -> Tensor:
-        last = self.changed(x[:, -1:], vector.to(x.device))
-        return torch.cat([x[:, :-1], last.to(x.dtype)], dim=1)
+        return at_last_token(x, lambda last: self.changed(last, vector.to(x.device)))
 
     @abstractmethod
     def changed(self, last: Tensor, vector: Tensor) -> Tensor:
@@ -116,7 +125,7 @@ class AddToStream(_StreamCondition):
     """x <- x + vector at the last token, after each of `layers` (function vectors; learnable task vectors)."""
 
     def changed(self, last: Tensor, vector: Tensor) -> Tensor:
-        return last.to(vector.dtype) + vector
+        return added(last, vector)
 
 
 @checked

@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sitelens.engine.prompts import Prompt
+from sitelens.engine.prompts import Prompt, few_shot_prompt
 from sitelens.errors import SitelensError, SitelensWarning
+from sitelens.models.model import Model
 from sitelens.models.tokenizers import continuation, encode
+from sitelens.tasks import Example, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,11 @@ class PromptBatch:
         return len(self.texts)
 
     @cached_property
+    def ids(self) -> list[list[int]]:
+        """The token ids of each row, without padding."""
+        return [tokens[mask].tolist() for tokens, mask in zip(self.tokens, self.mask, strict=True)]
+
+    @cached_property
     def lengths(self) -> list[int]:
         """Real tokens of each row."""
         return self.mask.sum(-1).tolist()
@@ -53,6 +60,31 @@ class PromptBatch:
             tuple(self.accepted[i] for i in index), tuple(self.texts[i] for i in index),
             tuple(self.answers[i] for i in index),
         )  # fmt: skip
+
+
+def batch_of(prompts: Sequence[Prompt], model: Model, where: str = "") -> PromptBatch:
+    """Prompts as tokens of the model, checked against its context.
+
+    Args:
+        prompts: what is tokenized.
+        model: whose tokenizer and context length count.
+        where: what the prompts are, for messages.
+
+    Raises:
+        SitelensError: as `tokenize`.
+    """
+    return tokenize(prompts, model.tokenizer, model.context_length, where)
+
+
+def task_batch(task: Task, prompts: Sequence[Prompt], model: Model) -> PromptBatch:
+    """`batch_of` for prompts of a task, which messages name."""
+    return batch_of(prompts, model, f"task {task.name!r}")
+
+
+def zero_shot_batch(items: Sequence[tuple[Task, Example]], model: Model, where: str) -> PromptBatch:
+    """`batch_of` for one prompt without demonstrations per item, each with its task."""
+    tokenizer = model.tokenizer
+    return batch_of([few_shot_prompt(task, [], item, tokenizer) for task, item in items], model, where)
 
 
 def tokenize(

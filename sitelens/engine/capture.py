@@ -1,4 +1,4 @@
-"""What passes hook points at the last token of prompts."""
+"""Captures: what passes hook points at the last token of prompts, and passes over prompts that only look."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sitelens.engine.batches import PromptBatch
+from sitelens.engine.forward import Hook
 from sitelens.engine.memory import MAX_TOKENS, chunks, forward_bytes
-from sitelens.engine.network import Passes, all_positions, run_tokens
-from sitelens.models.model import Model
+from sitelens.engine.network import Passes, all_positions, run_right_padded, run_tokens
+from sitelens.models.model import Model, z_hook
 from sitelens.settings import settings
 
 
@@ -24,36 +25,77 @@ def same_length_chunks(batch: PromptBatch, model: Model) -> list[list[int]]:
 
 
 @torch.no_grad()
-def run_with_callbacks(tokens: Int[Tensor, "row pos"], model: Model, look: dict[str, Callable[[Tensor], None]]) -> None:
-    """Run whole prompts of one length, unembedding nothing, and show the tensors at some hook points."""
-
-    def hook_of(see: Callable[[Tensor], None]) -> Callable[..., None]:
-        def hook(tensor: Tensor, hook: Any = None) -> None:
-            see(tensor)
-
-        return hook
-
+def run_with_callbacks(
+    tokens: Int[Tensor, "row pos"], model: Model, callbacks: dict[str, Callable[[Tensor], None]]
+) -> None:
+    """Run whole prompts of one length, without unembedding, and call back with the tensor at each hook point."""
     tokens = tokens.to(model.device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    passes = Passes(model, [(name, hook_of(see)) for name, see in look.items()])
+    passes = Passes(model, [(point, _hook(callback)) for point, callback in callbacks.items()])
     run_tokens(passes, tokens, mask, all_positions(mask), kept=0)
 
 
-def mean_states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "point d_model"]:
-    """Means over prompts of what passes some hook points at the last token."""
-    return states(batch, points, model).mean(0).to(torch.float32)
+def _hook(callback: Callable[[Tensor], None]) -> Callable[..., None]:
+    def hook(tensor: Tensor, hook: Any = None) -> None:
+        callback(tensor)
+
+    return hook
 
 
-def states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "prompt point d_model"]:
-    """What passes some hook points at the last token of each prompt, in float64."""
-    found = torch.zeros(len(batch), len(points), model.d_model, dtype=torch.float64)
+class LastTokenCapture:
+    """Hooks that keep what passes some points at the last token of each row, in the pass that they see last.
+
+    hooks: to be installed. ends: each row's last position (None: -1, for rows of one length or left-padded ones).
+    """
+
+    def __init__(self, points: Sequence[str]) -> None:
+        self.hooks: list[Hook] = [(point, _hook(functools.partial(self._keep, i))) for i, point in enumerate(points)]
+        self.ends: Int[Tensor, " row"] | None = None
+        self._states: dict[int, Tensor] = {}
+
+    def _keep(self, i: int, x: Tensor) -> None:
+        if self.ends is None:
+            self._states[i] = x[:, -1].clone()
+        else:
+            self._states[i] = x[torch.arange(len(x), device=x.device), self.ends.to(x.device)].clone()
+
+    def states(self, device: Any) -> Float[Tensor, "row point *shape"]:
+        """What passed the points, in their order."""
+        return torch.stack([self._states[i].to(device) for i in range(len(self.hooks))], dim=1)
+
+
+@torch.no_grad()
+def last_token_states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "row point *shape"]:
+    """What passes each hook point at the last token of each prompt; nothing is unembedded.
+
+    The prompts run as one batch, right-padded; where hooks of the user act, those of one length together.
+    """
+    lengths = torch.tensor(batch.lengths)
+    capture = LastTokenCapture(points)
+    passes = Passes(model, capture.hooks)
+    alike = lengths if passes.user_hooked else torch.zeros_like(lengths)
+    groups = [(alike == kind).nonzero().flatten() for kind in alike.unique()]
+    parts = []
+    for rows in groups:
+        capture.ends = lengths[rows] - 1
+        run_right_padded(batch.rows(rows.tolist()).tokens, lengths[rows], passes)
+        parts.append(capture.states(model.device))
+    return torch.cat(parts)[torch.cat(groups).argsort().to(parts[0].device)]
+
+
+def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head d_head"]:
+    """Every head's z at the last token of each prompt; see `last_token_states`."""
+    return last_token_states(batch, [z_hook(layer) for layer in range(model.shape[0])], model)
+
+
+def states_in_float64(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "prompt point d_model"]:
+    """`last_token_states` at points of the residual stream in float64 on the CPU, in chunks that fit the budget."""
+    states = torch.zeros(len(batch), len(points), model.d_model, dtype=torch.float64)
     for index in same_length_chunks(batch, model):
+        states[index] = last_token_states(batch.rows(index), points, model).double().cpu()
+    return states
 
-        def keep(place: int, rows: list[int] = index) -> Callable[[Tensor], None]:
-            def see(x: Tensor) -> None:
-                found[rows, place] = x[:, -1].double().cpu()
 
-            return see
-
-        run_with_callbacks(batch.rows(index).tokens, model, {point: keep(place) for place, point in enumerate(points)})
-    return found
+def mean_states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "point d_model"]:
+    """Means over prompts of `states_in_float64`, in float32."""
+    return states_in_float64(batch, points, model).mean(0).to(torch.float32)

@@ -22,7 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from sitelens.contexts import bound
 from sitelens.engine.batches import PromptBatch
-from sitelens.engine.network import Passes, all_positions, run_right_padded, run_tokens
+from sitelens.engine.network import Passes, all_positions, run_tokens
 from sitelens.engine.prefix import PrefixCache, ReadOnly
 from sitelens.errors import SitelensError
 from sitelens.models.model import Model, z_hook
@@ -237,31 +237,6 @@ def _whole_logits(
         places.append(rows)
     order = torch.cat(places).argsort()
     return torch.cat(parts)[order.to(parts[0].device)]
-
-
-@torch.no_grad()
-def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head d_head"]:
-    """Every head's z at the last token of whole prompts; nothing is unembedded.
-
-    They run as one batch, right-padded; where the user listens, those of one length together.
-    """
-    layers = model.shape.layers
-    lengths = torch.tensor(batch.lengths)
-    captured: dict[int, Tensor] = {}
-    ends = lengths - 1
-
-    def keep(z: Tensor, hook: Any = None, *, layer: int) -> None:
-        captured[layer] = z[torch.arange(len(z), device=z.device), ends.to(z.device)].clone()
-
-    passes = Passes(model, [(z_hook(layer), functools.partial(keep, layer=layer)) for layer in range(layers)])
-    alike = lengths if passes.user_hooked else torch.zeros_like(lengths)
-    groups = [(alike == kind).nonzero().flatten() for kind in alike.unique()]
-    parts = []
-    for rows in groups:
-        ends = lengths[rows] - 1
-        run_right_padded(batch.rows(rows.tolist()).tokens, lengths[rows], passes)
-        parts.append(torch.stack([captured[layer].to(model.device) for layer in range(layers)], dim=1))
-    return torch.cat(parts)[torch.cat(groups).argsort().to(parts[0].device)]
 
 
 def check_finite(logits: Float[Tensor, "row vocab"], where: Callable[[int], str]) -> None:

@@ -180,9 +180,7 @@ def generate(
 
 def sample_items(task: Task, split: str, n_items: int | None, seed: int) -> list[int]:
     """Indices of a split's items: all of them, or a sample of `n_items` in rising order."""
-    total = len(task.split(split))
-    if total == 0:
-        raise SitelensError(f"task {task.name!r} has no {split} items")
+    total = len(task.nonempty(split))
     if n_items is None or n_items >= total:
         return list(range(total))
     if n_items < 1:

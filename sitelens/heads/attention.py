@@ -19,13 +19,13 @@ from torch import Tensor
 
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
-from sitelens.conditions.selection import Heads
-from sitelens.engine.batches import PromptBatch, tokenize
+from sitelens.engine.batches import PromptBatch, task_batch
 from sitelens.engine.capture import run_with_callbacks, same_length_chunks
 from sitelens.engine.memory import MAX_TOKENS
 from sitelens.engine.prompts import draw_demonstrations, few_shot_prompt, prompt_parts
 from sitelens.errors import SitelensError
-from sitelens.heads.inputs import all_heads, checked_heads, per_head, task_or_texts, text_batch, valid_items
+from sitelens.heads.inputs import task_or_texts, text_batch
+from sitelens.models.heads import Heads, all_heads, checked_heads, per_head
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, ModelSource
 from sitelens.models.tokenizers import added, spans
@@ -98,7 +98,7 @@ def attention_example(
             raise SitelensError(f"attention_example shows one prompt, not {len(task)}")
         batch = text_batch(task, model)
         return _by_token(batch, [FIRST, *[TEXT] * (batch.tokens.shape[1] - 1)], chosen, model)
-    if not 0 <= item < len(valid_items(task)):
+    if not 0 <= item < len(task.nonempty("valid")):
         raise SitelensError(f"there is no valid item {item} of task {task.name!r}: items 0 to {len(task.valid) - 1}")
     demonstrations = draw_demonstrations(task, n_shots, task.valid[item], seed, "valid", item)
     batch, roles = _with_roles(task, [(demonstrations, task.valid[item])], model)
@@ -197,7 +197,7 @@ def _with_roles(
     if not tokenizer.is_fast:
         raise SitelensError("roles need a tokenizer that tells where in the text a token stands (a fast one)")
     prompts = [few_shot_prompt(task, shown, query, tokenizer) for shown, query in drawn]
-    batch = tokenize(prompts, tokenizer, model.context_length, f"task {task.name!r}")
+    batch = task_batch(task, prompts, model)
     roles = []
     for prompt, length, (shown, query) in zip(prompts, batch.lengths, drawn, strict=True):
         of_character = [role for role, text in prompt_parts(task, shown, query) for _ in text]

@@ -14,14 +14,14 @@ from torch import Tensor
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.embedding import TaskEmbedding, embedding_prompts
-from sitelens.conditions.selection import Head
-from sitelens.engine.batches import PromptBatch, tokenize
+from sitelens.engine.batches import PromptBatch, task_batch
 from sitelens.engine.capture import same_length_chunks
 from sitelens.engine.prompts import few_shot_prompts
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.heads.direct import DirectPath
-from sitelens.heads.inputs import checked_heads, per_head, task_or_texts, text_batch, valid_items
+from sitelens.heads.inputs import task_or_texts, text_batch
+from sitelens.models.heads import Head, checked_heads, per_head
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, ModelSource
 from sitelens.tasks import Task
@@ -81,9 +81,9 @@ def head_attribution(
 
 
 def _few_shot_batch(task: Task, model: Model, n_items: int, n_shots: int, seed: int) -> PromptBatch:
-    items = valid_items(task)[:n_items]
+    items = task.nonempty("valid")[:n_items]
     prompts = few_shot_prompts(task, items, n_shots, model.tokenizer, seed, "valid", range(len(items)))
-    return tokenize(prompts, model.tokenizer, model.context_length, f"task {task.name!r}")
+    return task_batch(task, prompts, model)
 
 
 @checked
@@ -122,7 +122,7 @@ def promoted_tokens(
             warnings.warn(f"the embedding is of the task {embedding.task!r} as it was then, the prompts are of "
                           f"{task.name!r} as it is now", SitelensWarning, stacklevel=2)  # fmt: skip
         prompts = embedding_prompts(task, tokenizer, min(8, embedding.n_prompts), embedding.n_shots, embedding.seed)
-        batch = tokenize(prompts, tokenizer, model.context_length, f"task {task.name!r}")
+        batch = task_batch(task, prompts, model)
     rows = []
     for index in same_length_chunks(batch, model):
         path = DirectPath.of(batch.rows(index), model)

@@ -13,14 +13,15 @@ from einops import rearrange
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.embedding import TaskEmbedding
-from sitelens.engine.batches import PromptBatch, tokenize
+from sitelens.engine.batches import PromptBatch, task_batch
 from sitelens.engine.forward import HeadEdit, LastToken, check_finite
 from sitelens.engine.memory import chunk_grid, chunks, prefix_bytes, step_cost
 from sitelens.engine.prefix import PrefixCache
 from sitelens.engine.prompts import draw_demonstrations, few_shot_prompt
 from sitelens.errors import SitelensError
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
-from sitelens.heads.inputs import per_head, task_or_texts, text_batch, valid_items
+from sitelens.heads.inputs import task_or_texts, text_batch
+from sitelens.models.heads import per_head
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, ModelSource
 from sitelens.progress import progress
@@ -107,14 +108,14 @@ def indirect_effects(
 
 def _shuffled_batch(task: Task, model: Model, n_prompts: int, n_shots: int, seed: int) -> PromptBatch:
     tokenizer = model.tokenizer
-    queries, prompts = valid_items(task), []
+    queries, prompts = task.nonempty("valid"), []
     for i in range(n_prompts):
         query = queries[i % len(queries)]
         shown = shuffled_labels(
             draw_demonstrations(task, n_shots, query, seed, "effects", i), f"{task.name}/{seed}/{i}"
         )
         prompts.append(few_shot_prompt(task, shown, query, tokenizer))
-    return tokenize(prompts, tokenizer, model.context_length, f"task {task.name!r}")
+    return task_batch(task, prompts, model)
 
 
 def shuffled_labels(demonstrations: Sequence[Example], key: str) -> list[Example]:

@@ -1,28 +1,14 @@
-"""What the files of this folder share: which heads, which prompts (also one's own), and hooks that only look."""
+"""Prompts for heads to be looked at on: those of a task, or one's own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pandas as pd
-from jaxtyping import Float
-from torch import Tensor
-
-from sitelens.conditions.selection import Heads, head_pairs
-from sitelens.engine.batches import PromptBatch, tokenize
+from sitelens.engine.batches import PromptBatch, batch_of
 from sitelens.engine.prompts import Prompt
 from sitelens.errors import SitelensError
 from sitelens.models.model import Model
-from sitelens.tasks import ENDINGS, Example, Task, load_task
-
-
-def checked_heads(heads: Heads, model: Model) -> list[tuple[int, int]]:
-    """The heads as (layer, head).
-
-    Raises:
-        SitelensError: as `head_pairs`.
-    """
-    return head_pairs(heads, *model.shape[:2])
+from sitelens.tasks import ENDINGS, Task, load_task
 
 
 def task_or_texts(given: Task | str | Sequence[str]) -> Task | list[str]:
@@ -55,28 +41,4 @@ def text_batch(texts: Sequence[str], model: Model, answer: str | Sequence[str] |
             f"there are {len(texts)} prompts and {len(answers)} answers: give one for all, or one for each"
         )
     prompts = [Prompt(text, () if one is None else (one,)) for text, one in zip(texts, answers, strict=True)]
-    return tokenize(prompts, model.tokenizer, model.context_length)
-
-
-def all_heads(model: Model) -> list[tuple[int, int]]:
-    """Every head of a model, by layer."""
-    layers, heads, _ = model.shape
-    return [(layer, head) for layer in range(layers) for head in range(heads)]
-
-
-def per_head(values: Float[Tensor, "layer head"], name: str) -> pd.DataFrame:
-    """One row a head: layer, head, and the value under `name`."""
-    layers, heads = values.shape
-    index = [(layer, head) for layer in range(layers) for head in range(heads)]
-    return pd.DataFrame(index, columns=["layer", "head"]).assign(**{name: values.flatten().tolist()})
-
-
-def valid_items(task: Task) -> tuple[Example, ...]:
-    """The validation items.
-
-    Raises:
-        SitelensError: if there is none.
-    """
-    if not task.valid:
-        raise SitelensError(f"task {task.name!r} has no valid items")
-    return task.valid
+    return batch_of(prompts, model)

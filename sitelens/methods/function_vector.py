@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +14,7 @@ from sitelens.conditions.base import Scope
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.streams import AddToStream
 from sitelens.engine.batches import PromptBatch
-from sitelens.engine.capture import same_length_chunks
+from sitelens.engine.capture import LastTokenCapture, same_length_chunks
 from sitelens.engine.forward import check_finite, full_logits
 from sitelens.engine.network import Passes
 from sitelens.engine.prompts import few_shot_prompts
@@ -102,19 +100,14 @@ class FV(Method):
 def _mean_z(batch: PromptBatch, model: Model, correct_only: bool) -> Float[Tensor, "layer head d_head"]:
     """Every head's mean z at the last token: over all prompts, or those that the model answers correctly."""
     z = torch.zeros(len(batch), *model.shape, dtype=torch.float64)
-    right = torch.ones(len(batch), dtype=torch.bool)
+    correct = torch.ones(len(batch), dtype=torch.bool)
     for index in same_length_chunks(batch, model):
-        part = batch.rows(index)
-
-        def keep(out: Tensor, hook: Any = None, *, layer: int, rows: list[int] = index) -> None:
-            z[rows, layer] = out[:, -1].double().cpu()
-
-        passes = Passes(model, [(z_hook(layer), partial(keep, layer=layer)) for layer in range(z.shape[1])])
-        logits = full_logits(part, passes)
+        part, capture = batch.rows(index), LastTokenCapture([z_hook(layer) for layer in range(z.shape[1])])
+        logits = full_logits(part, Passes(model, capture.hooks))
         check_finite(logits, lambda row, index=index: f"few-shot prompt {batch.texts[index[row]][-60:]!r}")
-        said = logits.argmax(-1).tolist()
-        right[index] = torch.tensor([one in known for one, known in zip(said, part.accepted, strict=True)])
-    if not correct_only:
-        return z.mean(0).to(torch.float32)
-    chosen = z[right] if right.any() else z  # where nothing is answered correctly, all count
-    return chosen.mean(0).to(torch.float32)
+        z[index] = capture.states("cpu").double()
+        tokens = logits.argmax(-1).tolist()
+        correct[index] = torch.tensor([token in answers for token, answers in zip(tokens, part.accepted, strict=True)])
+    if correct_only and correct.any():  # where nothing is answered correctly, all count
+        z = z[correct]
+    return z.mean(0).to(torch.float32)

@@ -71,8 +71,7 @@ class I2CL(Method):
         points = output_points(model)
         context = mean_states(prompts_of(shown, task, model), points, model).reshape(layers, len(MODULES), -1)
         batch = zero_shot(task, items, model)
-        asked = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
-        rows = [(ids, len(ids) - 1, [answer]) for ids, answer in zip(asked, batch.answer.tolist(), strict=True)]
+        rows = [(ids, len(ids) - 1, [answer]) for ids, answer in zip(batch.ids, batch.answer.tolist(), strict=True)]
         device = model.device
         context = context.to(device)
         shape = layers, len(MODULES)

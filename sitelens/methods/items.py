@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sitelens.engine.batches import PromptBatch, answer_tokens, tokenize
-from sitelens.engine.prompts import few_shot_prompt, few_shot_prompts
-from sitelens.errors import SitelensError
+from sitelens.engine.batches import PromptBatch, answer_tokens, task_batch, zero_shot_batch
+from sitelens.engine.prompts import few_shot_prompt
 from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.models.model import Model
 from sitelens.tasks import Example, Task
@@ -24,8 +23,7 @@ def cap_training_items(task: Task) -> Task:
         SitelensError: if there are no training or no validation items.
     """
     for split in ("train", "valid"):
-        if not task.split(split):
-            raise SitelensError(f"task {task.name!r} has no {split} items")
+        task.nonempty(split)
     if len(task.train) <= MAX_TRAIN:
         return task
     rng = random.Random(f"sitelens/fitting/{task.name}")
@@ -35,12 +33,12 @@ def cap_training_items(task: Task) -> Task:
 def zero_shot(task: Task, items: Sequence[Example], model: Model) -> PromptBatch:
     """Prompts without demonstrations; warns where first tokens cannot tell the task's answers apart."""
     warn_of_shared_first_tokens([task], model)
-    return prompts_of(few_shot_prompts(task, items, 0, model.tokenizer), task, model)
+    return zero_shot_batch([(task, item) for item in items], model, f"task {task.name!r}")
 
 
 def prompts_of(prompts: Sequence[Any], task: Task, model: Model) -> PromptBatch:
     """Prompts as tokens, checked against the model's context."""
-    return tokenize(prompts, model.tokenizer, model.context_length, f"task {task.name!r}")
+    return task_batch(task, prompts, model)
 
 
 def shuffled_batches(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[list[int]]:
@@ -61,7 +59,6 @@ def prompts_with_answers(task: Task, items: Sequence[Example], model: Model) -> 
     tokenizer = model.tokenizer
     prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items]
     batch = prompts_of(prompts, task, model)
-    ids = [tokens[mask].tolist() for tokens, mask in zip(batch.tokens, batch.mask, strict=True)]
     first = [(i, prompt.answers[0]) for i, prompt in enumerate(prompts)]
-    answers = [answer for answer, _ in answer_tokens(prompts, ids, first, tokenizer)]
-    return [(asked + answer, len(answer)) for asked, answer in zip(ids, answers, strict=True)]
+    answers = [answer for answer, _ in answer_tokens(prompts, batch.ids, first, tokenizer)]
+    return [(prompt + answer, len(answer)) for prompt, answer in zip(batch.ids, answers, strict=True)]

@@ -20,7 +20,7 @@ from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Positive, Seed
 from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import embed_task, embedding_prompts
-from sitelens.conditions.streams import AddToStream, stream_hook
+from sitelens.conditions.streams import AddToStream, added, at_last_token, stream_hook
 from sitelens.engine.forward import Hook, check_finite, last_logits
 from sitelens.engine.memory import chunks, prefix_bytes, step_cost
 from sitelens.engine.network import Passes
@@ -140,7 +140,6 @@ def summed(
 def _adding(weights: Tensor, writes: Tensor) -> list[Hook]:
     def act(x: Tensor, hook: Any = None, *, layer: int) -> Tensor:
         vector = weights[layer].to(x.device) @ writes[layer].to(x.device)
-        last = (x[:, -1:].to(vector.dtype) + vector).to(x.dtype)
-        return torch.cat([x[:, :-1], last], dim=1)
+        return at_last_token(x, lambda last: added(last, vector))
 
     return [(stream_hook(layer), functools.partial(act, layer=layer)) for layer in range(len(writes))]

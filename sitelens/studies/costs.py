@@ -58,9 +58,7 @@ def costs(
     if not counts or min(counts) < 1:
         raise SitelensError(f"counts must be at least 1, got {list(counts)}")
     task, model, sample = load_task(task), resolve_model(model), Sample(**options)
-    items = task.split(sample.split)
-    if not items:
-        raise SitelensError(f"task {task.name!r} has no {sample.split} items")
+    items = task.nonempty(sample.split)
     with empty_cache():
         with metered() as prepared:
             vector = embed_task(task, model, n_prompts=n_prompts, n_shots=n_shots, seed=sample.seed)

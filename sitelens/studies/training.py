@@ -15,6 +15,7 @@ from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.embedding import TaskEmbedding, embed_task
 from sitelens.conditions.patching import PatchHeads
 from sitelens.conditions.prompting import FewShot
+from sitelens.conditions.selection import saturated
 from sitelens.errors import SitelensError, warned_once
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.train import TrainJob, TrainResult, train_jobs
@@ -259,9 +260,9 @@ def alpha_distribution(
         for item in prepare(loaded, model, chosen, sample):
             alpha = item.selection.alpha
             if by == "layer":
-                binary = ((alpha <= 0.1) | (alpha >= 0.9)).double().mean(1)
+                fractions = saturated(alpha).double().mean(1)
                 rows += [{"task": item.task.name, "layer": i, "mean": float(row.mean()),
-                          "on": float((row > 0.5).double().mean()), "binary": float(binary[i])}
+                          "on": float((row > 0.5).double().mean()), "binary": float(fractions[i])}
                          for i, row in enumerate(alpha)]  # fmt: skip
                 continue
             counts, edges = np.histogram(alpha.numpy(), bins=BINS, range=(0, 1))

@@ -111,6 +111,17 @@ class Task:
             raise SitelensError(f"unknown split {name!r}; one of {', '.join(SPLITS)}")
         return getattr(self, name)
 
+    def nonempty(self, name: str) -> tuple[Example, ...]:
+        """The items of a split that a computation cannot do without.
+
+        Raises:
+            SitelensError: for another name than "train", "valid" or "test", or if the split has no items.
+        """
+        items = self.split(name)
+        if not items:
+            raise SitelensError(f"task {self.name!r} has no {name} items")
+        return items
+
     @staticmethod
     def from_pairs(
         name: str, pairs: Iterable[Any] | Mapping[str, Any], *, seed: int = SPLIT_SEED, **options: Any

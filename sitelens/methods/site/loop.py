@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sitelens.conditions.embedding import TaskEmbedding
-from sitelens.engine.batches import PromptBatch, tokenize
+from sitelens.engine.batches import PromptBatch, zero_shot_batch
 from sitelens.engine.forward import HeadEdit, LastToken, Mixing
 from sitelens.engine.memory import MAX_ROWS, chunks, prefix_bytes, step_cost
 from sitelens.engine.prefix import PrefixCache
-from sitelens.engine.prompts import few_shot_prompt
 from sitelens.errors import SitelensError
 from sitelens.methods.site.config import TrainConfig
 from sitelens.methods.site.state import Record, State
@@ -236,11 +235,9 @@ def _owners(runs: Sequence[Run], counts: Sequence[int]) -> tuple[Tensor, Tensor,
 
 
 def _zero_shot(items: Sequence[tuple[int, int]], split: str, tasks: Sequence[Task], model: Model) -> PromptBatch:
-    tokenizer = model.tokenizer
-    chosen = [(tasks[task], tasks[task].split(split)[item]) for task, item in items]
-    prompts = [few_shot_prompt(task, [], example, tokenizer) for task, example in chosen]
-    names = ", ".join(dict.fromkeys(task.name for task, _ in chosen))
-    return tokenize(prompts, tokenizer, model.context_length, f"{split} items of {names}")
+    pairs = [(tasks[task], tasks[task].split(split)[item]) for task, item in items]
+    names = ", ".join(dict.fromkeys(task.name for task, _ in pairs))
+    return zero_shot_batch(pairs, model, f"{split} items of {names}")
 
 
 def _groups(

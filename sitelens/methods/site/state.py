@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from sitelens.conditions.selection import saturated
 from sitelens.errors import SitelensError
 from sitelens.methods.site.config import TrainConfig
 from sitelens.store.artifact import Artifact
@@ -34,7 +35,7 @@ class Record:
     def step(self, step: int, loss: Float[Tensor, " run"], alpha: Float[Tensor, "run layer head"]) -> None:
         now = self.history[step]
         now[:, 0], now[:, 1], now[:, 3] = step + 1, loss, alpha.mean((1, 2))
-        now[:, 4] = ((alpha <= 0.1) | (alpha >= 0.9)).double().mean((1, 2))
+        now[:, 4] = saturated(alpha).double().mean((1, 2))
 
     def validation(self, step: int, loss: Float[Tensor, " run"], alpha: Float[Tensor, "run layer head"]) -> None:
         self.history[step, :, 2] = loss

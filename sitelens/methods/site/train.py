@@ -186,8 +186,8 @@ def train_jobs(
 
 def _check_splits(tasks: Iterable[Task]) -> None:
     for task in tasks:
-        if not task.train or not task.valid:
-            raise SitelensError(f"task {task.name!r} has no {'valid' if task.train else 'train'} items")
+        for split in ("train", "valid"):
+            task.nonempty(split)
 
 
 def _runs(jobs: Sequence[TrainJob], keys: Sequence[str]) -> tuple[list[Run], list[Task], list[TaskEmbedding]]:

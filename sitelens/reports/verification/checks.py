@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from sitelens.conditions.adapters import PROJECTIONS
 from sitelens.conditions.streams import INNER, AddToStream, output_hooks
+from sitelens.engine.capture import capture_z
 from sitelens.engine.decoding import end_tokens
-from sitelens.engine.forward import HeadEdit, LastToken, capture_z, full_logits
+from sitelens.engine.forward import HeadEdit, LastToken, full_logits
 from sitelens.engine.network import Passes
 from sitelens.engine.prefix import PrefixCache
 from sitelens.errors import SitelensError
 from sitelens.evaluation.evaluate import generate
 from sitelens.heads.attention import attention
 from sitelens.heads.direct import DirectPath, tolerance
-from sitelens.heads.inputs import all_heads
+from sitelens.models.heads import all_heads
 from sitelens.reports.verification.subject import NEW_TOKENS, Finding, Subject, distance
 from sitelens.settings import settings
 
