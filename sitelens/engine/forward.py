@@ -1,7 +1,18 @@
-"""Forward passes: prefixes computed once, last-token logits under a head edit, capture of z.
+"""The fast path: last-token logits of many prompts under many head edits, each prompt's prefix computed once.
 
-Nothing before the last prompt token depends on an edit made there. So the keys and values of all tokens but the
-last (the prefix) are computed once, without gradient, and everything else runs one token per prompt.
+An edit at the last prompt token changes nothing before it. Hence:
+
+1. `PrefixCache.of` runs all tokens of every prompt but the last, once and without gradient, and stores the keys and
+   values of every layer.
+2. `PrefixCache.rows` chooses the rows of a batch, prompts x edits. Rows of one prompt share its keys; none are copied.
+3. `HeadEdit` holds each row's edit, z <- keep * z + weight * vector for every head. Rows may differ in mask, vectors
+   and task.
+4. `LastToken` runs one token per row. In every layer `_last_token_attention` takes that token's query over the stored
+   keys and its own, edits z, and hands it to the output projection.
+5. The logits are differentiable in the edit; no gradient flows into the prefix.
+
+Where the network cannot run without its bridge, step 4 uses the bridge's attention, and a TransformerLens hook at
+hook_z makes the edit. Where hooks of the user act, prompts run whole, so that a hook sees every position.
 """
 
 from __future__ import annotations
@@ -60,7 +71,7 @@ class HeadEdit:
         return HeadEdit(torch.cat(keep), torch.cat(weight), torch.cat(vectors))
 
     def rows(self, index: Int[Tensor, " chosen"]) -> HeadEdit:
-        """The chosen rows; a row may be chosen often."""
+        """The rows at these indices, which may repeat."""
         return HeadEdit(self.keep[index], self.weight[index], self.vectors[index], self.everywhere)
 
     def apply(self, z: Float[Tensor, "row pos head d_head"], layer: int) -> Float[Tensor, "row pos head d_head"]:
@@ -143,6 +154,8 @@ class LastToken:
 
 
 LAST_TOKEN = "sitelens_last_token"  # the name under which transformers knows the function below
+# The prefix and the edit of the pass that runs in this context. transformers calls an attention function with arguments
+# of its own only, so that nothing can be handed through the model's forward; a global would mix up threads.
 _token: ContextVar[tuple[PrefixCache, HeadEdit | None] | None] = ContextVar("token", default=None)
 
 
@@ -155,7 +168,7 @@ def _last_token_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "row 1 head d_value"], None]:
-    """Attention of one token over a prefix that several rows may share, and the edit of z.
+    """z of one token per row, edited: its attention over a prefix that several rows may share.
 
     Stored keys are neither repeated for the heads of a group nor copied next to the token's own, and no gradient
     flows into them.

@@ -39,9 +39,9 @@ def chunks(
 def chunk_grid(
     lengths: Sequence[int], variants: int, cost: Callable[[int], int], budget: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Split rows, each in every variant, into chunks (rows, variants) of all pairs of the two, as `chunks` does.
+    """Split the rows x variants grid into chunks that fit the budget: (row indices, variant indices) per chunk.
 
-    Many rows in all variants where these fit, one row in some of its variants where not.
+    Several rows in all variants where these fit, else one row in some of its variants.
     """
     if variants <= MAX_ROWS and variants * cost(max(lengths)) <= budget:
         together = chunks(lengths, lambda length: variants * cost(length), budget, max_rows=MAX_ROWS // variants)

@@ -92,7 +92,7 @@ class PrefixCache:
         )
 
     def grouped_by_prompt(self, index: Int[Tensor, " row"]) -> PrefixCache:
-        """As `rows`, but rows of one prompt that stand side by side share its keys, where each has as many."""
+        """Like `rows`, but consecutive rows of a prompt share its keys if all prompts repeat equally often."""
         prompts, counts = index.unique_consecutive(return_counts=True)
         alike = len(prompts) < len(index) and bool((counts == counts[0]).all())
         return self.rows(prompts, int(counts[0])) if alike else self.rows(index)
@@ -118,7 +118,7 @@ class PrefixCache:
         return cache
 
     def placeholder_cache(self) -> DynamicCache:
-        """For a forward pass whose attention reads this prefix itself: a cache that knows its length only."""
+        """A cache that only knows its length, for a forward pass whose attention reads this prefix itself."""
         cache = DynamicCache()
         for keys in self.keys:
             layer = _Placeholder()
