@@ -188,7 +188,7 @@ def grid(ground: Ground) -> Iterator[Figure]:
         took, hits = seconds(lambda i=items, a=alpha, m=mean_z: ground.plain.hits(i, a, m))
         total += took
         assert abs(sum(hits) / len(hits) - matrix.frame.loc[tasks[source].name, task.name]) < 1e-9
-    yield Figure("transfer matrix, 16 x 16, 50 items a target", 8, total / len(cells) * len(tasks) ** 2, ours)
+    yield Figure("transfer matrix, 16 x 16, 50 items per target", 8, total / len(cells) * len(tasks) ** 2, ours)
 
 
 def sample(ground: Ground, task: sl.Task, n: int) -> list[tuple[list[int], Collection[int]]]:

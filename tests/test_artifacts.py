@@ -483,7 +483,7 @@ def test_what_the_store_holds_of_another_content_is_made_anew():
         paths = sorted(root.glob("*/*.safetensors"))
         for path in paths:
             change(Artifact.load(path)).save(path)
-        with pytest.warns(sl.SitelensWarning, match="it is made anew") as heard:
+        with pytest.warns(sl.SitelensWarning, match="it is computed again") as heard:
             assert all_kinds() == expected, name
         assert len({str(one.message).split("safetensors")[0] for one in heard}) == len(paths), name
 

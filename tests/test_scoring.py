@@ -179,7 +179,7 @@ def test_a_damaged_entry_is_named_and_made_anew(model: Bridge) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.warns(sl.SitelensWarning, match=r"damaged.*made anew"):
+    with pytest.warns(sl.SitelensWarning, match=r"damaged.*computed again"):
         again = score_conditions(TASK, conditions(), Model.of(model), n_items=4)
     pd.testing.assert_frame_equal(again, expected, check_exact=True)
     with warnings.catch_warnings():

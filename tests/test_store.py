@@ -370,7 +370,7 @@ def test_a_good_artifact_that_takes_a_damaged_ones_place_just_then_stays(store: 
 
     with monkeypatch.context() as raced:
         raced.setattr(os, "replace", replaced)
-        with pytest.warns(SitelensWarning, match="made anew"):
+        with pytest.warns(SitelensWarning, match="computed again"):
             assert store.get("embedding", {"n": 1}) is None
     assert files(store.root) == [path.name]
     assert same(numbered(1), store.get("embedding", {"n": 1}))
@@ -379,7 +379,7 @@ def test_a_good_artifact_that_takes_a_damaged_ones_place_just_then_stays(store: 
 def test_a_damaged_artifact_goes_when_the_new_one_is_whole(store: Store):
     path = stored(store, numbered(1))
     path.write_bytes(b"rubbish")
-    with pytest.warns(SitelensWarning, match="made anew"):
+    with pytest.warns(SitelensWarning, match="computed again"):
         store.get("embedding", {"n": 1})
     assert files(store.root) == [path.with_suffix(DAMAGED).name]
     assert store.entries()["kind"].tolist() == ["damaged"]
@@ -611,7 +611,7 @@ def test_what_is_cached_is_made_once(store: Store):
 
 def test_what_cannot_be_read_back_is_made_again(store: Store):
     store.put(Artifact("embedding", {"n": 3}, {}))
-    with pytest.warns(SitelensWarning, match="holds no number; it is made anew"):
+    with pytest.warns(SitelensWarning, match="holds no number; it is computed again"):
         assert store.cached("embedding", {"n": 3}, lambda: contents(3), number) == 3
     assert number(store.get("embedding", {"n": 3})) == 3
 

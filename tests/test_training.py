@@ -623,7 +623,7 @@ class TestCache:
         (path,) = own_cache.glob("artifacts/selection/*.safetensors")
         content = path.read_bytes()
         path.write_bytes(content[:-9] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.warns(SitelensWarning, match=f"{path.name} is damaged.*made anew"):
+        with pytest.warns(SitelensWarning, match=f"{path.name} is damaged.*computed again"):
             second = train_selection(**call)
         assert_equal({("cached", 0): second}, first, 0)
         assert_equal({("cached", 0): train_selection(**call)}, first, 0)

@@ -145,11 +145,11 @@ def command_parser() -> Parser:
     ))  # fmt: skip
     suite_options(command(
         "suite", experiments.suite, "run a whole benchmark under prompting, SITE and other methods",
-        "Tasks train in batches. Everything finished is kept: the same command goes on where it was interrupted.",
+        "Tasks train in batches. Everything finished is kept: if interrupted, the same command resumes.",
     ))  # fmt: skip
     figures_options(command(
         "figures", experiments.figures, "make the figures of the paper's analyses",
-        "Each with its data (.csv) and where it came from (.json) beside it.",
+        "Each is written with its data (.csv) and provenance (.json).",
     ))  # fmt: skip
     verify_options(command(
         "verify", experiments.verify, "check on a model what this library computes",

@@ -63,8 +63,8 @@ def run(options: argparse.Namespace) -> None:
         with job.rest():
             report = run(config, model)
     for metric in config.metrics:
-        print(f"{metric.replace('_', ' ')}, per cent, 95% intervals, {config.n_items or 'all'} test items at most "
-              f"a task, model {config.model}\n")  # fmt: skip
+        print(f"{metric.replace('_', ' ')}, percent, 95% intervals, at most {config.n_items or 'all'} test items per "
+              f"task, model {config.model}\n")  # fmt: skip
         print(report.text(metric) + "\n")
     print(f"random: mean of {config.draws} draws, ± their standard deviation; echo: answering with the query itself")
     if options.out is not None:
@@ -134,7 +134,7 @@ def transfer(options: argparse.Namespace) -> None:
                 tasks, model, swap=options.swap, n_items=options.n_items or None, metric=options.metric,
                 n_prompts=options.n_prompts, n_shots=options.n_shots, config=train, seed=options.seed,
             )  # fmt: skip
-    print(f"{options.metric.replace('_', ' ')} accuracy in per cent, model {options.model}: sources down, targets "
+    print(f"{options.metric.replace('_', ' ')} accuracy in percent, model {options.model}: sources down, targets "
           f"across, {options.swap} of the source\n")  # fmt: skip
     print((100 * grid.matrix).round().astype(int).rename(visible, axis=0).rename(visible, axis=1).to_string() + "\n")
     print((100 * grid.zero_shot).round().astype(int).rename(visible).rename("zero-shot").to_frame().T.to_string())
@@ -159,7 +159,7 @@ def compare(options: argparse.Namespace) -> None:
             n_items = options.n_items or None
         with job.rest():
             comparison = compare(tasks, methods, model, n_items=n_items, seed=options.seed)
-    print(f"first-token accuracy in per cent with 95% intervals, at most {n_items or 'all'} test items a task, model "
+    print(f"first-token accuracy in percent with 95% intervals, at most {n_items or 'all'} test items per task, model "
           f"{options.model}; costs: means over tasks\n")  # fmt: skip
     print(comparison.markdown())
     if options.out is not None:
@@ -183,8 +183,8 @@ def suite(options: argparse.Namespace) -> None:
                 options.suite, model, methods=methods, tasks=options.tasks, metric=options.metric, n_items=n_items,
                 n_shots=options.n_shots, seed=options.seed,
             )  # fmt: skip
-    print(f"{options.metric.replace('_', ' ')}, per cent, means over tasks with 95% intervals, "
-          f"{n_items or 'all'} test items at most a task, model {options.model}\n")  # fmt: skip
+    print(f"{options.metric.replace('_', ' ')}, percent, means over tasks with 95% intervals, "
+          f"at most {n_items or 'all'} test items per task, model {options.model}\n")  # fmt: skip
     print(found.markdown())
     others = [task for task, reason in found.left_out.items() if reason == NOT_REQUESTED]
     if others:

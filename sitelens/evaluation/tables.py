@@ -18,7 +18,7 @@ WIDE = 6  # columns of numbers, above which a LaTeX table spans both columns of 
 
 
 def format_interval(row: Mapping[Any, Any], digits: int = 0, mean: str = "mean") -> str:
-    """A summary row's mean and 95% interval in per cent: "41 [38, 44]".
+    """A summary row's mean and 95% interval in percent: "41 [38, 44]".
 
     After it the interval over tasks, if the row has one ("41 [38, 44] [29, 53]"), and the standard deviation over
     draws, if it has one ("41 [38, 44] ±3").

@@ -87,9 +87,9 @@ class Comparison(Result):
             "forward tokens": [f"{value:,.0f}" for value in costs["forward_tokens"]],
             "backward tokens": [f"{value:,.0f}" for value in costs["backward_tokens"]],
             "seconds to fit": [f"{value:,.0f}" for value in costs["fit_seconds"]],
-            "seconds a test prompt": [f"{value:.3f}" for value in costs["seconds_per_prompt"]],
+            "seconds per test prompt": [f"{value:.3f}" for value in costs["seconds_per_prompt"]],
         }).rename_axis("method")  # fmt: skip
-        accuracy = "First-token accuracy in per cent with 95% intervals"
+        accuracy = "First-token accuracy in percent with 95% intervals"
         return [
             Table(scores, f"{accuracy} (n: test items).", INTERVALS if "tasks_low" in means else ""),
             Table(texts, f"{accuracy}, and costs: means over tasks."),

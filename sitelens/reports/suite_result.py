@@ -77,7 +77,7 @@ class SuiteResult(Result):
         cells = means.assign(text=texts, column=columns)
         wide = cells.pivot_table(index="condition", columns="column", values="text", aggfunc="first", sort=False)
         metric = accuracy_label(str(means["metric"].iloc[0]))
-        caption = f"{metric} in per cent on the suite {self.name}: means over tasks (n: answers)."
+        caption = f"{metric} in percent on the suite {self.name}: means over tasks (n: answers)."
         return [Table(wide, caption, INTERVALS if "tasks_low" in means else "")]
 
     def figure(self, title: str | None = None) -> go.Figure:

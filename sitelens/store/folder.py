@@ -99,14 +99,14 @@ class Store(Cache):
     def get(self, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None = None) -> Any:
         """The stored artifact, or what `read` makes of it; None if there is none.
 
-        A damaged one, or one that `read` refuses with a SitelensError, is named in a warning and set aside until one
-        made anew is whole. One that cannot be read stays as it is; that is said once, and the work goes on without it.
+        A damaged one, or one that `read` refuses with a SitelensError, is named in a warning and set aside until a new
+        one is complete. An unreadable one is left unchanged; a warning says so once, and the work continues without it.
         """
         path = self.path(kind, spec)
         try:
             return self._checked(path, kind, spec, read)
         except DamagedArtifactError as error:
-            warnings.warn(f"{error}; it is made anew", SitelensWarning, stacklevel=2)
+            warnings.warn(f"{error}; it is computed again", SitelensWarning, stacklevel=2)
             self._set_aside(path, kind, spec, read)
         except SitelensError as error:
             if not isinstance(error.__cause__, FileNotFoundError):

@@ -122,12 +122,12 @@ class TransferMatrix(Result):
         return pd.DataFrame({"task": names, **{name: values[names].to_list() for name, values in facts.items()}})
 
     def tables(self) -> list[Table]:
-        """Accuracy in per cent, sources down and targets across, zero-shot accuracy in the last row."""
+        """Accuracy in percent, sources down and targets across, zero-shot accuracy in the last row."""
         rows = pd.concat([self.matrix, self.zero_shot.rename("zero-shot").to_frame().T])
         cells = rows.map(lambda share: f"{100 * share:.0f}").rename_axis(f"{self.swap} of")
         metric, least, most = accuracy_label(self.metric), int(self.n.min()), int(self.n.max())
         caption = (
-            f"{metric} in per cent of each target task (columns) with the {SWAPPED[self.swap]} of each source "
+            f"{metric} in percent of each target task (columns) with the {SWAPPED[self.swap]} of each source "
             f"task (rows); model {self.model}."
         )
         return [Table(cells, caption, f"Test items per target: {least if least == most else f'{least} to {most}'}.")]
