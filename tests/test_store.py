@@ -332,7 +332,7 @@ def test_an_artifact_that_cannot_be_read_is_left_as_it_is(store: Store, monkeypa
     path = stored(store, numbered(1))
     with monkeypatch.context() as broken:
         broken_open(broken, error)
-        with pytest.warns(SitelensWarning, match=f"cannot be read: {os.strerror(error)}.*goes on without it") as said:
+        with pytest.warns(SitelensWarning, match=f"cannot be read: {os.strerror(error)}.*continues without it") as said:
             assert [store.get("embedding", {"n": 1}) for _ in range(3)] == [None] * 3
         assert len(said) == 1
         with pytest.raises(SitelensError, match="cannot be read") as caught:
@@ -391,7 +391,7 @@ def test_a_damaged_artifact_goes_when_the_new_one_is_whole(store: Store):
 def test_a_store_that_cannot_be_written_says_so_once(store: Store, monkeypatch: pytest.MonkeyPatch, error: int):
     store.put(numbered(1))
     broken_open(monkeypatch, error, "x")
-    with pytest.warns(SitelensWarning, match=f"cannot be kept in the cache .*{os.strerror(error)}") as said:
+    with pytest.warns(SitelensWarning, match=f"cannot be stored in the cache .*{os.strerror(error)}") as said:
         assert store.put(numbered(2)) is None and store.put(numbered(3)) is None
     assert len(said) == 1 and len(files(store.root)) == 1
 
@@ -408,7 +408,7 @@ def test_a_full_disk_leaves_no_half_file(store: Store, monkeypatch: pytest.Monke
 
 def test_a_file_where_the_cache_should_be_costs_nothing(tmp_path: Path):
     (tmp_path / "cache").write_text("mine")
-    with pytest.warns(SitelensWarning, match="cannot be kept in the cache"):
+    with pytest.warns(SitelensWarning, match="cannot be stored in the cache"):
         assert Store(tmp_path / "cache" / "artifacts").put(numbered(1)) is None
     assert Store(tmp_path / "cache" / "artifacts").get("embedding", {"n": 1}) is None
 

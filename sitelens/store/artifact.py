@@ -1,9 +1,9 @@
-"""Artifacts: one safetensors file each, JSON in its metadata, checksummed.
+"""Artifacts: one checksummed safetensors file each, with JSON in its metadata.
 
-An artifact is a kind (say "embedding"), a `spec` (everything its content depends on, plain JSON), tensors, and
-`meta` (what a reader wants to know but the content does not depend on). Files are written to a temporary name,
-flushed and renamed, so a reader sees a whole artifact or none, whoever else writes and whenever a process dies.
-A SHA-256 over metadata and tensors is checked at every read. No pickle is read or written.
+An artifact is a kind (say "embedding"), a `spec` (everything its content depends on, plain JSON), tensors, and `meta`
+(information that the content does not depend on). Files are written to a temporary name, flushed and renamed, so a
+reader sees a complete artifact or none, even if other processes write or die. A SHA-256 over metadata and tensors is
+checked at every read. No pickle is read or written.
 
 A file counts as damaged only if its content is not what was written.
 """
@@ -35,14 +35,19 @@ FORMAT = 1
 
 
 class DamagedArtifactError(SitelensError):
-    """A file that is not what was written: truncated, changed, or no artifact at all."""
+    """A file whose content is not what was written: truncated, changed, or no artifact at all."""
 
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """What one file holds.
+    """The content of one file.
 
-    `spec` and `meta` are plain JSON; `tensors` maps names to tensors; `path` is the file that it was read from.
+    Args:
+        kind: the kind of artifact.
+        spec: everything that the content depends on, plain JSON.
+        tensors: by name.
+        meta: further information, plain JSON.
+        path: the file that it was read from.
     """
 
     kind: str
@@ -57,18 +62,18 @@ class Artifact:
         return str(self.path or f"the {self.kind}")
 
     def made(self, kind: type[Value], **more: Any) -> Value:
-        """The dataclass that tensors and meta describe, with `more` beside them (see `sitelens.checks.schema`).
+        """The dataclass described by the tensors, the meta and `more` (see `sitelens.checks.schema`).
 
         Raises:
-            SitelensError: naming the file and the field that is not what the dataclass declares.
+            SitelensError: naming the file and the field that does not match the dataclass.
         """
         return unpacked(kind, {**self.meta, **more}, self.tensors, self.where)
 
     def save(self, path: str | Path) -> Path:
-        """Write to `path`, atomically; the folder is made where it is missing. Returns the path.
+        """Write to `path` atomically, creating the folder if it is missing. Returns the path.
 
         Raises:
-            OSError: if it cannot be written; what was there stays.
+            OSError: if it cannot be written; an existing file is unchanged.
         """
         tensors = {  # copies, for safetensors refuses tensors that share memory
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -116,7 +121,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class _Header:
-    """The JSON beside an artifact's tensors."""
+    """The JSON metadata of an artifact's file."""
 
     format: int
     kind: str

@@ -1,7 +1,7 @@
-"""The store: a folder of artifacts addressed by what went into them, and the one way to get a result or make it.
+"""The store: a folder of artifacts addressed by what they depend on, and the one way to get a result or compute it.
 
-A store that cannot be written to, or an artifact that cannot be read (no permission, a network folder that is away),
-costs a warning, never a result.
+A store that cannot be written to, or an artifact that cannot be read (no permission, a network folder that is offline),
+causes a warning, never the loss of a result.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Value = TypeVar("Value")
 Contents = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and meta of an artifact
 
 STALE_TEMPORARY_SECONDS = 3600
-DAMAGED = ".damaged"  # what the name of a file that was set aside ends with
+DAMAGED = ".damaged"  # suffix of a damaged file that was set aside
 
 
 class Cache(ABC):
-    """Something that stores artifacts by kind and spec, and so can hand out a result or have it made."""
+    """A place that stores artifacts by kind and spec; it returns a stored result or has it computed."""
 
     @abstractmethod
     def get(self, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None = None) -> Any:
@@ -43,7 +43,7 @@ class Cache(ABC):
 
     @abstractmethod
     def put(self, artifact: Artifact) -> Path | None:
-        """Store an artifact. Returns its path, or None where it was not stored."""
+        """Store an artifact. Returns its path, or None if it was not stored."""
 
     def cached(
         self,
@@ -52,16 +52,17 @@ class Cache(ABC):
         make: Callable[[], Contents],
         read: Callable[[Artifact], Value],
     ) -> Value:
-        """The result of this spec: what `read` makes of the stored artifact or, where there is none, of a new one.
+        """The result of this spec: `read` applied to the stored artifact or, if there is none, to a new one.
 
         Args:
             kind: the kind of artifact.
             spec: everything that decides the result, plain JSON.
             make: computes the tensors and the meta of the artifact.
-            read: the result that an artifact holds; a stored one that it refuses with a SitelensError is made again.
+            read: returns the result that an artifact holds; if it refuses a stored one with a SitelensError, a new one
+                is made.
 
         Raises:
-            SitelensError: as `make`, and as `read` for what was just made.
+            SitelensError: from `make`, or from `read` for the new artifact.
         """
         return self.cached_all(kind, [spec], lambda _: [(0, make())], [read])[0]
 
@@ -74,8 +75,8 @@ class Cache(ABC):
     ) -> list[Value]:
         """The results of several specs, in their order; see `cached`.
 
-        `make` is called once, with the indices of the specs whose results are missing, and gives each of them with
-        its contents, in any order; what it gives is stored at once, so that an interruption loses only the rest.
+        `make` is called once with the indices of the missing results and yields each index with its contents, in any
+        order. Each is stored at once, so that an interruption loses only the rest.
         """
         results = [self.get(kind, spec, read) for spec, read in zip(specs, reads, strict=True)]
         missing = [i for i, result in enumerate(results) if result is None]
@@ -93,7 +94,7 @@ class Store(Cache):
     root: Path
 
     def path(self, kind: str, spec: Mapping[str, Any]) -> Path:
-        """Where the artifact of this kind and spec lies, or would lie."""
+        """Path of the artifact of this kind and spec, whether or not it exists."""
         return self.root / kind / f"{digest({'kind': kind, 'format': FORMAT, 'spec': spec})[:40]}.safetensors"
 
     def get(self, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None = None) -> Any:
@@ -110,13 +111,14 @@ class Store(Cache):
             self._set_aside(path, kind, spec, read)
         except SitelensError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
-                warn_once(path, f"{error}; the work goes on without it")
+                warn_once(path, f"{error}; the work continues without it")
         return None
 
     def put(self, artifact: Artifact) -> Path | None:
-        """Keep an artifact; concurrent writers of the same one leave one whole file.
+        """Store an artifact; concurrent writers of the same one leave one complete file.
 
-        Returns its path, or None where it could not be written: that is said once, and nothing half-written stays.
+        Returns:
+            Its path, or None if it could not be written; a warning says so once, and no partial file remains.
         """
         path = self.path(artifact.kind, artifact.spec)
         try:
@@ -125,8 +127,8 @@ class Store(Cache):
         except OSError as error:
             warn_once(
                 self.root,
-                f"results cannot be kept in the cache {self.root}: {reason(error)}. The work goes on; SITELENS_CACHE "
-                "or sl.settings.cache_dir names another cache folder",
+                f"results cannot be stored in the cache {self.root}: {reason(error)}. The work continues; "
+                "SITELENS_CACHE or sl.settings.cache_dir names another cache folder",
             )
             return None
         remove(path.with_suffix(DAMAGED))
@@ -144,7 +146,7 @@ class Store(Cache):
     def _set_aside(
         self, path: Path, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None
     ) -> None:
-        """Rename a damaged file, and back if another process has just put a good one in its place."""
+        """Rename a damaged file, and rename it back if another process has just replaced it by a good one."""
         aside = path.with_suffix(DAMAGED)
         with contextlib.suppress(OSError):
             os.replace(path, aside)
@@ -153,12 +155,12 @@ class Store(Cache):
                 os.replace(aside, path)
 
     def remove(self, kind: str, spec: Mapping[str, Any]) -> None:
-        """Remove the artifact of this kind and spec, if it is there and may be removed."""
+        """Remove the artifact of this kind and spec, if it exists and may be removed."""
         with contextlib.suppress(OSError):
             self.path(kind, spec).unlink(missing_ok=True)
 
     def entries(self) -> pd.DataFrame:
-        """One row per file: kind, task, model, bytes, modified, path. Kinds also: "damaged", "unreadable"."""
+        """One row per file: kind, task, model, bytes, modified, path. Further kinds: "damaged", "unreadable"."""
         rows = []
         for path in sorted([*self.root.glob("*/*.safetensors"), *self.root.glob(f"*/*{DAMAGED}")]):
             try:
@@ -179,9 +181,10 @@ class Store(Cache):
         return pd.DataFrame(rows, columns=["kind", "task", "model", "bytes", "modified", "path"])
 
     def clear(self, kind: str | None = None) -> int:
-        """Remove the artifacts of one kind, all, or those that are "damaged"; and stale temporary files.
+        """Remove all artifacts, those of one kind, or those that are "damaged"; and stale temporary files.
 
-        Returns how many artifacts went. Those that may not be removed are counted in a warning.
+        Returns:
+            The number of artifacts removed. Artifacts that may not be removed are counted in a warning.
         """
         removed, failures = 0, []
         folder = kind if kind not in (None, "damaged") else "*"
@@ -218,6 +221,6 @@ def default_store() -> Store:
 
 @contextmanager
 def empty_cache() -> Iterator[None]:
-    """Inside this block nothing is in the cache, and what is put there is gone at its end."""
+    """Inside this block the cache is empty, and what is stored in it is removed at the end."""
     with scratch_folder(settings.cache()) as folder, settings.using(cache_dir=folder):
         yield
