@@ -77,7 +77,7 @@ class RunReport(Result):
         return summarize(self.scores, by=("condition", "metric"))
 
     def tables(self) -> list[Table]:
-        """One table per metric, in per cent: tasks with their numbers of items down, conditions across."""
+        """One table per metric, in percent: tasks with their numbers of items down, conditions across."""
         counts = dict(zip(self.results, self.n_items, strict=True))
         tables = []
         for metric, rows in self.frame.groupby("metric", sort=False):
@@ -85,7 +85,7 @@ class RunReport(Result):
             table = cells.pivot_table(index="task", columns="condition", values="text", aggfunc="first", sort=False)
             table.insert(0, "n", [str(counts[name]) for name in table.index])
             caption = (
-                f"{accuracy_label(str(metric))} in per cent with 95% intervals (n: test items; ±: standard deviation "
+                f"{accuracy_label(str(metric))} in percent with 95% intervals (n: test items; ±: standard deviation "
                 f"over random draws); model {self.config.model}."
             )
             tables.append(Table(table, caption, heading=str(metric)))
@@ -98,7 +98,7 @@ class RunReport(Result):
         return figures.dots(rows, labels={"mean": accuracy_label(metric)}, title=title or "")
 
     def text(self, metric: str | None = None) -> str:
-        """The frame as text for a terminal, in per cent: conditions down, tasks with their numbers of items across."""
+        """The frame as text for a terminal, in percent: conditions down, tasks with their numbers of items across."""
         counts = dict(zip(self.results, self.n_items, strict=True))
         rows = self.frame[self.frame["metric"] == (metric or self.config.metrics[0])]
         lines = []
