@@ -78,6 +78,10 @@ def method_named(name: str, values: Mapping[str, Any] | None = None) -> Any:
 
     Raises:
         SitelensError: for an unknown method, field, or a value that cannot be used.
+
+    Example:
+        >>> sl.methods.method_named("TV") == sl.methods.TV()
+        True
     """
     kind = method_class(name)
     fields = arguments_of(kind).options(name, values or {})

@@ -61,6 +61,11 @@ def compare(
 
     Raises:
         SitelensError: for an unknown method, two of one label, and as each method's fit.
+
+    Example:
+        >>> comparison = sl.compare([task], ["zero-shot", sl.methods.FewShot(n_shots=2)], model, n_items=4)
+        >>> comparison.frame[["method", "n"]].values.tolist()
+        [['zero-shot', 4], ['2-shot', 4]]
     """
     chosen = methods_by_label(methods)
     loaded, model = [cap_training_items(task) for task in load_tasks(tasks)], resolve_model(model)

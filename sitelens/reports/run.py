@@ -43,6 +43,12 @@ def run(
 
     Raises:
         SitelensError: for bad input, as the functions it calls.
+
+    Example:
+        >>> options = {"n_prompts": 2, "n_shots": 2, "draws": 1, "n_items": 4, "train": config}
+        >>> report = sl.run(sl.RunConfig(tasks=("country-capital",), **options), model)
+        >>> report.frame["condition"].unique().tolist()
+        ['zero-shot', '2-shot', 'SITE', 'hard', 'high-alpha', 'low-alpha', 'random', 'echo']
     """
     clock = _Clock()
     tasks = load_tasks(config.tasks)

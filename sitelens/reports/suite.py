@@ -69,6 +69,11 @@ def run_suite(
 
     Raises:
         SitelensError: for an unknown suite, method, metric or task, or if no task of the suite can be run.
+
+    Example:
+        >>> suite = sl.run_suite("builtin", model, methods=["TV"], tasks=["antonym"], n_shots=2, n_items=4)
+        >>> suite.frame["condition"].unique().tolist()
+        ['zero-shot', '2-shot', 'TV']
     """
     suite = the_suite(suite)
     names = check_suite(suite, tasks=tasks, metric=metric, n_items=n_items)

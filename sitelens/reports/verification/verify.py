@@ -117,6 +117,11 @@ def verify(model: ModelSource | None = None, *, task: Task | str = "antonym", se
 
     Raises:
         SitelensError: if the model cannot be used at all.
+
+    Example:
+        >>> sl.verify("smollm2-135m")  # doctest: +SKIP
+        smollm2-135m (float32): everything supported holds
+        ...
     """
     model, task = resolve_model(model), load_task(task)
     subject = Subject(model, task, seed)
