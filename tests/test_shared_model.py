@@ -362,7 +362,7 @@ CALLS: dict[str, Work] = {
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [*(("Llama", name) for name in CALLS), *(("GPT2", name) for name in ("evaluate", "train", "lora"))],
+    [*(("Llama", name) for name in CALLS), *(("GPT2", name) for name in ("evaluate", "train", "LoRA"))],
 )
 def test_every_call_leaves_all_as_it_was(family: str, name: str, unchecked: None) -> None:
     """Also a model whose weights are trainable and have gradients, and a mode that the caller has chosen."""
@@ -377,7 +377,7 @@ def test_every_call_leaves_all_as_it_was(family: str, name: str, unchecked: None
         CALLS[name](model)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "train", "lora", "ltv", "i2cl", "mtv", "attribution"])
+@pytest.mark.parametrize("name", ["evaluate", "train", "LoRA", "LTV", "I2CL", "MTV", "attribution"])
 def test_a_failing_call_leaves_all_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
     """Out of memory in the second forward pass."""
     model = micro.bridge("Llama")
@@ -401,7 +401,7 @@ def test_a_failing_call_leaves_all_as_it_was(name: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        *((name, lambda: torch.set_grad_enabled(False)) for name in ("train", "mtv", "lora")),
+        *((name, lambda: torch.set_grad_enabled(False)) for name in ("train", "MTV", "LoRA")),
         *((name, torch.inference_mode) for name in ("train", *SMALL) if name != "ManyShot"),
     ],
 )

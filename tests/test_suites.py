@@ -148,7 +148,7 @@ def test_what_fails_is_left_out_and_the_rest_goes_on(model: Bridge, monkeypatch:
         return trained(tasks, *args, **options)
 
     monkeypatch.setattr(site, "train_selections", train)
-    found = run_suite("bbh", model, **SMALL | {"methods": [SITE, sl.methods.TV(n_sets=2, n_shots=500)]})
+    found = run_suite("bbh", model, **{**SMALL, "methods": [SITE, sl.methods.TV(n_sets=2, n_shots=500)]})
     assert found.left_out["two, SITE"] == "the loss of 'two' is not a number"
     assert all("too few training items for 500 shots" in found.left_out[f"{name}, TV"] for name in TASKS)
     assert set(map(tuple, found.scores[["task", "condition"]].to_numpy())) == {
@@ -160,7 +160,7 @@ def test_what_fails_is_left_out_and_the_rest_goes_on(model: Bridge, monkeypatch:
 
 
 def test_the_echo_baseline_stands_once_beside_prefix_match(model: Bridge) -> None:
-    found = run_suite("bbh", model, metric="prefix_match", **SMALL | {"methods": [SITE, sl.methods.TV(n_sets=2)]})
+    found = run_suite("bbh", model, metric="prefix_match", **{**SMALL, "methods": [SITE, sl.methods.TV(n_sets=2)]})
     counts = found.scores.groupby(["task", "condition"]).size()
     assert counts.eq(6).all() and len(counts) == 3 * 5
     figure: Any = found.figure()
@@ -169,7 +169,7 @@ def test_the_echo_baseline_stands_once_beside_prefix_match(model: Bridge) -> Non
 
 def test_other_methods_stand_beside_site(model: Bridge) -> None:
     vector = sl.methods.TV(n_sets=2, n_shots=2)
-    found = run_suite("bbh", model, tasks=["one"], **SMALL | {"methods": [vector, SITE, "zero-shot"]})
+    found = run_suite("bbh", model, tasks=["one"], **{**SMALL, "methods": [vector, SITE, "zero-shot"]})
     assert found.scores["condition"].unique().tolist() == ["zero-shot", "2-shot", "TV", "SITE"]
     condition = vector.fit(TASKS["one"], model)
     expected = sl.evaluate(TASKS["one"], {"TV": condition}, model, n_items=6)
@@ -187,7 +187,7 @@ def test_a_second_call_runs_nothing(model: Bridge, monkeypatch: pytest.MonkeyPat
 
 def test_a_suite_names_its_stages(model: Bridge, capsys: pytest.CaptureFixture[str]) -> None:
     with sl.settings.using(progress=None):
-        run_suite("bbh", model, **SMALL | {"methods": [SITE, sl.methods.TV(n_sets=2)]})
+        run_suite("bbh", model, **{**SMALL, "methods": [SITE, sl.methods.TV(n_sets=2)]})
     lines = capsys.readouterr().err.splitlines()
     stages = [re.sub(r", about .* left$", "", line.removeprefix("sitelens: suite bbh: ")) for line in lines]
     assert stages[:3] == ["1/3 fit SITE", "2/3 fit TV", "3/3 score"] and stages[-1].startswith("done in ")
@@ -201,7 +201,7 @@ def test_a_suites_bar_moves_within_a_batch_of_trainings(model: Bridge, monkeypat
     monkeypatch.setattr(
         training_state.Record, "step", lambda self, *values: (shares.append(jobs[0]._share), step(self, *values))[1]
     )
-    run_suite("bbh", model, **SMALL | {"methods": [replace(SITE, steps=100)]})
+    run_suite("bbh", model, **{**SMALL, "methods": [replace(SITE, steps=100)]})
     assert len(shares) == 100 and shares == sorted(shares) and len(set(shares)) == 100
     assert jobs[0]._share == pytest.approx(1)
 
