@@ -381,9 +381,10 @@ def test_a_metric_is_a_value_and_its_scores_are_kept(home: Path) -> None:
 pairs = [sl.load_task("antonym"), sl.load_task("synonym")]
 frame = sl.evaluate(pairs[0], sl.ZeroShot(), model, n_items=9, metrics=[vowel, "first_token"])
 print(sorted(set(frame["metric"])))
-grid = sl.transfer_matrix(pairs, model, metric=vowel, **small)
+sizes = {"n_prompts": 2, "n_shots": 2, "n_items": 4}
+grid = sl.transfer_matrix(pairs, model, metric=vowel, config=sl.TrainConfig(**training), **sizes)
 print(grid.metric, grid.frame.to_numpy().tolist())
-result = sl.run_suite("builtin", model, tasks=["antonym"], methods=["zero-shot"], metric=vowel, **small)
+result = sl.run_suite("builtin", model, tasks=["antonym"], methods=["zero-shot"], metric=vowel, n_shots=2, n_items=4)
 print(result.scores["metric"].unique(), result.scores["score"].tolist())
 """
     )
