@@ -80,6 +80,7 @@ def test_high_low_and_random_have_a_quarter_of_the_heads_unless_told(report: Run
 
 def test_a_run_writes_its_files_and_run_json_makes_it_again(report: RunReport, tmp_path: Path) -> None:
     paths = report.save(tmp_path / "out")
+    assert report.model is not None
     assert all(path.exists() for path in paths)
     recorded = json.loads((tmp_path / "out" / "run.json").read_text())
     assert recorded["model"]["fingerprint"] == sl.fingerprint(report.model)
@@ -198,6 +199,7 @@ def test_whatever_has_changed_since_a_run_is_said_in_a_line_each(report: RunRepo
         record = json.loads(path.read_text())
         for name, value in edits.items():
             record[name] = {**record[name], **value} if isinstance(value, dict) else value
+        assert report.model is not None
         return changes(record, Model.of(report.model), edited)
 
     edited = report.tasks

@@ -69,7 +69,7 @@ def similarity() -> sl.HeadSimilarity:
             for measure in ("pearson", "spearman", "jaccard") for a, b, i, j in pairs]  # fmt: skip
     floor = [{"measure": row["measure"], "permuted": permuted, "similarity": 0.1}
              for row in rows[::5] for permuted in ("heads", "within layers")]  # fmt: skip
-    k = dict.fromkeys(NAMES, 3)
+    k: dict[str, int] = dict.fromkeys(NAMES, 3)
     return sl.HeadSimilarity(pd.DataFrame(rows), pd.DataFrame(floor), NAMES, k, NAMES[1], {NAMES[0]: NAMES[1]}, RECORD)
 
 
@@ -167,7 +167,8 @@ def test_latex_and_markdown_hold_the_cells(result: Result) -> None:
 
 def test_a_figure_is_ours(result: Result) -> None:
     figure: Any = result.figure("Title")
-    assert isinstance(figure, go.Figure) and figure.layout.title.text == "Title" and len(figure.data)
+    assert isinstance(result.figure(), go.Figure)
+    assert figure.layout.title.text == "Title" and len(figure.data)
 
 
 def test_everything_is_saved_under_one_name(result: Result, tmp_path: Path) -> None:
