@@ -187,6 +187,18 @@ def analyses(embedding: sl.TaskEmbedding, one: sl.HeadSelection, other: sl.HeadS
     assert_type(figures.show_static_too(), bool)
 
 
+def own_study(folder: Path) -> None:
+    """A study of one's own, and its figure."""
+
+    @sl.study(caption="Accuracy without demonstrations.", figure=figures.dots, tasks=["antonym"])
+    def zero_shot(tasks: list[sl.Task], model: sl.Model, *, n_items: int) -> pd.DataFrame:
+        return pd.concat([sl.evaluate(task, sl.ZeroShot(), model, n_items=n_items) for task in tasks])
+
+    assert_type(zero_shot([sl.load_task("antonym")], sl.Model.of(sl.load_model()), n_items=3), pd.DataFrame)
+    assert_type(sl.STUDIES["zero-shot"], sl.Study)
+    assert_type(sl.make_figures(["zero-shot"], folder), list[Path])
+
+
 def metrics() -> None:
     """A metric of one's own."""
     assert_type(sl.METRICS["first_token"], sl.Metric)
