@@ -165,8 +165,8 @@ def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
 
 
 def test_a_benchmark_with_long_prompts_runs(model: Bridge, data_folder: Path) -> None:
-    found = sl.run_suite("bbh", model, tasks=["bbh/date_understanding"], n_items=3, n_prompts=2, n_shots=3,
-                         config=sl.TrainConfig(steps=4, eval_every=2, n_valid=3))  # fmt: skip
+    site = sl.methods.SITE(n_prompts=2, n_shots=3, steps=4, eval_every=2, n_valid=3)
+    found = sl.run_suite("bbh", model, tasks=["bbh/date_understanding"], methods=[site], n_items=3, n_shots=3)
     assert found.scores["item"].nunique() == 3
     assert found.tasks["dropped"].tolist() == [0] and len(found.left_out) == 26
 

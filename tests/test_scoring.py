@@ -17,7 +17,7 @@ from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.engine.forward import Hook
 from sitelens.evaluation.cached import KEPT, score_conditions
-from sitelens.models.model import Bridge, Model
+from sitelens.models.model import Bridge, Model, ModelLike
 from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 from tests import micro
@@ -136,10 +136,10 @@ def test_other_weights_are_scored_anew() -> None:
 class Shouting(sl.ZeroShot):
     """A condition of a user's own that depends on more than its fields."""
 
-    def fwd_hooks(self, model: Bridge) -> list[Hook]:
+    def fwd_hooks(self, model: ModelLike) -> list[Hook]:
         return [("ln_final.hook_out", lambda tensor, hook=None: tensor * LOUDNESS)]
 
-    def patch(self, model: Bridge) -> Any:
+    def patch(self, model: ModelLike) -> Any:
         return None
 
 

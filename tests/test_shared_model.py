@@ -477,7 +477,7 @@ def test_an_interrupt_at_any_line_does_no_harm(llama: Bridge) -> None:
         def ours() -> None:
             with conditions.in_effect(added(llama), Model.of(llama)) as passes:
                 forward.full_logits(batch, passes)
-            cache = prefix.PrefixCache.of(batch, llama, 10**9)
+            cache = prefix.PrefixCache.of(batch, Model.of(llama), 10**9)
             with forward.LastToken(Model.of(llama)) as run:
                 patched = patch(llama).patch(llama)
                 assert patched is not None
