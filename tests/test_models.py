@@ -438,6 +438,17 @@ def test_the_default_dtype_is_a_setting(tmp_path: Path):
     assert next(load_model(folder).parameters()).dtype == torch.float32
 
 
+def test_a_model_knows_its_bridge_and_shares_what_is_known_of_it():
+    bridge = micro.bridge("Llama")
+    model = resolve_model(bridge)
+    assert model.bridge is bridge and resolve_model(model) is model
+    assert model == resolve_model(bridge) != Model.of(micro.bridge("Llama"))
+    assert {model: 1}[Model.of(bridge)] == 1
+    assert model.once("name", object) is Model.of(bridge).once("name", object)
+    assert model.shape == (2, 4, 8) and model.shape.heads == 4 and model.d_model == 32
+    assert repr(model) == "Model(Llama: 2 layers x 4 heads, float32)"
+
+
 def test_a_bridge_is_returned_as_it_is():
     bridge = micro.bridge("Llama")
     assert load_model(bridge) is bridge and resolve_model(bridge) == Model.of(bridge)

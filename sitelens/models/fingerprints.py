@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
-
 from sitelens.models.model import Model, ModelLike
 
 
@@ -21,15 +18,3 @@ def fingerprint(model: ModelLike) -> str:
         True
     """
     return Model.of(model).fingerprint()
-
-
-def weights_digest(model: ModelLike) -> str:
-    return Model.of(model).weights_digest()
-
-
-def unchanged(model: ModelLike) -> AbstractContextManager[None]:
-    return Model.of(model).unchanged()
-
-
-def text_config(model: ModelLike) -> Any:
-    return Model.of(model).text_config

@@ -60,12 +60,16 @@ class Model:
     `resolve_model` makes it once at every public door; within sitelens it is handed on. Models of one bridge are equal,
     and share what has been learned of the bridge. That is kept for as long as the bridge lives, and learned anew where
     the bridge has changed: weights edited in place and tokenizers replaced or edited are noticed.
+
+    bridge: the TransformerBridge, as users hold it. cfg: its configuration. network: the Hugging Face network beneath.
     """
 
-    __slots__ = ("_memory", "bridge")
+    __slots__ = ("_memory", "bridge", "cfg", "network")
 
     def __init__(self, bridge: TransformerBridge) -> None:
         self.bridge = bridge
+        self.cfg: Any = bridge.cfg
+        self.network: Any = bridge.original_model
         with _memories_lock:
             self._memory = _memories.setdefault(bridge, _Memory())
 
@@ -85,16 +89,6 @@ class Model:
         return f"Model({self.name}: {shape.layers} layers x {shape.heads} heads, {str(self.dtype)[6:]})"
 
     # What it is
-
-    @property
-    def network(self) -> Any:
-        """The Hugging Face network beneath the bridge."""
-        return self.bridge.original_model
-
-    @property
-    def cfg(self) -> Any:
-        """The bridge's configuration."""
-        return self.bridge.cfg
 
     @property
     def text_config(self) -> Any:
@@ -262,31 +256,3 @@ def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: Mo
             f"{what} was made with another model (fingerprint {made_for[:12]}) than {model.name} "
             f"({model.fingerprint()[:12]}); dataclasses.replace(..., model=None) lifts this check"
         )
-
-
-def head_shape(model: ModelLike) -> HeadShape:
-    return Model.of(model).shape
-
-
-def model_name(model: ModelLike) -> str:
-    return Model.of(model).name
-
-
-def context_length(model: ModelLike) -> int | None:
-    return Model.of(model).context_length
-
-
-def computing_dtype(model: ModelLike) -> torch.dtype:
-    return Model.of(model).computing_dtype
-
-
-def model_dtype(model: ModelLike) -> torch.dtype:
-    return Model.of(model).dtype
-
-
-def own_tokenizer(model: ModelLike) -> Any:
-    return Model.of(model).tokenizer
-
-
-def tokenization(model: ModelLike) -> str:
-    return Model.of(model).tokenization()
