@@ -28,7 +28,7 @@ def logits_of(model: Bridge | Passes) -> Tensor:
     tokens = torch.tensor([IDS])
     mask = torch.ones_like(tokens, dtype=torch.bool)
     inside = model if isinstance(model, Passes) else Model.of(model)
-    return run_tokens(Model.of(inside), tokens, mask, all_positions(mask))[0, -1]
+    return run_tokens(inside, tokens, mask, all_positions(mask))[0, -1]
 
 
 def test_a_twin_has_modules_of_its_own_and_the_models_weights(wide_family: str) -> None:

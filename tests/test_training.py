@@ -252,7 +252,7 @@ class Counted:
         self.budget: int | None = None
         of, call = PrefixCache.of, LastToken.__call__
 
-        def counted_of(batch: PromptBatch, model: Bridge, budget: int) -> PrefixCache:
+        def counted_of(batch: PromptBatch, model: Model, budget: int) -> PrefixCache:
             self.prefixes[self.budget] = self.prefixes.get(self.budget, 0) + 1
             return of(batch, model, budget)
 
