@@ -1,9 +1,9 @@
-"""The methods: SITE and its rivals, each a value whose fields are its hyperparameters: `LTV(n_steps=9).fit(task)`.
+"""Methods: SITE and its baselines, each a value whose fields are its hyperparameters: `LTV(n_steps=9).fit(task)`.
 
-Every rival sees the same splits and template and at most 200 training items; layers, strengths, numbers of heads and
-learning rates are chosen on at most 50 validation items. SITE's checkpoint is chosen on at most 100, as in its paper,
-and function vectors take their queries from valid. Test items are not used, except that many-shot prompting reads how
-long the longest input is and how many training items share one, since that many demonstrations fewer fit.
+Every baseline sees the same splits and template and at most 200 training items. Layers, strengths, head counts and
+learning rates are chosen on at most 50 validation items; SITE's checkpoint on at most 100, as in its paper; function
+vectors also take their queries from valid. No method uses test items, except that many-shot prompting needs the length
+of the longest query and how many training items repeat a query's input, because both limit how many demonstrations fit.
 """
 
 from sitelens.methods.base import Method as Method

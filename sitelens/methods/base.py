@@ -1,4 +1,4 @@
-"""Method: a way of adapting a model to a task, as a value whose fields are its hyperparameters and its cache key."""
+"""Base class of methods: a method adapts a model to a task; its fields are its hyperparameters and its cache key."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from sitelens.store.folder import Contents, empty_cache
 from sitelens.store.kinds import Kind
 from sitelens.tasks import Task
 
-FIT_TOKENS = 50_000.0  # a guess of what a fit costs, for progress bars: prompt tokens that take as long
+FIT_TOKENS = 50_000.0  # default estimate of the cost of one fit in prompt tokens, for progress bars
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way of adapting a model to a task. A subclass is a frozen dataclass; its fields are its hyperparameters.
+    """A way of adapting a model to a task: a frozen dataclass whose fields are its hyperparameters.
 
         @dataclass(frozen=True, kw_only=True)
         class Mine(sl.Method):
@@ -46,12 +46,14 @@ class Method(ABC):
 
         sl.compare(tasks, [sl.methods.SITE(), Mine(width=5)])
 
-    Fields are checked against their annotations when a method is made. Fits are cached on disk by the class, its
-    `version`, its fields and, for a class of your own, what its code computes.
+    Fields are checked against their annotations at construction. Fits are cached on disk, keyed by the class, its
+    `version`, its fields and, for a class outside sitelens, the code that it runs.
 
-    name: what tables call it (default: the name of the class).
-    version: part of the cache key, to be raised when the numbers of its fits change.
-    max_train: training items that it may see at most; None for all of them.
+    Attributes:
+        name: name in tables (default: the name of the class).
+        key: name in the registry, set by it: `name` for methods of sitelens, "MODULE:CLASS" for others.
+        version: part of the cache key; raise it whenever the numbers of a fit change.
+        max_train: None to use all training items of a task; otherwise it is capped at the 200 that methods share.
     """
 
     name: ClassVar[str] = "Method"
@@ -60,7 +62,7 @@ class Method(ABC):
     max_train: ClassVar[int | None] = MAX_TRAIN
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Registers the class, so that its name can be used in its place."""
+        """Registers the class, so that its name can be used in place of an instance."""
         super().__init_subclass__(**options)
         if "name" not in vars(cls):
             cls.name = cls.__name__
@@ -74,16 +76,21 @@ class Method(ABC):
 
     @abstractmethod
     def fit(self, task: Task, model: Bridge, *, seed: int = 0) -> Condition:
-        """The condition that this method gives for a task on a model.
+        """The condition that adapts a model to a task.
+
+        Args:
+            task: the task to fit to.
+            model: the model's TransformerLens bridge.
+            seed: fixes every random choice of the fit.
 
         Raises:
-            SitelensError: if it cannot be fitted.
+            SitelensError: if the method cannot be fitted to this task.
         """
 
     def fit_all(self, tasks: Sequence[Task], model: ModelLike, *, seed: int = 0) -> Iterator[Condition | SitelensError]:
-        """One by one, in the order of the tasks, each task's condition, or the error that kept it from being fitted.
+        """Yields each task's condition, or the error that prevented its fit, in the order of the tasks.
 
-        Conditions are taken from the cache where they are known.
+        Fits that are in the cache are read from it.
         """
         for task, part in portions(tasks):
             outcome: Condition | SitelensError
@@ -95,52 +102,58 @@ class Method(ABC):
             yield outcome
 
     def n_trained(self, condition: Condition) -> int:
-        """How many numbers were trained for a condition that this method gave."""
+        """Number of parameters that were trained for a condition of this method."""
         return 0
 
     def work(self, tasks: Sequence[Task], model: ModelLike) -> float:
-        """Roughly what fitting all tasks costs, as a number of prompt tokens, for progress bars."""
+        """Estimated cost of fitting all tasks in prompt tokens, for progress bars."""
         return FIT_TOKENS * len(tasks)
 
     @property
     def label(self) -> str:
-        """What tables call this method."""
+        """Name of this method in tables."""
         return self.name
 
     @property
     def full_label(self) -> str:
-        """The label with the fields that differ from their defaults."""
+        """The label, followed by the fields that differ from their defaults."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         changed = [f"{name}={values[name]!r}" for name, usual in _defaults(self).items() if values[name] != usual]
         return f"{self.label}({', '.join(changed)})" if changed else self.label
 
     @classmethod
     def accepts(cls, name: str) -> bool:
-        """Whether a name, as in `sl.compare(tasks, ["LTV"])`, means a method of this class."""
+        """Whether `name`, as in `sl.compare(tasks, ["LTV"])`, refers to a method of this class."""
         return name == cls.name
 
     @classmethod
     def from_name(cls, name: str, **values: Any) -> Method:
-        """The method that a name means, with the defaults of all fields that `values` does not set."""
+        """The method that `name` refers to; fields that are not in `values` keep their defaults."""
         return cls(**values)
 
     def capped(self, task: Task) -> Task:
-        """The task with the training items that this method may see.
+        """The task, restricted to the training items that this method may use.
 
         Raises:
-            SitelensError: if there are no training or no validation items.
+            SitelensError: if the training items are capped and there are no training or no validation items.
         """
         return task if self.max_train is None else cap_training_items(task)
 
     def record(self) -> dict[str, Any]:
-        """What a record says of this method, as JSON as far as its fields are: its key and its fields."""
+        """Registry key and fields for an experiment's record; values that are not JSON are converted to text."""
         return {"method": self.key, **{name: str(value) if not _is_plain(value) else value
                                        for name, value in asdict(self).items()}}  # fmt: skip
 
     def spec(self, task: Task, key: Mapping[str, str], seed: int) -> dict[str, Any] | None:
-        """All that decides a fit, as plain JSON; None if that cannot be said, so that nothing may be kept.
+        """Everything that determines a fit, as plain JSON (its cache key); None if the fit cannot be cached.
 
-        `key` is that of the model. Fits rest on embeddings and evaluation, whose algorithms' numbers are part of it.
+        A fit cannot be cached if a field is not JSON, or if the code of a class outside sitelens cannot be hashed. The
+        algorithm versions of embedding and evaluation are included, because fits depend on both.
+
+        Args:
+            task: the task to fit to.
+            key: the model's part of the cache key.
+            seed: the seed of the fit.
         """
         spec: dict[str, Any] = {
             "algorithm": [self.version, embedding.ALGORITHM, scoring.ALGORITHM], "method": self.key,
@@ -158,7 +171,9 @@ class Method(ABC):
         return spec
 
     def measured_fit(self, task: Task, model: Model, *, seed: int = 0) -> Fitted:
-        """The condition and what fitting it cost, cached; fitted with an empty cache, so that its cost is its own.
+        """The fitted condition and the cost of fitting it, cached on disk.
+
+        The fit runs with an empty cache, so its cost does not depend on what was cached before.
 
         Raises:
             SitelensError: as `fit`.
@@ -198,10 +213,14 @@ class Method(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A method's condition for a task, and what fitting it cost.
+    """A method's condition for a task and the cost of fitting it.
 
-    trained: numbers that were trained; forward_tokens, backward_tokens: tokens that went through the model, choices on
-    valid and padding included; fit_seconds: on this machine.
+    Attributes:
+        condition: the condition to evaluate.
+        trained: number of trained parameters.
+        forward_tokens, backward_tokens: tokens that passed through the model forward and backward, including padding
+            and selection on valid.
+        fit_seconds: wall-clock seconds on this machine.
     """
 
     condition: Condition
@@ -213,7 +232,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class _Cost:
-    """What a fit cost, as it is kept."""
+    """The cost of a fit, as stored in the cache."""
 
     trained: int
     forward_tokens: int
@@ -229,7 +248,7 @@ _NO_COST = _Cost(0, 0, 0, 0.0)
 
 
 class _NotSavedError(Exception):
-    """A fit whose condition cannot be saved."""
+    """Raised when the condition of a fit cannot be saved; carries the fit."""
 
     def __init__(self, fitted: Fitted, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -240,7 +259,7 @@ def _fitted(artifact: Artifact) -> Fitted:
     """The fit that an artifact holds.
 
     Raises:
-        SitelensError: if it holds something else.
+        SitelensError: if the artifact holds anything else.
     """
     check_names(artifact.meta, ("state", "cost"), artifact.where)
     condition = Condition.from_saved(artifact.tensors, artifact.meta.get("state"), artifact.where)
@@ -257,6 +276,6 @@ def _is_plain(value: Any) -> bool:
 
 
 def _defaults(method: Method) -> dict[str, Any]:
-    """The fields' defaults; MISSING where there is none."""
+    """Default value of each field; MISSING for a field that has none."""
     makers = {field.name: (field.default, field.default_factory) for field in fields(method)}
     return {name: usual if make is MISSING else make() for name, (usual, make) in makers.items()}

@@ -1,4 +1,4 @@
-"""Function vectors (Todd et al. 2024, arXiv 2310.15213): the sum of what a few heads write, added at one layer."""
+"""Function vectors (Todd et al. 2024, arXiv 2310.15213): the summed outputs of a few heads, added at one layer."""
 
 from __future__ import annotations
 
@@ -33,14 +33,25 @@ from sitelens.tasks import Task, load_task
 @checked
 @dataclass(frozen=True, kw_only=True)
 class FV(Method):
-    """The function vector, its layer and number of heads chosen on valid; ties take the lowest layer.
+    """Function vector: the summed mean outputs of a few heads, added at one layer.
 
-    z is averaged over `n_prompts` prompts of `n_shots` training demonstrations with queries from valid, of which only
-    those count that the model answers correctly (`correct_only`); heads are ranked by their indirect effect on
-    `n_effects` prompts with shuffled answers. Published: 10 heads on GPT-J, 20 to 100 on larger models. The public
-    code chooses the layer on test and adds the output bias once a head where there is one: here it is chosen on
-    valid, without bias. Where what a head writes passes a norm first (Gemma 3), or is multiplied (Granite), so is the
-    vector: the norm's scale is the mean over some of the prompts.
+    Layer and number of heads are chosen on valid.
+
+    z is averaged over few-shot prompts with training demonstrations and validation queries; heads are ranked by their
+    indirect effect on prompts with shuffled answers. In models that normalize (Gemma 3) or multiply (Granite) head
+    outputs before the residual stream, so is the vector; the norm's scale is the mean over at most 8 of the prompts.
+
+    Attributes:
+        n_prompts: prompts over which z is averaged.
+        n_shots: demonstrations per prompt.
+        n_effects: prompts with shuffled answers for the indirect effects.
+        head_counts: candidate numbers of heads (published: 10 for GPT-J, 20 to 100 for larger models).
+        correct_only: average z only over prompts that the model answers correctly (over all if there are none).
+        scope: "generation" adds the vector at every decoded token too, "prompt" at the last prompt token only.
+
+    Source:
+        Todd et al. 2024, arXiv 2310.15213. Their code chooses the layer on test and adds the output bias once per head;
+        here the layer is chosen on valid and the bias is left out.
     """
 
     name = "FV"
@@ -56,10 +67,15 @@ class FV(Method):
     @warned_once()
     @torch.inference_mode(False)
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> AddToStream:
-        """The function vector; ties take the lowest layer.
+        """The function vector at the layer with the best validation accuracy; ties go to the lowest layer.
+
+        Args:
+            task: the task; at most 200 of its training items are used.
+            model: the model (default: the packaged one).
+            seed: fixes the demonstrations and the shuffled answers.
 
         Raises:
-            SitelensError: as `embed_task`.
+            SitelensError: as `embed_task`, or if the model has fewer heads than any of `head_counts`.
         """
         model, task = resolve_model(model), self.capped(load_task(task))
         queries = [task.valid[i % len(task.valid)] for i in range(self.n_prompts)]
@@ -98,7 +114,7 @@ class FV(Method):
 
 
 def _mean_z(batch: PromptBatch, model: Model, correct_only: bool) -> Float[Tensor, "layer head d_head"]:
-    """Every head's mean z at the last token: over all prompts, or those that the model answers correctly."""
+    """Mean z per head at the last token, over all prompts or those that the model answers correctly."""
     z = torch.zeros(len(batch), *model.shape, dtype=torch.float64)
     correct = torch.ones(len(batch), dtype=torch.bool)
     for index in same_length_chunks(batch, model):
@@ -108,6 +124,6 @@ def _mean_z(batch: PromptBatch, model: Model, correct_only: bool) -> Float[Tenso
         z[index] = capture.states("cpu").double()
         tokens = logits.argmax(-1).tolist()
         correct[index] = torch.tensor([token in answers for token, answers in zip(tokens, part.accepted, strict=True)])
-    if correct_only and correct.any():  # where nothing is answered correctly, all count
+    if correct_only and correct.any():  # if no prompt is answered correctly, use all
         z = z[correct]
     return z.mean(0).to(torch.float32)

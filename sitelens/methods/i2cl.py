@@ -24,21 +24,33 @@ from sitelens.models.model import ModelSource
 from sitelens.models.provenance import Origin
 from sitelens.tasks import Example, Task, load_task
 
-START = (0.1, 1.0)  # a and b
-CLOSED, PER_LABEL, OPEN = 10, 5, 10  # answers of a closed task at most; demonstrations of each; of an open task
+START = (0.1, 1.0)  # initial a (of the context vector) and b (of the output)
+CLOSED, PER_LABEL, OPEN = 10, 5, 10  # most answers of a closed task; demonstrations per answer; of an open task
 
 
 @checked
 @dataclass(frozen=True, kw_only=True)
 class I2CL(Method):
-    """Four numbers per layer, trained on the same few demonstrations that the context vectors are the mean of.
+    """Attention and MLP outputs mixed linearly with context vectors; four trained numbers per layer.
 
-    Each demonstration is run alone up to its newline; then a and b (0.1 and 1 at first) are trained on them as
-    zero-shot prompts: AdamW, the learning rate of `cosine` with `warm_up` as a share of all steps, cross-entropy of
-    the answer's first token over the whole vocabulary (the public code evaluates among the labels only). Unless
-    `n_demonstrations` says how many, 5 of each answer where there are at most 10 different ones, as published, and 10
-    in all where answers are open. Every demonstration comes once before any comes again (the public code shuffles all
-    of them anew for every batch). Nothing is chosen on valid.
+    Each demonstration is run alone up to its newline; its attention and MLP outputs, averaged over demonstrations, are
+    the context vectors. Then the coefficients a (of the context vector, initially 0.1) and b (of the output itself,
+    initially 1) are trained with AdamW on the same demonstrations as zero-shot prompts. The loss is the cross-entropy
+    of the answer's first token over the full vocabulary. Nothing is chosen on valid.
+
+    Attributes:
+        n_demonstrations: training items to use; None for 5 per answer if a task has at most 10 different answers (as
+            published), else 10 in all.
+        epochs: passes over the demonstrations.
+        batch_size: demonstrations per step.
+        lr: peak learning rate; see `cosine`.
+        weight_decay: that of AdamW.
+        warm_up: share of all steps in which the learning rate rises.
+        noise: standard deviation of the noise on outputs in training, as a share of the output's norm.
+
+    Source:
+        Li et al. 2024, arXiv 2405.14660. Their code evaluates over the labels only, and reshuffles all demonstrations
+        for every batch; here each is used once before any is used again.
     """
 
     name = "I2CL"
@@ -55,7 +67,12 @@ class I2CL(Method):
     @warned_once()
     @torch.inference_mode(False)
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> LinearCombination:
-        """The context vectors with the trained coefficients a and b.
+        """The context vectors with their trained coefficients.
+
+        Args:
+            task: the task; at most 200 of its training items are used.
+            model: the model (default: the packaged one).
+            seed: fixes the demonstrations, their order in training and the noise.
 
         Raises:
             SitelensError: for a task without training or validation items, or if the loss is not finite.
@@ -91,13 +108,13 @@ class I2CL(Method):
         return LinearCombination(context.cpu(), a.detach().cpu(), b.detach().cpu(), *made_for)
 
     def n_trained(self, condition: Condition) -> int:
-        """a and b, for attention and MLP of each layer."""
+        """Number of trained coefficients: a and b for attention and MLP of each layer."""
         assert isinstance(condition, LinearCombination)
         return condition.a.numel() + condition.b.numel()
 
 
 def demonstrations(task: Task, n: int | None, seed: int) -> list[Example]:
-    """`n` training items; without `n`, 5 of each answer of a task with at most 10 of them, 10 in all of another."""
+    """Shuffled training items: `n` of them; by default 5 per answer if there are at most 10 answers, else 10 in all."""
     (order,) = shuffled_batches(task.train, 1, len(task.train), f"i2cl/{task.name}/{seed}")
     items = [task.train[i] for i in order]
     labels = dict.fromkeys(item.output for item in items)
@@ -107,9 +124,9 @@ def demonstrations(task: Task, n: int | None, seed: int) -> list[Example]:
 
 
 def cosine(step: int, warm_up: int, steps: int) -> float:
-    """The share of the learning rate, as in the public code.
+    """Factor on the learning rate: a linear warm-up, then a cosine decay, as in the public code.
 
-    It rises in a line from 0 at step 0 to 1 at step `warm_up`; after it, it lies on half a cosine that began at step
-    0 and ends with 0 at `steps`.
+    It rises linearly from 0 at step 0 to 1 at step `warm_up`. After that it follows a half cosine from 1 at step 0 to 0
+    at `steps`, and so drops a little when the warm-up ends.
     """
     return step / warm_up if step < warm_up or step == warm_up > 0 else 0.5 * (1 + math.cos(math.pi * step / steps))

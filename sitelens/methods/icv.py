@@ -28,12 +28,19 @@ STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 @checked
 @dataclass(frozen=True, kw_only=True)
 class ICV(Method):
-    """The direction from inputs to answers over `n_pairs` training items; its strength is chosen on valid.
+    """In-context vector: the direction from inputs to answers, added after every MLP with a strength chosen on valid.
 
-    Input and answer are each run alone, without a template (label tasks have no natural pair: this one is ours). The
-    direction is the first principal component of the differences of their last tokens' states plus their mean, over
-    embedding and layers together, each layer's part then of unit length. Its sign, which principal components leave
-    open, is that of the mean. Published strengths lie between 0.1 and 0.8.
+    Input and answer of each pair are run alone, without a template; label tasks have no natural pair, so this one is
+    our choice. The direction is the first principal component of the differences between their last-token states, over
+    the embedding and all layers jointly, plus the mean difference; each layer's part is then normalized to unit length.
+    The component's arbitrary sign is that of the mean.
+
+    Attributes:
+        n_pairs: training items that the direction is computed from.
+        strengths: candidate strengths (published: 0.1 to 0.8).
+
+    Source:
+        Liu et al. 2024, arXiv 2311.06668.
     """
 
     name = "ICV"
@@ -44,7 +51,12 @@ class ICV(Method):
     @checked
     @torch.inference_mode(False)
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> InContextVector:
-        """The direction of every layer, with the strength that is best on valid.
+        """The direction per layer, with the strength of the best validation accuracy.
+
+        Args:
+            task: the task; at most 200 of its training items are used.
+            model: the model (default: the packaged one).
+            seed: fixes which training items are used.
 
         Raises:
             SitelensError: for a task without training or validation items.
@@ -64,7 +76,12 @@ class ICV(Method):
 
 
 def direction(differences: Float[Tensor, "pair point d_model"]) -> Float[Tensor, "point d_model"]:
-    """First principal component plus mean, over all points together; each point's part is of unit length."""
+    """First principal component plus mean of the differences, over all points jointly, then unit length per point.
+
+    Args:
+        differences: state of the answer minus that of the input, per pair and hook point. For a single pair the
+            component is zero.
+    """
     mean = differences.mean(0)
     flat = (differences - mean).flatten(1)
     component = torch.zeros_like(mean)

@@ -1,4 +1,4 @@
-"""What the methods share: training items, mean states, gradients through prompts and answers, the choice on valid."""
+"""Training items, batches and prompts shared by the methods."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sitelens.evaluation.labels import warn_of_shared_first_tokens
 from sitelens.models.model import Model
 from sitelens.tasks import Example, Task
 
-MAX_TRAIN = 200  # training items that any method may see
+MAX_TRAIN = 200  # training items per task for every method
 
 
 def cap_training_items(task: Task) -> Task:
-    """The task with at most 200 training items, the same for every method.
+    """The task with at most 200 training items, the same sample for every method and seed.
 
     Raises:
         SitelensError: if there are no training or no validation items.
@@ -31,18 +31,25 @@ def cap_training_items(task: Task) -> Task:
 
 
 def zero_shot(task: Task, items: Sequence[Example], model: Model) -> PromptBatch:
-    """Prompts without demonstrations; warns where first tokens cannot tell the task's answers apart."""
+    """Zero-shot prompts of the items as one batch; warns if answers of the task share a first token."""
     warn_of_shared_first_tokens([task], model)
     return zero_shot_batch([(task, item) for item in items], model, f"task {task.name!r}")
 
 
 def prompts_of(prompts: Sequence[Any], task: Task, model: Model) -> PromptBatch:
-    """Prompts as tokens, checked against the model's context."""
+    """The prompts, tokenized as one batch; checks that each fits the model's context."""
     return task_batch(task, prompts, model)
 
 
 def shuffled_batches(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[list[int]]:
-    """Places of the items in each of `steps` batches, every item once before any comes again."""
+    """Yields the item indices of each batch; every item is used once before any is used again.
+
+    Args:
+        items: the items to draw from.
+        steps: number of batches.
+        size: items per batch.
+        key: seeds the shuffling; the same key gives the same batches.
+    """
     rng = random.Random(f"sitelens/batches/{key}")
     queue: list[int] = []
     for _ in range(steps):
@@ -55,7 +62,7 @@ def shuffled_batches(items: Sequence[Any], steps: int, size: int, key: str) -> I
 
 
 def prompts_with_answers(task: Task, items: Sequence[Example], model: Model) -> list[tuple[list[int], int]]:
-    """Token ids of each zero-shot prompt with its whole answer behind it, and how many of them are the answer's."""
+    """Per item: token ids of the zero-shot prompt followed by its full answer, and the number of answer tokens."""
     tokenizer = model.tokenizer
     prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items]
     batch = prompts_of(prompts, task, model)

@@ -1,4 +1,4 @@
-"""LoFiT (Yin et al. 2024, arXiv 2406.01563): heads chosen by learned scales, then offsets trained on them."""
+"""LoFiT (Yin et al. 2024, arXiv 2406.01563): heads selected by trained scales, then offsets trained on them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,22 @@ MAX_GRAD_NORM = 1.0
 @checked
 @dataclass(frozen=True, kw_only=True)
 class LoFiT(Method):
-    """Offsets on `n_heads` heads (3% of them unless given), trained on the whole answers of the training items.
+    """Offsets added to z of selected heads, trained on the whole answers of the training items.
 
-    Step 1 trains a scale of every entry of z, with an L1 penalty, and ranks heads by its norm; step 2 trains offsets on
-    the highest. Both: AdamW with linear decay, batches of 8, 5 epochs, gradients clipped to a norm of 1 and no weight
-    decay, as transformers' Trainer does by default. The published rates differ by task; these are its recipe for
-    MQuAKE, fixed for all. No checkpoint is chosen.
+    Step 1 trains a scale for every entry of z with an L1 penalty and ranks heads by the norm of their scales; step 2
+    trains offsets on the highest-ranked heads. Both use AdamW with linear decay, gradients clipped to norm 1 and no
+    weight decay, the defaults of transformers' Trainer. No checkpoint is chosen.
+
+    Attributes:
+        n_heads: heads with offsets; None for 3% of all.
+        epochs: epochs of each step.
+        batch_size: training items per batch.
+        scale_lr: initial learning rate of step 1.
+        l1: weight of the L1 penalty in step 1.
+        offset_lr: initial learning rate of step 2.
+
+    Source:
+        Yin et al. 2024, arXiv 2406.01563. They tune rates and penalty per task; the defaults here are those for MQuAKE.
     """
 
     name = "LoFiT"
@@ -48,7 +58,12 @@ class LoFiT(Method):
     @checked
     @torch.inference_mode(False)
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> HeadOffsets:
-        """The offsets of the selected heads; zero for the others.
+        """Offsets of the selected heads; zero for all others.
+
+        Args:
+            task: the task; at most 200 of its training items are used.
+            model: the model (default: the packaged one).
+            seed: fixes the initial values and the order of the items.
 
         Raises:
             SitelensError: for a task without training or validation items, or if the loss is not finite.
@@ -89,7 +104,7 @@ class LoFiT(Method):
         return HeadOffsets(values, model.fingerprint(), origin)
 
     def n_trained(self, condition: Condition) -> int:
-        """A scale for every entry of z, then offsets on the selected heads."""
+        """Number of trained parameters: one scale per entry of z, plus the offsets of the selected heads."""
         assert isinstance(condition, HeadOffsets)
         offsets = condition.offsets
         return offsets.numel() + int((offsets != 0).any(-1).sum()) * offsets.shape[-1]

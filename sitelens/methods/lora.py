@@ -27,9 +27,20 @@ LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 @checked
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
-    """Adapters of rank 8 on q and v, trained on whole answers (AdamW); the learning rate is chosen on valid.
+    """Low-rank adapters on the query and value projections, trained on whole answers; learning rate chosen on valid.
 
-    As many steps of as many items as SITE takes; the rest are peft's defaults (no dropout).
+    By default it takes as many steps, and items per step, as SITE. The optimizer is AdamW; the rest are peft's defaults
+    (no dropout).
+
+    Attributes:
+        rank: rank of each adapter.
+        alpha: the adapters' output is scaled by alpha / rank.
+        n_steps: optimizer steps.
+        batch_size: training items per step.
+        learning_rates: candidate learning rates.
+
+    Source:
+        Hu et al. 2021, arXiv 2106.09685.
     """
 
     name = "LoRA"
@@ -43,11 +54,16 @@ class LoRA(Method):
     @warned_once()
     @torch.inference_mode(False)
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> LowRank:
-        """The adapters of the learning rate that is best on valid.
+        """The adapters trained with the learning rate of the best validation accuracy.
+
+        Args:
+            task: the task; at most 200 of its training items are used.
+            model: the model (default: the packaged one).
+            seed: fixes the initial values and the order of the items.
 
         Raises:
-            SitelensError: for a task without training or validation items, or if the loss is not finite at any
-                of the rates.
+            SitelensError: for a task without training or validation items, or if the loss is not finite at any learning
+                rate.
         """
         model, task = resolve_model(model), self.capped(load_task(task))
         made_for, origin = model.fingerprint(), Origin.of(model, task, seed=seed)
@@ -58,7 +74,7 @@ class LoRA(Method):
             passes.adapt(adapters.hooks)
             generator = torch.Generator().manual_seed(seed)
             for name, layers in adapters.weights.items():
-                for weight in layers:  # the usual start: A uniform, B zero, so that nothing changes
+                for weight in layers:  # standard initialization: A uniform, B zero, so no effect at first
                     bound = weight.shape[1] ** -0.5 if name.endswith("A") else 0.0
                     start = 2 * torch.rand(weight.shape, generator=generator, dtype=torch.float32) - 1
                     weight.copy_(bound * start).requires_grad_()
@@ -77,6 +93,6 @@ class LoRA(Method):
         return candidates[best_on_valid(task, candidates, model)]
 
     def n_trained(self, condition: Condition) -> int:
-        """All entries of the adapters."""
+        """Number of entries of all adapters."""
         assert isinstance(condition, LowRank)
         return sum(weights.numel() for weights in condition.weights.values())

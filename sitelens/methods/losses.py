@@ -1,4 +1,4 @@
-"""Losses of answers, with gradient through whole prompts."""
+"""Cross-entropy of answers, with gradient through whole prompts."""
 
 from __future__ import annotations
 
@@ -15,15 +15,25 @@ from sitelens.models.model import Model
 
 
 def answer_loss(rows: Sequence[tuple[list[int], int]], model: Model | Passes) -> Float[Tensor, ""]:
-    """Mean cross-entropy of all answer tokens of some rows of `prompts_with_answers`, with gradient."""
+    """Mean cross-entropy (nats) over all answer tokens, with gradient.
+
+    Args:
+        rows: (token ids of prompt and answer, number of answer tokens) per item, from `prompts_with_answers`.
+        model: the model, or passes through it with hooks or adapters.
+    """
     return next_loss([(ids, len(ids) - n - 1, ids[len(ids) - n :]) for ids, n in rows], model)
 
 
 def next_loss(rows: Sequence[tuple[list[int], int, list[int]]], model: Model | Passes) -> Float[Tensor, ""]:
-    """Mean cross-entropy over rows (tokens, place of the first of them whose next is wanted, what is wanted there on).
+    """Mean cross-entropy (nats) over all target tokens and the full vocabulary, with gradient.
 
-    With gradient, over the whole vocabulary. Rows are padded behind their end, where causal attention never sees it;
-    where the user listens, each text is run alone, up to the token whose next is wanted.
+    Rows are right-padded, which causal attention never sees. If the user has installed hooks on the model, every target
+    is run by itself instead, on a text that ends where the target is predicted.
+
+    Args:
+        rows: (token ids, position at which the first target is predicted, targets) per row; the following targets are
+            predicted at the following positions.
+        model: the model, or passes through it with hooks or adapters.
 
     Raises:
         SitelensError: if the loss is not finite.
@@ -43,7 +53,7 @@ def next_loss(rows: Sequence[tuple[list[int], int, list[int]]], model: Model | P
 def _padded_loss(rows: Sequence[tuple[list[int], int, list[int]]], passes: Passes) -> Float[Tensor, ""]:
     device, width = passes.model.device, max(len(ids) for ids, _, _ in rows)
     places = sorted({start + i for _, start, wanted in rows for i in range(len(wanted))} | {width - 1})
-    # The last place stands among them, wanted or not: so a lone row keeps the shapes, and the bits, it always had.
+    # Always include the last position: a single row then has the same shapes, hence bit-identical results.
     column = {place: i for i, place in enumerate(places)}
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     targets = torch.full((len(rows), len(places)), -100)

@@ -1,7 +1,7 @@
 """LTV, the learnable task vectors of Saglam et al. 2025 (arXiv 2502.05390), not those of Yang et al. 2025.
 
-Weighted sums of what heads write, added after every layer. Learned Task Vectors (Yang et al., arXiv 2509.24169) share
-the abbreviation and train the vector itself; they are not in sitelens.
+Weighted sums of head outputs, added after every layer. The Learned Task Vectors of Yang et al. (arXiv 2509.24169) share
+the abbreviation but train the vector itself; sitelens does not include them.
 """
 
 from __future__ import annotations
@@ -44,13 +44,26 @@ LEARNING_RATES = (1e-3, 1e-2, 1e-1)
 @checked
 @dataclass(frozen=True, kw_only=True)
 class LTV(Method):
-    """One weight a head (normal at first), trained with Adam; the learning rate is chosen on valid.
+    """Task vectors that are weighted sums of head outputs, one trained weight per head; learning rate chosen on valid.
 
-    Layer l gets the sum over its heads of weight * what the mean z writes, added at the last token at every step.
-    Training prompts are a fixed pool with shuffled answers, whose prefixes are computed once where all of them fit
-    half of the memory budget, at each step where not. This is the paper's form, a weight a head: the public code for
-    language weighs slices of the residual stream instead, and its rate of 5e-5 leaves the weights near where they
-    began.
+    After layer l, the sum over its heads of weight times the output of the mean z is added at the last token and at
+    every decoded token. Weights start from N(0, 1) and are trained with Adam on a fixed pool of prompts with shuffled
+    answers. The prefixes of the pool are computed once if they all fit half of the memory budget, otherwise at each
+    step.
+
+    Attributes:
+        n_prompts: prompts over which z is averaged.
+        n_shots: demonstrations in each of them.
+        n_pool: training prompts with shuffled answers.
+        pool_shots: demonstrations in each of them.
+        n_steps: optimizer steps.
+        batch_size: training prompts per step.
+        learning_rates: candidate learning rates.
+
+    Source:
+        Saglam et al. 2025, arXiv 2502.05390: the paper's form, one weight per head. The public code for language
+        weights slices of the residual stream instead, and its learning rate of 5e-5 leaves the weights near their
+        initial values.
     """
 
     name = "LTV"
@@ -67,7 +80,12 @@ class LTV(Method):
     @warned_once()
     @torch.inference_mode(False)
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> AddToStream:
-        """The vectors of the learning rate that is best on valid.
+        """The vectors trained with the learning rate of the best validation accuracy.
+
+        Args:
+            task: the task; at most 200 of its training items are used.
+            model: the model (default: the packaged one).
+            seed: fixes the prompts, the initial weights and the order of the pool.
 
         Raises:
             SitelensError: as `embed_task`.
@@ -84,7 +102,7 @@ class LTV(Method):
             key = f"ltv/{task.name}/{seed}/{i}"
             prompts.append(few_shot_prompt(task, shuffled_labels(shown, key), query, model.tokenizer))
         batch = prompts_of(prompts, task, model)
-        budget = settings.budget() // 2  # half for prefixes, half for what is computed with them
+        budget = settings.budget() // 2  # half for prefixes, half for the passes that use them
         whole = self.n_pool * prefix_bytes(model, max(batch.lengths)) <= budget
         pool = PrefixCache.of(batch, model, budget) if whole else None
 
@@ -103,7 +121,7 @@ class LTV(Method):
         ):
             for part in chunks([batch.lengths[i] for i in index], cost, budget):
                 chosen = [index[i] for i in sorted(part)]
-                some = prefixes(chosen)  # for all rates
+                some = prefixes(chosen)  # shared by all learning rates
                 answer = batch.answer[chosen]
                 for rate, weights in trained.items():
                     logits, _ = last_logits(some, passes[rate], ReadOnly)
@@ -125,7 +143,7 @@ class LTV(Method):
         return candidates[best_on_valid(task, candidates, model)]
 
     def n_trained(self, condition: Condition) -> int:
-        """One weight per head."""
+        """Number of trained weights: one per head."""
         assert isinstance(condition, AddToStream)
         return condition.n_trained
 
@@ -133,7 +151,7 @@ class LTV(Method):
 def summed(
     weights: Float[Tensor, "layer head"], writes: Float[Tensor, "layer head d_model"]
 ) -> Float[Tensor, "layer d_model"]:
-    """Each layer's vector: the weighted sum of what its heads write."""
+    """Vector of each layer: the weighted sum of its heads' outputs."""
     return einsum(weights, writes, "layer head, layer head d_model -> layer d_model")
 
 

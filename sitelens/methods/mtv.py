@@ -1,4 +1,4 @@
-"""Multimodal task vectors (Huang et al. 2024, arXiv 2406.15334): heads drawn by a policy that REINFORCE trains."""
+"""Multimodal task vectors (Huang et al. 2024, arXiv 2406.15334): heads sampled from a policy trained by REINFORCE."""
 
 from __future__ import annotations
 
@@ -28,19 +28,31 @@ from sitelens.models.model import ModelSource
 from sitelens.settings import settings
 from sitelens.tasks import Task, load_task
 
-FLOOR = 1e-3  # of a head's chance in training, and added to the standard deviation of the losses
+FLOOR = 1e-3  # lowest probability of a head in training; also added to the losses' standard deviation
 
 
 @checked
 @dataclass(frozen=True, kw_only=True)
 class MTV(Method):
-    """Heads whose z is replaced by its mean over few-shot prompts, at the prompt's last token and every decoding step.
+    """Mean few-shot z injected into heads that a trained policy selects, at the last token and every decoded token.
 
-    One Bernoulli logit per head, -1 at first. Each step takes one of `n_items` training items and `n_masks` masks,
-    whose standardized cross-entropies weigh the gradient of their log-probability (Adam). As in the public code, 1e-3
-    is added to the standard deviation, and chances are clamped to [0.001, 0.999] in training: the gradient of a head
-    beyond is 0. Of `n_draws` masks, from chances that are not clamped, the one with the lowest cross-entropy on valid
-    is kept (the public code takes 50 training items for this).
+    The policy has one Bernoulli logit per head, initially -1. Each step evaluates a sample of masks on one training
+    item; the masks' standardized cross-entropies weight the gradient of their log-probability (REINFORCE, Adam). As in
+    the public code, 1e-3 is added to the standard deviation, and probabilities are clamped to [0.001, 0.999] in
+    training, so that heads beyond have no gradient. The mask used is the one with the lowest cross-entropy on valid
+    among a final, unclamped sample (the public code uses 50 training items for this choice).
+
+    Attributes:
+        n_prompts: prompts over which z is averaged.
+        n_shots: demonstrations per prompt.
+        n_items: training items for the policy.
+        n_steps: optimizer steps.
+        n_masks: masks per step.
+        n_draws: masks in the final sample.
+        lr: learning rate of Adam.
+
+    Source:
+        Huang et al. 2024, arXiv 2406.15334.
     """
 
     name = "MTV"
@@ -57,7 +69,12 @@ class MTV(Method):
     @warned_once()
     @torch.inference_mode(False)
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> PatchHeads:
-        """The mean z at the best of the masks that the trained policy draws.
+        """Mean z patched at the best mask sampled from the trained policy.
+
+        Args:
+            task: the task; at most 200 of its training items are used.
+            model: the model (default: the packaged one).
+            seed: fixes the prompts, the masks and the order of the items.
 
         Raises:
             SitelensError: as `embed_task`.
@@ -102,7 +119,7 @@ class MTV(Method):
         return PatchHeads(chosen, embedding, scope="generation")
 
     def n_trained(self, condition: Condition) -> int:
-        """One logit per head."""
+        """Number of trained logits: one per head."""
         assert isinstance(condition, PatchHeads)
         return condition.selection.alpha.numel()
 
@@ -110,7 +127,14 @@ class MTV(Method):
 def draw(
     logits: Float[Tensor, "layer head"], n: int, generator: torch.Generator, floor: float = 0.0
 ) -> Float[Tensor, "mask layer head"]:
-    """Masks of zeros and ones, each head on with the probability of its logit, but at least `floor` and 1 - `floor`."""
+    """Random 0/1 masks, in which each head is on with its probability under the policy.
+
+    Args:
+        logits: log-odds of each head.
+        n: number of masks.
+        generator: source of randomness.
+        floor: probabilities are clamped to [floor, 1 - floor].
+    """
     chances = torch.sigmoid(logits).clamp(floor, 1 - floor)
     return torch.bernoulli(repeat(chances, "layer head -> mask layer head", mask=n), generator=generator)
 
@@ -118,9 +142,12 @@ def draw(
 def policy_gradient(
     logits: Float[Tensor, "layer head"], masks: Float[Tensor, "mask layer head"], losses: Float[Tensor, " mask"]
 ) -> Float[Tensor, "layer head"]:
-    """REINFORCE: the gradient of the mean over masks of their standardized loss times their log-probability.
+    """REINFORCE gradient: that of the mean over masks of standardized loss times log-probability.
 
-    Chances are clamped to [FLOOR, 1 - FLOOR]: the gradient is 0 for a head whose chance lies beyond.
+    Args:
+        logits: log-odds of each head. Probabilities are clamped to [FLOOR, 1 - FLOOR], so heads beyond have gradient 0.
+        masks: 0/1 masks sampled from these logits.
+        losses: loss under each mask.
     """
     weights = (losses - losses.mean()) / (losses.std() + FLOOR)
     with torch.enable_grad():

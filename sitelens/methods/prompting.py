@@ -1,4 +1,4 @@
-"""The prompting baselines as methods: nothing is fitted, the demonstrations stand in the prompt."""
+"""The prompting baselines as methods: nothing is fitted, the demonstrations are in the prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, ModelLike, ModelSource
 from sitelens.tasks import Task, load_task
 
-ROOM = 32  # tokens kept for the answer
+ROOM = 32  # tokens reserved for the answer
 
 
 @checked
@@ -31,24 +31,25 @@ class ZeroShot(Method):
 
     @checked
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> prompting.ZeroShot:
-        """Prompts without demonstrations."""
+        """The condition of prompts without demonstrations."""
         return prompting.ZeroShot()
 
     def measured_fit(self, task: Task, model: Model, *, seed: int = 0) -> Fitted:
-        """The condition; it costs nothing and is not kept."""
+        """The condition at no cost; it is not cached."""
         return Fitted(self.fit(task, model, seed=seed), 0, 0, 0, 0.0)
 
     def work(self, tasks: Any, model: ModelLike) -> float:
-        """Nothing: there is nothing to fit."""
+        """Zero, because nothing is fitted."""
         return 0.0
 
 
 @checked
 @dataclass(frozen=True, kw_only=True)
 class FewShot(Method):
-    """Few-shot prompting with `n_shots` demonstrations, drawn anew for each query.
+    """Few-shot prompting, named "5-shot", "10-shot" and so on; each query has its own random demonstrations.
 
-    Its names are "5-shot", "10-shot" and so on.
+    Attributes:
+        n_shots: demonstrations per prompt.
     """
 
     name = "10-shot"
@@ -57,55 +58,64 @@ class FewShot(Method):
 
     @checked
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> prompting.FewShot:
-        """Prompts with `n_shots` demonstrations."""
+        """The condition of prompts with `n_shots` demonstrations."""
         return prompting.FewShot(self.n_shots)
 
     def measured_fit(self, task: Task, model: Model, *, seed: int = 0) -> Fitted:
-        """The condition; it costs nothing and is not kept."""
+        """The condition at no cost; it is not cached."""
         return Fitted(self.fit(task, model, seed=seed), 0, 0, 0, 0.0)
 
     def work(self, tasks: Any, model: ModelLike) -> float:
-        """Nothing: there is nothing to fit."""
+        """Zero, because nothing is fitted."""
         return 0.0
 
     @property
     def label(self) -> str:
-        """The number of demonstrations: "10-shot"."""
+        """Name in tables, such as "10-shot"."""
         return f"{self.n_shots}-shot"
 
     @classmethod
     def accepts(cls, name: str) -> bool:
-        """Whether a name is a number of demonstrations: "5-shot"."""
+        """Whether `name` has the form "5-shot"."""
         return re.fullmatch(r"[1-9]\d{0,3}-shot", name) is not None
 
     @classmethod
     def from_name(cls, name: str, **values: Any) -> FewShot:
-        """Prompting with as many demonstrations as the name says."""
+        """Few-shot prompting with the number of demonstrations in `name`."""
         return cls(**{"n_shots": int(name.removesuffix("-shot")), **values})
 
 
 @checked
 @dataclass(frozen=True, kw_only=True)
 class ManyShot(Method):
-    """Many-shot prompting: as many demonstrations as the context holds, or `limit`."""
+    """Many-shot prompting: as many demonstrations as fit the context.
+
+    Attributes:
+        limit: largest number of demonstrations; None for no limit but the 200 training items of every method.
+    """
 
     name = "many-shot"
     limit: CountOrZero | None = None
 
     @checked
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> prompting.FewShot:
-        """Few-shot prompting with as many training items (at most 200) as fit into the context with any query.
+        """Few-shot prompting with as many training items (at most 200) as fit the context with any query.
 
-        The longest items and the longest query are counted, so that whichever are drawn fit. Items with the query's own
-        input never stand in its prompt, so that as many are left out of the count. Nothing else of test items is looked
-        at. Which 200 of more items are used is decided where the condition is evaluated: `compare` draws from the same
-        200 that every method is fitted to.
+        The count assumes the longest items and the longest query, so that any draw fits. A prompt never contains its
+        query's own input, so repeats of an input reduce the count. Nothing else about test items is used. If there are
+        more than 200 training items, the evaluation decides which are drawn from: in `compare`, the 200 that every
+        method is fitted to.
+
+        Args:
+            task: the task.
+            model: the model (default: the packaged one).
+            seed: has no effect; demonstrations are drawn when the condition is evaluated.
 
         Raises:
             SitelensError: for a task without training or validation items.
         """
         model, task = resolve_model(model), load_task(task)
-        cap_training_items(task)  # is it a task to fit anything to?
+        cap_training_items(task)  # raises if there are no training or validation items
         tokenizer = model.tokenizer
         queries = [few_shot_prompt(task, [], item, tokenizer).text for item in (*task.valid, *task.test)]
         sizes = sorted(item_sizes(task.train, task, tokenizer), reverse=True)

@@ -1,7 +1,7 @@
-"""Which methods there are: those of sitelens by their bare names, a user's own by MODULE:CLASS or their unique name.
+"""Registry of methods: those of sitelens by name, a user's by MODULE:CLASS or, if it is unique, by name.
 
-A method is registered where its class is defined. Packages offer theirs through the entry-point group
-`sitelens.methods`, which is read when a name is looked up that is not known yet.
+A method is registered when its class is defined. Packages provide methods through the entry-point group
+`sitelens.methods`, which is read once, when a name is not found or all methods are listed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ ALL = (
 
 
 def is_own(kind: type) -> bool:
-    """Whether a class is defined by sitelens itself."""
+    """Whether a class belongs to sitelens."""
     return kind.__module__.split(".")[0] == "sitelens"
 
 
 def register(kind: Any) -> str:
-    """Add a class of methods; returns its key. A class defined again, as in a notebook, replaces its older self.
+    """Adds a method class and returns its key; redefining a class, as in a notebook, replaces the old one.
 
     Raises:
-        SitelensError: if its name is no text.
+        SitelensError: if the class's name is not a non-empty string.
     """
     if not isinstance(kind.name, str) or not kind.name:
         raise SitelensError(f"the name of the method {kind.__qualname__} must be text, not {kind.name!r}")
@@ -47,16 +47,16 @@ def register(kind: Any) -> str:
 
 
 def method_classes() -> dict[str, Any]:
-    """Every class of methods by its key, those of entry points included."""
+    """All method classes by key, including those from entry points."""
     _load_entry_points()
     return {key: kind for key, kind in CLASSES.items() if not isabstract(kind)}
 
 
 def method_class(name: str) -> Any:
-    """The class of methods with a key or name.
+    """The method class with this key or name.
 
     Raises:
-        SitelensError: if there is none, with the nearest names, or if several classes share the name.
+        SitelensError: if there is none (with the nearest names), or if several classes share the name.
     """
     known = {key: kind for key, kind in CLASSES.items() if not isabstract(kind)}
     if name not in known and not any(kind.accepts(name) for kind in known.values()):
@@ -74,10 +74,14 @@ def method_class(name: str) -> Any:
 
 
 def method_named(name: str, values: Mapping[str, Any] | None = None) -> Any:
-    """The method with a key or name, some of its fields set to `values`.
+    """The method with this key or name.
+
+    Args:
+        name: for example "SITE", "5-shot" or "my_module:MyMethod".
+        values: fields to set; the others keep their defaults.
 
     Raises:
-        SitelensError: for an unknown method, field, or a value that cannot be used.
+        SitelensError: for an unknown method or field, or an invalid value.
 
     Example:
         >>> sl.methods.method_named("TV") == sl.methods.TV()
@@ -92,10 +96,10 @@ def method_named(name: str, values: Mapping[str, Any] | None = None) -> Any:
 
 
 def load_methods(path: str | Path) -> list[str]:
-    """Run a Python file that defines methods; returns their keys.
+    """Keys of the methods that a Python file defines; the file is imported as a module unless it already has been.
 
     Raises:
-        SitelensError: if there is no such file, it fails, it defines no method, or its name is that of another module.
+        SitelensError: if the file does not exist, fails or defines no method, or if another module has its name.
     """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
@@ -123,7 +127,7 @@ def load_methods(path: str | Path) -> list[str]:
 
 @functools.cache
 def _load_entry_points() -> None:
-    """Import what packages offer, once; one that fails is a warning that names it."""
+    """Imports the methods of installed packages, once; one that fails gives a warning."""
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             kind = point.load()
@@ -139,10 +143,10 @@ def _load_entry_points() -> None:
 
 
 def methods_by_label(methods: Iterable[Any] | str) -> dict[str, Any]:
-    """Methods, or their names, by what tables call them; "all" for those of sitelens.
+    """Methods, given as values or names, by their label in tables; "all" means every method of sitelens.
 
     Raises:
-        SitelensError: for an unknown name, or two different methods that would be called the same.
+        SitelensError: for an unknown name, or if two different methods have the same label.
     """
     if isinstance(methods, str):
         methods = ALL if methods == "all" else [methods]
@@ -150,10 +154,10 @@ def methods_by_label(methods: Iterable[Any] | str) -> dict[str, Any]:
 
 
 def labelled(methods: Iterable[Any]) -> dict[str, Any]:
-    """Methods by what tables call them: their names, with the fields that differ from the defaults where two share it.
+    """Distinct methods by their label in tables; methods of the same name also show their non-default fields.
 
     Raises:
-        SitelensError: if two different methods would be called the same.
+        SitelensError: if two different methods have the same label.
     """
     distinct: list[Any] = []
     for method in methods:

@@ -1,4 +1,4 @@
-"""Task vectors (Hendel et al. 2023, arXiv 2310.15916): a layer's state at the last token replaced."""
+"""Task vectors (Hendel et al. 2023, arXiv 2310.15916): the last token's state replaced at one layer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,18 @@ from sitelens.tasks import Task, load_task
 @checked
 @dataclass(frozen=True, kw_only=True)
 class TV(Method):
-    """The mean state over `n_sets` sets of demonstrations, its layer chosen on valid; ties take the lowest layer.
+    """Mean state of a layer over few-shot prompts, which replaces the state at the last token; layer chosen on valid.
 
-    Each prompt has `n_shots` demonstrations and, as a dummy query, the input of another training item. As published,
-    a test prompt has a vector of its own, from two dummy queries; here one vector, averaged over sets, serves all (its
-    option `multi_context`). Generation goes on from the patched prompt.
+    Each prompt has `n_shots` demonstrations and, as a dummy query, the input of another training item.
+
+    Attributes:
+        n_sets: sets of demonstrations over which the state is averaged.
+        n_shots: demonstrations per set.
+        scope: "prompt" patches the last prompt token only, "generation" every decoded token too.
+
+    Source:
+        Hendel et al. 2023, arXiv 2310.15916. There, each test prompt has its own vector, from two dummy queries; here
+        one vector, averaged over sets, serves all prompts (the public code's option `multi_context`).
     """
 
     name = "TV"
@@ -41,10 +48,15 @@ class TV(Method):
     @checked
     @torch.inference_mode(False)
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> ReplaceStream:
-        """The mean state at the chosen layer; ties take the lowest layer.
+        """The mean state at the layer with the best validation accuracy; ties go to the lowest layer.
+
+        Args:
+            task: the task; at most 200 of its training items are used.
+            model: the model (default: the packaged one).
+            seed: fixes the demonstrations and dummy queries.
 
         Raises:
-            SitelensError: for too few training items, or none of validation.
+            SitelensError: for fewer training items than `n_shots` + 1, or no validation items.
         """
         model, task = resolve_model(model), self.capped(load_task(task))
         if len(task.train) < self.n_shots + 1:

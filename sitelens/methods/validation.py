@@ -1,4 +1,4 @@
-"""The choice of layers, coefficients and learning rates on validation items."""
+"""Choice of layers, coefficients and learning rates on validation items."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sitelens.tasks import Task
 Key = TypeVar("Key")
 
 
-MAX_VALID = 50  # validation items on which layers, coefficients and learning rates are chosen
+MAX_VALID = 50  # validation items used for any such choice
 
 
 def accuracy_on_valid(task: Task, conditions: Mapping[Any, Condition], model: Model) -> dict[Any, float]:
-    """First-token accuracy of each condition on at most 50 validation items."""
+    """First-token accuracy of each condition on at most 50 validation items, by the condition's key."""
     named = {str(i): condition for i, condition in enumerate(conditions.values())}
     with no_progress():
         scores = evaluate(task, named, model, split="valid", n_items=MAX_VALID)
@@ -27,6 +27,6 @@ def accuracy_on_valid(task: Task, conditions: Mapping[Any, Condition], model: Mo
 
 
 def best_on_valid(task: Task, conditions: Mapping[Key, Condition], model: Model) -> Key:
-    """The key of the condition with the highest accuracy on valid; of equals the first."""
+    """Key of the condition with the highest first-token accuracy on valid; ties go to the first."""
     found = accuracy_on_valid(task, conditions, model)
     return max(found, key=found.__getitem__)
