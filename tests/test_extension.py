@@ -17,6 +17,7 @@ import pytest
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow  # each test starts a fresh process or several
 
 SUITE = '''
 import sitelens as sl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -180,7 +180,7 @@ def test_what_dispatches_a_model_to_devices_changes_no_number(family: str) -> No
     """accelerate's hooks on every module, as with several GPUs, though all of them place it on the CPU here."""
     from accelerate import dispatch_model
 
-    network = dispatch_model(micro.raw(family), {"": "cpu"}, main_device=torch.device("cpu"), force_hooks=True)
+    network = dispatch_model(micro.raw(family), {"": "cpu"}, main_device=cast(Any, "cpu"), force_hooks=True)
     assert sum(hasattr(module, "_hf_hook") for module in network.modules()) > 5
     spread, plain = micro.bridged(network, family, micro.tokenizer()), micro.bridge(family)
     task, config = micro.task(), sl.TrainConfig(steps=4, eval_every=2, n_valid=2)

@@ -177,6 +177,8 @@ def unpacked(kind: type[Made], content: Any, tensors: Mapping[str, Tensor], wher
         hint, what = hints.get(name, Any), f"{where}: {name}"
         inner = {key.split(".", 1)[1]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
         if hint is pd.DataFrame and name in content:
+            if name in tensors:
+                raise SitelensError(f"{what} occurs twice")
             values[name] = unpacked_frame(conform(content[name], list[Column], what), inner, what)
         elif name in tensors:
             if name in content or inner:

@@ -178,7 +178,7 @@ class TransferMatrix(Result):
         saved = _Saved(
             torch.tensor(self.matrix.to_numpy(float)), torch.tensor(self.zero_shot.to_numpy(float)),
             torch.tensor(self.n.to_numpy(int)), tuple(self.matrix.columns), self.swap, self.metric, self.model,
-            dict(self.groups), self.origin, dict(self.record) or None,
+            dict(self.groups), self.origin, dict(self.record),
         )  # fmt: skip
         return Artifact(self.kind, {}, *packed(saved))
 
