@@ -1,1 +1,1 @@
-"""Conditions: what a task is evaluated under, and what they are made of."""
+"""Conditions under which a task is evaluated, and the task embeddings and head selections that they use."""

@@ -1,4 +1,4 @@
-"""Ablation: heads switched off, as a condition. The edit is that of patching, with zero or a mean as its source."""
+"""Ablation of heads, as a condition: patching with zero or a mean as the source."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ Kind = Literal["zero", "mean"]
 @checked
 @dataclass(frozen=True, eq=False)
 class Ablate(HeadPatch):
-    """Some heads switched off: their z is replaced by zero, or by a mean over other prompts.
+    """A condition in which the z of some heads is replaced by zero, or by a mean over other prompts.
 
-    The edit is that of `PatchHeads` with another source: z <- (1 - m) z + m s, with m = 1 at `heads` and s = 0 or
-    `reference`. Heads are (10, 6) or "L10H6", any number of them, or a boolean mask; with a HeadSelection m is its
-    alpha.
+    The same edit as `PatchHeads`, from another source: z <- (1 - m) z + m s, with m = 1 at `heads` and s = 0 or
+    `reference`.
 
-    kind: "zero" or "mean".
-    reference: for "mean", mean z as `embed_task` measures it on a task's prompts, or a tensor `[layer head d_head]`.
-    positions: "last" for the last prompt token only, "all" for every position of the prompt.
-    n_shots: demonstrations in the prompt.
-    scope: "prompt", or "generation" for each decoding step as well (default: "generation" at all positions, else
-        "prompt").
+    Attributes:
+        heads: (10, 6) or "L10H6", one or several, or a boolean mask `[layer head]`; for a HeadSelection, m is its
+            alpha.
+        kind: "zero" or "mean".
+        reference: for "mean", a task embedding (from `embed_task`) or a tensor `[layer head d_head]`.
+        positions: "last" for the last prompt token only, "all" for every position of the prompt.
+        n_shots: number of demonstrations in the prompt.
+        scope: "prompt", or "generation" to act at each decoding step as well (default: "generation" if `positions` is
+            "all", else "prompt").
 
     Raises:
-        SitelensError: for heads, a kind, a reference or positions that cannot be used.
+        SitelensError: for invalid heads, kind, reference or positions.
     """
 
     heads: Heads | HeadSelection
@@ -85,7 +87,7 @@ class Ablate(HeadPatch):
         return Patch(mask, self.reference)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Which heads, the reference, and what is known of both."""
+        """Tensors and plain JSON that describe the heads and the reference, for `from_state`."""
         if isinstance(self.heads, Tensor):
             return replace(self, heads=parsed_heads(self.heads)).state()
         return super().state()
@@ -95,7 +97,7 @@ class Ablate(HeadPatch):
         """The ablation that `state` described.
 
         Raises:
-            SitelensError: naming the field that is not what the class declares.
+            SitelensError: if a field does not match its declared type; the message names the field.
         """
         if "heads.alpha" not in tensors:
             conform(meta.get("heads"), tuple[tuple[int, int], ...], "heads")

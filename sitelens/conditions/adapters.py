@@ -34,9 +34,16 @@ HALVES = {
 @checked
 @dataclass(frozen=True, eq=False)
 class LowRank(Condition):
-    """Low-rank adapters on every layer's query and value projection, added while the condition is applied.
+    """Low-rank adapters on every layer's query and value projection, active while the condition is applied.
 
-    weights: "q.A" `[layer rank d_in]`, "q.B" `[layer d_out rank]`, and the same for "v".
+    Attributes:
+        weights: "q.A" `[layer rank d_in]`, "q.B" `[layer d_out rank]`, and the same for "v".
+        alpha: scale of the adapters, which add (alpha / rank) B A x.
+        model: fingerprint of the model they were trained on (None: any model with this number of layers).
+        origin: where they came from, if known.
+
+    Source:
+        LoRA (Hu et al. 2021, arXiv 2106.09685), as computed by peft.
     """
 
     weights: dict[str, Tensor]
@@ -56,7 +63,7 @@ class LowRank(Condition):
             raise SitelensError(f"the adapters' alpha must be at least 1, got {self.alpha}")
 
     def fwd_hooks(self, model: ModelLike) -> list[Hook]:
-        """None: adapters are weights.
+        """Not available: adapters cannot be written as TransformerLens hooks.
 
         Raises:
             SitelensError: always.
@@ -87,7 +94,7 @@ class LowRank(Condition):
         """The adapters that `state` described.
 
         Raises:
-            SitelensError: naming the field that is not what the class declares.
+            SitelensError: if a field does not match its declared type; the message names the field.
         """
         named = {name if name.startswith("weights.") else f"weights.{name}": half for name, half in tensors.items()}
         return unpacked(cls, meta, named, cls.__name__)
@@ -96,9 +103,17 @@ class LowRank(Condition):
 class Adapters:
     """Low-rank additions to the projections of every layer, as peft computes them: x -> (alpha / rank) B A x.
 
-    weights: "q.A", "q.B", "v.A", "v.B", each a tensor `[rank d_in]` or `[d_out rank]` per layer. They are added to
-    what the projection gives, whatever it is: 4-bit, or with adapters of the user's around it, which stay as they are.
-    On models with fused projections the bridge calls split ones of its own.
+    They are added to the output of the projection, which may be quantized to 4 bits or carry adapters of the user;
+    those are not changed. On models with fused projections the bridge calls its own split ones.
+
+    Args:
+        model: the model whose projections give the sizes, dtypes and devices.
+        rank: inner dimension of A and B.
+        alpha: scale; the addition is multiplied by alpha / rank.
+
+    Attributes:
+        weights: "q.A", "q.B", "v.A" and "v.B", each with one tensor per layer, `[rank d_in]` or `[d_out rank]`;
+            initially zero.
     """
 
     def __init__(self, model: Model, rank: int, alpha: int) -> None:
@@ -111,7 +126,7 @@ class Adapters:
             self.weights[f"{name}.B"].append(torch.zeros(linear.out_features, rank, **options))
 
     def hooks(self, bridge: Bridge) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
-        """The projections of a bridge, or of a twin of it, each with the hook that adapts it."""
+        """The projections of a bridge (or of a twin of it), each with the forward hook that adds its adapter."""
         return [
             (linear, functools.partial(self._add, name=name, layer=layer))
             for name, layer, linear in _projections(bridge)

@@ -1,7 +1,7 @@
 """Conditions: what a task is evaluated under, from plain prompting to patched heads.
 
-Few-shot prompting changes the prompt, the others install hooks or swap weights while a prompt is run. A condition
-that touches the last prompt token only also gives `patch()`, and the evaluator then runs it as rows of one batch
+Few-shot prompting changes the prompt; the other conditions install hooks or adapters while a prompt is run. A condition
+that edits only the last prompt token also implements `patch()`, and the evaluator then runs it as rows of one batch
 over a shared prefix.
 """
 
@@ -34,19 +34,19 @@ from sitelens.store.kinds import Kind
 
 Positions = Literal["last", "all"]
 Scope = Literal["prompt", "generation"]
-_OLD_SCOPES = {"prompt": "prompt", "every": "generation"}  # `steps` in conditions that earlier editions saved
+_OLD_SCOPES = {"prompt": "prompt", "every": "generation"}  # `steps` in conditions saved by earlier versions
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """An edit of every head: alpha, the vectors mixed in, and how (see `HeadEdit.mix`)."""
+    """An edit of every head: its mask alpha, the vectors mixed in, and how (see `HeadEdit.mix`)."""
 
     alpha: Float[Tensor, "layer head"]
     vectors: Float[Tensor, "layer head d_head"]
     mixing: Mixing = "convex"
 
     def edit(self, model: ModelLike, everywhere: bool = False) -> HeadEdit:
-        """As one row for `model`, on its device; of the last token, or of all positions."""
+        """A `HeadEdit` of one row on the model's device, at the last token or (with `everywhere`) at all positions."""
         model = Model.of(model)
         dtype, device = model.computing_dtype, model.device
         alpha, vectors = self.alpha.to(device, dtype), self.vectors.to(device, dtype)
@@ -54,12 +54,15 @@ class Patch:
 
 
 class Condition(ABC):
-    """What a task is evaluated under.
+    """What a task is evaluated under. Subclasses implement `fwd_hooks`, and `patch` if it applies.
 
-    n_shots: demonstrations in the prompt, drawn anew for each item.
-    positions: "last" if nothing before the last prompt token is touched, so that its prefix can be shared with other
-    conditions; "all" otherwise.
-    scope: "prompt" if only the prompt's forward pass is touched, "generation" if each decoding step is, as well.
+    Attributes:
+        n_shots: number of demonstrations in the prompt, drawn separately for each item.
+        positions: "last" if nothing before the last prompt token is edited, so that other conditions can share the
+            prefix; "all" otherwise.
+        scope: "prompt" if only the forward pass of the prompt is edited, "generation" if each decoding step is as well.
+        registry: the condition classes by the name they are saved under.
+        saved_as: the name this class is saved under.
     """
 
     n_shots: int = 0
@@ -69,20 +72,20 @@ class Condition(ABC):
     saved_as: ClassVar[str] = ""
 
     def __init_subclass__(cls, saved_as: str | None = None, **options: Any) -> None:
-        """Registers the class under the name that its saved conditions bear: "MODULE:CLASS", or `saved_as`.
+        """Register the class under the name used in saved files: "MODULE:CLASS", or `saved_as`.
 
         Raises:
-            SitelensError: if another class has that name, or for `steps`, as earlier editions called `scope`.
+            SitelensError: if another class has that name, or the class sets `steps` (the former name of `scope`).
         """
         super().__init_subclass__(**options)
         if isinstance(steps := vars(cls).get("steps"), str) and steps in _OLD_SCOPES:
             raise SitelensError(f"{cls.__name__}.steps is called scope: write scope = {_OLD_SCOPES[steps]!r}")
         cls.saved_as = register(cls, saved_as)
         if "__repr__" not in vars(cls):
-            cls.__repr__ = cls.__repr__  # the inherited one, which a dataclass would replace by one that shows tensors
+            cls.__repr__ = cls.__repr__  # keeps the inherited one: a dataclass's own repr would print whole tensors
 
     def __repr__(self) -> str:
-        """What it is in a line: the fields that are not at their defaults, tensors by their shapes."""
+        """One line with the fields that differ from their defaults; tensors are shown by their shapes."""
         if not is_dataclass(self):
             return super().__repr__()
         known = vars(self)
@@ -97,7 +100,7 @@ class Condition(ABC):
 
     @abstractmethod
     def fwd_hooks(self, model: Bridge) -> list[Hook]:
-        """TransformerLens hooks for a `run_with_hooks` of one's own: they act at every forward pass they see.
+        """TransformerLens hooks for your own `run_with_hooks`; they act in every forward pass in which they are called.
 
         Prompts must be left-padded, so that each ends at position -1.
 
@@ -106,7 +109,7 @@ class Condition(ABC):
         """
 
     def patch(self, model: Bridge) -> Patch | None:
-        """The last-token edit that is all this condition does while a prompt is run, or None if it does more.
+        """The last-token edit, if that is all this condition does while a prompt is run; None if it does more.
 
         Raises:
             SitelensError: if this condition was made for another model.
@@ -115,10 +118,10 @@ class Condition(ABC):
 
     @contextmanager
     def applied(self, model: ModelLike) -> Iterator[None]:
-        """In effect for one prompt forward pass and the decoding that follows it, run by this thread or async task.
+        """Context manager in which the condition is in effect, for one prompt's forward pass and its decoding.
 
-        Passes that others run on the same model meanwhile are not touched. Hooks that are to act on the prompt only
-        (`scope` is "prompt") fall silent after their first call.
+        It affects only this thread or async task, not passes that others run on the same model. Hooks that act on the
+        prompt only (`scope` "prompt") do nothing after their first call.
 
         Raises:
             SitelensError: if this condition was made for another model.
@@ -131,13 +134,13 @@ class Condition(ABC):
             yield
 
     def _passes(self, model: Model) -> Passes:
-        """Passes of our own with this condition in effect, each over the prompts or tokens that follow it."""
+        """Internal passes with this condition in effect, for one batch of prompts and their decoding."""
         passes = Passes(model)
         passes.install([(name, self._hook(hook, passes)) for name, hook in self.fwd_hooks(model.bridge)])
         return passes
 
     def _hook(self, own: Any, passes: Passes) -> Any:
-        """A hook of this condition for passes over a prompt and then token by token, or over whole texts that grow."""
+        """`own`, adapted to passes over a prompt and then token by token, or over whole texts run again per token."""
         step_by_step = own if self.scope == "generation" else _once(own)
 
         def act(tensor: Tensor, hook: Any = None) -> Tensor | None:
@@ -152,10 +155,10 @@ class Condition(ABC):
         return act
 
     def save(self, path: str | Path) -> Path:
-        """Write to a safetensors file from which `Condition.load` makes it again, on any machine.
+        """Write to a safetensors file, which `Condition.load` reads on any machine; returns its path.
 
         Raises:
-            SitelensError: for a condition of one's own whose fields are neither tensors nor plain JSON.
+            SitelensError: for a user-defined condition with fields that are neither tensors nor plain JSON.
         """
         tensors, meta = self.state()
         try:
@@ -166,21 +169,26 @@ class Condition(ABC):
 
     @staticmethod
     def load(path: str | Path) -> Condition:
-        """Read any saved condition.
+        """The condition saved in a file, of whichever class.
 
         Raises:
-            SitelensError: if there is no such file, it is damaged, it holds something else, or a class of one's own
-                that it needs is not imported.
+            SitelensError: if there is no such file, it is damaged or holds something else, or it needs a user-defined
+                class that has not been imported.
         """
         artifact = Artifact.load(path, Kind.CONDITION)
         return Condition.from_saved(artifact.tensors, artifact.meta, artifact.where)
 
     @staticmethod
     def from_saved(tensors: dict[str, Tensor], meta: Any, where: str = "the condition") -> Condition:
-        """The condition of any known kind that `state` described.
+        """The condition that `state` described, of whichever class.
+
+        Args:
+            tensors: as returned by `state`.
+            meta: as returned by `state`; "condition" names the class.
+            where: where it was read from, for error messages.
 
         Raises:
-            SitelensError: naming `where` it stood, if its kind is not known or it is no such condition.
+            SitelensError: if the class is unknown, or the contents do not fit it.
         """
         name = meta.get("condition") if isinstance(meta, dict) else None
         if not isinstance(name, str):
@@ -196,19 +204,19 @@ class Condition(ABC):
             raise SitelensError(f"{where}: {what}{error}") from error
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain JSON (with the key "condition") that `from_state` takes: by default, a dataclass's fields.
+        """Tensors and plain JSON (with the key "condition") for `from_state`: by default, the fields of a dataclass.
 
-        Conditions with fields of other kinds say themselves how they are saved.
+        Override it for fields that are neither tensors nor plain JSON.
         """
         tensors, meta = packed(self) if is_dataclass(self) else ({}, {})
         return tensors, {"condition": self.saved_as, **meta}
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Condition:
-        """The condition that `state` described: by default, its fields checked against their type hints.
+        """The condition that `state` described: by default, its fields, checked against their type hints.
 
         Raises:
-            SitelensError: naming the field that is not what the class declares.
+            SitelensError: if a field does not match its declared type; the message names the field.
         """
         if is_dataclass(cls):
             return unpacked(cls, meta, tensors, cls.__name__)
@@ -217,7 +225,7 @@ class Condition(ABC):
 
 @contextmanager
 def in_effect(condition: Condition, model: Model) -> Iterator[Passes]:
-    """Passes with a condition in effect; a class's own `applied` is heeded."""
+    """Context manager of passes with a condition in effect; a user's subclass may override `applied`."""
     kinds = type(condition).__mro__
     applied, passes = (next(kind for kind in kinds if name in vars(kind)) for name in ("applied", "_passes"))
     if kinds.index(applied) < kinds.index(passes):
@@ -228,10 +236,10 @@ def in_effect(condition: Condition, model: Model) -> Iterator[Passes]:
 
 
 def checked_conditions(conditions: Mapping[str, Condition] | Condition) -> dict[str, Condition]:
-    """Conditions by name; a single one is called by its kind.
+    """Conditions by name; a single condition is named after its class.
 
     Raises:
-        SitelensError: if there is none, or for `scope`, `positions` or `n_shots` that mean nothing.
+        SitelensError: if there is none, or for an invalid `scope`, `positions` or `n_shots`.
     """
     named = {type(conditions).__name__: conditions} if isinstance(conditions, Condition) else dict(conditions)
     if not named:
@@ -243,7 +251,7 @@ def checked_conditions(conditions: Mapping[str, Condition] | Condition) -> dict[
 
 
 def _brief(value: Any) -> str:
-    """A value in a few words: a tensor by its shape, long texts and lists cut short."""
+    """A short form of a value: a tensor's shape; long texts and lists are abbreviated."""
     if isinstance(value, Tensor):
         return f"Tensor{list(value.shape)}"
     if isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values()):

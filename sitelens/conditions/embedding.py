@@ -1,4 +1,4 @@
-"""Task embeddings: the mean of every head's z at the last token of few-shot prompts (SITE, step 1)."""
+"""Task embeddings: the mean of every head's z at the last token of few-shot prompts (step 1 of SITE)."""
 
 from __future__ import annotations
 
@@ -31,20 +31,25 @@ from sitelens.store.folder import Contents
 from sitelens.store.kinds import Kind
 from sitelens.tasks import Task, load_task
 
-ALGORITHM = 1  # to be raised when the numbers change
+ALGORITHM = 1  # version in cache keys: increase when results change
 
 
 @checked
 @dataclass(frozen=True, eq=False)
 class TaskEmbedding:
-    """What a model's heads write, on average, where a few-shot prompt of the task asks for an answer.
+    """Mean head outputs z at the last token of a task's few-shot prompts.
 
-    mean_z: in the units of the output projection's input, on the CPU, float32 or wider.
-    task: its name; model: the fingerprint of the model (None: any of this shape).
-    n_prompts, n_shots, seed: how it was measured; origin: the model and the task behind it, where they are known.
+    Attributes:
+        mean_z: `[layer head d_head]`, the input of the output projection, on the CPU, float32 or wider.
+        task: the task's name.
+        model: the model's fingerprint (None: any model of this shape).
+        n_prompts: number of prompts averaged over.
+        n_shots: number of demonstrations per prompt.
+        seed: seed of the prompts.
+        origin: the model and the task that it was computed from, if known.
 
     Raises:
-        SitelensError: for a mean_z that is no `[layer head d_head]` tensor of finite floats, or a negative number.
+        SitelensError: if mean_z is not a `[layer head d_head]` tensor of finite floats, or a number is negative.
     """
 
     mean_z: Float[Tensor, "layer head d_head"]
@@ -64,16 +69,16 @@ class TaskEmbedding:
         return f"TaskEmbedding({self.task!r}, {model}, {shape}, {self.n_prompts} prompts of {self.n_shots} shots)"
 
     def check_fits(self, model: ModelLike) -> None:
-        """Raise SitelensError unless this embedding was made with `model`."""
+        """Raise SitelensError if this embedding was made with another model than `model`."""
         check_fit(f"the embedding of {self.task!r}", self.model, tuple(self.mean_z.shape), model, self.origin)
 
     def save(self, path: str | Path) -> Path:
-        """Write to a safetensors file with all that is known of it."""
+        """Write to a safetensors file, with all attributes; returns its path."""
         return Artifact(Kind.EMBEDDING, {}, *packed(self)).save(path)
 
     @staticmethod
     def load(path: str | Path) -> TaskEmbedding:
-        """Read a saved embedding.
+        """The embedding saved in a file.
 
         Raises:
             SitelensError: if there is no such file, or it is damaged or holds something else.
@@ -91,12 +96,23 @@ def embed_task(
     n_shots: CountOrZero = 10,
     seed: Seed = 0,
 ) -> TaskEmbedding:
-    """The task's embedding: mean z over `n_prompts` prompts of `n_shots` demonstrations and one query.
+    """The embedding of a task: the mean of z at the last token of few-shot prompts. Cached on disk.
 
-    Each prompt draws its n_shots + 1 different training items anew (paper: M=50, N=10). Cached on disk.
+    Each prompt has its own random draw of n_shots + 1 different training items, the last of which is the query.
+
+    Args:
+        task: a task, or the name of one.
+        model: a bridge, or the name or path of a model (default: the packaged model).
+        n_prompts: number of prompts averaged over (M in the paper).
+        n_shots: number of demonstrations per prompt (N in the paper).
+        seed: seed of the draws.
 
     Raises:
-        SitelensError: for an unknown task or model, too few training items, or prompts longer than the context.
+        SitelensError: for an unknown task or model, too few training items, prompts longer than the context, or head
+            outputs that are not finite.
+
+    Source:
+        SITE (arXiv 2507.20906), with the paper's M=50 and N=10 as defaults.
 
     Example:
         >>> sl.embed_task(task, model, n_prompts=2, n_shots=2).mean_z.shape  # layers, heads per layer, d_head
@@ -142,10 +158,10 @@ def embed_task(
 def embed_tasks(
     tasks: Iterable[Task], model: Model, given: Mapping[str, TaskEmbedding] | None = None, **options: Any
 ) -> dict[str, TaskEmbedding]:
-    """Each task's embedding by its name: the given one, or else `embed_task` of it with `options`.
+    """Embeddings by task name, from `given` where it has the task, else from `embed_task` with `options`.
 
     Raises:
-        SitelensError: as `embed_task`, and if a given one comes from another model.
+        SitelensError: as `embed_task`, and if a given embedding was made with another model.
     """
     tasks = list(tasks)
     made = dict(given or {})

@@ -1,4 +1,4 @@
-"""Conditions at the heads' z other than patching: an offset for each head, at every position."""
+"""Conditions that edit z other than by patching: an offset per head, added at every position."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ from sitelens.models.provenance import Origin
 @checked
 @dataclass(frozen=True, eq=False)
 class HeadOffsets(Condition):
-    """z <- z + offset for every head, at every position and step; most offsets are zero."""
+    """z <- z + offset at every position and decoding step; the offset is zero at heads that are not edited.
+
+    Attributes:
+        offsets: `[layer head d_head]`, in the units of z.
+        model: fingerprint of the model they were trained on (None: any model of this shape).
+        origin: where they came from, if known.
+
+    Source:
+        LoFiT (Yin et al. 2024, arXiv 2406.01563).
+    """
 
     offsets: Float[Tensor, "layer head d_head"]
     model: str | None = None
@@ -34,7 +43,7 @@ class HeadOffsets(Condition):
 
 
 def changing(change: Callable[[Tensor, int], Tensor], layers: int) -> list[Hook]:
-    """Hooks that change every layer's z, in the dtype of computing."""
+    """Hooks that replace each layer's z by `change(z, layer)`, computed in float32 or wider."""
 
     def act(z: Tensor, hook: Any = None, *, layer: int) -> Tensor:
         return change(z.to(torch.promote_types(z.dtype, torch.float32)), layer).to(z.dtype)

@@ -1,4 +1,4 @@
-"""Task injection: the heads' z mixed with a task embedding."""
+"""Patching: each head's z is mixed with a task embedding."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ from sitelens.models.model import ModelLike
 
 
 class HeadPatch(Condition):
-    """A mask of heads and what is mixed in there, at the last prompt token or at all positions."""
+    """A condition that mixes vectors into the z of masked heads, at the last prompt token or at all positions."""
 
     positions: Positions = "last"
 
     @abstractmethod
     def head_patch(self, model: ModelLike) -> Patch:
-        """The mask and the vectors, checked against `model`."""
+        """The mask and the vectors.
+
+        Raises:
+            SitelensError: if they were made for another model.
+        """
 
     def patch(self, model: ModelLike) -> Patch | None:
         patch = self.head_patch(model)
@@ -39,14 +43,23 @@ class HeadPatch(Condition):
 @checked
 @dataclass(frozen=True, eq=False)
 class PatchHeads(HeadPatch):
-    """Task injection: the heads' z at the last prompt token is mixed with the task embedding by alpha.
+    """Mixes the task embedding into each head's z at the last prompt token: z <- (1 - alpha) z + alpha mean_z.
 
     Soft, hard, random, high-alpha, low-alpha, task-agnostic and cross-task patching differ only in `selection`
-    and `embedding` (SITE, step 3). `mixing` is "convex", as published, or "additive"; `scope` is "prompt", as
-    published, or "generation" to act at every decoding step as well.
+    and `embedding`.
+
+    Attributes:
+        selection: alpha, `[layer head]`.
+        embedding: mean_z, `[layer head d_head]`.
+        mixing: "convex" (as published), or "additive": z <- z + alpha mean_z.
+        n_shots: number of demonstrations in the prompt.
+        scope: "prompt" (as published), or "generation" to act at each decoding step as well.
 
     Raises:
         SitelensError: if selection and embedding come from different models.
+
+    Source:
+        SITE (arXiv 2507.20906), step 3.
     """
 
     positions = "last"
@@ -74,10 +87,10 @@ class PatchHeads(HeadPatch):
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> PatchHeads:
-        """The patch that `state` described.
+        """The condition that `state` described.
 
         Raises:
-            SitelensError: naming the field that is not what the class declares.
+            SitelensError: if a field does not match its declared type; the message names the field.
         """
-        older = {"alpha": "selection.alpha", "mean_z": "embedding.mean_z"}  # as the first edition named them
+        older = {"alpha": "selection.alpha", "mean_z": "embedding.mean_z"}  # names in the first edition's files
         return unpacked(cls, meta, {older.get(name, name): tensor for name, tensor in tensors.items()}, cls.__name__)

@@ -1,4 +1,4 @@
-"""Prompting, without and with demonstrations."""
+"""Zero-shot and few-shot prompting, as conditions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sitelens.models.model import Model, ModelLike
 @checked
 @dataclass(frozen=True, eq=False)
 class FewShot(Condition):
-    """The model as it is, with `n_shots` demonstrations in the prompt, drawn anew for each item."""
+    """The unedited model, with `n_shots` demonstrations in the prompt, drawn separately for each item."""
 
     positions = "last"
     n_shots: CountOrZero = 10
@@ -33,7 +33,7 @@ class FewShot(Condition):
 @checked
 @dataclass(frozen=True, eq=False)
 class ZeroShot(FewShot):
-    """The model as it is, with no demonstration."""
+    """The unedited model, without demonstrations."""
 
     n_shots: CountOrZero = 0
 

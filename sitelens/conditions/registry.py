@@ -1,4 +1,4 @@
-"""Which class a saved condition is of: names, and the classes that bear them."""
+"""Registry of condition classes by the names used in saved files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from sitelens.errors import SitelensError
 
-# The conditions that sitelens itself can load, and where they are defined.
+# The condition classes of sitelens, and where they are defined (imported on demand).
 HOMES = {
     "FewShot": "sitelens.conditions.prompting:FewShot",
     "ZeroShot": "sitelens.conditions.prompting:ZeroShot",
@@ -25,12 +25,12 @@ KINDS: dict[str, type] = {}
 
 
 def register(kind: type, name: str | None = None) -> str:
-    """Take up a class under `name`, by default "MODULE:CLASS", or its bare name if it is sitelens's own.
+    """Register a class and return its name: `name`, else the class name for sitelens's own, else "MODULE:CLASS".
 
-    A class that is defined anew, as in a notebook, takes the place of its older self. Returns the name.
+    A class that is defined again, as in a notebook, replaces its earlier definition.
 
     Raises:
-        SitelensError: if another class has that name, or it is no text.
+        SitelensError: if another class has that name, or it is not text.
     """
     if name is not None and (not isinstance(name, str) or not name):
         raise SitelensError(f"saved_as must be a name, not {name!r}")
@@ -45,15 +45,15 @@ def register(kind: type, name: str | None = None) -> str:
 
 
 def kind_of(name: str, where: str) -> Any:
-    """The class that is saved under a name; sitelens's own are imported.
+    """The class registered under a name; sitelens's own classes are imported on demand.
 
     Raises:
-        SitelensError: if there is none, saying which module to import.
+        SitelensError: if there is none (the message says which module to import), or the name is ambiguous.
     """
     if name in HOMES and name not in KINDS:
         importlib.import_module(HOMES[name].partition(":")[0])
     found = [KINDS[name]] if name in KINDS else []
-    if not found and ":" not in name:  # the first edition wrote the names of classes only
+    if not found and ":" not in name:  # the first edition saved class names only
         found = [kind for kind in KINDS.values() if kind.__name__ == name]
     found = [kind for kind in found if not isabstract(kind)]
     if len(found) == 1:

@@ -1,4 +1,4 @@
-"""Head selections: alpha, one number in [0, 1] for every head, and everything derived from it."""
+"""Head selections: alpha, one number in [0, 1] per head, and everything derived from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sitelens.store.kinds import Kind
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-SATURATED = 0.1  # an alpha this near to 0 or 1 counts as saturated
+SATURATED = 0.1  # distance to 0 or 1 up to which an alpha counts as saturated
 
 
 def saturated(alpha: Float[Tensor, "*heads"]) -> Bool[Tensor, "*heads"]:
@@ -38,11 +38,17 @@ def saturated(alpha: Float[Tensor, "*heads"]) -> Bool[Tensor, "*heads"]:
 @checked
 @dataclass(frozen=True, eq=False)
 class HeadSelection:
-    """How much of each head's output is replaced by the task embedding.
+    """Alpha: how much of each head's z is replaced by the task embedding.
 
-    alpha: in [0, 1]; lists and arrays become a tensor.
-    task: the task it was found for; model: the model's fingerprint (None: any model of this shape).
-    provenance: how it came to be, in words; origin: the model, task and prompts behind it, where they are known.
+    Attributes:
+        alpha: `[layer head]`, in [0, 1]; lists and arrays are converted to a tensor.
+        task: name of the task it was trained for.
+        model: the model's fingerprint (None: any model of this shape).
+        provenance: how it was obtained, in words.
+        origin: the model, task and prompts that it was computed from, if known.
+
+    Raises:
+        SitelensError: if alpha is not a `[layer head]` tensor of numbers in [0, 1].
     """
 
     alpha: Float[Tensor, "layer head"]
@@ -63,14 +69,14 @@ class HeadSelection:
         return f"HeadSelection({self.label()}, {self.provenance})"
 
     def label(self) -> str:
-        """A few words for a repr: task, model, shape, and how many heads have alpha > 0.5."""
+        """A short text for a repr: task, model, shape, and the number of heads with alpha > 0.5."""
         layers, heads = self.alpha.shape
         model = model_label(self.origin, self.model)
         return f"{self.task!r}, {model}, {layers} layers x {heads} heads, {self.n_selected} on"
 
     @property
     def n_heads(self) -> int:
-        """How many heads the model has in all."""
+        """The total number of heads of the model."""
         return self.alpha.numel()
 
     @property
@@ -85,46 +91,49 @@ class HeadSelection:
 
     @checked
     def hard(self, threshold: Share = 0.5) -> HeadSelection:
-        """1 where alpha > threshold, else 0."""
+        """The hard selection: 1 where alpha > threshold, else 0."""
         return self._derived((self.alpha > threshold).to(self.alpha.dtype), f"hard({threshold:g})")
 
     @checked
     def top(self, k: int | None = None) -> HeadSelection:
-        """1 at the k heads of highest alpha, else 0; ties go to the lower (layer, head)."""
+        """1 at the k (default: n_selected) heads with the highest alpha, else 0; ties go to the lower (layer, head)."""
         k = self._checked(k)
         return self._binary(self.ranking()[:k], f"top({k})")
 
     @checked
     def bottom(self, k: int | None = None) -> HeadSelection:
-        """1 at the k heads of lowest alpha, else 0; ties go to the lower (layer, head)."""
+        """1 at the k (default: n_selected) heads with the lowest alpha, else 0; ties go to the lower (layer, head)."""
         k = self._checked(k)
         order = torch.sort(self.alpha.flatten(), stable=True).indices.tolist()
         return self._binary(self._pairs(order[:k]), f"bottom({k})")
 
     @checked
     def random(self, k: int | None = None, seed: Seed = 0) -> HeadSelection:
-        """1 at k heads drawn uniformly, else 0. The draw depends on seed, k and the number of heads only."""
+        """1 at k (default: n_selected) heads drawn uniformly at random, else 0.
+
+        The draw depends only on seed, k and the numbers of layers and heads.
+        """
         k = self._checked(k)
         layers, heads = self.alpha.shape
         drawn = random.Random(f"sitelens/heads/{layers}x{heads}/{k}/{seed}").sample(range(self.n_heads), k)
         return self._binary(self._pairs(drawn), f"random({k}, seed={seed})")
 
     def keep(self, heads: Heads) -> HeadSelection:
-        """alpha as it is at the given heads, and 0 elsewhere; heads are (10, 6) or "L10H6", or a boolean mask."""
+        """Alpha unchanged at the given heads, and 0 elsewhere; heads are (10, 6) or "L10H6", or a boolean mask."""
         mask = self._mask(heads)
         return self._derived(torch.where(mask, self.alpha, 0.0), f"keep({int(mask.sum())} heads)")
 
     def without(self, heads: Heads) -> HeadSelection:
-        """0 at the given heads, and alpha as it is elsewhere."""
+        """0 at the given heads, and alpha unchanged elsewhere; heads as for `keep`."""
         mask = self._mask(heads)
         return self._derived(torch.where(mask, 0.0, self.alpha), f"without({int(mask.sum())} heads)")
 
     def ones(self) -> HeadSelection:
-        """Every head at 1."""
+        """A selection with alpha 1 at every head."""
         return self._derived(torch.ones_like(self.alpha), "ones")
 
     def ranking(self) -> list[tuple[int, int]]:
-        """All heads as (layer, head), highest alpha first; ties by (layer, head)."""
+        """All heads as (layer, head), highest alpha first; ties in the order of (layer, head)."""
         return self._pairs(torch.sort(self.alpha.flatten(), descending=True, stable=True).indices.tolist())
 
     @staticmethod
@@ -132,7 +141,7 @@ class HeadSelection:
         """The mean alpha of several selections of one model.
 
         Raises:
-            SitelensError: if there is none, or models or shapes differ.
+            SitelensError: if there are none, or models or shapes differ.
         """
         if not selections:
             raise SitelensError("the mean of no selections: give at least one")
@@ -144,25 +153,25 @@ class HeadSelection:
         return HeadSelection(alpha, tasks, selections[0].model, f"mean of {len(selections)} selections", origin)
 
     def frame(self) -> pd.DataFrame:
-        """One row per head: layer, head, alpha."""
+        """A DataFrame with one row per head: layer, head, alpha."""
         return per_head(self.alpha, "alpha")
 
     def heatmap(self, title: str | None = None) -> go.Figure:
-        """Layer by head, colors fixed to [0, 1], the numbers in the hover."""
+        """A heatmap of alpha, layers by heads, with colors fixed to [0, 1] and the numbers in the hover text."""
         title = title if title is not None else f"Head selection: {self.task}" if self.task else "Head selection"
         return figures.alpha_heatmap(self.alpha.detach().double().cpu().numpy(), title=title)
 
     def check_fits(self, model: ModelLike) -> None:
-        """Raise SitelensError unless this selection was made for `model`."""
+        """Raise SitelensError if this selection was made for another model than `model`."""
         check_fit(f"the selection of {self.task!r}", self.model, tuple(self.alpha.shape), model, self.origin)
 
     def save(self, path: str | Path) -> Path:
-        """Write to a safetensors file with all that is known of it."""
+        """Write to a safetensors file, with all attributes; returns its path."""
         return Artifact(Kind.SELECTION, {}, *packed(self)).save(path)
 
     @staticmethod
     def load(path: str | Path) -> HeadSelection:
-        """Read a saved selection, or one that lies in the cache.
+        """The selection saved in a file, also in a file of the cache.
 
         Raises:
             SitelensError: if there is no such file, or it is damaged or holds something else.
@@ -171,7 +180,7 @@ class HeadSelection:
 
     @staticmethod
     def of(artifact: Artifact) -> HeadSelection:
-        """The selection that an artifact holds; the cache's also hold a history, and name task and model in their spec.
+        """The selection in an artifact. Those of the cache also hold a history, and have task and model in their spec.
 
         Raises:
             SitelensError: if it holds something else.

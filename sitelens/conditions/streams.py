@@ -1,4 +1,4 @@
-"""Conditions at the residual stream: vectors added after layers, or a layer's state replaced, at the last token."""
+"""Conditions that edit the residual stream at the last token, or the outputs of attention and MLP blocks."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from sitelens.models.provenance import Origin
 
 
 def stream_hook(layer: int) -> str:
-    """The residual stream after a layer, `[batch pos d_model]`."""
+    """The hook point of the residual stream after a layer, `[batch pos d_model]`."""
     return f"blocks.{layer}.hook_resid_post"
 
 
 def at_last_token(x: Float[Tensor, "row pos d_model"], change: Callable[[Tensor], Tensor]) -> Tensor:
-    """A new x whose last position is what `change` makes of it, in the dtype of x."""
+    """A new x in which the last position is replaced by `change` of it, in the dtype of x."""
     return torch.cat([x[:, :-1], change(x[:, -1:]).to(x.dtype)], dim=1)
 
 
 def added(last: Float[Tensor, "row 1 d_model"], vector: Float[Tensor, " d_model"]) -> Tensor:
-    """The sum in the dtype of the vector."""
+    """`last` plus `vector`, in the dtype of `vector`."""
     return last.to(vector.dtype) + vector
 
 
@@ -43,13 +43,13 @@ INNER: dict[Part, str] = {"attn": "o", "mlp": "out"}
 
 
 def output_hooks(part: Part, model: ModelLike) -> list[str]:
-    """Where the output of each layer's attention or MLP passes before it is added to the residual stream.
+    """Hook points, one per layer, of the output of attention or MLP before it is added to the residual stream.
 
-    Some architectures add the stream inside of the module (both in BLOOM, the MLP in MPT): there it is the output of
-    the module's last projection. Which do is seen in one forward pass over two tokens.
+    Some architectures add the residual stream inside the module (both modules in BLOOM, the MLP in MPT); for those, it
+    is the output of the module's last projection. One forward pass over two tokens finds out which do.
 
     Raises:
-        SitelensError: if a module adds the stream and shows no output of its own.
+        SitelensError: if a module adds the residual stream and has no hook point for its own output.
     """
     whole = Model.of(model)
     return whole.once(f"outputs of {part}", lambda: _found_outputs(part, whole))
@@ -59,7 +59,7 @@ def _found_outputs(part: Part, model: Model) -> list[str]:
     layers = model.shape.layers
     outer = [f"blocks.{layer}.{part}.hook_out" for layer in range(layers)]
     inner = [f"blocks.{layer}.{part}.{INNER[part]}.hook_out" for layer in range(layers)]
-    # What holds the whole stream: the block's output behind an MLP, what enters the second norm behind attention.
+    # The whole residual stream: the block's output after the MLP, the input of the second norm after attention.
     whole = [f"blocks.{layer}.{'hook_out' if part == 'mlp' else 'ln2.hook_in'}" for layer in range(layers)]
     seen: dict[str, Tensor] = {}
     points = [name for name in (*outer, *inner, *whole) if name in model.bridge.hook_dict]
@@ -85,14 +85,17 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 @checked
 @dataclass(frozen=True, eq=False)
 class _StreamCondition(Condition):
-    """Vectors for the residual stream after some layers; `model` is the fingerprint of the model they are for."""
+    """Vectors `[layer d_model]` for the residual stream after each of `layers`.
+
+    `model` is the fingerprint of the model they were made for (None: any model with this d_model).
+    """
 
     positions = "last"
     vectors: Float[Tensor, "layer d_model"]
     layers: tuple[int, ...]
     model: str | None = None
     scope: Scope = "generation"
-    n_trained: int = 0  # numbers that were trained for it
+    n_trained: int = 0  # number of trained parameters
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
@@ -116,13 +119,18 @@ class _StreamCondition(Condition):
 
     @abstractmethod
     def changed(self, last: Tensor, vector: Tensor) -> Tensor:
-        """What becomes of the last token's state `[batch 1 d_model]`."""
+        """The new state of the last token, given the old one `[batch 1 d_model]` and the layer's vector."""
 
 
 @checked
 @dataclass(frozen=True, eq=False)
 class AddToStream(_StreamCondition):
-    """x <- x + vector at the last token, after each of `layers` (function vectors; learnable task vectors)."""
+    """x <- x + vector at the last token, after each of `layers`; `vectors` has one row per layer.
+
+    Source:
+        Function vectors (Todd et al. 2024, arXiv 2310.15213), learnable task vectors (Saglam et al. 2025, arXiv
+        2502.05390).
+    """
 
     def changed(self, last: Tensor, vector: Tensor) -> Tensor:
         return added(last, vector)
@@ -131,7 +139,11 @@ class AddToStream(_StreamCondition):
 @checked
 @dataclass(frozen=True, eq=False)
 class ReplaceStream(_StreamCondition):
-    """x <- vector at the last token, after each of `layers` (task vectors)."""
+    """x <- vector at the last token, after each of `layers`; `vectors` has one row per layer.
+
+    Source:
+        Task vectors (Hendel et al. 2023, arXiv 2310.15916).
+    """
 
     scope: Scope = "prompt"
 
@@ -140,7 +152,7 @@ class ReplaceStream(_StreamCondition):
 
 
 def check_stream(what: str, made_for: str | None, width: int, model: ModelLike, origin: Origin | None = None) -> None:
-    """Raise SitelensError unless vectors of this width, made for the model of this fingerprint, fit `model`."""
+    """Raise SitelensError unless vectors of `width` entries, made for the fingerprint `made_for`, fit `model`."""
     model = Model.of(model)
     if width != model.d_model:
         raise SitelensError(f"{what} has vectors of {width} entries, {model.name} has d_model {model.d_model}")
@@ -150,9 +162,18 @@ def check_stream(what: str, made_for: str | None, width: int, model: ModelLike, 
 @checked
 @dataclass(frozen=True, eq=False)
 class InContextVector(Condition):
-    """What every MLP gives, x, turns towards a direction at every position and keeps its length.
+    """Rotates the output x of every MLP towards a direction, at every position and step, keeping its norm.
 
     x <- |x| u / |u| with u = x / |x| + strength (1 + max(0, cos(x, -v))) v, for the unit direction v of the layer.
+
+    Attributes:
+        directions: `[layer d_model]`, unit vectors.
+        strength: lambda in the paper.
+        model: fingerprint of the model they were made for (None: any model with this d_model).
+        origin: where they came from, if known.
+
+    Source:
+        In-context vectors (Liu et al. 2024, arXiv 2311.06668).
     """
 
     directions: Float[Tensor, "layer d_model"]
@@ -180,7 +201,18 @@ class InContextVector(Condition):
 @checked
 @dataclass(frozen=True, eq=False)
 class LinearCombination(Condition):
-    """out <- b out + a context, after attention and after the MLP of every layer, at every position and step."""
+    """out <- b out + a context for the outputs of attention and MLP in every layer, at every position and step.
+
+    Attributes:
+        context: `[layer module d_model]`; the modules are attention and MLP, in this order.
+        a: `[layer module]`, weights of the context.
+        b: `[layer module]`, weights of the output.
+        model: fingerprint of the model they were made for (None: any model with this d_model).
+        origin: where they came from, if known.
+
+    Source:
+        Implicit in-context learning (Li et al. 2024, arXiv 2405.14660).
+    """
 
     context: Float[Tensor, "layer module d_model"]
     a: Float[Tensor, "layer module"]
@@ -207,7 +239,16 @@ def combining(
     *,
     points: Sequence[str] | None = None,
 ) -> list[Hook]:
-    """The hooks; with `noise`, each coordinate gets that share of the output's norm times a normal number."""
+    """The hooks of a `LinearCombination` with these parameters.
+
+    Args:
+        context: vectors added to the outputs of attention and MLP.
+        a: weights of the context.
+        b: weights of the outputs.
+        noise: standard deviation of Gaussian noise per coordinate, as a share of the norm of the mixed output.
+        generator: random generator of the noise, on the CPU.
+        points: hook points, layer by layer (`output_points`; default: each module's hook_out).
+    """
 
     def act(out: Tensor, hook: Any = None, *, layer: int, module: int) -> Tensor:
         wide = torch.promote_types(out.dtype, torch.float32)
@@ -225,5 +266,5 @@ def combining(
 
 
 def output_points(model: ModelLike) -> list[str]:
-    """Where the outputs of attention and MLP pass, layer by layer."""
+    """Hook points of the outputs of attention and MLP, layer by layer."""
     return [point for both in zip(*(output_hooks(part, model) for part in MODULES), strict=True) for point in both]

@@ -1,1 +1,1 @@
-"""The fast path: prompts as tokens, one forward pass, shared prefixes, edits of heads."""
+"""Forward passes: tokenized prompts, cached prefixes, head edits, decoding, memory and cache keys."""

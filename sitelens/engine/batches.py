@@ -1,4 +1,4 @@
-"""Batches: prompts as tokens, left-padded, and the first token of every accepted answer."""
+"""Batches: tokenized, left-padded prompts, with the first token of every accepted answer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ from sitelens.tasks import Example, Task
 class PromptBatch:
     """Tokenized prompts, left-padded so that every prompt ends at position -1.
 
-    tokens, mask: token ids, and which of them are real.
-    answer: the first token of the preferred answer (-1 where none is known); accepted: those of every accepted answer,
-        as it is given and in Unicode form NFC.
-    texts, answers: what was tokenized.
+    Attributes:
+        tokens: token ids, `[batch pos]`.
+        mask: True at real tokens, False at padding.
+        answer: first token of each prompt's preferred answer (-1 if the prompt has no answer).
+        accepted: first tokens of every accepted answer, as given and in Unicode form NFC.
+        texts: the prompts that were tokenized.
+        answers: their accepted answers.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -47,11 +50,11 @@ class PromptBatch:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Real tokens of each row."""
+        """The number of real tokens in each row."""
         return self.mask.sum(-1).tolist()
 
     def rows(self, index: Sequence[int]) -> PromptBatch:
-        """The chosen rows, without the padding that none of them needs."""
+        """The rows at these indices, without the padding that none of them needs."""
         keep = torch.as_tensor(list(index), dtype=torch.long, device=self.tokens.device)
         mask = self.mask[keep]
         start = mask.shape[1] - int(mask.sum(-1).max()) if len(index) else 0
@@ -63,12 +66,12 @@ class PromptBatch:
 
 
 def batch_of(prompts: Sequence[Prompt], model: Model, where: str = "") -> PromptBatch:
-    """Prompts as tokens of the model, checked against its context.
+    """Prompts, tokenized by the model's tokenizer and checked against its context length.
 
     Args:
-        prompts: what is tokenized.
-        model: whose tokenizer and context length count.
-        where: what the prompts are, for messages.
+        prompts: the prompts to tokenize.
+        model: the model whose tokenizer and context length are used.
+        where: a name for the prompts in messages.
 
     Raises:
         SitelensError: as `tokenize`.
@@ -77,7 +80,7 @@ def batch_of(prompts: Sequence[Prompt], model: Model, where: str = "") -> Prompt
 
 
 def task_batch(task: Task, prompts: Sequence[Prompt], model: Model) -> PromptBatch:
-    """`batch_of` for prompts of a task, which messages name."""
+    """`batch_of` for prompts of a task, whose name appears in messages."""
     return batch_of(prompts, model, f"task {task.name!r}")
 
 
@@ -90,14 +93,21 @@ def zero_shot_batch(items: Sequence[tuple[Task, Example]], model: Model, where: 
 def tokenize(
     prompts: Sequence[Prompt], tokenizer: Any, context: int | None = None, where: str = "", new_tokens: int = 0
 ) -> PromptBatch:
-    """Tokenize prompts with the model's own tokenizer, its own habit of a beginning-of-sequence token included.
+    """Prompts as a padded batch; a beginning-of-sequence token is added only if the tokenizer itself adds one.
 
-    The answer's first token is the one that follows the prompt when both are tokenized together. Where they
-    merge across the boundary, it is the first token of the answer behind another text, and a warning says how often.
+    An answer's first token is the one that follows the prompt when both are tokenized together. Where the two merge
+    across the boundary, it is the first token of the answer after another text, and a warning says how often.
+
+    Args:
+        prompts: the prompts to tokenize.
+        tokenizer: the model's tokenizer (`Model.tokenizer`).
+        context: context length of the model in tokens (None: not checked).
+        where: a name for the prompts in messages.
+        new_tokens: number of tokens to be generated after each prompt, which must fit as well (except the last, which
+            is never an input).
 
     Raises:
-        SitelensError: if a prompt is empty, does not fit into `context` tokens with the `new_tokens` that are to
-            follow it (the last of which is never read), or an answer has no token.
+        SitelensError: if a prompt is empty or too long for the context, or an answer has no token of its own.
     """
     where = f"{where}: " if where else ""
     ids = prompt_tokens(prompts, tokenizer)
@@ -141,15 +151,15 @@ def tokenize(
 
 
 def _forms(answer: str) -> Sequence[str]:
-    """The answer as it is given and, where that is another text, in Unicode form NFC, as most texts are written."""
+    """The answer as given and, if that differs, in Unicode form NFC, which most texts use."""
     return tuple(dict.fromkeys((answer, unicodedata.normalize("NFC", answer))))
 
 
 def prompt_tokens(prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
-    """The tokens of each prompt, as they are before an answer.
+    """The tokens of each prompt as they are when an answer follows.
 
-    Many tokenizers write white space at the end of a text otherwise than before a word: "\\n\\n" as one token, but
-    "\\n", "\\n" and "a". Prompts that an answer follows have the latter.
+    Many tokenizers treat white space at the end of a text differently from white space before a word: "\\n\\n" is one
+    token, "\\n\\na" is "\\n", "\\n" and "a". For prompts with answers, the latter form is used.
     """
     ids = encode_prompts([prompt.text for prompt in prompts], prompts, tokenizer)
     open_ended = [i for i, prompt in enumerate(prompts) if prompt.answers and prompt.text[-1:].isspace()]
@@ -167,10 +177,10 @@ def prompt_tokens(prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
 def answer_tokens(
     prompts: Sequence[Prompt], ids: Sequence[list[int]], pairs: Sequence[tuple[int, str]], tokenizer: Any
 ) -> Iterator[tuple[list[int], bool]]:
-    """The tokens of each answer behind its prompt, for pairs of a prompt's place and an answer.
+    """For each pair (index of a prompt, answer): the answer's tokens, and whether it merges with the prompt.
 
-    Tokenized together with the prompt, whose own tokens are `ids`; behind another text, and the second is true, where
-    the two merge.
+    The answer is tokenized together with the prompt, whose own tokens are `ids`; if the two merge, after another text
+    instead (`continuation`).
     """
     together = encode_prompts(
         [prompts[i].text + answer for i, answer in pairs], [prompts[i] for i, _ in pairs], tokenizer
@@ -181,7 +191,7 @@ def answer_tokens(
 
 
 def encode_prompts(texts: Sequence[str], prompts: Sequence[Prompt], tokenizer: Any) -> list[list[int]]:
-    """The tokens of texts that begin as these prompts do, whose special tokens they have."""
+    """The tokens of texts, one per prompt; special tokens are added as for that prompt."""
     found: list[list[int]] = [[] for _ in texts]
     for special in (True, False):
         places = [i for i, prompt in enumerate(prompts) if prompt.special_tokens is special]

@@ -1,4 +1,4 @@
-"""Captures: what passes hook points at the last token of prompts, and passes over prompts that only look."""
+"""Captures: activations at hook points, mostly at the last token of prompts. Nothing is edited."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sitelens.settings import settings
 
 
 def same_length_chunks(batch: PromptBatch, model: Model) -> list[list[int]]:
-    """Rows in chunks of one length each, which need no padding and fit the memory budget."""
+    """Row indices in chunks of equal prompt length, which need no padding and fit the memory budget."""
     cost = functools.partial(forward_bytes, model)
     return chunks(batch.lengths, cost, settings.budget(), max_tokens=MAX_TOKENS, same_length=True)
 
@@ -28,7 +28,7 @@ def same_length_chunks(batch: PromptBatch, model: Model) -> list[list[int]]:
 def run_with_callbacks(
     tokens: Int[Tensor, "row pos"], model: Model, callbacks: dict[str, Callable[[Tensor], None]]
 ) -> None:
-    """Run whole prompts of one length, without unembedding, and call back with the tensor at each hook point."""
+    """Run whole prompts of equal length, without unembedding, and call `callbacks[point]` with each point's tensor."""
     tokens = tokens.to(model.device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     passes = Passes(model, [(point, _hook(callback)) for point, callback in callbacks.items()])
@@ -43,9 +43,11 @@ def _hook(callback: Callable[[Tensor], None]) -> Callable[..., None]:
 
 
 class LastTokenCapture:
-    """Hooks that keep what passes some points at the last token of each row, in the pass that they see last.
+    """Hooks that store the activations at some hook points at the last token of each row, from the latest pass.
 
-    hooks: to be installed. ends: each row's last position (None: -1, for rows of one length or left-padded ones).
+    Attributes:
+        hooks: the hooks to install.
+        ends: each row's last position (None: -1, for rows of equal length or left-padded ones).
     """
 
     def __init__(self, points: Sequence[str]) -> None:
@@ -60,15 +62,15 @@ class LastTokenCapture:
             self._states[i] = x[torch.arange(len(x), device=x.device), self.ends.to(x.device)].clone()
 
     def states(self, device: Any) -> Float[Tensor, "row point *shape"]:
-        """What passed the points, in their order."""
+        """The stored activations, in the order of the hook points."""
         return torch.stack([self._states[i].to(device) for i in range(len(self.hooks))], dim=1)
 
 
 @torch.no_grad()
 def last_token_states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "row point *shape"]:
-    """What passes each hook point at the last token of each prompt; nothing is unembedded.
+    """Activations at each hook point, at the last token of each prompt; no logits are computed.
 
-    The prompts run as one batch, right-padded; where hooks of the user act, those of one length together.
+    The prompts run as one right-padded batch or, if the user has hooks on the model, as one batch per length.
     """
     lengths = torch.tensor(batch.lengths)
     capture = LastTokenCapture(points)
@@ -84,12 +86,12 @@ def last_token_states(batch: PromptBatch, points: Sequence[str], model: Model) -
 
 
 def capture_z(batch: PromptBatch, model: Model) -> Float[Tensor, "row layer head d_head"]:
-    """Every head's z at the last token of each prompt; see `last_token_states`."""
+    """z of every head at the last token of each prompt (see `last_token_states`)."""
     return last_token_states(batch, [z_hook(layer) for layer in range(model.shape[0])], model)
 
 
 def states_in_float64(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "prompt point d_model"]:
-    """`last_token_states` at points of the residual stream in float64 on the CPU, in chunks that fit the budget."""
+    """`last_token_states` of the residual stream, in float64 on the CPU, run in chunks that fit the memory budget."""
     states = torch.zeros(len(batch), len(points), model.d_model, dtype=torch.float64)
     for index in same_length_chunks(batch, model):
         states[index] = last_token_states(batch.rows(index), points, model).double().cpu()
@@ -97,5 +99,5 @@ def states_in_float64(batch: PromptBatch, points: Sequence[str], model: Model) -
 
 
 def mean_states(batch: PromptBatch, points: Sequence[str], model: Model) -> Float[Tensor, "point d_model"]:
-    """Means over prompts of `states_in_float64`, in float32."""
+    """The mean of `states_in_float64` over prompts, in float32."""
     return states_in_float64(batch, points, model).mean(0).to(torch.float32)

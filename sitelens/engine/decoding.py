@@ -1,4 +1,4 @@
-"""Greedy decoding: token by token after a prompt, or whole texts again where the user listens."""
+"""Greedy decoding: one token per step after a cached prompt or, if the user has hooks, whole texts run again."""
 
 from __future__ import annotations
 
@@ -28,14 +28,25 @@ def decode(
     where: Callable[[int], str] = lambda row: f"prompt {row + 1}",
     prompt: Int[Tensor, "row pos"] | None = None,
 ) -> list[str]:
-    """Greedy continuations after the prompt's last logits `first`, without special tokens, exactly as decoded.
+    """Greedy continuations of prompts, as decoded (white space is kept), without special tokens.
 
-    A row ends at a token of `ends`, or where `complete(row, text so far)` says that it has said enough. `cache` holds
-    the whole prompt and grows. Whatever hooks are installed act at every step. With `prompt` (prompts of one length)
-    the whole text is run again for each token instead, as hooks of the user's need that may mean any position.
+    All installed hooks act at every step.
+
+    Args:
+        model: a model, or passes with hooks.
+        first: logits at the last token of each prompt.
+        cache: keys and values of the whole prompts; it grows.
+        mask: real tokens of the prompts.
+        tokenizer: decodes the tokens.
+        max_new_tokens: most tokens per row.
+        ends: token ids that end a text.
+        complete: `complete(row, text so far)` is True if the row needs no more tokens.
+        where: names a row in error messages.
+        prompt: prompts of equal length; if given, the whole text is run again for each token and `cache` is not used.
+            The user's hooks, which may refer to any position, need that.
 
     Raises:
-        SitelensError: if logits are not finite, naming `where(row)`.
+        SitelensError: if logits are not finite.
     """
     passes, text = Passes.of(model), prompt
     passes.prompt = None if prompt is None else prompt.shape[1]
@@ -44,7 +55,7 @@ def decode(
     active = list(range(len(first)))
     tokens = first.argmax(-1)
     for step in range(max_new_tokens):
-        going: list[int] = []  # positions in the batch of rows that go on
+        going: list[int] = []  # positions in the batch of the rows that continue
         for place, (row, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
             if token in ends:
                 continue
@@ -74,7 +85,7 @@ def decode(
 
 
 def end_tokens(model: Model, tokenizer: Any) -> set[int]:
-    """The tokens that end a text: the tokenizer's and those of the model's generation settings."""
+    """The token ids that end a text: the tokenizer's, and those of the model's generation settings."""
     settings = getattr(model.network, "generation_config", None)
     listed = getattr(settings, "eos_token_id", None)
     ends = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}

@@ -7,12 +7,12 @@ An edit at the last prompt token changes nothing before it. Hence:
 2. `PrefixCache.rows` chooses the rows of a batch, prompts x edits. Rows of one prompt share its keys; none are copied.
 3. `HeadEdit` holds each row's edit, z <- keep * z + weight * vector for every head. Rows may differ in mask, vectors
    and task.
-4. `LastToken` runs one token per row. In every layer `_last_token_attention` takes that token's query over the stored
-   keys and its own, edits z, and hands it to the output projection.
+4. `LastToken` runs one token per row. In every layer, `_last_token_attention` computes that token's attention over the
+   stored keys and its own, edits z, and passes it to the output projection.
 5. The logits are differentiable in the edit; no gradient flows into the prefix.
 
-Where the network cannot run without its bridge, step 4 uses the bridge's attention, and a TransformerLens hook at
-hook_z makes the edit. Where hooks of the user act, prompts run whole, so that a hook sees every position.
+If the network cannot run without its bridge, step 4 uses the bridge's attention, and a TransformerLens hook at hook_z
+makes the edit. If the user has hooks on the model, prompts run whole, so that a hook sees every position.
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ Hook = tuple[str, Callable[..., Any]]
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit:
-    """The one intervention, for each row: z <- keep * z + weight * vector for every head.
+    """The intervention on each row of a batch: z <- keep * z + weight * vector for every head.
 
-    It is made at the last prompt token, or, where `everywhere`, at all positions.
+    Attributes:
+        keep: factor of z.
+        weight: factor of the vectors.
+        vectors: in the units of z.
+        everywhere: edit all positions instead of the last one only.
     """
 
     keep: Float[Tensor, "row layer head"]
@@ -61,12 +65,12 @@ class HeadEdit:
         mixing: Mixing = "convex",
         everywhere: bool = False,
     ) -> HeadEdit:
-        """Convex: z <- (1 - alpha) z + alpha v (the paper's). Additive: z <- z + alpha v."""
+        """The edit z <- (1 - alpha) z + alpha v ("convex", as in the paper) or z <- z + alpha v ("additive")."""
         return HeadEdit(1 - alpha if mixing == "convex" else torch.ones_like(alpha), alpha, vectors, everywhere)
 
     @staticmethod
     def stack(edits: Sequence[HeadEdit]) -> HeadEdit:
-        """The rows of all edits, one after the other."""
+        """One edit of the last token with the rows of all edits, in their order."""
         keep, weight, vectors = zip(*((e.keep, e.weight, e.vectors) for e in edits), strict=True)
         return HeadEdit(torch.cat(keep), torch.cat(weight), torch.cat(vectors))
 
@@ -75,7 +79,7 @@ class HeadEdit:
         return HeadEdit(self.keep[index], self.weight[index], self.vectors[index], self.everywhere)
 
     def apply(self, z: Float[Tensor, "row pos head d_head"], layer: int) -> Float[Tensor, "row pos head d_head"]:
-        """A new, edited z; the mixing runs in this edit's dtype, the result has z's."""
+        """The edited z, as a new tensor in z's dtype; mixing is computed in the dtype of this edit."""
         keep, weight, vector = (side[layer].to(z.device) for side in self._by_layer)
         whole = self.everywhere or z.shape[1] == 1
         edited = torch.addcmul((z if whole else z[:, -1:]).to(keep.dtype) * keep, weight, vector).to(z.dtype)
@@ -83,13 +87,13 @@ class HeadEdit:
 
     @functools.cached_property
     def _by_layer(self) -> tuple[tuple[Tensor, ...], ...]:
-        """Split once: a slice taken layer by layer would have the gradient made whole as often."""
+        """Split once for all layers: with a slice per layer, backward would allocate the full gradient per layer."""
         keep, weight = (rearrange(side, "row layer head -> layer row 1 head 1") for side in (self.keep, self.weight))
         vectors = rearrange(self.vectors, "row layer head d_head -> layer row 1 head d_head")
         return keep.unbind(), weight.unbind(), vectors.unbind()
 
     def hooks(self) -> list[Hook]:
-        """As TransformerLens hooks for one forward pass over whole prompts."""
+        """The edit as TransformerLens hooks, for one forward pass over whole prompts."""
         return _edit_hooks(self.keep.shape[1], lambda: self)
 
 
@@ -102,12 +106,12 @@ def _edit_hooks(layers: int, current: Callable[[], HeadEdit | None]) -> list[Hoo
 
 
 class LastToken:
-    """Runs the last prompt token over a prefix, on the model as it is when this is made.
+    """Runs the last prompt token over a cached prefix, on the model with the hooks that it has at construction.
 
     with LastToken(model) as run:
         logits = run(prefix, edit)     # [row vocab], differentiable in the edit
 
-    Where the network runs without its bridge, `_last_token_attention` reads the prefix and makes the edit.
+    If the network runs without its bridge, `_last_token_attention` reads the prefix and makes the edit.
     """
 
     def __init__(self, model: Model) -> None:
@@ -120,7 +124,7 @@ class LastToken:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Nothing is to be put back."""
+        """There is nothing to restore."""
 
     def __call__(self, prefix: PrefixCache, edit: HeadEdit | None = None) -> Float[Tensor, "row vocab"]:
         if prefix.tokens is not None:
@@ -130,7 +134,7 @@ class LastToken:
         )
 
     def step(self, prefix: PrefixCache, edit: HeadEdit | None) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
-        """As a call, and with it a cache that holds the whole prompt and may grow, for decoding."""
+        """The logits, as a call returns them, and a cache of the whole prompt that can grow, for decoding."""
         cache = prefix.cache(DynamicLayer)
         return self._step(prefix, edit, cache), cache
 
@@ -141,7 +145,7 @@ class LastToken:
             with bound(_token, (prefix, edit)):
                 return run_tokens(self.passes, tokens, prefix.mask, positions, cache, attention=LAST_TOKEN)[:, -1]
         finally:
-            self._edit = None  # decoding goes on without it
+            self._edit = None  # decoding continues without the edit
 
     def _whole(self, prefix: PrefixCache, edit: HeadEdit | None) -> Float[Tensor, "row vocab"]:
         def select(rows: Int[Tensor, " chosen"]) -> None:
@@ -154,8 +158,8 @@ class LastToken:
 
 
 LAST_TOKEN = "sitelens_last_token"  # the name under which transformers knows the function below
-# The prefix and the edit of the pass that runs in this context. transformers calls an attention function with arguments
-# of its own only, so that nothing can be handed through the model's forward; a global would mix up threads.
+# The prefix and the edit of the pass that runs in this context. transformers calls attention functions with its own
+# arguments only, so these cannot be passed through the model's forward; a global variable would be shared by threads.
 _token: ContextVar[tuple[PrefixCache, HeadEdit | None] | None] = ContextVar("token", default=None)
 
 
@@ -168,16 +172,16 @@ def _last_token_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "row 1 head d_value"], None]:
-    """z of one token per row, edited: its attention over a prefix that several rows may share.
+    """The edited z of one token per row: its attention over a prefix that several rows may share, then the edit.
 
-    Stored keys are neither repeated for the heads of a group nor copied next to the token's own, and no gradient
+    Stored keys are neither repeated for the heads of a group nor concatenated with the token's own, and no gradient
     flows into them.
     """
     current = _token.get()
     assert current is not None
     prefix, edit = current
     wide = torch.promote_types(query.dtype, torch.float32)
-    if key.shape[2] > 1:  # of a cache that keeps them
+    if key.shape[2] > 1:  # a cache that grows returns the stored keys as well
         key, value = key[:, :, -1:], value[:, :, -1:]
     sizes = {"repeat": prefix.repeats, "group": query.shape[1] // key.shape[1]}
     asked = rearrange(query, "(row repeat) (kv_head group) 1 d -> row kv_head (repeat group) d", **sizes)
@@ -210,9 +214,9 @@ AttentionMaskInterface.register(LAST_TOKEN, eager_mask)
 def full_logits(
     batch: PromptBatch, model: Model | Passes, cache: DynamicCache | None = None
 ) -> Float[Tensor, "row vocab"]:
-    """Last-token logits of whole prompts, whatever hooks are installed; fills `cache` when one is given.
+    """Last-token logits of whole prompts, under all installed hooks; fills `cache` if one is given.
 
-    Rows should be of one length: padding attends to nothing, which some dtypes cannot express.
+    Rows should have equal lengths: a padding token attends to nothing, which is NaN in some dtypes.
     """
     passes = Passes.of(model)
     device = passes.model.device
@@ -223,9 +227,9 @@ def full_logits(
 def last_logits(
     prefix: PrefixCache, model: Model | Passes, layer: type[DynamicLayer] = DynamicLayer
 ) -> tuple[Float[Tensor, "row vocab"], DynamicCache]:
-    """Logits of the last token under whatever hooks are installed, and a cache of the whole prompt that may grow.
+    """Logits of the last token under all installed hooks, and a cache of the whole prompt that can grow.
 
-    The cache is empty where the prompts had to be run whole.
+    The cache is empty if the prompts had to be run whole (user hooks on the model).
     """
     if prefix.tokens is not None:
         return _whole_logits(prefix, Passes.of(model)), DynamicCache()
@@ -237,7 +241,7 @@ def last_logits(
 def _whole_logits(
     prefix: PrefixCache, passes: Passes, select: Callable[[Int[Tensor, " chosen"]], None] = lambda rows: None
 ) -> Float[Tensor, "row vocab"]:
-    """Last-token logits of whole prompts of any lengths, run without padding; `select` is told which rows come next."""
+    """Last-token logits of whole prompts, run without padding, one batch per length; `select` gets its rows before."""
     assert prefix.tokens is not None
     lengths = prefix.mask.sum(-1)
     places, parts = [], []
@@ -253,7 +257,7 @@ def _whole_logits(
 
 
 def check_finite(logits: Float[Tensor, "row vocab"], where: Callable[[int], str]) -> None:
-    """Raise SitelensError, naming `where(row)`, for logits that are infinite or NaN: their argmax says nothing."""
+    """Raise SitelensError, naming `where(row)`, if logits are infinite or NaN: their argmax is meaningless."""
     wrong = (~torch.isfinite(logits).all(-1)).nonzero().flatten().tolist()
     if wrong:
         dtype = str(logits.dtype).removeprefix("torch.")

@@ -1,7 +1,8 @@
-"""Cache keys: all that decides a result of a model, and the store behind them.
+"""Cache keys: everything that determines a model's result, and the store that uses them.
 
-A key names the model's fingerprint and its tokenizer, and the setting: versions, autocast, precision, the bridge's own
-switches. What no key can name (see `sitelens.models.interference`) closes the store for as long as it lasts.
+A key covers the model's fingerprint, its tokenizer and the setting (versions, autocast, precision, the bridge's
+switches). While something acts on the model that no key can describe (see `sitelens.models.interference`), the store
+is neither read nor written.
 """
 
 from __future__ import annotations
@@ -27,23 +28,28 @@ from sitelens.store.digests import digest
 from sitelens.store.folder import Cache, default_store
 from sitelens.tasks import Task
 
-ALGORITHM = 1  # of prompts, tokenization and forward passes: to be raised when any number that is kept changes
+ALGORITHM = 1  # of prompts, tokenization and forward passes: increase when any cached number changes
 _LIBRARIES = ("torch", "transformers", "transformer_lens")
 _FLAGS = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction",
           "fp32_precision")  # fmt: skip
 
 
-STRETCHED = "rotary"  # in keys of models whose rotary embedding longer prompts have stretched, which lasts
+STRETCHED = "rotary"  # key entry of models whose rotary embedding was permanently rescaled by longer prompts
 
 
 Modules = Sequence[tuple[str, nn.Module]]
 
 
 class ResultStore(Cache):
-    """Where results of a model for some tasks are kept: the default store, or nowhere while something is heard.
+    """The default store for results of a model on some tasks; not used while an effect without a key is active.
 
-    key: what the spec of each of them must hold.
-    open: whether results may be taken from the store; where not, a warning has said why.
+    Args:
+        model: the model that computes the results.
+        tasks: the tasks that they are about.
+
+    Attributes:
+        key: entries that the spec of every result must contain (`model_key`).
+        open: whether results may be read from the store; if not, a warning has said why.
     """
 
     def __init__(self, model: Model, tasks: Sequence[Task] = ()) -> None:
@@ -52,13 +58,14 @@ class ResultStore(Cache):
         self.key = model_key(model, self._tasks)
 
     def get(self, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None = None) -> Any:
-        """The stored artifact, or what `read` makes of it; None if there is none."""
+        """The stored artifact, or `read(artifact)` if `read` is given; None if there is none."""
         return default_store().get(kind, spec, read) if self.open else None
 
     def put(self, artifact: Artifact) -> Path | None:
-        """Store an artifact, unless the model or its setting is not what it was when its computation began.
+        """Store an artifact, unless the model or its setting has changed since the computation began.
 
-        Returns its path, or None where it was not stored.
+        Returns:
+            The path of the artifact, or None if it was not stored.
         """
         if not self.open or _is_heard(self._model):
             return None
@@ -69,7 +76,7 @@ class ResultStore(Cache):
 
 
 def model_key(model: Model, tasks: Sequence[Task] = ()) -> dict[str, str]:
-    """What of a model, its setting and the rendering of chat prompts decides a result of these tasks."""
+    """Cache-key entries for results of a model on these tasks: model, tokenizer, setting, rendering of chat prompts."""
     modules = list(modules_of(model.bridge))
     surroundings = digest(setting(model, modules))[:32]
     key = {"model": model.fingerprint(), "tokenizer": model.tokenization(), "setting": surroundings}
@@ -81,11 +88,11 @@ def model_key(model: Model, tasks: Sequence[Task] = ()) -> dict[str, str]:
 
 
 def setting(model: Model, modules: Modules) -> dict[str, Any]:
-    """What a result depends on beside the model itself, as plain JSON.
+    """What a result depends on besides the model itself, as plain JSON.
 
-    Versions of the libraries that compute; default dtype, autocast, precision of matrix products; the attention
-    implementation; the bridge's switches and its compatibility mode. Devices and numbers of threads are left out: they
-    make differences of rounding.
+    That is: versions of the libraries that compute; default dtype, autocast and precision of matrix products; the
+    attention implementation; the bridge's switches and its compatibility mode. Devices and numbers of threads are left
+    out: they only cause rounding differences.
     """
     facts = bridge_facts(model.bridge, modules)
     classes = {type(module) for _, module in modules}
@@ -103,9 +110,9 @@ def _numbers(model: Model) -> list[Any]:
     device = torch.device(model.device or "cpu").type
     kinds = sorted({device, "cpu"})
     casts = [[kind, torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))] for kind in kinds]
-    casts = [cast[:2] if not cast[1] else cast for cast in casts]  # a dtype that is not in use plays no part
+    casts = [cast[:2] if not cast[1] else cast for cast in casts]  # the dtype does not matter if autocast is off
     flags = [
-        str(getattr(backend, flag, None)).replace("none", "ieee")  # what PyTorch computes with where nothing is set
+        str(getattr(backend, flag, None)).replace("none", "ieee")  # PyTorch's default when the flag is not set
         for backend in (torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn)
         for flag in _FLAGS
     ]
@@ -120,7 +127,7 @@ def _rotary(modules: Modules) -> list[Any]:
 
 
 def _rendering(task: Task, model: Model) -> list[str]:
-    """Two chat prompts of a task, whose template may write today's date into them."""
+    """Two chat prompts of a task: the template may write today's date into them."""
     items = [*task.train, *task.valid, *task.test][:2]
     if not items:
         return []
@@ -137,7 +144,7 @@ def _version(library: str) -> str | None:
 
 
 def _is_heard(model: Model) -> bool:
-    """Whether something changes the model's computation that a key cannot name; a warning names it once."""
+    """Whether something changes the model's computation that a key cannot describe; a warning names it once."""
     what = heard(model.bridge) or heard_in_tokenizer(model.tokenizer)
     named: set[str] = model.once("interference", set)
     if what is not None and what not in named:

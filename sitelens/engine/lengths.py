@@ -1,4 +1,4 @@
-"""Lengths: how many tokens items take in prompts, and which items of a task fit into a context."""
+"""Lengths: how many tokens items need in prompts, and which items of a task fit into a context."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sitelens.tasks import Example, Task
 
 
 def item_sizes(items: Sequence[Example], template: str | Task, tokenizer: Any) -> list[int]:
-    """Tokens that each item takes in a prompt as a demonstration, and one to spare."""
+    """The number of tokens that each item adds to a prompt as a demonstration, plus one as a margin."""
     if not items:
         return []
     alone = few_shot_prompt(template, [], items[0], tokenizer)
@@ -25,8 +25,8 @@ def item_sizes(items: Sequence[Example], template: str | Task, tokenizer: Any) -
 def within_context(task: Task, tokenizer: Any, room: int, n_shots: int) -> Task:
     """The task without the items that are too long for few-shot prompts of at most `room` tokens.
 
-    An item is dropped from its split if it takes, with its answer, more than an (n_shots + 1)-th of the room; so every
-    prompt fits, whichever items it shows.
+    An item is dropped from its split if it needs, with its answer, more than 1/(n_shots + 1) of the room; so every
+    prompt fits, whichever items it contains. The task's note says how many were dropped.
     """
     splits = {split: task.split(split) for split in ("train", "valid", "test")}
     everything = [item for items in splits.values() for item in items]

@@ -1,4 +1,4 @@
-"""What fits: rows split into chunks that stay within the memory budget, and how much a row needs."""
+"""Memory: the bytes that a row needs, and rows split into chunks that stay within the memory budget."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from sitelens.engine.network import Passes
 from sitelens.models.model import Model
 
-MAX_ROWS = 64  # of one last-token batch: past this the time per row no longer falls
-MAX_TOKENS = 2048  # of one full forward, likewise
+MAX_ROWS = 64  # of a last-token batch: larger batches are no faster per row
+MAX_TOKENS = 2048  # of a full forward pass, likewise
 
 
 def chunks(
@@ -19,9 +19,15 @@ def chunks(
     max_tokens: int = 10**9,
     same_length: bool = False,
 ) -> list[list[int]]:
-    """Split rows into chunks of like length: shortest first, each within the budget when padded (or one row).
+    """Row indices in chunks of similar length, shortest first; each chunk fits the budget or is a single row.
 
-    `cost` is the bytes that one row of a given length needs. With `same_length` no chunk needs any padding.
+    Args:
+        lengths: tokens per row.
+        cost: bytes that one row of a given length needs.
+        budget: bytes per chunk, with rows padded to the longest of the chunk.
+        max_rows: most rows per chunk.
+        max_tokens: most tokens per chunk, padding included.
+        same_length: put only rows of equal length into a chunk, so that none needs padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     parts: list[list[int]] = []
@@ -41,7 +47,7 @@ def chunk_grid(
 ) -> list[tuple[list[int], list[int]]]:
     """Split the rows x variants grid into chunks that fit the budget: (row indices, variant indices) per chunk.
 
-    Several rows in all variants where these fit, else one row in some of its variants.
+    A chunk is several rows in all variants or, if these do not fit, one row in some of its variants.
     """
     if variants <= MAX_ROWS and variants * cost(max(lengths)) <= budget:
         together = chunks(lengths, lambda length: variants * cost(length), budget, max_rows=MAX_ROWS // variants)
@@ -54,14 +60,14 @@ def chunk_grid(
 
 
 def prefix_bytes(model: Model, length: int) -> int:
-    """Bytes that one prompt of `length` tokens takes in a PrefixCache."""
+    """Bytes that one prompt of `length` tokens needs in a PrefixCache."""
     config = model.cfg
     kv_heads = getattr(config, "n_key_value_heads", None) or config.n_heads
     return 2 * config.n_layers * kv_heads * config.d_head * _itemsize(model) * max(length - 1, 0)
 
 
 def forward_bytes(model: Model, length: int) -> int:
-    """Bytes that one row of a full forward without gradient needs at most while it runs, its prefix included."""
+    """Upper bound of the bytes that one row of a full forward pass without gradient needs, its prefix included."""
     config = model.cfg
     wide = 8 * config.d_model + 6 * config.n_heads * config.d_head + 4 * _d_mlp(model)
     attention = ((config.n_layers + 5) * config.n_heads + 2) * length  # the bridge keeps every layer's weights
@@ -69,9 +75,12 @@ def forward_bytes(model: Model, length: int) -> int:
 
 
 def step_cost(of: Model | Passes, gradient: bool, hooked: bool = False) -> Callable[[int], int]:
-    """What one row of a last-token step needs at a given length: its share of the prefix, activations, logits.
+    """A function from a row's length to the bytes that it needs in a last-token step: prefix, activations, logits.
 
-    hooked: hooks will be installed while it runs, so that it goes through the bridge.
+    Args:
+        of: a model, or passes of it.
+        gradient: whether activations are kept for the backward pass.
+        hooked: whether hooks will be installed, so that the pass goes through the bridge.
     """
     passes = Passes.of(of)
     model = passes.model
@@ -86,9 +95,9 @@ def step_cost(of: Model | Passes, gradient: bool, hooked: bool = False) -> Calla
 
     def cost(length: int) -> int:
         layer = prefix_bytes(model, length + 1) // itemsize // config.n_layers
-        if bridged:  # keys and values are copied, put together with the token's own, and repeated for each query head
+        if bridged:  # keys and values are copied, concatenated with the token's own, and repeated for each query head
             layer = 2 * layer + config.n_heads * (2 * config.d_head + 6) * length
-        else:  # attention reads those of the chosen prompts, one layer after the other
+        else:  # attention reads those of the selected prompts, one layer at a time
             layer += 5 * config.n_heads * length
         copied = prefix_bytes(model, length) if bridged else 0
         return (layers * (layer + fixed) + own) * max(4, itemsize) + copied + logits_bytes(model)
@@ -97,7 +106,7 @@ def step_cost(of: Model | Passes, gradient: bool, hooked: bool = False) -> Calla
 
 
 def logits_bytes(model: Model) -> int:
-    """Bytes that one row's logits take with what is computed from them."""
+    """Bytes that one row's logits need, with what is computed from them."""
     return 5 * model.d_vocab * max(4, _itemsize(model))
 
 

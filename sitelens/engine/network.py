@@ -1,8 +1,8 @@
-"""Forward passes of a model: through a twin of its bridge where a hook acts, of the network beneath it where none does.
+"""Forward passes of a model: through a twin of its bridge if there are hooks, else of the Hugging Face network alone.
 
-A hook point costs a Python call whether or not it has a hook, and a bridge computes attention step by step so that
-each step has one. Where nobody listens the Hugging Face network runs as it is. Twins share the weights, so those
-edited meanwhile are the ones that count; the model itself is never touched.
+A hook point costs a Python call even without hooks, and the bridge computes attention in separate steps so that each
+can have a hook point. Without hooks, the Hugging Face network therefore runs directly. Twins (`sitelens.engine.twins`)
+share the model's weights, so edits of the weights take effect in them; the model itself is never changed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,17 @@ from sitelens.models.model import Bridge, Model
 
 
 class Passes:
-    """Forward passes of a model as it is at this moment, under hooks that act on these passes only.
+    """Forward passes of a model with the hooks that it has now, and with hooks that act on these passes only.
 
-    user_hooked: whether code of the user takes part (a hook of hers on any module). It acts here, too, and since it may
-        mean the last position, or any, prompts are then run whole: no prefix on its own, no padding.
-    prompt: where whole texts are run again for each new token, how many of their tokens are the prompt's.
+    Args:
+        model: the model to run.
+        hooks: TransformerLens hooks (name, function) to install.
+
+    Attributes:
+        user_hooked: whether the user's code takes part (a hook on any module, or a replaced `forward`). It acts in
+            these passes as well. As it may refer to the last position, or to any, prompts then run whole: without a
+            cached prefix and without padding.
+        prompt: the number of prompt tokens, if whole texts are run again for each new token; else None.
     """
 
     def __init__(self, model: Model, hooks: Sequence[tuple[str, Callable[..., Any]]] = ()) -> None:
@@ -54,19 +60,19 @@ class Passes:
 
     @staticmethod
     def of(model: Model | Passes) -> Passes:
-        """These passes, or those of the model as it is now."""
+        """The passes themselves, or new passes of the model as it is now."""
         return model if isinstance(model, Passes) else Passes(model)
 
     @property
     def can_bypass_bridge(self) -> bool:
-        """Whether the network runs without its bridge: a known type, no hook of ours, and nobody listens."""
+        """Whether the network runs without its bridge: a tested model type, and no hooks, ours or the user's."""
         compatible = getattr(self.model.bridge, "compatibility_mode", False)
         known = self.model.network.config.model_type in BRIDGE_FREE
         return self._twin is None and not self.user_hooked and not compatible and known
 
     @contextmanager
     def bridge(self) -> Iterator[Bridge]:
-        """The bridge to run: a twin or, where a module's `forward` was replaced, the model itself under a lock."""
+        """The bridge to run: a twin or, if a module's `forward` was replaced, the model itself under a lock."""
         if not self._forward_replaced:
             yield self._made()
             return
@@ -81,19 +87,19 @@ class Passes:
         return self._twin
 
     def network(self, attention: str) -> Any:
-        """The network's twin with this attention."""
+        """A twin of the network with this attention implementation."""
         if attention not in self._networks:
             self._networks[attention] = network_twin(self.model.bridge, attention)
         return self._networks[attention]
 
     def install(self, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> None:
-        """Add TransformerLens hooks, for good."""
+        """Add TransformerLens hooks to these passes, permanently."""
         self._hooks += hooks
         for name, hook in () if self._forward_replaced else hooks:
             self._made().add_hook(name, hook)
 
     def adapt(self, adapters: Callable[[Bridge], list[ModuleHook]]) -> None:
-        """Add the forward hooks that `adapters` makes for modules of a bridge, for good."""
+        """Add the forward hooks that `adapters(bridge)` returns to these passes, permanently."""
         self._adapters.append(adapters)
         for module, hook in () if self._forward_replaced else adapters(self._made()):
             module.register_forward_hook(hook)
@@ -104,7 +110,7 @@ ModuleHook = tuple[nn.Module, Callable[..., Any]]
 
 @dataclass
 class Compute:
-    """What a computation took: tokens run forward, how many of them backward (padding counts), and seconds."""
+    """The cost of a computation: tokens run forward, how many of them backward (padding included), and seconds."""
 
     forward: int = 0
     backward: int = 0
@@ -116,7 +122,7 @@ _spent: ContextVar[Compute | None] = ContextVar("spent", default=None)
 
 @contextmanager
 def metered() -> Iterator[Compute]:
-    """The tokens of all forward passes in the block, counted as they run, and its seconds, known at its end."""
+    """Context manager that counts the tokens of all forward passes in the block and, when it ends, its seconds."""
     spent, outer, started = Compute(), _spent.get(), time.perf_counter()
     try:
         with bound(_spent, spent):
@@ -137,17 +143,24 @@ def run_tokens(
     kept: int | Int[Tensor, " place"] = 1,
     attention: str = "eager",
 ) -> Float[Tensor, "row kept vocab"]:
-    """Logits after the last `kept` of some new tokens, or after those at given places.
+    """Logits at the last `kept` positions of some new tokens, or at given positions.
 
-    `mask` also covers what the cache holds. `attention`: the one that the plain network is to use.
+    Args:
+        model: a model, or passes with hooks.
+        tokens: the new tokens.
+        mask: real tokens, those in the cache included.
+        positions: position ids of the new tokens.
+        cache: keys and values of earlier tokens; it grows if its layers do.
+        kept: how many last positions need logits, or the indices of those that do.
+        attention: attention implementation for the network when it runs without its bridge.
 
     Raises:
-        SitelensError: if memory runs out, for a gradient through weights made in inference mode, or a token that the
-            model does not have.
+        SitelensError: if memory runs out, for a gradient through weights made in inference mode, or a token id outside
+            the model's vocabulary.
     """
     passes = Passes.of(model)
     check_tokens(passes.model, tokens)
-    # On the CPU: an index from there serves whichever device the last layer lies on.
+    # On the CPU: such an index works on whichever device the last layer is.
     last = torch.empty(0, dtype=torch.long) if isinstance(kept, int) and kept == 0 else kept
     options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     options |= {"attention_mask": mask, "position_ids": positions, "logits_to_keep": last, "use_cache": bool(options)}
@@ -172,7 +185,7 @@ def run_tokens(
 
 
 def check_tokens(model: Model, tokens: Tensor) -> None:
-    """Raise SitelensError if tokens on the CPU are not all in the model's vocabulary (on a GPU a look would wait)."""
+    """Raise SitelensError if a token on the CPU is not in the model's vocabulary (on a GPU, checking would block)."""
     if tokens.is_cpu and tokens.numel() and (largest := int(tokens.max())) >= model.d_vocab:
         text = model.tokenizer.decode([largest])
         raise SitelensError(
@@ -192,9 +205,9 @@ def run_right_padded(
     model: Model | Passes,
     cache: DynamicCache | None = None,
 ) -> None:
-    """Run left-padded rows with their padding moved behind them, where causal attention never sees it.
+    """Run left-padded rows with their padding moved to the end, where causal attention never sees it.
 
-    So no token attends to nothing, which is not a number in float64 and may be none in float16.
+    So no padding token attends to nothing, which gives NaN in float64 and may in float16.
     """
     width = tokens.shape[1]
     index = (torch.arange(width) + (width - lengths)[:, None]).clamp(max=width - 1)
@@ -206,7 +219,7 @@ def run_right_padded(
 
 @contextmanager
 def out_of_memory_is_named(hint: str = "lower memory_budget (sl.settings.memory_budget)") -> Iterator[None]:
-    """Turn the allocator's error into one that says what to do."""
+    """Context manager that turns an out-of-memory error into a SitelensError that says what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""Prefixes: keys and values of all prompt tokens but the last, computed once, without gradient."""
+"""Prefixes: keys and values of all prompt tokens except the last, computed once, without gradient."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ from sitelens.models.model import Model
 
 @dataclass(frozen=True, eq=False)
 class PrefixCache:
-    """Keys and values of all but the last prompt token, never written to, and that last token.
+    """Keys and values of all prompt tokens except the last, which are never changed, and that last token.
 
-    keys, values: a tensor `[prompt kv_head pos-1 d]` a layer (none where no prompt has more than one token).
-    mask: real tokens, the last one included; last: the last token; rows are left-padded.
-    index: which prompts the rows are, `repeats` rows each, one after the other (None: all, in order); start: the
-    first position that any of them needs. So choosing rows copies no keys: `layer` does, one layer at a time.
-    tokens: whole prompts, left-padded, where the user listens: her hooks may mean the last position, or any, so that
-    prompts must be run whole, and nothing is computed ahead.
+    Selecting rows copies no keys; `layer` does, one layer at a time.
+
+    Attributes:
+        keys: one tensor `[prompt kv_head pos-1 d]` per layer (none if no prompt has more than one token).
+        values: the same for values.
+        mask: real tokens, the last one included; rows are left-padded.
+        last: the last token of each row.
+        index: the prompts of the rows, `repeats` consecutive rows per prompt (None: all prompts, in order).
+        start: the first position that any of the rows needs.
+        repeats: consecutive rows per prompt.
+        tokens: whole prompts, left-padded, if the user has hooks on the model: these may refer to any position, so
+            prompts must run whole and nothing is precomputed; else None.
     """
 
     keys: tuple[Float[Tensor, "prompt _ prefix _"], ...]
@@ -44,9 +50,9 @@ class PrefixCache:
 
     @staticmethod
     def of(batch: PromptBatch, model: Model, budget: int) -> PrefixCache:
-        """Run every prompt but its last token, in chunks of like length that need at most `budget` bytes.
+        """The prefixes of all prompts, run in chunks of similar length that need at most `budget` bytes each.
 
-        The result itself comes on top: `prefix_bytes` tells how much.
+        The result itself needs further memory (`prefix_bytes` per prompt).
         """
         check_tokens(model, batch.tokens)
         check_tokens(model, batch.answer)
@@ -68,12 +74,12 @@ class PrefixCache:
                 keys, values = ([_room(kept, len(batch), width) for kept in side] for side in zip(*layers, strict=True))
             rows = torch.tensor(index)
             for whole_keys, whole_values in zip(keys, values, strict=True):
-                for whole, kept in zip((whole_keys, whole_values), layers.pop(0), strict=True):  # and let it go
+                for whole, kept in zip((whole_keys, whole_values), layers.pop(0), strict=True):  # pop frees the layer
                     whole[rows.to(whole.device), :, width - kept.shape[2] :] = _left_padded(kept, places)
         return PrefixCache(tuple(keys), tuple(values), batch.mask.to(device), batch.tokens[:, -1].to(device))
 
     def rows(self, index: Int[Tensor, " chosen"], repeats: int = 1) -> PrefixCache:
-        """The chosen rows (a row may be chosen often), each `repeats` times in a row, without needless padding."""
+        """The rows at these indices, which may repeat, each `repeats` times consecutively, without needless padding."""
         assert self.repeats == 1, "rows are chosen before they are repeated"
         index = index.to(self.mask.device)
         mask = self.mask[index]
@@ -98,7 +104,7 @@ class PrefixCache:
         return self.rows(prompts, int(counts[0])) if alike else self.rows(index)
 
     def layer(self, i: int) -> tuple[Float[Tensor, "chosen _ prefix _"], Float[Tensor, "chosen _ prefix _"]]:
-        """Keys and values of one layer, once for each chosen prompt; views where one prompt, or all, are chosen."""
+        """Keys and values of one layer, once per selected prompt; views if one prompt, or all, are selected."""
         return self._chosen(self.keys[i]), self._chosen(self.values[i])
 
     def positions(self) -> Int[Tensor, " row"]:
@@ -106,7 +112,7 @@ class PrefixCache:
         return self.mask.sum(-1) - 1
 
     def cache(self, layer: type[DynamicLayer]) -> DynamicCache:
-        """For one forward pass, with a layer of the given kind for each of the model's."""
+        """A transformers cache of the prefix for one forward pass, with layers of the given class."""
         cache = DynamicCache()
         for i in range(len(self.keys)):
             one = layer()
@@ -118,7 +124,7 @@ class PrefixCache:
         return cache
 
     def placeholder_cache(self) -> DynamicCache:
-        """A cache that only knows its length, for a forward pass whose attention reads this prefix itself."""
+        """A cache that only reports its length, for a forward pass whose attention reads this prefix itself."""
         cache = DynamicCache()
         for keys in self.keys:
             layer = _Placeholder()
@@ -137,14 +143,14 @@ class PrefixCache:
 
 
 class ReadOnly(DynamicLayer):
-    """Shows stored keys and values followed by new ones, and keeps only the former."""
+    """A cache layer that returns the stored keys and values followed by the new ones, and does not store the latter."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)  # type: ignore[list-item]
 
 
 class _Placeholder(DynamicLayer):
-    """Hands new keys and values on as they are."""
+    """A cache layer that returns the new keys and values only."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
@@ -152,8 +158,8 @@ class _Placeholder(DynamicLayer):
 
 @torch.no_grad()
 def _prefix_layers(batch: PromptBatch, passes: Passes) -> tuple[list[tuple[Tensor, Tensor]], Int[Tensor, "row prefix"]]:
-    """Right-padded keys and values of all but the last token, and where each stands when left-padded."""
-    cache = DynamicCache()  # of plain layers: a sliding window is a matter of the mask, nothing is dropped
+    """Right-padded keys and values of all tokens except the last, per layer, and the index that left-pads them."""
+    cache = DynamicCache()  # with plain layers: a sliding window is applied by the mask, so nothing is dropped
     lengths = torch.tensor(batch.lengths) - 1
     run_right_padded(batch.tokens[:, :-1], lengths, passes, cache)
     width = batch.tokens.shape[1] - 1

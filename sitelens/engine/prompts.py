@@ -1,7 +1,7 @@
-"""Prompts as texts: the template, demonstrations, few-shot prompts and their answers.
+"""Prompts as texts: templates, demonstrations, few-shot prompts and their answers.
 
-The default template is the paper's: `Q: {input}\\nA: {output}\\n\\n` for each demonstration, then `Q: {input}\\nA:`.
-The space before the answer belongs to the answer, and an all-digit answer gets none. The template "chat" is the
+The default template is the paper's: `Q: {input}\\nA: {output}\\n\\n` per demonstration, then `Q: {input}\\nA:`.
+The space before the answer belongs to the answer; an all-digit answer has none. The template "chat" means the
 tokenizer's chat template (`sitelens.models.chat`).
 """
 
@@ -22,10 +22,13 @@ Role = Literal["template", "demonstration input", "demonstration answer", "query
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text up to where the answer begins, and every accepted answer as it would continue that text.
+    """A prompt as text, with its accepted answers.
 
-    special_tokens: whether the tokenizer is to add its own (a chat template writes them itself).
-    note: what is unusual about how it was written; `tokenize` warns of it.
+    Attributes:
+        text: everything before the answer.
+        answers: every accepted answer, as it continues the text.
+        special_tokens: whether the tokenizer adds its special tokens (a chat template writes them itself).
+        note: a remark on something unusual in the template, which `tokenize` issues as a warning.
     """
 
     text: str
@@ -35,12 +38,17 @@ class Prompt:
 
 
 def few_shot_prompt(template: str | Task, demonstrations: Sequence[Example], query: Example, tokenizer: Any) -> Prompt:
-    """The prompt that shows `demonstrations` and asks `query`; none of the former is a zero-shot prompt.
+    """The prompt with these demonstrations and this query; without demonstrations, a zero-shot prompt.
 
-    Of a task the template, the instruction and the template arguments are used.
+    Args:
+        template: a template, or a task, whose template, instruction and template arguments are used.
+        demonstrations: solved examples, in the order in which they appear.
+        query: the example whose input comes last, and whose answers are accepted.
+        tokenizer: the model's tokenizer, needed for chat templates.
 
     Raises:
-        SitelensError: if the template is "chat" and the tokenizer has no chat template, or one that fails.
+        SitelensError: if the template is invalid, or it is "chat" and the tokenizer has no chat template or one that
+            fails.
     """
     form, instruction, arguments = _form(template)
     if form == "chat":
@@ -54,10 +62,10 @@ def few_shot_prompt(template: str | Task, demonstrations: Sequence[Example], que
 
 
 def prompt_parts(template: str | Task, demonstrations: Sequence[Example], query: Example) -> list[tuple[Role, str]]:
-    """The pieces of a few-shot prompt in their order, and what each is; joined they are the prompt's text.
+    """The pieces of a few-shot prompt in order, as (role, text); joined, they are the prompt's text.
 
     Raises:
-        SitelensError: for a template that cannot be used ("chat" has no pieces: its tokenizer writes it).
+        SitelensError: for an invalid template, or "chat", which has no pieces: its tokenizer writes the prompt.
     """
     form, instruction, _ = _form(template)
     if form == "chat":
@@ -87,9 +95,9 @@ def _form(template: str | Task) -> tuple[str, str, Arguments]:
 
 
 def after_answer(task: Task, tokenizer: Any) -> tuple[str, str]:
-    """What stands behind an answer, and before the next input: of "Q: {input}\\nA: {output}\\n\\n", "\\n\\n" and "Q: ".
+    """The template's text after an answer, and before the next input: "\\n\\n" and "Q: " for the default template.
 
-    Of a chat template, the text from the end of an answer to the next user's input, and nothing.
+    For a chat template, the text from the end of an answer to the next user input, and "".
     """
     if task.template != "chat":
         head, tail = task.template.split("{output}")
@@ -100,14 +108,15 @@ def after_answer(task: Task, tokenizer: Any) -> tuple[str, str]:
 
 
 def _answer(text: str, spaced: bool) -> str:
-    """An answer as it continues a prompt: after a space, but for one of digits only."""
+    """An answer as it continues a prompt: after a space, unless it consists of digits only."""
     return " " + text if spaced and not (text.isascii() and text.isdigit()) else text
 
 
 def draw_demonstrations(task: Task, n_shots: int, query: Example | None, *key: object) -> list[Example]:
     """`n_shots` different training items in random order, none of them with the query's input.
 
-    The draw depends on the task's name and `key` only (say a seed, a purpose and an item's index).
+    The draw depends only on the task's name, its training items, the query and `key` (for example, a seed, a purpose
+    and an item's index).
 
     Raises:
         SitelensError: if train has too few items.
@@ -116,7 +125,7 @@ def draw_demonstrations(task: Task, n_shots: int, query: Example | None, *key: o
         return []
     pool = task.train
     rng = random.Random("/".join(map(str, ("sitelens/demonstrations", task.name, *key))))
-    # Some to spare: a training item may share the query's input.
+    # Draw more than needed: training items with the query's input are removed.
     wanted = min(len(pool), n_shots + sum(query is not None and e.input == query.input for e in pool))
     drawn = [pool[i] for i in rng.sample(range(len(pool)), wanted)]
     drawn = [example for example in drawn if query is None or example.input != query.input][:n_shots]
@@ -134,7 +143,17 @@ def few_shot_prompts(
     split: str = "test",
     places: Sequence[int] | None = None,
 ) -> list[Prompt]:
-    """One prompt a query, its demonstrations drawn anew, keyed by seed, task, split and the item's place there."""
+    """One prompt per query. Demonstrations are drawn with a seed made of seed, task, split and item index.
+
+    Args:
+        task: the task whose template and training items are used.
+        queries: the items to ask.
+        n_shots: number of demonstrations per prompt.
+        tokenizer: the model's tokenizer, needed for chat templates.
+        seed: seed of the demonstrations.
+        split: the split that the queries belong to.
+        places: the queries' indices in the split (default: 0, 1, 2, ...).
+    """
     return [
         few_shot_prompt(task, draw_demonstrations(task, n_shots, query, seed, split, place), query, tokenizer)
         for query, place in zip(queries, places or range(len(queries)), strict=True)

@@ -1,8 +1,9 @@
-"""Twins: a model's modules once more, with the same weights, for forward passes of our own.
+"""Twins: copies of a model's modules that share its weights, for internal forward passes.
 
-A twin has every parameter and buffer of its model, and modules of its own, in evaluation mode. What a pass needs
-(hooks, another attention, adapters) is put on the twin and goes with it. The model itself is never touched: any number
-of threads may run passes while the user runs hers, and an interrupt leaves nothing to be put back.
+A twin shares every parameter and buffer with its model, but has its own module objects, in evaluation mode. Hooks,
+another attention implementation or adapters are put on the twin and disappear with it. The model itself is never
+changed, so several threads can run passes while the user runs the model, and after an interrupt there is nothing to
+restore.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from transformers import PreTrainedConfig
 from sitelens.models.interference import Here, is_foreign, users_hooks
 from sitelens.models.model import Bridge
 
-# Model types whose wrappers have no weights of their own, and whose z reaches the output projection as attention gave
-# it: those that the tests compare with raw forward passes. All others run through the bridge.
+# Model types whose bridge wrappers have no weights of their own, and whose z reaches the output projection unchanged.
+# The tests compare these with raw forward passes. All other types run through the bridge.
 BRIDGE_FREE = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma3", "gemma3_text"})
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 EVERYWHERE = (
@@ -36,7 +37,7 @@ EVERYWHERE = (
     torch_modules._global_backward_pre_hooks,
 )
 _ATOMS = {str, int, float, bool, type(None), Tensor, nn.Parameter, types.FunctionType, types.BuiltinFunctionType}
-_TAKEN = {  # what a twin shares with its module, or what is seen to apart
+_TAKEN = {  # attributes that a twin shares with its module, or that are handled separately
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks",
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
@@ -45,17 +46,17 @@ _TAKEN = {  # what a twin shares with its module, or what is seen to apart
 
 
 def network_twin(bridge: Bridge, attention: str = "eager") -> Any:
-    """The Hugging Face network beneath the bridge, without hook points, with `attention`."""
+    """A twin of the bridge's Hugging Face network, without hook points, with this attention implementation."""
     return _Maker(bridged=False, attention=attention).module(bridge.original_model)
 
 
 def bridge_twin(bridge: Bridge) -> Bridge:
-    """The whole bridge, with the hooks that are on it now; those get the modules of the bridge, not of the twin."""
+    """A twin of the whole bridge with its current hooks; the user's hooks receive the bridge's own modules."""
     return _Maker(bridged=True).module(bridge)
 
 
 def is_user_hooked(bridge: Bridge) -> bool:
-    """Whether code of the user's takes part in a forward pass: a hook on any module, or an instance's own `forward`."""
+    """Whether the user's code takes part in a forward pass: a hook on any module, or a replaced `forward`."""
     return any(EVERYWHERE) or any(map(_is_user_hooked, _modules(bridge)))
 
 
@@ -76,7 +77,7 @@ def _is_user_hooked(module: nn.Module) -> bool:
 
 
 def forward_is_replaced(bridge: Bridge) -> bool:
-    """Whether a module's `forward` was replaced or compiled, so that it runs the model's modules and not a twin's."""
+    """Whether a module's `forward` was replaced or compiled, so that it would run the model's modules, not a twin's."""
     return any(map(_forward_is_replaced, _modules(bridge)))
 
 
@@ -93,9 +94,14 @@ def hooked_here(
     fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = (),
     module_hooks: Sequence[tuple[nn.Module, Callable[..., Any]]] = (),
 ) -> Iterator[None]:
-    """TransformerLens's hooks and torch's forward hooks on the bridge itself, heard by this context's passes only.
+    """Context manager that installs hooks on the bridge itself; only passes of this thread or async task call them.
 
-    They are off whenever and however the block ends.
+    They are removed when the block ends, also after an error or an interrupt.
+
+    Args:
+        bridge: the user's bridge.
+        fwd_hooks: TransformerLens hooks (name, function).
+        module_hooks: torch forward hooks (module, function).
     """
     token = object()
     try:
@@ -124,12 +130,12 @@ def _remove(bridge: Bridge, token: object) -> None:
 
 
 class _Maker:
-    """Makes one twin. What modules hold is taken over as it is, but for other modules, containers and bound methods."""
+    """Makes one twin. Modules, containers and bound methods are copied; all other attributes are shared."""
 
     def __init__(self, bridged: bool, attention: str | None = None) -> None:
         self.bridged, self.attention = bridged, attention
         self.made: dict[int, Any] = {}
-        self.wired: set[int] = set()  # ids of hooks that a block's twin makes anew for itself
+        self.wired: set[int] = set()  # ids of hooks that the twin of a block installs again by itself
 
     def module(self, module: nn.Module) -> Any:
         """The module's twin."""
@@ -143,20 +149,20 @@ class _Maker:
         if isinstance(module, BlockBridge):
             self.wired |= {handle.id for handle in list(facts["_capture_hook_handles"])}
             own["_capture_hooks_wired"], own["_capture_hook_handles"] = False, []
-        for name, value in list(own.items()):  # of the copy: another thread's pass may add to the original
+        for name, value in list(own.items()):  # of the copy: another thread's pass may change the original
             if type(value) not in _ATOMS and name not in _TAKEN:
                 own[name] = self.value(value)
-        if type(own.get("forward")) is types.FunctionType:  # a library's, as TransformerLens gives Falcon's linear maps
+        if type(own.get("forward")) is types.FunctionType:  # a library's: TransformerLens sets one on Falcon's linears
             own["forward"] = self.rebound(own["forward"])
         own["training"] = False
-        own["_buffers"] = facts["_buffers"].copy()  # some rotary embeddings replace theirs in a forward pass
+        own["_buffers"] = facts["_buffers"].copy()  # some rotary embeddings replace their buffers in a forward pass
         own["_modules"] = {name: child and self.module(child) for name, child in list(facts["_modules"].items())}
         for name in HOOKS:
             own[name] = self.hooks(module, name) if facts[name] else OrderedDict()
         return twin
 
     def hooks(self, module: nn.Module, attribute: str) -> OrderedDict[int, Any]:
-        """The twin's hooks of one kind: the user's, which get the module that they were put on, and the libraries'."""
+        """The twin's hooks of one kind: the user's, which receive the original module, and those of libraries."""
         hers = users_hooks(module, attribute)
         found: OrderedDict[int, Any] = OrderedDict()
         for key, hook in list(vars(module)[attribute].items()):
@@ -167,7 +173,7 @@ class _Maker:
         return found
 
     def rebound(self, function: types.FunctionType) -> types.FunctionType:
-        """A library's function with the twins of the modules that it holds in its closure."""
+        """A library function in which the modules in its closure are replaced by their twins."""
         held = [cell.cell_contents for cell in function.__closure__ or ()]
         ours = [self.rebound(one) if type(one) is types.FunctionType else self.value(one) for one in held]
         if all(one is other for one, other in zip(held, ours, strict=True)):
@@ -177,7 +183,7 @@ class _Maker:
                                   closure)  # fmt: skip
 
     def value(self, value: Any) -> Any:
-        """What the twin has for something that a module holds."""
+        """The twin's counterpart of an attribute value: modules are replaced by their twins, also in containers."""
         kind = type(value)
         if kind in _ATOMS:
             return value
@@ -201,7 +207,7 @@ class _Maker:
         return value
 
     def shallow(self, thing: Any, **changes: Any) -> Any:
-        """Another of its kind that holds what the twin has for what it holds."""
+        """A shallow copy of an object whose attributes are replaced by their counterparts."""
         if id(thing) not in self.made:
             twin = self.made[id(thing)] = object.__new__(type(thing))
             twin.__dict__.update({name: self.value(value) for name, value in vars(thing).items()} | changes)
@@ -213,6 +219,6 @@ def _told_of(hook: Callable[..., Any], module: nn.Module, _: nn.Module, *rest: A
 
 
 def _names_in(hook: Any) -> str:
-    """The qualified names of a hook and of what TransformerLens wrapped in it."""
+    """The qualified names of a hook and of the functions that TransformerLens wrapped in it."""
     inner = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
     return " ".join(str(getattr(one, "__qualname__", "")) for one in (hook, *inner))
