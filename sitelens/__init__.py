@@ -1,4 +1,4 @@
-"""Find the attention heads that carry a task in a language model, inject task embeddings there, compare heads.
+"""Find attention heads that carry an in-context task, inject task embeddings at those heads, and compare heads.
 
 sitelens implements SITE: Jungwon Park, Jimyeong Kim, Changin Choi and Wonjong Rhee, "Soft Head Selection for Injecting
 ICL-Derived Task Embeddings", Findings of ACL 2026, arXiv 2507.20906 (first versions: "Soft Injection of Task Embeddings
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sitelens.settings import settings as settings  # at once: its module bears the same name
+from sitelens.settings import settings as settings  # not lazy: its module has the same name
 from sitelens.version import __version__
 
 if TYPE_CHECKING:
@@ -104,13 +104,13 @@ _EXPORTS = {
 }
 _MODULE_OF: dict[str, str] = {name: home for home, names in _EXPORTS.items() for name in names}
 
-# Subpackages whose functions are called through them: sl.studies.costs.
+# Subpackages that are part of the public interface, as in sl.studies.costs.
 _SUBPACKAGES = ("figures", "heads", "methods", "studies")
 
 __all__ = ["__version__", "settings", *_SUBPACKAGES, *sorted(_MODULE_OF)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-if not TYPE_CHECKING:  # so that type checkers notice a misspelled name
+if not TYPE_CHECKING:  # so that type checkers report a misspelled name
 
     def __getattr__(name: str) -> Any:
         if name in _SUBPACKAGES:

@@ -1,4 +1,4 @@
-"""A context variable at a value until a block ends."""
+"""Temporary values of context variables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ Value = TypeVar("Value")
 
 @contextmanager
 def bound(variable: ContextVar[Value], value: Value) -> Iterator[None]:
-    """`variable` at `value` in this context until the block ends, even if a Ctrl-C falls into the clean-up itself.
+    """A context manager that sets `variable` to `value` for one block, in the current context only.
 
-    The variable must have a value, or a default.
+    The former value is restored even if Ctrl-C interrupts the clean-up itself.
+
+    Args:
+        variable: must have a value or a default.
+        value: the value inside the block.
     """
     before = variable.get()
     try:

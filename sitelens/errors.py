@@ -1,4 +1,4 @@
-"""The package's own error and warning, and warnings that are given once."""
+"""The error and the warning class of sitelens, and warnings that are issued only once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ _warned: ContextVar[set[str] | None] = ContextVar("warned", default=None)
 
 
 class SitelensError(ValueError):
-    """Input that cannot be used; the message names the thing and says what would have been right."""
+    """Input that cannot be used; the message names the input and says what would be valid."""
 
 
 class SitelensWarning(UserWarning):
-    """Something a careful reader of the results would want to know."""
+    """Something that affects how results should be interpreted, but does not stop the computation."""
 
 
 def warn_once(text: str, *keys: str) -> None:
-    """A SitelensWarning about the things called `keys`; within `warned_once`, only if one of them is new."""
+    """Issue a SitelensWarning; inside `warned_once`, only if at least one of `keys` is new.
+
+    Args:
+        text: the message.
+        keys: what the warning is about, such as names of tasks.
+    """
     if any(map(not_yet_warned, keys)):
         warnings.warn(text, SitelensWarning, stacklevel=4)
     if (known := _warned.get()) is not None:
@@ -29,13 +34,13 @@ def warn_once(text: str, *keys: str) -> None:
 
 
 def not_yet_warned(key: str) -> bool:
-    """Whether `warn_once` would still warn about `key`."""
+    """Whether `warn_once` has not yet warned about `key`."""
     return key not in (_warned.get() or ())
 
 
 @contextmanager
 def warned_once() -> Iterator[None]:
-    """Within it, `warn_once` warns once per key; also a decorator. Nested ones count as one."""
+    """A context manager and decorator; inside, `warn_once` warns once per key. Nested blocks share their keys."""
     keys = _warned.get()
     with bound(_warned, set() if keys is None else keys):
         yield

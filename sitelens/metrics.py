@@ -1,12 +1,13 @@
-"""The metrics: each is a `Metric`, listed in `METRICS`, which commands and checks read.
+"""Metrics: rules that score a model's output for one item; `METRICS` lists them by name.
 
-A user's own metric is passed as a value wherever a metric's name may stand, or registered under its name.
+Wherever a function takes the name of a metric, it also takes a `Metric`. `register_metric` makes one available by name.
 
 `exact_match` compares texts in Unicode form NFC with full-width and half-width characters replaced by their ordinary
 forms ("x²" is unchanged), without surrounding white space, and ignoring case unless the task is case-sensitive. A
 generated text ends where the template would continue with the next demonstration (`answer_end`).
 
-`prefix_match` is the rule of SITE's released code, with both texts in NFC. It is lenient: compare it with echo.
+`prefix_match` is the rule of SITE's released code, which calls it exact match, with both texts in NFC. It is lenient:
+compare it with the echo baseline.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ class Output:
     """A model's output for one item.
 
     Args:
-        token, token_text: the most likely next token of the whole vocabulary (-1 if there is none), and its text.
-        label, label_text: the most likely of the first tokens of the task's answers (-1 unless a metric uses labels).
-        text: the greedy continuation without special tokens, as decoded; empty unless a metric generates.
-        logprob, rank: of the preferred answer's first token; NaN if no model was run.
+        token, token_text: the most likely next token in the whole vocabulary (-1 if no model was run), and its text.
+        label, label_text: the most likely among the first tokens of all the task's answers (-1 unless a metric uses
+            labels), and its text.
+        text: the greedy continuation as decoded, without special tokens; empty unless a metric generates.
+        logprob, rank: log probability (in nats) and rank of the first token of the preferred answer; NaN if no model
+            was run.
     """
 
     token: int = -1
@@ -47,8 +50,8 @@ class Target:
 
     Args:
         answers: the accepted answers, the preferred one first.
-        tokens, token_texts: first tokens of the accepted answers, and their texts.
-        case_sensitive: whether case counts.
+        tokens, token_texts: ids and texts of the first tokens of the accepted answers.
+        case_sensitive: whether comparisons distinguish upper and lower case.
         end: pattern that ends a generated answer (see `answer_end`); None if only the end of the text does.
     """
 
@@ -61,18 +64,21 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """How an output is scored.
+    """A rule that scores an output as correct or not.
 
     Args:
-        name: in tables and commands.
-        score: whether an output is correct for a target.
-        generates: whether it reads `Output.text`, so that the model has to generate.
-        definition: one sentence for tables and help.
-        uses_labels: whether it reads `Output.label`.
-        prediction: text of the column `predicted` (default: the generated text, or the most likely token).
-        complete: whether a partially generated text already decides the score (default: never).
-        form: the form in which answers are compared, given whether case counts; an answer with an empty form cannot be
-            scored.
+        name: name in tables and commands.
+        score: returns whether an output is correct for a target.
+        generates: whether `score` reads `Output.text`, which requires the model to generate.
+        definition: one sentence for tables and help texts.
+        uses_labels: whether `score` reads `Output.label`.
+        prediction: returns the text of the column `predicted` (default: the generated text, or the most likely token).
+        complete: returns whether a partially generated text already decides the score (default: never).
+        form: returns the form in which an answer is compared, given the answer and whether case counts; an answer with
+            an empty form cannot be scored.
+
+    Raises:
+        SitelensError: if the name is empty or not a text.
 
     Example:
         >>> contains = sl.Metric("contains", lambda output, target: target.answers[0] in output.text, generates=True)
@@ -101,7 +107,7 @@ class Metric:
 
 
 def answer_end(tail: str, opening: str = "", *, one_line: bool = True) -> re.Pattern[str] | None:
-    r"""The pattern that ends a generated answer: what the template writes after an answer, or the start of a next item.
+    r"""The pattern that ends a generated answer: the text after an answer in the template, or the start of a new item.
 
     A tail that begins with a newline ends an answer at its first newline if all answers of the task have one line
     (models often continue with "\nB: ..." where the template has "\n\n"); otherwise the answer ends at the whole tail,
@@ -109,9 +115,12 @@ def answer_end(tail: str, opening: str = "", *, one_line: bool = True) -> re.Pat
     "cold;".
 
     Args:
-        tail: what the template writes after an answer.
-        opening: what it writes before the next input.
-        one_line: whether all answers of the task have one line.
+        tail: text of the template after an answer.
+        opening: text of the template before the next input.
+        one_line: whether every answer of the task is a single line.
+
+    Returns:
+        A pattern for folded text (`fold`), or None if the template has no text there.
     """
     separator = fold(tail).strip()
     head = (fold(opening).strip().splitlines() or [""])[0]
@@ -134,7 +143,7 @@ def answer_end(tail: str, opening: str = "", *, one_line: bool = True) -> re.Pat
 
 
 def fold(text: str) -> str:
-    """The text in NFC, with full-width and half-width characters as ordinary ones; "x²" is unchanged."""
+    """The text in Unicode form NFC, with full-width and half-width characters made ordinary; "x²" is unchanged."""
     wide = ("<wide>", "<narrow>")
     plain = (
         unicodedata.normalize("NFKC", character) if unicodedata.decomposition(character).startswith(wide) else character
@@ -154,7 +163,7 @@ def _prefix_form(text: str, case_sensitive: bool) -> str:
 
 
 def _cuts(output: Output, target: Target) -> Iterator[str]:
-    """The text up to each possible end. An answer may itself contain what ends a text."""
+    """The text up to each possible end, since an answer may itself contain the end pattern."""
     text = fold(output.text).strip()
     for match in target.end.finditer(text) if target.end else ():
         yield text[: match.start()].strip()
@@ -162,7 +171,7 @@ def _cuts(output: Output, target: Target) -> Iterator[str]:
 
 
 def _exact_prediction(output: Output, target: Target) -> str:
-    """The text that is compared: up to the first end, or up to the end at which it is correct."""
+    """The text that is compared: cut where it is correct, otherwise at the first end."""
     answers = {_exact_form(answer, target.case_sensitive) for answer in target.answers}
     cuts = list(_cuts(output, target))
     return next((cut for cut in cuts if _exact_form(cut, target.case_sensitive) in answers), cuts[0])
@@ -177,7 +186,7 @@ def _exact_complete(text: str, target: Target) -> bool:
     if target.end is None:
         return False
     within = max(len(target.end.findall(fold(answer))) for answer in target.answers)
-    # The last character stands for what may still follow: after "3." it may be "3.5" or "3. ".
+    # The added character stands for text still to come: "3." may become "3.5" or "3. ".
     return len(target.end.findall(fold(text).lstrip() + "\0")) > within
 
 
@@ -194,7 +203,7 @@ def _first_token_ignore_case(output: Output, target: Target) -> bool:
     if output.token in target.tokens:
         return True
     form = _exact_form(output.token_text, False)
-    # A token of white space, or of part of a character, cannot be compared by its letters.
+    # A token that is white space, or only part of a character, has no letters to compare.
     return bool(form) and "\ufffd" not in form and form in {_exact_form(text, False) for text in target.token_texts}
 
 
@@ -240,13 +249,16 @@ METRICS: Registry[Metric] = Registry("metric", Metric, _LISTED, definition=lambd
 
 
 def register_metric(metric: Metric) -> Metric:
-    """Make a metric known by its name, so that the name may stand wherever a metric is asked for; returns it.
+    """Register a metric, so that functions and commands accept its name; returns the metric.
 
-    An installed package does the same with an entry point of the group "sitelens.metrics". A metric that is passed as
-    a value needs neither.
+    An installed package registers metrics through entry points of the group "sitelens.metrics". A metric that is only
+    passed as a value need not be registered.
+
+    Args:
+        metric: the metric. One whose `score` has the same module and name as an earlier one's replaces it.
 
     Raises:
-        SitelensError: if it is no `Metric`, or another metric has its name.
+        SitelensError: if it is not a `Metric`, or another metric has the same name.
 
     Example:
         >>> vowel = sl.Metric("vowel", lambda output, target: output.token_text.strip()[:1] in "aeiou")
@@ -261,7 +273,7 @@ def checked_metrics(metrics: str | Metric | Sequence[str | Metric]) -> tuple[Met
     """The metrics with these names; a `Metric` is returned unchanged.
 
     Raises:
-        SitelensError: for an unknown name, no metric, or two metrics with one name.
+        SitelensError: for an unknown name, an empty list, or two metrics with the same name.
     """
     listed = (metrics,) if isinstance(metrics, str | Metric) else tuple(metrics)
     unknown = [metric for metric in listed if not isinstance(metric, Metric) and metric not in METRICS]

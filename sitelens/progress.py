@@ -1,6 +1,6 @@
-"""Progress: one bar over a whole job where a person is looking, a line per stage where nobody is.
+"""Progress: one bar for a whole job in a terminal or a notebook, otherwise one line per stage.
 
-A job has stages of known relative cost. What runs inside a stage, loops and smaller jobs alike, moves the same bar.
+A job has stages of known relative cost. Loops and smaller jobs inside a stage move the bar of the job around them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sitelens.contexts import bound
 from sitelens.settings import settings
 
 Item = TypeVar("Item")
-BEFORE_THE_PLAN = 0.05  # the share of the bar for stages whose costs are not known yet
-ESTIMATE_AFTER = 10.0  # seconds after which a job without a bar says once how long it will take
+BEFORE_THE_PLAN = 0.05  # fraction of the bar for stages that end before the costs are known
+ESTIMATE_AFTER = 10.0  # seconds after which a job without a bar estimates, once, how long it will take
 _log = logging.getLogger("sitelens")
 
 
 @dataclass(frozen=True)
 class _Watcher:
-    """Where loops and jobs inside a stage report to: the share that is done, and what is being done."""
+    """What loops and jobs inside a stage call with the fraction that is done, and with a description of the work."""
 
     advance: Callable[[float], None]
     describe: Callable[[str], None]
@@ -36,10 +36,16 @@ _watcher: ContextVar[_Watcher | None] = ContextVar("watcher", default=None)
 
 @dataclass
 class Bar:
-    """The number of steps that a loop has done; the loop calls `update`."""
+    """The progress of one loop, which calls `update`.
+
+    Attributes:
+        total: number of steps of the loop.
+        move: called by `update` with the number of steps done since the previous call.
+        done: number of steps done.
+    """
 
     total: int
-    move: Callable[[int], object]  # what `update` calls with the number of steps done since
+    move: Callable[[int], object]
     done: int = 0
 
     def update(self, n: int = 1) -> None:
@@ -50,19 +56,19 @@ class Bar:
 
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Bar]:
-    """A progress bar for one loop, drawn on standard error if `shows_bars`.
+    """A progress bar for one loop, on standard error if `shows_bars()`.
 
         with progress(len(batches), "embed antonym") as bar:
             for batch in batches:
                 ...
                 bar.update()
 
-    Inside a job no bar of its own is drawn: the job's bar moves by the fraction of steps that are done. Use it for
-    innermost loops; outer loops divide their stage by `portion`.
+    Inside a job, no new bar is drawn; the job's bar moves instead. Use it for innermost loops; outer loops divide
+    their stage with `portion`.
 
     Args:
-        total: the number of steps.
-        label: the text beside the bar.
+        total: number of steps.
+        label: text next to the bar.
     """
     watcher = _watcher.get()
     if watcher is not None:
@@ -76,13 +82,13 @@ def progress(total: int, label: str) -> Iterator[Bar]:
 
 
 def no_progress() -> AbstractContextManager[None]:
-    """A context manager in which loops and jobs draw no bar and move none, for many short loops inside one stage."""
+    """A context manager in which loops and jobs neither draw nor move a bar; for many short loops inside one stage."""
     return bound(_watcher, _Watcher(lambda share: None, lambda text: None))
 
 
 @contextmanager
 def portion(start: float, stop: float) -> Iterator[None]:
-    """Inside this block, loops move the bar from `start` to `stop`, fractions of the surrounding stage."""
+    """A context manager in which loops move the bar from `start` to `stop`, fractions (0 to 1) of the current stage."""
     watcher = _watcher.get()
     if watcher is None:
         yield
@@ -94,13 +100,13 @@ def portion(start: float, stop: float) -> Iterator[None]:
 
 
 def portions(items: Sequence[Item]) -> Iterator[tuple[Item, AbstractContextManager[None]]]:
-    """Each item with its equal `portion` of the surrounding stage."""
+    """Pairs of an item and a context manager: its `portion`, an equal part of the current stage."""
     for i, item in enumerate(items):
         yield item, portion(i / len(items), (i + 1) / len(items))
 
 
 class Job:
-    """A job's progress over all its stages, from its first line on.
+    """Progress of a job over its stages, to be used as a context manager.
 
         with Job("run", ["load the model", "train", "evaluate"]) as job:
             with job.stage("load the model"):
@@ -109,9 +115,13 @@ class Job:
             with job.stage("train"):
                 ...
 
-    A bar in a terminal or a notebook; otherwise lines with the time left on standard error, or through the logger
-    "sitelens" if its level is INFO. `settings.progress` True asks for a bar, False for nothing, None to decide by who
-    looks. A job inside another one's stage moves that one's bar.
+    In a terminal or a notebook it draws a bar. Otherwise it writes lines with the time left to standard error, or to
+    the logger "sitelens" if that is enabled for INFO. `settings.progress` overrides this: True draws a bar, False shows
+    nothing. A job inside a stage of another job moves the other job's bar.
+
+    Args:
+        label: text next to the bar, and at the beginning of each line.
+        stages: names of the stages, in order.
     """
 
     def __init__(self, label: str, stages: Sequence[str]) -> None:
@@ -119,8 +129,8 @@ class Job:
         self._outer = _watcher.get()
         self._progress = settings.progress
         self._costs: dict[str, float] = {}
-        self._finished = 0.0  # cost of the stages that are done
-        self._base = self._share = 0.0  # shares of the bar: when the costs became known, and now
+        self._finished = 0.0  # total cost of the finished stages
+        self._base = self._share = 0.0  # fractions of the bar: at the last `plan`, and now
         self._started = self._planned = time.monotonic()
         self._estimated = False
         self._bar: Any = None
@@ -140,13 +150,13 @@ class Job:
             self._say(f"done in {duration(time.monotonic() - self._started)}")
 
     def plan(self, costs: Mapping[str, float]) -> None:
-        """Set the relative costs of the stages to come; the bar keeps the share that it has reached."""
+        """Set the relative costs of the remaining stages, by name; the bar stays where it is."""
         self._costs, self._finished, self._base = dict(costs), 0.0, self._share
         self._planned = time.monotonic()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """One stage; what runs inside it moves the job's bar."""
+        """A context manager for one stage; loops and jobs inside it move this job's bar."""
         if name:
             number = f"{self.stages.index(name) + 1}/{len(self.stages)} " if len(self.stages) > 1 else ""
             self._describe(f"{number}{name}")
@@ -155,12 +165,12 @@ class Job:
         self.finish(name)
 
     def rest(self) -> AbstractContextManager[None]:
-        """All that is left as one stage, described by the jobs and loops inside it."""
+        """A context manager for all remaining work as one stage, described by the jobs inside it."""
         self.plan({"": 1.0})
         return self.stage("")
 
     def finish(self, name: str) -> None:
-        """Count a stage as done, also one that was skipped."""
+        """Count a stage as done, even if it was skipped."""
         self._advance(name, 1.0)
         self._finished += self._costs.pop(name, 0.0)
 
@@ -178,7 +188,7 @@ class Job:
             self._say(f"{100 * self._share:.0f}% done{left}")
 
     def _time_left(self) -> str:
-        """As text, by the pace since the costs became known; empty as long as that says little."""
+        """The estimated time left as text, from the pace since the last `plan`; empty while it is too early to tell."""
         done, elapsed = self._share - self._base, time.monotonic() - self._planned
         if not self._finished + sum(self._costs.values()) or done < 0.02 or elapsed < 1:
             return ""
@@ -202,17 +212,17 @@ class Job:
 
 
 def shows_bars() -> bool:
-    """Whether loops and jobs draw bars: `settings.progress` or, where that is None, `is_watched`."""
+    """Whether loops and jobs draw bars: `settings.progress`, or `is_watched()` if that is None."""
     return is_watched() if settings.progress is None else settings.progress
 
 
 def is_watched() -> bool:
-    """Whether a person sees standard error as it is written: in a terminal or a notebook."""
+    """Whether standard error is shown to a person, in a terminal or a notebook."""
     return "ipykernel" in sys.modules or bool(getattr(sys.stderr, "isatty", lambda: False)())
 
 
 def duration(seconds: float) -> str:
-    """A length of time in words: "40 s", "6 min", "2 h 10 min"."""
+    """A duration as text: "40 s", "6 min", "2 h 10 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

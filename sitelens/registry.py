@@ -1,6 +1,6 @@
-"""Values by name: those of sitelens, those that a user registers, and those that installed packages bring.
+"""Registries: values by name, from sitelens itself, registered by the user, or provided by installed packages.
 
-A package brings a suite, for example, by an entry point in its pyproject.toml:
+A package provides a suite, for example, through an entry point in its pyproject.toml:
 
     [project.entry-points."sitelens.suites"]
     mine = "my_package.tasks:MySuite"
@@ -17,23 +17,24 @@ from typing import Any, TypeVar
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.suggestions import did_you_mean
 
-Value = TypeVar("Value")  # it has a name
+Value = TypeVar("Value")  # has an attribute `name`
 
 
 class Registry(Mapping[str, Value]):
-    """Values by name, sitelens's own first.
+    """A read-only mapping from names to values, with sitelens's own values first.
 
-    Entry points of the group "sitelens.suites" (for suites) are loaded at the first question that sitelens's own
-    values do not answer; one may also name a module that registers its values when it is imported. What cannot be
-    loaded is named in a warning, and the rest goes on.
+    Entry points (of the group "sitelens.suites" for suites) are loaded when a name is not one of sitelens's own, or
+    when all names are listed. An entry point names a value, a class, or a module that registers values when it is
+    imported. One that cannot be loaded causes a warning; the others are still loaded.
 
-    what: what a value is called in messages ("suite").
-    kind: the class of the values; a subclass of it stands for the instance that it makes.
-    plural: of `what`, where it is not made by an s.
-    own: sitelens's values; no other value may take their names.
-    definition: the class or function that defines a value. A value whose definition has the same module and name as
-        an earlier one's takes its place, as when a cell of a notebook is run again.
-    check: called with each new value; raises SitelensError for one that cannot be used.
+    Args:
+        what: what a value is called in messages, such as "suite".
+        kind: the class of the values; a subclass in place of a value is instantiated without arguments.
+        own: sitelens's own values; their names cannot be registered again.
+        plural: plural of `what`, if it is not formed with an s.
+        definition: returns the class or function that defines a value. A value whose definition has the same module
+            and name as an earlier one's replaces it, as when a notebook cell is run again.
+        check: called with each new value; raises SitelensError for a value that cannot be used.
     """
 
     def __init__(
@@ -53,19 +54,23 @@ class Registry(Mapping[str, Value]):
         self._asked = False  # whether the entry points have been loaded
 
     def register(self, value: Any) -> Any:
-        """Add a value, or an instance of a class of values; returns what it was given, so it may be a decorator.
+        """Add a value and return the argument unchanged, so that it can also decorate a class.
+
+        Args:
+            value: a value, or a class whose instance is added.
 
         Raises:
-            SitelensError: if it is no such value, or another one has its name.
+            SitelensError: if it is not of the right class, its name is empty, another value has that name, or `check`
+                rejects it.
         """
         self._add(value)
         return value
 
     def named(self, name: object) -> Value:
-        """The value of a name.
+        """The value with this name.
 
         Raises:
-            SitelensError: for an unknown name, with the known ones and the nearest of them.
+            SitelensError: for an unknown name, suggesting the most similar one and listing all.
         """
         if isinstance(name, str) and name in self:
             return self[name]
@@ -83,13 +88,13 @@ class Registry(Mapping[str, Value]):
 
     def _others(self) -> dict[str, Any]:
         if not self._asked:
-            self._asked = True  # first of all: what is loaded may register values itself
+            self._asked = True  # set first, because a module that is loaded may register values itself
             for entry in entry_points(group=self.group):
                 try:
                     value = entry.load()
                     if not isinstance(value, ModuleType):
                         self._add(value)
-                except Exception as error:  # anything may go wrong in another package
+                except Exception as error:  # code of other packages can raise anything
                     warnings.warn(
                         f"the {self.what} {_told(entry)} cannot be used: {type(error).__name__}: {error}",
                         SitelensWarning, stacklevel=4,
@@ -116,5 +121,5 @@ class Registry(Mapping[str, Value]):
 
 
 def _told(entry: EntryPoint) -> str:
-    """An entry point, and the package that it is of."""
+    """An entry point and its package, for messages."""
     return f"{entry.name!r} ({entry.value})" + (f" of {entry.dist.name}" if entry.dist is not None else "")

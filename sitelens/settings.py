@@ -1,4 +1,4 @@
-"""Global settings: memory, dtype, progress bars, folders."""
+"""Global settings: memory budget, dtype, progress bars, folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sitelens.errors import SitelensError
 from sitelens.suggestions import nearest
 
 Value = TypeVar("Value")
-DTYPES = ("float16", "bfloat16", "float32", "float64")  # that a model's weights may be loaded in
+DTYPES = ("float16", "bfloat16", "float32", "float64")  # for the weights of a model
 
 _using: ContextVar[Mapping[str, Any]] = ContextVar("using", default=MappingProxyType({}))
 
@@ -51,10 +51,10 @@ def _checked_folder(name: str, value: Any) -> str | Path | None:
 
 
 def checked_dtype(name: str, value: Any) -> str | None:
-    """The name of a floating-point dtype, given by that name or as torch's object; None stays None.
+    """The name of a floating-point dtype, from a name ("bfloat16") or a torch dtype; None is returned unchanged.
 
     Raises:
-        SitelensError: for anything else.
+        SitelensError: for anything other than the dtypes in `DTYPES`.
     """
     text = str(value).removeprefix("torch.")
     if value is not None and text not in DTYPES:
@@ -63,7 +63,7 @@ def checked_dtype(name: str, value: Any) -> str | None:
 
 
 class _Setting(Generic[Value]):
-    """One setting: its value in the innermost `using` block of this context, otherwise the value of the process."""
+    """One setting: its value in the innermost `using` block of this context, otherwise its process-wide value."""
 
     def __init__(self, default: Value, check: Callable[[str, Any], Value]) -> None:
         self.default, self.check, self.name = default, check, ""
@@ -82,20 +82,23 @@ class _Setting(Generic[Value]):
 class Settings:
     """The global settings; `sl.settings` is the only instance.
 
-    `sl.settings.progress = False` holds for the whole process. `with sl.settings.using(progress=False):` holds for one
-    block, in its own thread or async task only (threads started inside it see the values of the process), and takes
-    precedence over assignments made meanwhile.
+    `sl.settings.progress = False` sets a value for the whole process. `with sl.settings.using(progress=False):` sets it
+    for one block, in the current thread or async task only (threads started inside the block see the process-wide
+    value), and takes precedence over assignments.
 
     Attributes:
-        memory_budget: bytes that training and evaluation may use beside the weights, an int or a text like "2GiB".
-        dtype: the dtype in which `load_model` loads weights unless it is given one, by name ("bfloat16") or as torch's
-            object; None: float32 for GGUF files, such as the packaged models, and the checkpoint's own otherwise.
-        progress: True or False for progress bars or none; None: bars in a terminal or a notebook only.
-        cache_dir: the folder of cached results and converted models; None: SITELENS_CACHE, or the user's cache folder.
-        data_dir: a folder with data sets in their upstream layout; None: SITELENS_DATA, or download.
+        memory_budget: bytes that training and evaluation may use in addition to the weights: an integer, or a text such
+            as "2GiB".
+        dtype: dtype in which `load_model` loads weights by default, as a name ("bfloat16") or a torch dtype; None:
+            float32 for GGUF files, such as the packaged models, and otherwise the dtype of the checkpoint.
+        progress: True draws progress bars, False shows no progress; None: bars in a terminal or a notebook only.
+        cache_dir: folder of cached results and converted models; None: the environment variable SITELENS_CACHE, or the
+            user's cache folder.
+        data_dir: folder with data sets in their upstream layout; None: the environment variable SITELENS_DATA, or
+            download.
 
     Raises:
-        SitelensError: at once, for an unknown name or a value that a setting cannot have.
+        SitelensError: when a setting is assigned, for an unknown name or an invalid value.
 
     Example:
         >>> with sl.settings.using(memory_budget="4GiB", progress=False):
@@ -110,13 +113,13 @@ class Settings:
     data_dir = _Setting[str | Path | None](None, _checked_folder)
 
     def using(self, **values: Any) -> AbstractContextManager[None]:
-        """A context manager that sets settings for one block, in its own thread or async task only.
+        """A context manager that changes settings for one block, in the current thread or async task only.
 
         Args:
-            values: new values by the settings' names; the others stay as they are.
+            values: new values by name of the setting; the other settings are unchanged.
 
         Raises:
-            SitelensError: for an unknown name or a value that a setting cannot have.
+            SitelensError: for an unknown name or an invalid value.
         """
         checked = {name: self._setting(name).check(name, value) for name, value in values.items()}
         return bound(_using, {**_using.get(), **checked})
@@ -146,20 +149,20 @@ class Settings:
         return known[name]
 
     def budget(self) -> int:
-        """The memory budget in bytes."""
+        """The memory budget, in bytes."""
         value = self.memory_budget
         return parse_bytes(value) if isinstance(value, str) else int(value)
 
     def cache(self) -> Path:
-        """The cache folder (it need not exist yet)."""
+        """The cache folder, which need not exist yet."""
         chosen = self.cache_dir or os.environ.get("SITELENS_CACHE")
         return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("sitelens"))
 
     def data(self) -> Path | None:
-        """The local data folder, or None where data sets are to be downloaded.
+        """The local data folder; None if data sets are downloaded.
 
         Raises:
-            SitelensError: if a folder is named that is not there.
+            SitelensError: if the folder does not exist.
         """
         chosen = self.data_dir or os.environ.get("SITELENS_DATA")
         if not chosen:
@@ -174,10 +177,10 @@ settings = Settings()
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes in a size like "2GiB", "512 MB" or "1e9".
+    """The number of bytes in a size such as "2GiB", "512 MB" or "1e9".
 
     Raises:
-        SitelensError: if the text is no size.
+        SitelensError: if the text is not a size.
     """
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     try:
