@@ -27,7 +27,7 @@ class Output:
     """A model's output for one item.
 
     Args:
-        token, token_text: the most likely next token in the whole vocabulary (-1 if no model was run), and its text.
+        token, token_text: the most likely next token in the whole vocabulary (-1 if there is none), and its text.
         label, label_text: the most likely among the first tokens of all the task's answers (-1 unless a metric uses
             labels), and its text.
         text: the greedy continuation as decoded, without special tokens; empty unless a metric generates.

@@ -1,3 +1,3 @@
-"""The `sitelens` command: the library's verbs from a shell."""
+"""The `sitelens` command-line program."""
 
 from sitelens.cli.command import main as main

@@ -1,4 +1,4 @@
-"""So that `python -m sitelens.cli` is the command, too."""
+"""Entry point of `python -m sitelens.cli`."""
 
 import sys
 

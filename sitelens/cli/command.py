@@ -1,4 +1,4 @@
-"""The `sitelens` command: the library's verbs from a shell. Heavy imports wait until they are needed."""
+"""The `sitelens` command-line program. Slow imports are postponed until a command needs them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from sitelens.settings import settings
 from sitelens.store.kinds import Kind
 from sitelens.version import __version__
 
-TRACEBACK = "SITELENS_TRACEBACK"  # set in the environment: an error that is not expected is raised
+TRACEBACK = "SITELENS_TRACEBACK"  # environment variable; if it is set, unexpected errors are raised
 
 
 @contextlib.contextmanager
 def _escapes() -> Iterator[None]:
-    """Within it, output shows characters that its terminal does not have as escapes."""
+    """A context manager in which characters that the output's encoding lacks are printed as escapes."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     before = [stream.errors for stream in streams]
     for stream in streams:
@@ -45,23 +45,31 @@ def _escapes() -> Iterator[None]:
         yield
     finally:
         for stream, errors in zip(streams, before, strict=True):
-            with contextlib.suppress(OSError, ValueError):  # closed, or its reader has left
+            with contextlib.suppress(OSError, ValueError):  # closed, or its reader has exited
                 stream.reconfigure(errors=errors)
 
 
 @_escapes()
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code; settings, warnings and output streams are left as they were.
+    """Run one command and return its exit code; settings, warnings and output streams are restored afterwards.
 
-    0: all went well. 1: input that cannot be used, or a file that was asked for and could not be written. 2: a wrong
-    command line. 130: interrupted. An error that sitelens did not expect is one line, too; with SITELENS_TRACEBACK=1 in
-    the environment it is raised.
+    Errors are printed in one line. With SITELENS_TRACEBACK=1 in the environment, unexpected ones are raised instead.
+
+    Args:
+        arguments: words of the command line after "sitelens"; None for those of the process.
+
+    Returns:
+        0: success. 1: input that cannot be used, an error, or a requested file that could not be written.
+        130: interrupted by Ctrl-C.
+
+    Raises:
+        SystemExit: for `--help` and `--version` (code 0), and for an invalid command line (code 2).
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = command_parser().parse_args(words)
     options.words = words
     asked = {
-        "memory_budget": getattr(options, "memory_budget", None),  # of the commands that compute
+        "memory_budget": getattr(options, "memory_budget", None),  # only commands that compute have it
         "progress": options.progress, "cache_dir": options.cache, "data_dir": options.data,
     }  # fmt: skip
     command: Callable[[argparse.Namespace], None] = options.command
@@ -79,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("sitelens: interrupted; what was finished is cached, run the same command to go on", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        except BrokenPipeError:  # the reader of the output has exited, as in `| head`
             _drop_output()
             return 0
         except OSError as error:
@@ -96,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _unexpected(error: Exception) -> str:
-    """An error that is not ours, in one line, with what to do about it."""
+    """The message for an unexpected error, in one line, with advice."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     said = visible(f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -171,7 +179,7 @@ def command_parser() -> Parser:
 
 
 def _show_warning(incomplete: list[str], message: Warning | str, category: type[Warning], *rest: Any) -> None:
-    """Print a warning of ours as a note of one line; `incomplete` gets those that say that an output is missing."""
+    """Print a SitelensWarning as a one-line note; append those about missing output files to `incomplete`."""
     if issubclass(category, MissingOutputWarning):
         incomplete.append(str(message))
     if issubclass(category, SitelensWarning):
@@ -179,9 +187,9 @@ def _show_warning(incomplete: list[str], message: Warning | str, category: type[
 
 
 def _drop_output() -> None:
-    """Where the output cannot be written, send what is left of it nowhere: at exit it would fail again."""
+    """Discard the rest of the output if it cannot be written; otherwise flushing it at exit would fail again."""
     try:
         sys.stdout.flush()
     except OSError:
-        with contextlib.suppress(OSError, ValueError):  # no stream of the system, as in a test
+        with contextlib.suppress(OSError, ValueError):  # not a stream of the operating system, as in a test
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Commands that compute: run, transfer, compare, suite, figures."""
+"""Commands that compute: run, transfer, compare, suite, verify, figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 LOAD = "load the model"
-# Options of `run` that a run.json does not record, so that they may stand beside --again.
+# Options of `run` that a run.json does not record; they may be combined with --again.
 _NOT_RECORDED = (
     "again",
     "out",
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
             config = run_config(options)
             from sitelens.tasks import load_tasks, rewritten
 
-            with warnings.catch_warnings():  # the run itself says them
+            with warnings.catch_warnings():  # the run itself issues them
                 warnings.simplefilter("ignore", SitelensWarning)
                 rendering = config.template, config.instruction, config.template_arguments
                 tasks = [rewritten(task, *rendering) for task in load_tasks(config.tasks)]  # errors before a model
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _job(label: str) -> Job:
-    """The progress of a command from its first moment on; all that is heavy is imported inside its first stage."""
+    """The progress of a command; slow imports belong inside its first stage, so that progress shows at once."""
     return Job(label, [LOAD])
 
 
@@ -122,7 +122,7 @@ def transfer(options: argparse.Namespace) -> None:
     with _job("transfer") as job:
         with job.stage(LOAD):
             train = _train_config(options)
-            tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
+            tasks, left_out = tasks_of(options.tasks)  # reports a wrong name before the model is loaded
             from sitelens.studies.transfer import transfer_matrix
             from sitelens.tasks import rewritten
 
@@ -149,7 +149,7 @@ def compare(options: argparse.Namespace) -> None:
     look_first(options)
     with _job("compare") as job:
         with job.stage(LOAD):
-            tasks, left_out = tasks_of(options.tasks)  # a wrong name shows before a model is loaded
+            tasks, left_out = tasks_of(options.tasks)  # reports a wrong name before the model is loaded
             from sitelens.reports.comparison import compare
             from sitelens.tasks import rewritten
 
@@ -203,7 +203,7 @@ def suite(options: argparse.Namespace) -> None:
 def verify(options: argparse.Namespace) -> None:
     from sitelens.tasks import load_task
 
-    task = load_task(options.task)  # a wrong name shows before a model is loaded
+    task = load_task(options.task)  # reports a wrong name before the model is loaded
     from sitelens.reports.verification.verify import verify
 
     report = verify(_load_model(options), task=task)

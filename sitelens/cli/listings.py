@@ -1,4 +1,4 @@
-"""Commands that list: tasks, models, and what the cache holds."""
+"""Commands that list tasks, models and the content of the cache, or clear the cache."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def cache(options: argparse.Namespace) -> None:
 
 
 def _clear(kind: str, models: bool) -> None:
-    """Remove what was asked for and what killed runs left; say what went, how much, and what stayed."""
+    """Clear artifacts or models and the leftovers of killed runs; print what was removed and what remains."""
     from sitelens.files.folders import size_of, sweep
     from sitelens.models.gguf.converted import clear_models, converted_models
     from sitelens.store.folder import default_store

@@ -1,4 +1,4 @@
-"""Options of the commands, group by group; nothing heavy is imported, so that --help comes at once."""
+"""Options of the commands, by group. Nothing slow is imported here, so that --help responds at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METRIC_HELP = "; ".join(f"{metric.name}: {metric.definition}" for metric in METR
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for those that are no values."""
+    """A help formatter that shows defaults, except None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = action.default is not None and action.default is not False and "default" not in (action.help or "")
@@ -142,7 +142,7 @@ def _prompt_options(parser: argparse.ArgumentParser) -> Any:
 
 
 def template_options(parser: argparse.ArgumentParser) -> None:
-    """How prompts are written, where it is not as each task says."""
+    """Add the options that replace each task's own template, instruction and template arguments."""
     group = parser.add_argument_group("template")
     group.add_argument("--template", help="text with {input} and {output}, or 'chat' (default: the task's own)")
     group.add_argument("--instruction", metavar="TEXT", help="text before the demonstrations (default: the task's)")

@@ -1,4 +1,4 @@
-"""What a command needs and writes: looked at before the work, and kept in the cache where it cannot be written."""
+"""Output files of a command: checked before the computation, with a helpful error if they cannot be written."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from sitelens.settings import settings
 
 
 def look_first(options: argparse.Namespace) -> None:
-    """Check the output folder, file names, formats and tools of a command, before anything is computed.
+    """Check the output folder, file names, formats, device and quantization of a command before it computes.
 
-    A tool that only some files need is asked for in a note; all other files are made without it.
+    If a tool is missing that only some file formats need, a note says so; all other files are written.
 
     Raises:
-        SitelensError: if nothing could be written, or the model could not be loaded as asked.
+        SitelensError: if the folder cannot be written to, a file name is invalid, or the device or quantization is not
+            available.
     """
     if options.out is not None:
         check_folder(options.out)
@@ -45,7 +46,7 @@ def look_first(options: argparse.Namespace) -> None:
 
 @contextmanager
 def kept(options: argparse.Namespace) -> Iterator[None]:
-    """Around writing: an error says where the results are that were not written."""
+    """A context manager for writing results; an error inside also says that the results are in the cache."""
     try:
         yield
     except SitelensError as error:

@@ -1,4 +1,4 @@
-"""The command-line parser: options are written out, and a mistyped one is answered with the nearest."""
+"""The command-line parser: options cannot be abbreviated, and similar ones are suggested for unknown ones."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from sitelens.suggestions import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations (`--step` for `--steps`), and says below the usage what is wrong and what is near.
+    """An argument parser without abbreviations (`--step` for `--steps`) that suggests options similar to a wrong one.
 
-    Parsers of commands are of this class, too.
+    The parsers of the commands (subparsers) are of this class as well.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """The options; anything unknown ends the program with exit code 2."""
+        """The parsed options; an unknown word exits the program with code 2."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             (getattr(parsed, "parser", None) or self)._refuse(unknown)
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """Usage, and the message in one line; exit code 2."""
+        """Print the usage and the message in one line, and exit with code 2."""
         super().error(visible(message))
 
     def _refuse(self, unknown: Sequence[str]) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What the words of a command mean: tasks and suites, templates, methods, and the command itself."""
+"""Interpretation of command-line arguments: tasks and suites, templates, methods, and the command itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def template_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Template, instruction and template arguments, None where the tasks' own stay."""
+    """Keyword arguments of `rewritten`: template, instruction and template arguments; None keeps the task's own.
+
+    Raises:
+        SitelensError: for a --template-arg that is not NAME=VALUE.
+    """
     arguments: dict[str, Any] | None = None
     for argument in options.template_arguments or ():
         name, sign, value = argument.partition("=")
@@ -33,7 +37,11 @@ def template_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def tasks_of(words: Sequence[str]) -> tuple[list[Task], dict[str, str]]:
-    """Tasks by name, file or suite, and which of the suites' tasks cannot be had, and why."""
+    """Tasks by name, file or suite, and the reasons for tasks of suites that could not be loaded, by name.
+
+    Raises:
+        SitelensError: if a task that is named itself cannot be loaded, or two tasks have the same name.
+    """
     from sitelens.tasks import SUITES, load_task, load_tasks, suite_names
 
     found: list[Task | str] = []
@@ -51,7 +59,11 @@ def tasks_of(words: Sequence[str]) -> tuple[list[Task], dict[str, str]]:
 
 
 def methods_of(options: argparse.Namespace) -> list[Method]:
-    """The methods of --methods with the fields of --set; a wrong one is refused before a model is loaded."""
+    """The methods of --methods with the hyperparameters of --set.
+
+    Raises:
+        SitelensError: for an unknown method or hyperparameter, or a --set that is not METHOD.FIELD=VALUE.
+    """
     from sitelens.methods.registry import ALL, load_methods, method_named
 
     for path in options.method_files:
@@ -74,7 +86,7 @@ def methods_of(options: argparse.Namespace) -> list[Method]:
 
 
 def typed_command(options: argparse.Namespace) -> str:
-    """What was typed, but for folders of this machine that change no number."""
+    """The command as typed, without --cache and --data, which name folders of this machine and change no results."""
     words = iter(options.words)
     kept = []
     for word in words:
@@ -86,7 +98,11 @@ def typed_command(options: argparse.Namespace) -> str:
 
 
 def number(text: str, option: str) -> float:
-    """The number that an option was given."""
+    """The value of a numeric option.
+
+    Raises:
+        SitelensError: if the text is not a number.
+    """
     try:
         return float(text)
     except ValueError:

@@ -1,1 +1,1 @@
-"""Whole experiments: runs, comparisons, suites, the figures of figures/, and what is written of them."""
+"""Complete experiments: runs, comparisons, suites and the figures of figures/, with the files that they write."""

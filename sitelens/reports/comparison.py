@@ -1,4 +1,4 @@
-"""compare: ways of adapting a model to a task, side by side, with what each costs."""
+"""compare: accuracy and costs of several methods of adapting a model to tasks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from sitelens.store.folder import Contents
 from sitelens.store.kinds import Kind
 from sitelens.tasks import Task, load_tasks
 
-FIT_SHARE = 0.9  # of a cell's time, for the progress bar
+FIT_SHARE = 0.9  # fraction of the time for one task and method that fitting takes, for the progress bar
 
 
 @checked
@@ -46,21 +46,22 @@ def compare(
     n_items: Count | None = 100,
     seed: Seed = 0,
 ) -> Comparison:
-    """Accuracy and costs of every task under every method.
+    """Accuracy and costs of every method on every task.
 
-    All methods see the same splits and template and at most 200 training items. Every cell is kept on disk, so that an
-    interrupted comparison goes on where it was. Seconds are of the machine that fitted.
+    All methods see the same splits, the same template and at most 200 training items. The result of each task and
+    method is cached on disk; if a comparison is interrupted, the same call resumes it. Seconds are those of the machine
+    that fitted the method.
 
     Args:
         tasks: tasks or their names.
-        methods: methods, or names of those with default hyperparameters: `["SITE", sl.methods.LTV(n_steps=100)]`.
-            "all" are those of sitelens. A method of your own is a subclass of `sl.Method`.
+        methods: methods, or names of methods with default hyperparameters: `["SITE", sl.methods.LTV(n_steps=100)]`.
+            "all" stands for all methods of sitelens. A method of your own is a subclass of `sl.Method`.
         model: a model or its name; the default model if None.
-        n_items: test items per task at most; None for all.
-        seed: decides prompts, training and test items.
+        n_items: maximum number of test items per task; None for all.
+        seed: decides prompts, training items and test items.
 
     Raises:
-        SitelensError: for an unknown method, two of one label, and as each method's fit.
+        SitelensError: for an unknown method, two methods with the same label, or an error while fitting a method.
 
     Example:
         >>> comparison = sl.compare([task], ["zero-shot", sl.methods.FewShot(n_shots=2)], model, n_items=4)
@@ -96,7 +97,7 @@ def compare(
 def _cells(
     tasks: Sequence[Task], methods: Mapping[str, Method], model: Model, n_items: int | None, seed: int
 ) -> Iterator[tuple[Fitted, pd.DataFrame, float]]:
-    """Each task under each method: the fitted method, its scores, and the seconds that they took."""
+    """For each task and method: the fitted method, its scores on test, and the seconds that scoring took."""
     warn_of_shared_first_tokens(tasks, model)
     cells = {f"{task.name}, {label}": (task, label) for task in tasks for label in methods}
     with Job("compare", list(cells)) as job:
@@ -114,7 +115,7 @@ def _cells(
 def _scored(
     method: Method, fitted: Fitted, task: Task, model: Model, n_items: int | None, seed: int
 ) -> tuple[pd.DataFrame, float]:
-    """Scores on test, and the seconds that they took."""
+    """Scores of a fitted method on test (cached), and the seconds that scoring took."""
     store = ResultStore(model, [task])
     spec = method.spec(task, store.key, seed)
 
@@ -137,7 +138,7 @@ def _scored(
 
 @dataclass(frozen=True, eq=False)
 class _Scores:
-    """A method's scores on a task, as they are kept."""
+    """The scores of a method on a task, as the cache stores them."""
 
     item: Int[Tensor, " item"]
     score: Int[Tensor, " item"]

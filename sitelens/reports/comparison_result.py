@@ -1,4 +1,4 @@
-"""What `compare` returns: accuracy and costs of every task under every method."""
+"""Comparison: the result of `compare`, accuracy and costs of every method on every task."""
 
 from __future__ import annotations
 
@@ -22,15 +22,20 @@ COSTS = ("trained", "forward_tokens", "backward_tokens", "fit_seconds", "seconds
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison(Result):
-    """Every task under every method.
+    """Accuracy and costs of every method on every task.
 
     Attributes:
-        frame: one row per task and method: task, method, accuracy (first token, full vocabulary, unfiltered test
-            items), low, high (95%), n, trained (numbers), forward_tokens, backward_tokens (of fitting, choices on valid
-            included), fit_seconds, seconds_per_prompt (of a test prompt, in batches), model, seed, training_seed.
-        scores: the answers behind it, one row per task, condition (the method) and item: item, score, task, condition,
+        frame: one row per task and method, with the columns
+
+            - task, method, model, seed, training_seed;
+            - accuracy: first-token accuracy (full vocabulary, unfiltered test items); low, high: its 95% interval;
+            - n: number of test items;
+            - trained: number of trained parameters;
+            - forward_tokens, backward_tokens: tokens that fitting takes, including choices made on valid;
+            - fit_seconds; seconds_per_prompt: seconds per test prompt, evaluated in batches.
+        scores: one row per task, condition (the label of the method) and test item: item, score, task, condition,
             metric, seed, training_seed, model.
-        record: how it was made.
+        record: how it was made, as plain JSON.
     """
 
     kind: ClassVar[str] = "comparison"
@@ -40,10 +45,10 @@ class Comparison(Result):
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def summary(self) -> pd.DataFrame:
-        """Means over the tasks, one row per method in the frame's order.
+        """Means over tasks, one row per method in the order of `frame`.
 
-        Columns: method, tasks (how many there are), accuracy, low, high (95%, over items of these tasks: `summarize`),
-        tasks_low, tasks_high (over tasks as well; where there are several), and the means of the costs.
+        Columns: method, tasks (their number), accuracy, low, high (95% interval over items of these tasks, see
+        `summarize`), tasks_low, tasks_high (95% interval over tasks as well; only with several tasks), and mean costs.
         """
         means = summarize(self.scores, by=("condition",)).rename(columns={"condition": "method", "mean": "accuracy"})
         means = means.set_index("method").drop(columns=["n", "interval"])
@@ -53,17 +58,18 @@ class Comparison(Result):
         return means.reset_index()
 
     def differences(self, against: str, by: tuple[str, ...] = ("task",)) -> pd.DataFrame:
-        """Paired differences of accuracy from one method, with 95% intervals, over the items of both.
+        """Paired differences in accuracy between each method and `against` on the same items, with 95% intervals.
 
         Args:
-            against: the method that the others are compared with.
-            by: ("task",) for one row per task and method, () for one row per method, over all tasks.
+            against: label of the reference method.
+            by: ("task",) for one row per task and method; () for one row per method, over all tasks.
 
         Returns:
-            `summarize(scores, against=against)` with the column method for condition, without `against` itself.
+            The rows of `summarize(scores, against=against)` for the other methods, with the column condition renamed
+            to method.
 
         Raises:
-            SitelensError: if there is no such method.
+            SitelensError: for an unknown method.
         """
         if against not in set(self.frame["method"]):
             raise SitelensError(f"no method {against!r}; there are: {', '.join(self.frame['method'].unique())}")
@@ -71,7 +77,7 @@ class Comparison(Result):
         return rows[rows["condition"] != against].rename(columns={"condition": "method"}).reset_index(drop=True)
 
     def tables(self) -> list[Table]:
-        """Accuracy, tasks by methods with the mean over tasks; and mean costs per method."""
+        """Two tables: accuracy per task and method, with the mean over tasks; mean accuracy and costs per method."""
         means = self.summary().set_index("method")
         average = means.reset_index().assign(task=f"mean of {means['tasks'].max()}")
         cells = pd.concat([self.frame, average], ignore_index=True)
@@ -96,15 +102,15 @@ class Comparison(Result):
         ]
 
     def figure(self, title: str | None = None) -> go.Figure:
-        """Mean accuracy of each method over the numbers it trains, and over the tokens that fitting it takes."""
+        """Mean accuracy per method against the number of trained parameters, and against the tokens of fitting."""
         return figures.comparison(self.frame, title or "")
 
     def frames(self) -> dict[str, pd.DataFrame]:
-        """The frames that are written as CSV, by the ending of their file's name."""
+        """The DataFrames that are saved as CSV, by the suffix of the file name."""
         return {**super().frames(), "-scores": self.scores}
 
     def description(self) -> dict[str, Any]:
-        """What it is in a few words, for its repr."""
+        """The entries of its repr."""
         models = self.frame["model"].unique() if "model" in self.frame else []
         return {"tasks": self.frame["task"].nunique(), "methods": list(self.frame["method"].unique()),
                 "model": ", ".join(map(str, models))}  # fmt: skip

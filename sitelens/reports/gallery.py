@@ -1,4 +1,4 @@
-"""The figures of `figures/`: each made by a study on the default model, its data and its origin beside it."""
+"""make_figures: the figures of studies, each written with its data (CSV) and provenance (JSON)."""
 
 from __future__ import annotations
 
@@ -47,19 +47,26 @@ def make_figures(
     formats: Sequence[str] = FORMATS,
     config: TrainConfig | None = None,
 ) -> list[Path]:
-    """Make the figures of studies by name (default: all), each with NAME.csv and NAME.json; returns what was written.
+    """Run studies and write their figures; returns the paths of the written files.
 
-    The studies are sitelens's own, those that you made by `sl.study`, and those of installed packages.
+    Each figure is written with its data (NAME.csv) and its provenance (NAME.json). Results are cached; if a call is
+    interrupted, the same call resumes it. If a figure cannot be made or a file cannot be written, the others still are,
+    and a `MissingOutputWarning` at the end names what is missing.
 
-    What was computed before is taken from the cache, so an interrupted call goes on where it stopped. `tasks` stand
-    in for each figure's own, `config` for the paper's training.
-
-    A figure that cannot be made, or a file that cannot be written, does not keep the others from it: a
-    `MissingOutputWarning` names it at the end.
+    Args:
+        names: names of studies: sitelens's own, those made with `sl.study`, and those of installed packages; None for
+            all.
+        folder: where the files are written.
+        model: a model or its name.
+        tasks: names of the tasks to use; None for each study's own tasks.
+        n_items: maximum number of test items per task.
+        seed: decides prompts and test items.
+        formats: file formats of the figures: "html", "png", "svg", "pdf".
+        config: training of head selections; None for the paper's.
 
     Raises:
-        SitelensError: for an unknown name or format, bad tasks, a folder that cannot be written to, or if nothing could
-            be made.
+        SitelensError: for an unknown name or format, invalid tasks, a folder that cannot be written to, or if nothing
+            could be made.
 
     Example:
         >>> paths = sl.make_figures(["alpha-histogram"], "figures", model, tasks=["antonym"], formats=["html"],
@@ -74,7 +81,7 @@ def make_figures(
         if name not in STUDIES:
             hint = did_you_mean(name, STUDIES)
             raise SitelensError(f"unknown figure {name!r}{hint and f' ({hint})'}; there are: {', '.join(STUDIES)}")
-    given, config = load_tasks(tasks or ()), config or TrainConfig()  # a wrong name shows before a model is loaded
+    given, config = load_tasks(tasks or ()), config or TrainConfig()  # reports a wrong name before the model is loaded
     with Outputs(folder) as outputs, Job("figures", ["load the model", *chosen]) as job:
         with job.stage("load the model"):
             loaded = Model.of(load_model(model.bridge if isinstance(model, Model) else model))
@@ -99,7 +106,7 @@ def make_figures(
 
 
 def _command(name: str, model: str, tasks: Sequence[str] | None, n_items: int, seed: int, config: TrainConfig) -> str:
-    """The command that makes a figure."""
+    """The `sitelens figures` command that makes one figure."""
     words = [name, "--n-items", n_items, "--seed", seed, "--model", model, *(["--tasks", *tasks] if tasks else [])]
     return f"sitelens figures {shlex.join([*map(str, words), *train_options(config)])}"
 
@@ -114,10 +121,20 @@ def write_figure(
     model: ModelLike,
     facts: Mapping[str, Any],
 ) -> None:
-    """Write a figure, its data as NAME.csv, and NAME.json: the facts, the command, the model and all versions.
+    """Write a figure, its data (NAME.csv) and its provenance (NAME.json).
+
+    Args:
+        outputs: collects the paths of written files and the files that could not be written.
+        figure: the figure.
+        data: the data it shows.
+        name: file name without suffix.
+        formats: file formats of the figure.
+        command: the command that makes the figure.
+        model: the model that produced the data.
+        facts: further entries of NAME.json, plain JSON.
 
     Raises:
-        SitelensError: for a name that is no file name, or an unknown format.
+        SitelensError: for an invalid file name or an unknown format.
     """
     name, formats = check_file_name(name, "name"), figures.check_formats(formats)
     record = json.dumps({"figure": name, **facts, **provenance(command, model)}, indent=1) + "\n"

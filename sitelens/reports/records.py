@@ -1,4 +1,4 @@
-"""A run.json as it is read again: the command that makes its run, and what has changed since."""
+"""Reading a run.json: its content, the command that repeats the run, and what has changed since then."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sitelens.models.provenance import model_facts, versions
 from sitelens.tasks import Task
 
 COMPUTING = ("sitelens", "torch", "transformers", "transformer-lens")
-RENAMED = {"template_arguments": "template-arg"}  # fields of a configuration whose option is called otherwise
+RENAMED = {"template_arguments": "template-arg"}  # fields of RunConfig whose option has another name
 TRAIN_RENAMED = {"seed": "train-seed"}
 
 
@@ -28,7 +28,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """The content of a run.json.
 
     Raises:
-        SitelensError: if the file is not there, cannot be read, or is no run.json.
+        SitelensError: if the file does not exist, cannot be read, or is not a run.json.
     """
     try:
         text = Path(path).read_bytes()
@@ -46,9 +46,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def run_command(config: Any, model: ModelLike | None = None) -> str:
-    """The `sitelens run` command of a RunConfig, quoted for a shell: all options that are not at their defaults.
+    """The `sitelens run` command for a RunConfig, quoted for a shell, with all options that differ from their defaults.
 
-    With the model that ran, also its dtype and quantization where they are not what the name alone would load.
+    Args:
+        config: the RunConfig.
+        model: the model that ran; if given, its dtype and quantization are added if its name alone would not imply
+            them.
     """
     plain = type(config)(tasks=config.tasks)
     words = [] if any(task.startswith("-") for task in config.tasks) else list(config.tasks)
@@ -63,7 +66,7 @@ def run_command(config: Any, model: ModelLike | None = None) -> str:
             words += [option, *(f"{key}={json.dumps(inner)}" for key, inner in dict(value).items())]
         elif name == "metrics":
             words += [option, *value]
-        else:  # one word each: a template may begin with a dash
+        else:  # joined by "=", because a template may begin with a dash
             words.append(f"{option}={0 if name == 'n_items' and value is None else value}")
     words += _precision(config.model, model) if model is not None else []
     words += [] if words[: len(config.tasks)] == list(config.tasks) else ["--", *config.tasks]
@@ -71,7 +74,7 @@ def run_command(config: Any, model: ModelLike | None = None) -> str:
 
 
 def train_options(config: TrainConfig) -> list[str]:
-    """The command's options for a training, where it is not the default."""
+    """The command-line options for the fields of a TrainConfig that differ from their defaults."""
     plain, words = TrainConfig(), []
     for field in fields(config):
         value = getattr(config, field.name)
@@ -89,7 +92,7 @@ def _precision(name: str, model: ModelLike) -> list[str]:
 
 
 def recorded_precision(record: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str | None]:
-    """The dtype and quantization in which to load a run.json's model: as given, or else as it was."""
+    """The dtype and quantization to load the model of a run.json with: those in `given` if any, else those recorded."""
     names = ("dtype", "quantize")
     if any(given.get(name) is not None for name in names):
         return {name: given.get(name) for name in names}
@@ -98,17 +101,17 @@ def recorded_precision(record: Mapping[str, Any], given: Mapping[str, Any]) -> d
 
 
 def warn_of_changes(path: str | Path, model: ModelLike, tasks: Iterable[Task] = ()) -> None:
-    """Warn, a line each, of what has changed since a run.json was written, so that its numbers may not come again.
+    """Issue one SitelensWarning per change since a run.json was written that may change the numbers.
 
     Raises:
-        SitelensError: if it is no run.json.
+        SitelensError: if the file cannot be read or is not a run.json.
     """
     for line in changes(read_record(path), model, tasks):
         warnings.warn(f"{path} {line}", SitelensWarning, stacklevel=2)
 
 
 def changes(record: Mapping[str, Any], model: ModelLike, tasks: Iterable[Task]) -> list[str]:
-    """What of the weights, the model, versions, the tokenizer and the tasks is not what a run.json records."""
+    """The differences from a run.json, one line each: in weights, model, tokenizer, versions and tasks."""
     found: list[str] = []
     now = model_facts(model)
     before = _object(record, "model")

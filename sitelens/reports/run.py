@@ -1,4 +1,4 @@
-"""The main job as one call: tasks in, trained selections, a table of conditions, heatmaps and a run.json out."""
+"""run: the standard experiment in one call, from tasks to head selections, a table of conditions and a run.json."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sitelens.reports.run_report import run_record
 from sitelens.tasks import Task, load_tasks, rewritten
 
 RANDOM = "random"
-SOFT_HARD_GAP = 0.05  # a soft minus hard accuracy above this is worth a warning
+SOFT_HARD_GAP = 0.05  # a larger difference (soft minus hard accuracy) causes a warning
 
 
 @checked
@@ -36,13 +36,17 @@ def run(
     config: RunConfig,
     model: ModelSource | None = None,
 ) -> RunReport:
-    """Embed, train and evaluate every task of `config` under all conditions.
+    """Embed every task, train its head selection with SITE, and evaluate it under all conditions.
 
-    `model` stands in for the one that `config` names; a list of tasks as `config` stands for
-    `RunConfig(tasks=...)`.
+    The conditions are zero-shot and N-shot prompting, the trained selection ("SITE"), its rounded version ("hard"), the
+    k heads with the highest and lowest alpha, k random heads, and the echo baseline.
+
+    Args:
+        config: everything that decides the numbers; a list of tasks stands for `RunConfig(tasks=...)`.
+        model: a model or its name, in place of `config.model`.
 
     Raises:
-        SitelensError: for bad input, as the functions it calls.
+        SitelensError: for tasks, a model or a configuration that cannot be used.
 
     Example:
         >>> options = {"n_prompts": 2, "n_shots": 2, "draws": 1, "n_items": 4, "train": config}
@@ -87,7 +91,7 @@ def run(
 
 
 def _scores(task: Task, conditions: Mapping[str, Condition], model: Model, config: RunConfig) -> pd.DataFrame:
-    """A task's scores with the echo baseline; the draws of the random condition are told apart by `draw`."""
+    """Scores of a task, with the echo baseline; the column `draw` distinguishes draws of the random condition."""
     sample = {"split": "test", "n_items": config.n_items, "metrics": config.metrics, "seed": config.seed}
     scores = score_conditions(task, conditions, model, with_echo=True, texts=True, **sample)
     is_draw = scores["condition"].str.startswith(f"{RANDOM} ")
@@ -96,7 +100,7 @@ def _scores(task: Task, conditions: Mapping[str, Condition], model: Model, confi
 
 
 def run_conditions(result: TrainResult, embedding: TaskEmbedding, config: RunConfig) -> dict[str, Condition]:
-    """The conditions of a run: prompting, and the trained selection in its variants."""
+    """The conditions of a run by name: prompting, and patching with the trained selection and its variants."""
     alpha, mixing = result.selection, config.train.mixing
     k = config.k if config.k is not None else max(1, alpha.n_heads // 4)
     selections = {
@@ -111,7 +115,7 @@ def run_conditions(result: TrainResult, embedding: TaskEmbedding, config: RunCon
 
 
 class _Clock:
-    """Seconds between stops."""
+    """Seconds since the previous stop (or since the start), by name of the stop."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""RunConfig: all that decides a run's numbers but the weights, as a value and as a run.json."""
+"""RunConfig: everything that decides the numbers of a run, except the weights of the model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ from sitelens.reports.records import read_record
 @checked
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All that decides a run's numbers but the weights.
+    """Everything that decides the numbers of a run, except the weights of the model.
 
-    tasks, model: names (a task may be a file).
-    template, instruction, template_arguments: instead of the tasks' own, as fields of `Task`.
-    n_prompts, n_shots: of the embedding; n_shots is also that of the few-shot condition.
-    k: heads in the high-alpha, low-alpha and random conditions (None: a quarter of the model's heads).
-    draws: random selections of k heads. n_items: test items a task (None: all). seed: of everything but training.
+    Attributes:
+        tasks: names of tasks, or paths of task files.
+        model: name of the model.
+        template, instruction, template_arguments: replace the tasks' own (see `Task`); None keeps them.
+        n_prompts: number of few-shot prompts in a task embedding.
+        n_shots: demonstrations per prompt, in the embedding and in the few-shot condition.
+        train: training of the head selections.
+        k: number of heads in the high-alpha, low-alpha and random conditions; None: a quarter of the model's heads.
+        draws: number of random selections of k heads.
+        n_items: maximum number of test items per task; None for all.
+        metrics: names of metrics.
+        seed: decides prompts and test items; training has its own seed, `train.seed`.
     """
 
     tasks: tuple[str, ...]
@@ -44,7 +51,7 @@ class RunConfig:
 
     @classmethod
     def _from_argument(cls, value: Any) -> RunConfig | None:
-        """A configuration from a list of tasks, or from a dict of its fields."""
+        """A configuration from a list of tasks or a dict of its fields; None for any other value."""
         if isinstance(value, Mapping):
             return cls(**value)
         tasks: Any = value
@@ -52,10 +59,10 @@ class RunConfig:
 
     @staticmethod
     def load(path: str | Path) -> RunConfig:
-        """The configuration that a run.json records.
+        """The configuration in a run.json.
 
         Raises:
-            SitelensError: if the file is not there or is no run.json, naming the field that is not what it must be.
+            SitelensError: if the file does not exist or is not a run.json, naming the invalid field.
         """
         where, content = f"{path} is no run.json of sitelens: config", read_record(path)["config"]
         if "train" not in content:

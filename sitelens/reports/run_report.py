@@ -1,4 +1,4 @@
-"""What `run` returns, and the folder that it is written to: tables, heatmaps, selections and a run.json."""
+"""RunReport: the result of `run`, saved as tables, heatmaps, head selections and a run.json."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RunReport(Result):
-    """Every task of a run under every condition.
+    """Scores of every task under every condition, with embeddings and trained head selections.
 
     Attributes:
-        config: what was asked for.
-        embeddings, results: by task.
-        scores: one row per item, condition and metric, as `evaluate` gives them, with the columns model and
-            training_seed, and `draw` for the draws of the random condition.
-        frame: one row per task, condition and metric: `summarize(scores)`, and spread, the standard deviation over
-            draws where there are some.
-        seconds: by stage.
-        record: how it was made, what run.json says.
-        model, tasks: what ran; they are not saved.
+        config: the configuration of the run.
+        embeddings, results: the task embedding and the training result of each task, by name.
+        scores: one row per item, condition and metric: the rows of `evaluate` with the further columns model,
+            training_seed and draw (the number of the draw, for the random condition only).
+        frame: one row per task, condition and metric: `summarize(scores)` with the further column spread, the standard
+            deviation of the accuracy over draws (missing for conditions without draws).
+        seconds: run time by stage.
+        record: how it was made, the content of run.json.
+        model, tasks: the model and the tasks that were used; they are not saved.
     """
 
     kind: ClassVar[str] = "run"
@@ -64,20 +64,20 @@ class RunReport(Result):
 
     @property
     def n_items(self) -> list[int]:
-        """How many test items of each task were evaluated."""
+        """Number of evaluated test items per task, in the order of `results`."""
         counts = self.scores.groupby("task")["item"].nunique()
         return [int(counts[name]) for name in self.results]
 
     def summary(self) -> pd.DataFrame:
-        """Means over the tasks, one row per condition and metric.
+        """Means over tasks, one row per condition and metric.
 
-        Columns: condition, metric, mean, low, high (95%, over items of these tasks), n, interval, and where there are
-        several tasks tasks_low, tasks_high (over tasks as well).
+        Columns: condition, metric, mean, low, high (95% interval over items of these tasks), n (rows), interval (see
+        `summarize`), and with several tasks also tasks_low, tasks_high (95% interval over tasks as well).
         """
         return summarize(self.scores, by=("condition", "metric"))
 
     def tables(self) -> list[Table]:
-        """One table per metric, in percent: tasks with their numbers of items down, conditions across."""
+        """One table per metric, in percent: one row per task with its number of items, one column per condition."""
         counts = dict(zip(self.results, self.n_items, strict=True))
         tables = []
         for metric, rows in self.frame.groupby("metric", sort=False):
@@ -92,13 +92,17 @@ class RunReport(Result):
         return tables
 
     def figure(self, title: str | None = None) -> go.Figure:
-        """Every task under every condition, by the first metric."""
+        """A dot plot of the first metric: every task under every condition."""
         metric = self.config.metrics[0]
         rows = self.frame[self.frame["metric"] == metric]
         return figures.dots(rows, labels={"mean": accuracy_label(metric)}, title=title or "")
 
     def text(self, metric: str | None = None) -> str:
-        """The frame as text for a terminal, in percent: conditions down, tasks with their numbers of items across."""
+        """The scores as text for a terminal, in percent: one row per condition, one column per task.
+
+        Args:
+            metric: name of a metric; None for the first metric of the run.
+        """
         counts = dict(zip(self.results, self.n_items, strict=True))
         rows = self.frame[self.frame["metric"] == (metric or self.config.metrics[0])]
         lines = []
@@ -126,23 +130,23 @@ class RunReport(Result):
         command: str | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> list[Path]:
-        """Write heatmaps, selections and embeddings, scores.csv, summary.csv (the frame), tables, figure and run.json.
+        """Write the report to a folder; returns the paths of the written files.
 
-        A file that cannot be written (a full disk, a picture without Chrome) does not keep the others from it: a
-        `MissingOutputWarning` names it at the end.
+        Per task a heatmap, the head selection and the embedding; for the run scores.csv, summary.csv (`frame`),
+        run.safetensors (from which `load` restores the report), NAME.md and NAME.tex (the tables), a figure and
+        run.json. If a file cannot be written (a full disk, an image without Chrome), the others still are, and a
+        `MissingOutputWarning` at the end names it.
 
         Args:
-            formats: of the figures: "html", "png", "svg", "pdf".
-            name: of the tables and the figure that shows them, without an ending (default: table).
-            command: what made it, for run.json (default: the `sitelens run` command of the configuration).
+            folder: where the files are written.
+            formats: file formats of the figures: "html", "png", "svg", "pdf".
+            name: file name of the tables and their figure, without suffix (default: table).
+            command: what made the report, for run.json (default: the `sitelens run` command of the configuration).
             facts: further entries of run.json, plain JSON.
 
-        Returns:
-            The paths of what was written.
-
         Raises:
-            SitelensError: for a name that is no file name or an unknown format, before anything is written; or if
-                nothing could be written.
+            SitelensError: for an invalid file name or an unknown format, before anything is written; or if nothing
+                could be written.
         """
         name, formats = check_file_name(name or "table", "name"), figures.check_formats(formats)
         record = {**self.record, **(facts or {})} | ({"made_by": command} if command else {})
@@ -162,7 +166,7 @@ class RunReport(Result):
             overview = self.figure()
             pictures |= {f"{name}.{ending}": overview for ending in formats}
             data = [path.name for path in outputs.paths if path.suffix not in (".md", ".tex")]
-            _write_record(outputs, record, [*data, *pictures])  # before Chrome is asked, which may take long or die
+            _write_record(outputs, record, [*data, *pictures])  # before Chrome draws images, which may fail
             for file, figure in pictures.items():
                 outputs.write(file, functools.partial(figures.save, figure))
             if outputs.missing:
@@ -170,11 +174,11 @@ class RunReport(Result):
         return outputs.paths
 
     def _files(self, *taken: str) -> dict[str, str]:
-        """What the files of each task are called."""
+        """The file names of the tasks, without suffix, by task; none is in `taken`."""
         return file_names(self.results, taken)
 
     def artifact(self) -> Artifact:
-        """What run.safetensors holds: all but embeddings and selections, which have their own files beside it."""
+        """The content of run.safetensors: everything except embeddings and selections, which have their own files."""
         return self._artifact(self._files())
 
     def _artifact(self, files: Mapping[str, str]) -> Artifact:
@@ -187,10 +191,10 @@ class RunReport(Result):
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> RunReport:
-        """The report that `artifact` described, with the embeddings and selections beside its file.
+        """The report in a run.safetensors, with the embeddings and selections in the same folder.
 
         Raises:
-            SitelensError: naming what is missing or not what it must be.
+            SitelensError: naming what is missing or invalid.
         """
         saved = artifact.made(_Saved)
         folder = artifact.path.parent if artifact.path else Path()
@@ -207,14 +211,14 @@ class RunReport(Result):
         )  # fmt: skip
 
     def description(self) -> dict[str, Any]:
-        """What it is in a few words, for its repr."""
+        """The entries of its repr."""
         conditions = list(self.frame["condition"].unique())
         return {"tasks": len(self.results), "conditions": conditions, "model": self.config.model}
 
 
 @dataclass(frozen=True, eq=False)
 class _Saved:
-    """A report as it is saved; `files`: each task, and what its files are called."""
+    """The content of run.safetensors; `files` holds pairs of a task and the name of its files without suffix."""
 
     config: RunConfig
     scores: pd.DataFrame
@@ -229,7 +233,7 @@ def run_record(
     config: RunConfig, model: Model, tasks: Sequence[Task], results: Mapping[str, TrainResult], scores: pd.DataFrame,
     frame: pd.DataFrame, seconds: Mapping[str, float],
 ) -> dict[str, Any]:  # fmt: skip
-    """Configuration, versions, model and numbers of a run as plain JSON, enough to make it again."""
+    """Configuration, versions, model and numbers of a run as plain JSON: everything needed to repeat it."""
     selections = {
         name: {
             "heads": result.selection.n_heads,

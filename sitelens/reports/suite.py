@@ -1,4 +1,4 @@
-"""run_suite: a whole benchmark under prompting, SITE and other methods, in batches across tasks, resumable."""
+"""run_suite: every task of a suite under prompting, SITE and other methods; resumable."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from sitelens.reports.suite_result import SuiteResult as SuiteResult
 from sitelens.suggestions import did_you_mean
 from sitelens.tasks import Suite, Task, task_of, the_suite
 
-NEW_TOKENS = 20  # that may follow a prompt
+NEW_TOKENS = 20  # room in the context for generated tokens
 NOT_REQUESTED = "not requested"
-SCORE = "score"  # the last stage
+SCORE = "score"  # name of the last stage
 
 
 @checked
@@ -45,27 +45,27 @@ def run_suite(
     n_shots: Count = 10,
     seed: Seed = 0,
 ) -> SuiteResult:
-    """Every task of a suite under zero-shot prompting, few-shot prompting and some methods.
+    """Scores of every task of a suite under zero-shot prompting, few-shot prompting and the given methods.
 
-    As in the paper, SITE and few-shot prompting draw from all training items; the other methods see at most 200, as in
-    `compare`, which gives SITE no more than them. A task whose data are unavailable, or a method that fails on a task,
-    is in `left_out`, and the rest goes on.
+    As in the paper, SITE and few-shot prompting draw from all training items; the other methods see at most 200. (In
+    `compare`, all methods see at most 200.) A task whose data are unavailable, or a method that fails on a task, is
+    listed in `left_out`; the others continue.
 
-    An item longer than its share of the context, (context - 20) / (n_shots + 1) tokens with its answer, is dropped from
-    its split beforehand, so that every few-shot prompt fits and all conditions see the same items; `tasks` counts them.
+    Items longer than (context - 20) / (n_shots + 1) tokens, including the answer, are dropped from all splits first, so
+    that every few-shot prompt fits and all conditions see the same items; the result's `tasks` counts them.
 
-    Everything that is finished (an embedding, a batch of selections, a task's scores, a method's fit) is kept on disk,
-    and so is the state of a batch in training: an interrupted call, started again, goes on from there.
+    Finished parts (embeddings, head selections, fits, scores) and the state of an unfinished training are cached on
+    disk: if a call is interrupted, the same call resumes it.
 
     Args:
-        suite: "fv57", "anli", "mmlu-pro", "bbh", "builtin", the name of a registered one, or a `Suite` of your own.
+        suite: "fv57", "anli", "mmlu-pro", "bbh", "builtin", the name of a registered suite, or a `Suite` of your own.
         model: a model or its name; the default model if None.
-        methods: methods, or names of those with default hyperparameters, as in `compare`.
+        methods: methods, or names of methods with default hyperparameters, as in `compare`.
         tasks: names of tasks of the suite; None for all.
         metric: a metric or its name.
-        n_items: test items per task at most; None for all.
-        n_shots: demonstrations of few-shot prompting.
-        seed: decides prompts, training and test items.
+        n_items: maximum number of test items per task; None for all.
+        n_shots: demonstrations per few-shot prompt.
+        seed: decides prompts, training items and test items.
 
     Raises:
         SitelensError: for an unknown suite, method, metric or task, or if no task of the suite can be run.
@@ -119,10 +119,10 @@ def run_suite(
 def check_suite(
     suite: str | Suite, *, tasks: Sequence[str] | None, metric: str | Metric, n_items: int | None
 ) -> list[str]:
-    """The names of the tasks that these arguments of `run_suite` select; no model is needed to refuse them.
+    """The names of the tasks that `run_suite` would run; checks its arguments without a model.
 
     Raises:
-        SitelensError: for anything that cannot be run.
+        SitelensError: for an unknown suite, metric or task, or an invalid n_items.
     """
     suite = the_suite(suite)
     names = list(suite.names())
@@ -138,7 +138,14 @@ def check_suite(
 
 @dataclass(eq=False)
 class _Run:
-    """The state of a suite's run. A part that fails is recorded in `left_out`; the others go on."""
+    """Mutable state of a suite run. A part that fails is recorded in `left_out`; the others continue.
+
+    Attributes:
+        scored: arguments of `score_conditions`.
+        left_out: reasons by "TASK" or "TASK, METHOD".
+        frames: scores so far.
+        conditions: fitted conditions by label of the method and name of the task.
+    """
 
     model: Model
     seed: int
@@ -148,7 +155,7 @@ class _Run:
     conditions: dict[str, dict[str, Condition]] = field(default_factory=dict)
 
     def fit(self, label: str, method: Method, tasks: Sequence[Task]) -> None:
-        """The method's condition for each task."""
+        """Fit a method to each task and store its conditions."""
         conditions = self.conditions.setdefault(label, {})
         outcomes = method.fit_all([method.capped(task) for task in tasks], self.model.bridge, seed=self.seed)
         for task, outcome in zip(tasks, outcomes, strict=True):
@@ -158,7 +165,7 @@ class _Run:
                 conditions[task.name] = outcome
 
     def score(self, tasks: Sequence[Task], prompting: dict[str, Condition], methods: Mapping[str, Method]) -> None:
-        """Each task under prompting, and under each method on the training items that it may see."""
+        """Score each task under prompting, and under each method with the training items that the method may see."""
         for task, part in portions(tasks):
             with part:
                 self._score(task, prompting, "prompt")
@@ -174,7 +181,7 @@ class _Run:
 
 
 def _scoring_work(task: Task, model: Model, n_items: int | None, n_prompts: int) -> float:
-    """Roughly the prompt tokens of scoring a task, when each test item takes that many items' tokens."""
+    """Approximate number of prompt tokens for scoring a task; each test item takes `n_prompts` items' tokens."""
     sizes = item_sizes(task.train[:50], task, model.tokenizer)
     return n_prompts * min(len(task.test), n_items or len(task.test)) * sum(sizes) / len(sizes)
 
@@ -182,7 +189,7 @@ def _scoring_work(task: Task, model: Model, n_items: int | None, n_prompts: int)
 def _loaded(
     suite: Suite, names: Iterable[str], model: Model, n_shots: int
 ) -> Iterator[tuple[Task, dict[str, Any], str | None]]:
-    """Each task without its too long items, a row about it, and why it cannot be run (None: it can)."""
+    """For each name: the task without items that are too long, its row of `SuiteResult.tasks`, and None or an error."""
     tokenizer, context = model.tokenizer, model.context_length
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""What `run_suite` returns: scores of every task of a suite, means like the paper's table, and their figure."""
+"""SuiteResult: the result of `run_suite`, with scores per task and means per group as in the paper's table."""
 
 from __future__ import annotations
 
@@ -25,18 +25,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SuiteResult(Result):
-    """Every task of a suite under every condition.
+    """Scores of every task of a suite under every condition.
 
     Attributes:
-        name: the suite's.
+        name: name of the suite.
         scores: one row per task, condition and item: task, group, condition, seed, item, metric, score, logprob, rank,
             model, training_seed.
-        tasks: one row per task: task, group, train, valid, test (items that were used at most), dropped (items too long
-            for the context, from all splits), shared (share of test items whose answer's first token is also that of
-            another answer of the task), note (how it was split), digest.
-        left_out: every task of the suite that is not among them, and why; "TASK, METHOD" where only a method failed.
-        conditions: what each method gave, by method and task; not saved.
-        record: how it was made.
+        tasks: one row per task, with the columns
+
+            - task, group, digest, note (how it was split);
+            - train, valid, test: number of items per split;
+            - dropped: number of items, from all splits, that are too long for the context;
+            - shared: share of test items whose answer begins with the same token as another answer of the task.
+        left_out: reasons by task, for tasks without scores; by "TASK, METHOD" if only one method failed.
+        conditions: the fitted conditions by method and task; not saved.
+        record: how it was made, as plain JSON.
     """
 
     kind: ClassVar[str] = "suite"
@@ -49,14 +52,15 @@ class SuiteResult(Result):
 
     @functools.cached_property
     def frame(self) -> pd.DataFrame:  # type: ignore[override]
-        """One row per task and condition: group, task, condition, metric, mean, low, high (95%, Wilson), n."""
+        """One row per task and condition: group, task, condition, metric, mean, low, high (95% Wilson interval), n."""
         return summarize(self.scores, by=("group", "task", "condition", "metric")).drop(columns="interval")
 
     def summary(self) -> pd.DataFrame:
-        """Means over tasks with 95% intervals: conditions by groups, and over all tasks.
+        """Means over tasks, one row per group and condition, and one per condition over the whole suite.
 
-        Columns: group ("all" for the whole suite), condition, metric, mean, low, high (over items of these tasks),
-        n (answers), tasks_low, tasks_high (over tasks as well; where a group has several), tasks (how many).
+        Columns: group ("all" for the whole suite), condition, metric, mean, low, high (95% interval over items of these
+        tasks), n (number of answers), tasks_low, tasks_high (95% interval over tasks as well, if a group has several),
+        tasks (their number).
         """
         whole = self.scores.assign(group="all")
         several = self.scores["group"].nunique() > 1
@@ -65,7 +69,7 @@ class SuiteResult(Result):
         return means.assign(tasks=means["group"].map(rows.groupby("group")["task"].nunique()))
 
     def tables(self) -> list[Table]:
-        """Means over tasks, like the paper's table: conditions down, groups across, and what the intervals are."""
+        """One table of means over tasks, as in the paper: one row per condition, one column per group."""
         means = self.summary()
         most = means.groupby("group")["n"].max()
         texts, columns = [], []
@@ -81,28 +85,28 @@ class SuiteResult(Result):
         return [Table(wide, caption, INTERVALS if "tasks_low" in means else "")]
 
     def figure(self, title: str | None = None) -> go.Figure:
-        """Every task under every condition, by group, best under the last condition first."""
+        """Every task under every condition, by group; tasks are sorted by the last condition, best first."""
         return figures.suite(self.frame, title or "")
 
     def frames(self) -> dict[str, pd.DataFrame]:
-        """The frames that are written as CSV, by the ending of their file's name."""
+        """The DataFrames that are saved as CSV, by the suffix of the file name."""
         return {**super().frames(), "-tasks": self.tasks, "-scores": self.scores}
 
     @property
     def default_name(self) -> str:
-        """What its files are called, unless they are given a name."""
+        """The file name without suffix, if `save` is given no name."""
         return f"{self.kind}-{self.name}"
 
     def saved_record(self) -> dict[str, Any]:
-        """What NAME.json says, but for the command."""
+        """The content of NAME.json, except the command."""
         table = json.loads(self.summary().round(5).to_json(orient="records"))
         return {**self.record, "table": table, "left_out": dict(self.left_out)}
 
     def artifact(self) -> Artifact:
-        """What NAME.safetensors holds."""
+        """The content of NAME.safetensors."""
         return Artifact(self.kind, {}, *packed(replace(self, conditions={})))
 
     def description(self) -> dict[str, Any]:
-        """What it is in a few words, for its repr."""
+        """The entries of its repr."""
         return {"suite": self.name, "tasks": self.scores["task"].nunique(), "left_out": len(self.left_out),
                 "conditions": list(self.scores["condition"].unique()), "model": self.model_name}  # fmt: skip

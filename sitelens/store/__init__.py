@@ -1,1 +1,1 @@
-"""Artifacts on disk: content-addressed, checksummed, written whole; and the one get-or-make, `cached`."""
+"""Results on disk: content-addressed, checksummed artifacts, and `cached`, which loads or computes one."""

@@ -1,11 +1,11 @@
 """Artifacts: one checksummed safetensors file each, with JSON in its metadata.
 
-An artifact is a kind (say "embedding"), a `spec` (everything its content depends on, plain JSON), tensors, and `meta`
-(information that the content does not depend on). Files are written to a temporary name, flushed and renamed, so a
-reader sees a complete artifact or none, even if other processes write or die. A SHA-256 over metadata and tensors is
-checked at every read. No pickle is read or written.
+An artifact is a kind (for example "embedding"), a `spec` (everything its content depends on, plain JSON), tensors, and
+`meta` (further information, which is not part of its address). Files are written under a temporary name, flushed and
+renamed, so that a reader sees a complete artifact or none, even if other processes write or crash. A SHA-256 checksum
+over metadata and tensors is verified at every read. No pickle is read or written.
 
-A file counts as damaged only if its content is not what was written.
+A file counts as damaged only if its content differs from what was written.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ FORMAT = 1
 
 
 class DamagedArtifactError(SitelensError):
-    """A file whose content is not what was written: truncated, changed, or no artifact at all."""
+    """A file that is truncated, was changed, or is not an artifact."""
 
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """The content of one file.
+    """The content of one artifact file.
 
     Args:
-        kind: the kind of artifact.
+        kind: the kind of artifact, usually one of `Kind`.
         spec: everything that the content depends on, plain JSON.
-        tensors: by name.
+        tensors: tensors by name.
         meta: further information, plain JSON.
-        path: the file that it was read from.
+        path: the file it was read from; None if it was not read from a file.
     """
 
     kind: str
@@ -58,11 +58,15 @@ class Artifact:
 
     @property
     def where(self) -> str:
-        """The file, for messages."""
+        """The path of the file, or what the artifact is, for messages."""
         return str(self.path or f"the {self.kind}")
 
     def made(self, kind: type[Value], **more: Any) -> Value:
-        """The dataclass described by the tensors, the meta and `more` (see `sitelens.checks.schema`).
+        """An instance of a dataclass, made from the tensors, the meta and `more` (see `sitelens.checks.schema`).
+
+        Args:
+            kind: the dataclass.
+            more: further fields; they take precedence over the meta.
 
         Raises:
             SitelensError: naming the file and the field that does not match the dataclass.
@@ -70,12 +74,12 @@ class Artifact:
         return unpacked(kind, {**self.meta, **more}, self.tensors, self.where)
 
     def save(self, path: str | Path) -> Path:
-        """Write to `path` atomically, creating the folder if it is missing. Returns the path.
+        """Write the artifact to `path` atomically and return the path; the folder is created if it is missing.
 
         Raises:
             OSError: if it cannot be written; an existing file is unchanged.
         """
-        tensors = {  # copies, for safetensors refuses tensors that share memory
+        tensors = {  # copies, because safetensors rejects tensors that share memory
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in self.tensors.items()
         }
@@ -87,15 +91,20 @@ class Artifact:
 
     @staticmethod
     def load(path: str | Path, kind: str | None = None) -> Artifact:
-        """Read and verify a file.
+        """The artifact in a file, verified.
+
+        Args:
+            path: the file.
+            kind: the kind that is required; None accepts any.
 
         Raises:
-            SitelensError: if there is no such file, it cannot be read, or it holds another kind of artifact.
-            DamagedArtifactError: if its content is not what was written.
+            SitelensError: if the file does not exist, cannot be read, was written by a newer version of sitelens, or
+                holds another kind of artifact.
+            DamagedArtifactError: if it is damaged or not an artifact.
         """
         path = Path(path)
         try:
-            data = read_bytes(path)  # once: another process may replace the file meanwhile
+            data = read_bytes(path)  # read only once: another process may replace the file meanwhile
         except FileNotFoundError as error:
             raise SitelensError(f"there is no file {path}") from error
         try:
@@ -121,7 +130,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class _Header:
-    """The JSON metadata of an artifact's file."""
+    """The JSON metadata in the file of an artifact."""
 
     format: int
     kind: str

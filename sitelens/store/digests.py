@@ -1,4 +1,4 @@
-"""Digests: SHA-256 of plain JSON and of tensors, by which artifacts are addressed and checked."""
+"""SHA-256 digests of plain JSON and of tensors, which address and verify artifacts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values, equal text."""
+    """JSON text with sorted keys and no spaces, so that equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -29,5 +29,5 @@ def content_digest(tensor: Tensor) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> Any:
-    """The raw bytes of a contiguous CPU tensor, whatever its dtype, as a buffer without a copy."""
+    """The bytes of a contiguous CPU tensor of any dtype, as a buffer that shares its memory."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()

@@ -1,7 +1,7 @@
-"""The store: a folder of artifacts addressed by what they depend on, and the one way to get a result or compute it.
+"""Store: a folder of artifacts addressed by what they depend on; `Cache.cached` loads a result or computes it.
 
-A store that cannot be written to, or an artifact that cannot be read (no permission, a network folder that is offline),
-causes a warning, never the loss of a result.
+A store that cannot be written to, or an artifact that cannot be read (missing permission, an offline network folder),
+causes a warning but never the loss of a result.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Value = TypeVar("Value")
 Contents = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and meta of an artifact
 
 STALE_TEMPORARY_SECONDS = 3600
-DAMAGED = ".damaged"  # suffix of a damaged file that was set aside
+DAMAGED = ".damaged"  # suffix of damaged files that are set aside
 
 
 class Cache(ABC):
-    """A place that stores artifacts by kind and spec; it returns a stored result or has it computed."""
+    """A place that stores artifacts by kind and spec."""
 
     @abstractmethod
     def get(self, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None = None) -> Any:
-        """The stored artifact, or what `read` makes of it; None if there is none."""
+        """The stored artifact, or the result of `read` for it; None if there is none."""
 
     @abstractmethod
     def put(self, artifact: Artifact) -> Path | None:
-        """Store an artifact. Returns its path, or None if it was not stored."""
+        """Store an artifact and return its path, or None if it could not be stored."""
 
     def cached(
         self,
@@ -52,14 +52,13 @@ class Cache(ABC):
         make: Callable[[], Contents],
         read: Callable[[Artifact], Value],
     ) -> Value:
-        """The result of this spec: `read` applied to the stored artifact or, if there is none, to a new one.
+        """The result of `read` for the stored artifact; if there is none, it is computed by `make` and stored first.
 
         Args:
             kind: the kind of artifact.
             spec: everything that decides the result, plain JSON.
             make: computes the tensors and the meta of the artifact.
-            read: returns the result that an artifact holds; if it refuses a stored one with a SitelensError, a new one
-                is made.
+            read: returns the result in an artifact; if it raises SitelensError for a stored one, a new one is made.
 
         Raises:
             SitelensError: from `make`, or from `read` for the new artifact.
@@ -73,10 +72,17 @@ class Cache(ABC):
         make: Callable[[list[int]], Iterable[tuple[int, Contents]]],
         reads: Sequence[Callable[[Artifact], Value]],
     ) -> list[Value]:
-        """The results of several specs, in their order; see `cached`.
+        """The results of several specs, in their order, as `cached` returns them one at a time.
 
-        `make` is called once with the indices of the missing results and yields each index with its contents, in any
-        order. Each is stored at once, so that an interruption loses only the rest.
+        Args:
+            kind: the kind of the artifacts.
+            specs: one spec per result.
+            make: called once with the indices of the missing results; yields each index with its contents, in any
+                order. Each is stored immediately, so that an interruption loses only the remaining ones.
+            reads: one `read` function per result.
+
+        Raises:
+            SitelensError: from `make`, or from `reads` for a new artifact.
         """
         results = [self.get(kind, spec, read) for spec, read in zip(specs, reads, strict=True)]
         missing = [i for i, result in enumerate(results) if result is None]
@@ -94,14 +100,14 @@ class Store(Cache):
     root: Path
 
     def path(self, kind: str, spec: Mapping[str, Any]) -> Path:
-        """Path of the artifact of this kind and spec, whether or not it exists."""
+        """The path of the artifact of this kind and spec, whether or not it exists."""
         return self.root / kind / f"{digest({'kind': kind, 'format': FORMAT, 'spec': spec})[:40]}.safetensors"
 
     def get(self, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None = None) -> Any:
-        """The stored artifact, or what `read` makes of it; None if there is none.
+        """The stored artifact, or the result of `read` for it; None if there is none.
 
-        A damaged one, or one that `read` refuses with a SitelensError, is named in a warning and set aside until a new
-        one is complete. An unreadable one is left unchanged; a warning says so once, and the work continues without it.
+        An artifact that is damaged, or for which `read` raises SitelensError, is named in a warning and set aside until
+        a new one is complete. A file that cannot be opened is left unchanged, with one warning.
         """
         path = self.path(kind, spec)
         try:
@@ -115,10 +121,9 @@ class Store(Cache):
         return None
 
     def put(self, artifact: Artifact) -> Path | None:
-        """Store an artifact; concurrent writers of the same one leave one complete file.
+        """Store an artifact and return its path; if it cannot be written, issue one warning and return None.
 
-        Returns:
-            Its path, or None if it could not be written; a warning says so once, and no partial file remains.
+        No partial file remains. If several processes store the same artifact, one complete file remains.
         """
         path = self.path(artifact.kind, artifact.spec)
         try:
@@ -146,7 +151,7 @@ class Store(Cache):
     def _set_aside(
         self, path: Path, kind: str, spec: Mapping[str, Any], read: Callable[[Artifact], Any] | None
     ) -> None:
-        """Rename a damaged file, and rename it back if another process has just replaced it by a good one."""
+        """Rename a damaged file; rename it back if another process has replaced it with a valid one meanwhile."""
         aside = path.with_suffix(DAMAGED)
         with contextlib.suppress(OSError):
             os.replace(path, aside)
@@ -155,12 +160,12 @@ class Store(Cache):
                 os.replace(aside, path)
 
     def remove(self, kind: str, spec: Mapping[str, Any]) -> None:
-        """Remove the artifact of this kind and spec, if it exists and may be removed."""
+        """Remove the artifact of this kind and spec, if it exists and permissions allow it."""
         with contextlib.suppress(OSError):
             self.path(kind, spec).unlink(missing_ok=True)
 
     def entries(self) -> pd.DataFrame:
-        """One row per file: kind, task, model, bytes, modified, path. Further kinds: "damaged", "unreadable"."""
+        """One row per file: kind (also "damaged" or "unreadable"), task, model (fingerprint), bytes, modified, path."""
         rows = []
         for path in sorted([*self.root.glob("*/*.safetensors"), *self.root.glob(f"*/*{DAMAGED}")]):
             try:
@@ -181,10 +186,12 @@ class Store(Cache):
         return pd.DataFrame(rows, columns=["kind", "task", "model", "bytes", "modified", "path"])
 
     def clear(self, kind: str | None = None) -> int:
-        """Remove all artifacts, those of one kind, or those that are "damaged"; and stale temporary files.
+        """Remove artifacts and stale temporary files; return the number of artifacts removed.
 
-        Returns:
-            The number of artifacts removed. Artifacts that may not be removed are counted in a warning.
+        A warning counts the artifacts that could not be removed.
+
+        Args:
+            kind: the kind to remove; "damaged" for damaged files of any kind; None for all artifacts.
         """
         removed, failures = 0, []
         folder = kind if kind not in (None, "damaged") else "*"
@@ -209,7 +216,7 @@ def _is_damaged(path: Path) -> bool:
         Artifact.load(path)
     except DamagedArtifactError:
         return True
-    except SitelensError:  # gone, not to be read, or of a newer version
+    except SitelensError:  # removed meanwhile, unreadable, or of a newer version
         return False
     return False
 
@@ -221,6 +228,6 @@ def default_store() -> Store:
 
 @contextmanager
 def empty_cache() -> Iterator[None]:
-    """Inside this block the cache is empty, and what is stored in it is removed at the end."""
+    """A context manager in which the cache is empty; what is stored in it is removed at the end."""
     with scratch_folder(settings.cache()) as folder, settings.using(cache_dir=folder):
         yield

@@ -6,11 +6,11 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What an artifact is. Those of `cached_kinds` are results in the cache, the others files that a user saves."""
+    """The kind of an artifact: those in `cached_kinds` are cached results, the others are files that users save."""
 
     EMBEDDING = "embedding"
     SELECTION = "selection"
-    TRAINING = "training"  # the state of a training that was interrupted
+    TRAINING = "training"  # state of an unfinished training
     SCORES = "scores"
     METHOD = "method"
     COMPARISON = "comparison"
