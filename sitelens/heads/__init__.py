@@ -1,4 +1,4 @@
-"""What a single head does: what it writes, what it attends to, and what it is known as."""
+"""What a single head does: what it writes and attends to, its indirect effect, and scores of known kinds of heads."""
 
 from sitelens.heads.attention import ROLES as ROLES
 from sitelens.heads.attention import SINK as SINK

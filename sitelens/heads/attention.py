@@ -1,7 +1,7 @@
-"""What heads attend to at the last prompt token, and the attention that names them.
+"""What heads attend to at the last prompt token, and the scores of induction and previous-token heads.
 
-In a model with attention sinks (GPT-OSS) a head's weights add up to less than one: the sink, a logit of the head's own
-that stands for no token, takes the rest. It is a role of its own here, apart from the first token. Induction and
+In a model with attention sinks (GPT-OSS) a head's weights sum to less than one: a sink logit of the head itself, which
+belongs to no token, takes the rest. Here it is a role of its own, distinct from the first token. Induction and
 previous-token heads (Olsson et al. 2022) are scored on repeated random tokens.
 """
 
@@ -31,23 +31,30 @@ from sitelens.models.model import Model, ModelSource
 from sitelens.models.tokenizers import added, spans
 from sitelens.tasks import Example, Task
 
-FIRST = "first token"  # where a head looks that looks at nothing: a role of its own
+FIRST = "first token"  # a role of its own: idle heads attend to it
 ROLES = (FIRST, "demonstration input", "demonstration answer", "query", "template")
-SINK = "attention sink"  # what falls on no token, in a model that has such sinks
-TEXT = "text"  # of a prompt of one's own, but for its first token
+SINK = "attention sink"  # attention that falls on no token, in models with sinks
+TEXT = "text"  # in the user's own prompts, every token but the first
 
 
 @checked
 def attention(
     prompts: PromptBatch | str | Sequence[str], heads: Heads, model: ModelSource | None = None
 ) -> Float[Tensor, "row head pos"]:
-    """Each head's attention at the last prompt token over all positions (0 on padding), heads in the order given.
+    """Attention of each head from the last prompt token to all positions; 0 on padding.
 
-    `prompts` is one text, a list of texts, or a PromptBatch; shorter ones are padded on the left. Rows add up to one,
-    but in a model with attention sinks, which take the rest.
+    Rows sum to one, except in models with attention sinks, which take the rest.
+
+    Args:
+        prompts: one text, a list of texts, or a PromptBatch; shorter prompts are padded on the left.
+        heads: one or several of (10, 6), "L10H6" or "10.6", or a boolean mask `[layer head]`.
+        model: the model (default: the packaged one).
+
+    Returns:
+        `[prompt head pos]`, heads in the order given.
 
     Raises:
-        SitelensError: if there is no such head, or the model's bridge does not show its attention.
+        SitelensError: if there is no such head, or the model's bridge does not expose its attention.
 
     Example:
         >>> sl.heads.attention("Q: France\\nA:", ["L1H3"], model).shape  # prompts, heads, positions
@@ -76,11 +83,18 @@ def attention_example(
     task: Task | str | Sequence[str], heads: Heads, model: ModelSource | None = None, *, n_shots: CountOrZero = 3,
     item: CountOrZero = 0, seed: Seed = 0,
 ) -> pd.DataFrame:  # fmt: skip
-    """One few-shot prompt, token by token: columns position, token, role, and one of attention for each head.
+    """Attention from the last token of one few-shot prompt: one row per token, one column per head.
 
-    The attention is that of the last token; the query is the validation item with this index. A prompt of your own may
-    stand in the task's place; `n_shots`, `item` and `seed` play no part then. In a model with attention sinks their
-    share is a last row, at position -1.
+    Columns: position, token, role, and one per head, such as "10.6". In models with attention sinks, the last row, at
+    position -1, is their share.
+
+    Args:
+        task: the task, or one prompt of your own; `n_shots`, `item` and `seed` then have no effect.
+        heads: one or several of (10, 6), "L10H6" or "10.6", or a boolean mask `[layer head]`.
+        model: the model (default: the packaged one).
+        n_shots: demonstrations in the prompt.
+        item: index of the validation item that is the query.
+        seed: fixes the demonstrations.
 
     Raises:
         SitelensError: if there is no such head or item, and as `attention_roles`.
@@ -110,16 +124,22 @@ def attention_roles(
     task: Task | str | Sequence[str], heads: Heads | None = None, model: ModelSource | None = None, *,
     n_prompts: Count = 20, n_shots: CountOrZero = 10, seed: Seed = 0,
 ) -> pd.DataFrame:  # fmt: skip
-    """On what the last token's attention falls, by role: one row per head (default: all) and role, columns
-    layer, head, role, share.
+    """Share of the last token's attention by role: one row per head and role, columns layer, head, role, share.
 
-    Means over few-shot prompts of the task, drawn as those of `embed_task`. Roles: the prompt's first token, the
-    demonstrations' inputs and answers, the query, the template's own words, and, in a model that has them, attention
-    sinks.
+    Shares are means over few-shot prompts. Roles: the prompt's first token, the demonstrations' inputs and answers, the
+    query, the template's own words and, in models that have them, attention sinks.
+
+    Args:
+        task: the task; its prompts are drawn as for `embed_task`.
+        heads: one or several of (10, 6), "L10H6" or "10.6", or a boolean mask `[layer head]` (default: all heads).
+        model: the model (default: the packaged one).
+        n_prompts: prompts to average over.
+        n_shots: demonstrations per prompt.
+        seed: fixes the prompts.
 
     Raises:
-        SitelensError: as `embed_task`, if there is no such head, for prompts of your own, a chat template, a tokenizer
-            that cannot tell where in a text its tokens stand, or a model whose bridge does not show its attention.
+        SitelensError: as `embed_task`; if there is no such head; for prompts of your own, a chat template, a tokenizer
+            that does not report the text spans of its tokens, or a bridge that does not expose the model's attention.
 
     Example:
         >>> frame = sl.heads.attention_roles(task, ["L1H3"], model, n_prompts=2, n_shots=1)
@@ -154,12 +174,21 @@ def induction_scores(
 ) -> pd.DataFrame:
     """Induction and previous-token scores: one row per head, columns layer, head, induction, previous_token.
 
-    Random tokens are shown twice in a row. induction: the mean attention from a token's second occurrence to the
-    token behind its first (prefix matching, Olsson et al. 2022); previous_token: that to the position before.
+    Both are mean attention weights on random tokens that are repeated once, from the second occurrence of a token.
+    induction: to the token after its first occurrence (prefix matching); previous_token: to the position before.
+
+    Args:
+        model: the model (default: the packaged one).
+        n_rows: random sequences.
+        length: tokens in each before they repeat.
+        seed: fixes the tokens.
 
     Raises:
-        SitelensError: if twice `length`, and a token before, is longer than the context, or the model's bridge does
-            not show its attention.
+        SitelensError: if `length` is below 2 or the repeated sequence exceeds the context, or if the model's bridge
+            does not expose its attention.
+
+    Source:
+        Olsson et al. 2022.
 
     Example:
         >>> sl.heads.induction_scores(model, n_rows=2, length=8).columns.tolist()
@@ -192,7 +221,7 @@ def induction_scores(
 def _with_roles(
     task: Task, drawn: Sequence[tuple[Sequence[Example], Example]], model: Model
 ) -> tuple[PromptBatch, list[list[str]]]:
-    """Few-shot prompts, and the role of each of their tokens: that of the text where the token ends."""
+    """Few-shot prompts, and the role of each of their tokens: that of the character at which the token ends."""
     tokenizer = model.tokenizer
     if not tokenizer.is_fast:
         raise SitelensError("roles need a tokenizer that tells where in the text a token stands (a fast one)")
@@ -202,7 +231,7 @@ def _with_roles(
     for prompt, length, (shown, query) in zip(prompts, batch.lengths, drawn, strict=True):
         of_character = [role for role, text in prompt_parts(task, shown, query) for _ in text]
         places = spans(prompt.text, tokenizer, prompt.special_tokens)
-        if len(places) != length:  # white space at the end is written as before a word
+        if len(places) != length:  # trailing white space was tokenized as if a word followed
             places = spans(prompt.text + "a", tokenizer, prompt.special_tokens)[:length]
         roles.append([FIRST, *(of_character[end - 1] if end else FIRST for _, end in places[1:])])
     return batch, roles
@@ -211,7 +240,7 @@ def _with_roles(
 def _by_token(
     batch: PromptBatch, roles: list[str], heads: list[tuple[int, int]], model: Model
 ) -> pd.DataFrame:  # fmt: skip
-    """The attention of one prompt's last token as a frame."""
+    """Attention from the last token of one prompt, as a frame with one row per token."""
     weights, tokenizer = attention(batch, heads, model), model.tokenizer
     tokens = [tokenizer.decode([i]) for i in batch.tokens[0].tolist()]
     frame = pd.DataFrame({"position": range(len(roles)), "token": tokens, "role": roles})
@@ -226,10 +255,10 @@ def _by_token(
 def _watch_patterns(
     tokens: Int[Tensor, "row pos"], model: Model, layers: Iterable[int], see: Callable[[Tensor, int], None]
 ) -> None:
-    """Show the attention pattern `[row head pos pos]` of some layers, each with its number.
+    """Calls `see(pattern, layer)` with the attention pattern `[row head pos pos]` of each layer.
 
     Raises:
-        SitelensError: if the bridge of this architecture does not show it, or shows what is none.
+        SitelensError: if the bridge of this architecture does not expose the pattern, or exposes something else.
     """
     points = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in layers}
     seen: set[int] = set()
@@ -252,12 +281,12 @@ def _watch_patterns(
 
 
 def _slack(pattern: Tensor) -> float:
-    """By how much a row may miss one by rounding."""
+    """Largest deviation of a row's sum from one that rounding explains."""
     return 1e-3 if pattern.dtype in (torch.float32, torch.float64) else 2e-2
 
 
 def _has_sinks(weights: Float[Tensor, "row head pos"], model: Model) -> bool:
-    """Whether some attention falls on no token: the model keeps logits for that, or rows add up to less than one."""
+    """Whether some attention falls on no token: the model has sink logits, or rows sum to less than one."""
     blocks: Any = model.bridge.blocks
     kept = any(hasattr(getattr(block.attn, "original_component", None), "sinks") for block in blocks)
     return kept or bool((1 - weights.sum(-1)).max() > _slack(torch.empty(0, dtype=model.dtype)))

@@ -1,4 +1,4 @@
-"""What heads write: direct logit attribution, with the norms' scales as they are in the prompt."""
+"""What heads write: direct logit attribution, with every norm's scale held at its value in the prompt."""
 
 from __future__ import annotations
 
@@ -40,18 +40,23 @@ def head_attribution(
 ) -> pd.DataFrame:
     """Direct logit attribution of every head to the answer: one row per head, columns layer, head, attribution.
 
-    The mean over the first `n_items` validation items of the logit that the head's output at the last prompt token
-    writes for the answer's first token, past the mean of the vocabulary, with every norm's scale as it is in that
-    prompt. With `embedding` the head's output is the task embedding's instead of the prompt's own. In a model that caps
-    its logits (Gemma 2) it is the logit before the cap.
+    attribution (in logits) is what the head's output at the last prompt token adds to the logit of the answer's first
+    token minus the mean over the vocabulary, with every norm's scale held at its value in that prompt and later layers
+    ignored; a mean over prompts. In a model that caps its logits (Gemma 2) it refers to the logit before the cap.
 
-    A prompt of your own, or a list of them, may stand in the task's place. `answer` is then one for all or one for
-    each, as it continues the text (" cold"); without it, it is the token that the model finds likeliest. `n_items`,
-    `n_shots` and `seed` play no part.
+    Args:
+        task: the task, or one or several prompts of your own; `n_items`, `n_shots` and `seed` then have no effect.
+        model: the model (default: the packaged one).
+        embedding: head outputs to use in place of each prompt's own.
+        answer: only with prompts of your own: one for all or one per prompt, as it continues the text (" cold"); by
+            default the model's most likely next token.
+        n_items: validation items to average over, the first of the split.
+        n_shots: demonstrations per prompt.
+        seed: fixes the demonstrations.
 
     Raises:
-        SitelensError: for an unknown task, no validation items, an `answer` beside a task, an embedding of another
-            model, or an architecture in which the heads' contributions do not add up to the logit (see
+        SitelensError: for an unknown task, no validation items, an `answer` in addition to a task, an embedding of
+            another model, or an architecture in which the heads' contributions do not add up to the logit (see
             `DirectPath.check`).
 
     Example:
@@ -97,13 +102,22 @@ def promoted_tokens(
 ) -> pd.DataFrame:
     """The tokens that a head's part of the task embedding promotes and suppresses most: columns token, logit.
 
-    Logits are direct (nothing between the head and the unembedding), past the vocabulary's mean; means over some of
-    the prompts that the embedding was measured on, whose norms' scales are used, or over prompts of your own in the
-    task's place. The n highest, then the n lowest.
+    logit is what the head adds directly (later layers ignored) to the token's logit minus the mean over the vocabulary;
+    a mean over prompts, which determine the norms' scales.
+
+    Args:
+        embedding: the task embedding.
+        head: (10, 6), "L10H6" or "10.6".
+        task: the task of the embedding, whose prompts (at most 8) are used, or prompts of your own.
+        model: the model (default: the packaged one).
+        n: number of highest and of lowest tokens.
+
+    Returns:
+        The n highest, then the n lowest.
 
     Raises:
-        SitelensError: if there is no such head, the embedding comes from another model, or as `head_attribution` for
-            an architecture.
+        SitelensError: if there is no such head, for an embedding of another model or, as `head_attribution`, an
+            unsupported architecture.
 
     Example:
         >>> frame = sl.heads.promoted_tokens(embedding, "L1H3", task, model, n=2)
@@ -139,11 +153,17 @@ def head_outputs(
 ) -> Float[Tensor, "layer head d_model"]:
     """What each head's z adds to the residual stream, without the output bias, on the CPU.
 
-    In most models that is z @ W_O, times the residual multiplier where there is one (Granite). Where it passes a norm
-    first (Gemma 2 and 3, OLMo 2, GLM-4), it is the mean over `prompts` (at most 8) with the norm's scale held.
+    In most models that is z @ W_O, times the residual multiplier if there is one (Granite). If a norm follows (Gemma 2
+    and 3, OLMo 2, GLM-4), it is the mean over `prompts` (at most 8), with the norm's scale held at its value in each.
+
+    Args:
+        z: head outputs before the output projection.
+        model: the model.
+        prompts: prompts that determine the scales of norms; not needed for other models.
 
     Raises:
-        SitelensError: if such a norm is there and no prompts are given, or as `head_attribution` for an architecture.
+        SitelensError: if there is such a norm but no prompts are given or, as `head_attribution`, for an unsupported
+            architecture.
     """
     passes_norm = any(f"blocks.{layer}.ln1_post.hook_in" in model.bridge.hook_dict for layer in range(len(z)))
     if passes_norm and prompts is None:
@@ -161,6 +181,6 @@ def head_outputs(
 
 
 def _any_prompt(model: Model) -> PromptBatch:
-    """Two tokens: a prompt for where it makes no difference which one it is."""
+    """A prompt of two arbitrary tokens, for models in which the prompt makes no difference."""
     tokens = torch.tensor([[0, min(1, model.d_vocab - 1)]])
     return PromptBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([-1]), ((),), ("",), ((),))

@@ -1,10 +1,10 @@
-"""The direct path from heads to logits, with all else held as it is in a prompt.
+"""The direct path from heads to logits, with everything else held at its value in a prompt.
 
-At the last token every head's output z becomes an input of its own, what enters each MLP is held, and each norm is
-replaced by the affine map that it is at its present scale. What is left between z and the logits is affine in every
-architecture: output projections and their layout, norms behind attention, residual multipliers, the final norm, the
-unembedding. The model's own modules do the arithmetic and nothing is looked up per family. `DirectPath.check` compares
-the result with a second forward pass, so that an architecture that works differently is refused instead of misread.
+At the last token, every head's output z becomes an independent input, the input of each MLP is held fixed, and each
+norm is replaced by an affine map with its present scale. What remains between z and the logits is affine in every
+architecture: output projections and their layout, norms after attention, residual multipliers, the final norm, the
+unembedding. The model's own modules compute it, without rules per model family. `DirectPath.check` compares the result
+with a second forward pass, so an architecture that works differently raises an error instead of giving wrong numbers.
 """
 
 from __future__ import annotations
@@ -29,26 +29,31 @@ from sitelens.settings import settings
 
 NORM = re.compile(r"((?:blocks\.\d+\.)?ln\w*)\.hook_in")
 UNEMBED = "unembed.hook_out"
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}  # shares of the logit scale
-OTHERWISE = 5e-2  # bfloat16 has eight bits
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}  # relative to the logit scale
+OTHERWISE = 5e-2  # bfloat16 has 8 significant bits
 
-Act = tuple[str, Callable[[Tensor], Any]]  # a hook point, and what is done there
+Act = tuple[str, Callable[[Tensor], Any]]  # (hook point, function called there)
 
 
 def tolerance(model: Model) -> float:
-    """By how much two ways to one number may differ, as a share of its scale: 1e-4 in float32, 0.05 in bfloat16."""
+    """Largest accepted relative difference of two ways to compute a number: 1e-4 in float32, 0.05 in bfloat16."""
     return TOLERANCE.get(model.dtype, OTHERWISE)
 
 
 @dataclass(frozen=True, eq=False)
 class DirectPath:
-    """What reaches the logits of some prompts from the heads directly; made by `DirectPath.of`.
+    """The direct path from the heads to the logits of some prompts; made by `DirectPath.of`.
 
-    z: what every head gives at the last token, differentiable inputs of `unembedded`.
-    unembedded: what the unembedding gives; the logits are `scale` times that, or, in a model that caps its logits, what
-    is capped then (`capped`).
-    norms, mlps: every norm with its scale held and what enters each MLP, by hook point.
-    unknown: norms that have no known form.
+    Attributes:
+        prefix: the prompts, with cached prefixes.
+        model: the model.
+        z: per layer, the head outputs at the last token; `unembedded` is differentiable with respect to them.
+        unembedded: output of the unembedding at the last token.
+        scale: the logits are `scale` times `unembedded`.
+        capped: whether the model then caps its logits (Gemma 2); attributions refer to the logits before the cap.
+        norms: every norm with its scale held, by name.
+        mlps: input of each MLP, by hook point.
+        unknown: names of norms that have no known form.
     """
 
     prefix: PrefixCache
@@ -66,8 +71,8 @@ class DirectPath:
         """The direct path at the last token of every prompt.
 
         Raises:
-            SitelensError: if the logits are neither a multiple of what the unembedding gives nor a soft cap of it, or
-                the norms cannot be held, or if the user's own hooks are installed.
+            SitelensError: if the logits are neither a multiple nor a soft cap of the unembedding's output, if the norms
+                cannot be held, or if the user has installed hooks on the model.
         """
         names = [match[1] for match in map(NORM.fullmatch, model.bridge.hook_dict) if match]
         z: dict[int, Tensor] = {}
@@ -120,7 +125,7 @@ class DirectPath:
                 logits = _run(prefix, model, [*hooks, (UNEMBED, see)])
         except SitelensError:
             raise
-        except Exception as error:  # a bridge that does not bear what is put at its hook points
+        except Exception as error:  # the bridge cannot handle the tensors put at its hook points
             raise SitelensError(
                 f"the heads of {model.name} cannot be told apart from the rest: {type(error).__name__} where "
                 f"its norms are held ({error}). Direct logit attribution is not supported for this architecture"
@@ -130,19 +135,19 @@ class DirectPath:
         return DirectPath(prefix, model, inputs, seen[UNEMBED], scale, capped, norms, mlps, tuple(unknown))
 
     def check(self) -> float:
-        """By how much all heads' contributions miss what the logits lose without any head, in a second forward pass.
+        """Relative error of the heads' summed contributions against a forward pass without any head output.
 
-        Along the direction in which the logits change, as a share of the change.
+        Both are measured along the direction in which the logits change when all head outputs are set to zero.
 
         Raises:
-            SitelensError: if it is more than `tolerance`: the architecture is not one of those that can be read so.
+            SitelensError: if the error exceeds `tolerance`: the architecture is not supported.
         """
         wide = self.model.computing_dtype
         with_all = self.unembedded.detach().to(wide)
         lost = with_all - self.run([torch.zeros_like(z) for z in self.z]).to(wide)
         lost = lost - lost.mean(-1, keepdim=True)
         size = lost.norm(dim=-1)
-        # Where heads write next to nothing, rounding of the logits themselves is all that could be seen.
+        # If heads contribute almost nothing, the difference would be mostly rounding of the logits.
         least = 0.03 * (with_all - with_all.mean(-1, keepdim=True)).norm(dim=-1)
         direction = lost / size.clamp(min=1e-30)[:, None]
         with torch.inference_mode(False), torch.enable_grad():
@@ -161,7 +166,12 @@ class DirectPath:
     def attribution(
         self, tokens: Int[Tensor, " row"], z: Float[Tensor, "row layer head d_head"] | None = None
     ) -> Float[Tensor, "row layer head"]:
-        """Each head's contribution to the logit of a token, past the vocabulary's mean; with `z` instead of its own."""
+        """Contribution of each head to the logit of a token minus the mean over the vocabulary.
+
+        Args:
+            tokens: token id per prompt.
+            z: head outputs to use in place of the prompts' own.
+        """
         with torch.inference_mode(False), torch.enable_grad():
             total = past_the_mean(self.unembedded, tokens.to(self.unembedded.device)).sum()
         return self.scale * self._contributions(total, z)
@@ -169,7 +179,7 @@ class DirectPath:
     def _contributions(
         self, total: Float[Tensor, ""], z: Float[Tensor, "row layer head d_head"] | None = None
     ) -> Float[Tensor, "row layer head"]:
-        """Each head's contribution to a number that is linear in what the unembedding gives."""
+        """Contribution of each head to a number that is linear in the unembedding's output."""
         with torch.inference_mode(False), torch.enable_grad():
             gradients = torch.autograd.grad(total, self.z, retain_graph=True)
         dtype, device = self.model.computing_dtype, self.model.device
@@ -180,9 +190,9 @@ class DirectPath:
         return torch.stack(layers, dim=1)
 
     def promoted_logits(self, layer: int, head: int, z: Float[Tensor, " d_head"]) -> Float[Tensor, "row vocab"]:
-        """What a head adds to the logits of each prompt with the output z, past the vocabulary's mean."""
+        """What a head with output z adds to each prompt's logits, minus the mean over the vocabulary."""
         none = [torch.zeros_like(own) for own in self.z]
-        # The path is affine: a write as large as all others loses no digits in the difference.
+        # The path is affine: scaling z up to the size of the others avoids cancellation in the difference.
         factor = 16 * max(1.0, float(self.z[layer].detach().norm() / z.norm().clamp(min=1e-30)))
         one = [*none]
         one[layer] = none[layer].clone()
@@ -192,7 +202,7 @@ class DirectPath:
         return self.scale / factor * (logits - logits.mean(-1, keepdim=True))
 
     def writes(self, z: Float[Tensor, "layer head d_head"], row: int) -> Float[Tensor, "layer head d_model"]:
-        """What each head with the output z adds to the residual stream in one prompt, output biases left out."""
+        """What each head with output z adds to the residual stream in prompt `row`, without output biases."""
         layers, heads, _ = self.model.shape
         rows: list[Tensor] = []
         for own, given in zip(self.z, z, strict=True):
@@ -217,13 +227,13 @@ class DirectPath:
 
     @torch.no_grad()
     def run(self, z: list[Float[Tensor, "row 1 head d_head"]]) -> Float[Tensor, "row vocab"]:
-        """What the unembedding gives with these head outputs and all else held."""
+        """Output of the unembedding for these head outputs, with everything else held."""
         seen: list[Tensor] = []
         _run(self.prefix, self.model, [*self._held(z), (UNEMBED, lambda x: seen.append(x[:, -1]))])
         return seen[0]
 
     def _held(self, z: list[Float[Tensor, "row 1 head d_head"]], rows: slice = slice(None)) -> list[Act]:
-        """Hooks that hold all but the heads' outputs, which are given."""
+        """Hooks that hold everything but the heads' outputs, which are set to `z`."""
         entered: dict[str, Tensor] = {}
 
         def put(x: Tensor, layer: int) -> Tensor:
@@ -247,7 +257,7 @@ class DirectPath:
 
 
 def past_the_mean(logits: Float[Tensor, "row vocab"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """The logit of a token of each row less the mean of all, in the dtype of computing."""
+    """Logit of one token per row minus the mean over the vocabulary, in float32 or wider."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide.gather(1, tokens[:, None])[:, 0] - wide.mean(-1)
 
@@ -258,7 +268,7 @@ def _mlps(model: Model) -> list[str]:
 
 
 def _run(prefix: PrefixCache, model: Model, acts: list[Act], kept: int = 1) -> Tensor:
-    """The last token's logits while something is done at some hook points."""
+    """Logits of the last token, with functions called at some hook points."""
 
     def hook_of(act: Callable[[Tensor], Any]) -> Callable[..., Any]:
         return lambda x, hook=None: act(x)
@@ -270,7 +280,7 @@ def _run(prefix: PrefixCache, model: Model, acts: list[Act], kept: int = 1) -> T
 
 
 def _logit_scale(unembedded: Tensor, logits: Tensor, model: Model) -> tuple[float, bool]:
-    """The factor between what the unembedding gives and the logits, and whether those are capped (then it is 1)."""
+    """Factor from the unembedding's output to the logits, and whether they are capped (the factor is then 1)."""
     share = tolerance(model)
     before, after = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (unembedded, logits))
     if before.shape == after.shape:

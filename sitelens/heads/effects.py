@@ -1,4 +1,4 @@
-"""Function-vector heads: the causal indirect effect of every head (Todd et al. 2024)."""
+"""Indirect effects of heads, which define function-vector heads (Todd et al. 2024)."""
 
 from __future__ import annotations
 
@@ -40,18 +40,28 @@ def indirect_effects(
     n_shots: CountOrZero = 10,
     seed: Seed = 0,
 ) -> pd.DataFrame:
-    """Causal indirect effect of every head (Todd et al. 2024): columns layer, head, effect, error.
+    """Indirect effect of every head on the answer's probability: one row per head, columns layer, head, effect, error.
 
-    Few-shot prompts of training items, whose answers are shuffled among the demonstrations, with validation items as
-    queries; one head's z at the last token is replaced by its task embedding; effect is the mean gain of the
-    probability of the answer's first token, error its standard error over prompts (NaN for one prompt).
+    The prompts are few-shot prompts whose demonstrations have shuffled answers. Effect is the mean gain in the
+    probability of the answer's first token when the head's z at the last token is replaced by the task embedding's;
+    error is its standard error over prompts (NaN for one prompt).
 
-    Prompts of your own may stand in the task's place, with `answer` for all or one for each (" cold"); they are run as
-    they stand, and `n_prompts`, `n_shots` and `seed` play no part then.
+    Args:
+        task: the task (demonstrations from train, queries from valid), or one or several prompts of your own, which are
+            run unchanged; `n_prompts`, `n_shots` and `seed` then have no effect.
+        model: the model (default: the packaged one).
+        embedding: the task embedding.
+        answer: required with prompts of your own: one for all or one per prompt, as it continues the text (" cold").
+        n_prompts: prompts to average over.
+        n_shots: demonstrations per prompt.
+        seed: fixes the demonstrations and the order of their answers.
 
     Raises:
-        SitelensError: as `embed_task`, for no validation items, prompts of your own without answers, or an embedding of
-            another model.
+        SitelensError: as `embed_task`, for no validation items, prompts of your own without answers, an `answer` in
+            addition to a task, or an embedding of another model.
+
+    Source:
+        Todd et al. 2024, arXiv 2310.15213: the causal indirect effect.
 
     Example:
         >>> frame = sl.heads.indirect_effects(task, model, embedding=embedding, n_prompts=2, n_shots=1)
@@ -79,7 +89,7 @@ def indirect_effects(
     dtype, device = model.computing_dtype, model.device
     one_each = torch.eye(layers * heads, dtype=dtype, device=device)
     alphas = rearrange(one_each, "row (layer head) -> row layer head", layer=layers)
-    alphas = torch.cat([torch.zeros_like(alphas[:1]), alphas])  # the first row changes nothing
+    alphas = torch.cat([torch.zeros_like(alphas[:1]), alphas])  # the first row patches no head
     vectors = embedding.mean_z.to(device, dtype)
     chance = torch.zeros(len(batch), len(alphas), dtype=torch.float64)
     share = budget // 3
@@ -119,7 +129,7 @@ def _shuffled_batch(task: Task, model: Model, n_prompts: int, n_shots: int, seed
 
 
 def shuffled_labels(demonstrations: Sequence[Example], key: str) -> list[Example]:
-    """The demonstrations with their answers permuted: none keeps its own, where a few attempts find such an order."""
+    """The demonstrations with permuted answers; none keeps its own, if up to 20 shuffles find such an order."""
     rng = random.Random(f"sitelens/shuffled/{key}")
     order = list(range(len(demonstrations)))
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""Prompts for heads to be looked at on: those of a task, or one's own."""
+"""Prompts on which heads are examined: those of a task, or the user's own."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from sitelens.tasks import ENDINGS, Task, load_task
 
 
 def task_or_texts(given: Task | str | Sequence[str]) -> Task | list[str]:
-    """The task, or prompts of one's own in its place: a list of texts, or one text with white space.
+    """The task, or a list of prompts if the user gives prompts instead.
 
-    No name of a task has white space, and the name of a task's file ends in .json, .csv or the like.
+    A single text counts as a prompt if it contains white space and does not end like a task file: names of tasks have
+    no white space.
 
     Raises:
-        SitelensError: as `load_task`.
+        SitelensError: as `load_task`, or if this is neither a task nor a list of prompts.
     """
     if isinstance(given, str):
         own = any(map(str.isspace, given)) and not given.lower().endswith(ENDINGS)
@@ -30,10 +31,15 @@ def task_or_texts(given: Task | str | Sequence[str]) -> Task | list[str]:
 
 
 def text_batch(texts: Sequence[str], model: Model, answer: str | Sequence[str] | None = None) -> PromptBatch:
-    """Prompts as they stand, with one answer for all or one for each, as it continues them (" cold").
+    """The texts, unchanged, as one batch.
+
+    Args:
+        texts: the prompts.
+        model: the model.
+        answer: one for all or one per prompt, as it continues the text (" cold"); None for no answers.
 
     Raises:
-        SitelensError: if a text is empty or too long, or the number of answers is another.
+        SitelensError: if a text is empty or too long, or the number of answers differs from that of the prompts.
     """
     answers = [answer] * len(texts) if answer is None or isinstance(answer, str) else list(answer)
     if len(answers) != len(texts):

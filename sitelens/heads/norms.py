@@ -1,4 +1,4 @@
-"""Norms with their scale held: affine maps, found by running the norm and checked against what it gave."""
+"""Norms with their scale held fixed: affine maps, measured by running the norm and checked against its output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class HeldNorm:
-    """A norm with its scale held: x -> gain * (x, or x less its mean) + shift."""
+    """A norm with its scale held fixed: x -> gain * x + shift, with x centered first if `centered`."""
 
     gain: Float[Tensor, "row 1 d_model"]
     shift: Float[Tensor, " d_model"]
@@ -26,7 +26,14 @@ class HeldNorm:
     @staticmethod
     def at(norm: Any, x: Float[Tensor, "row 1 d_model"], y: Float[Tensor, "row 1 d_model"],
            share: float) -> HeldNorm | None:  # fmt: skip
-        """The norm as it took x to y, or None if it is no norm of a known form (within `share` of the output)."""
+        """The norm with the scale at which it maps x to y; None if it has no known form.
+
+        Args:
+            norm: the norm's module.
+            x: its input.
+            y: its output.
+            share: accepted error, relative to the largest output.
+        """
         weight, shift, centered = _affine_part(norm, x)
         x, y = x.to(weight.dtype), y.to(weight.dtype)
         scaled = weight * (x - x.mean(-1, keepdim=True) if centered else x)
@@ -38,15 +45,15 @@ class HeldNorm:
 
 @torch.no_grad()
 def _affine_part(norm: Any, like: Tensor) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"], bool]:
-    """A norm's weight and bias, and whether it takes the mean away: found by running it, not by their names."""
+    """Weight and bias of a norm, and whether it subtracts the mean; found by running it, not read from attributes."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     width = like.shape[-1]
     signs = torch.ones(width, dtype=dtype, device=like.device)
     signs[1::2] = -1
     zigzags = torch.stack([signs, signs.roll(1)])
     if width % 2:
-        zigzags[0, -1] = zigzags[1, 0] = 0  # both have the mean zero
-    probes = 1024 * torch.cat([zigzags, -zigzags, zigzags + 1])  # so long that no epsilon counts
+        zigzags[0, -1] = zigzags[1, 0] = 0  # both rows have mean zero
+    probes = 1024 * torch.cat([zigzags, -zigzags, zigzags + 1])  # large enough that the norm's epsilon is negligible
     weights = {name: tensor.to(dtype) for name, tensor in norm.state_dict().items()}
     found = torch.func.functional_call(norm, weights, (probes[:, None],))[:, 0].to(dtype)
     up, down, raised = found.chunk(3)

@@ -67,7 +67,7 @@ class FV(Method):
     @warned_once()
     @torch.inference_mode(False)
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> AddToStream:
-        """The function vector at the layer with the best validation accuracy; ties go to the lowest layer.
+        """The function vector with the best validation accuracy; ties go to the lowest layer.
 
         Args:
             task: the task; at most 200 of its training items are used.
@@ -75,7 +75,7 @@ class FV(Method):
             seed: fixes the demonstrations and the shuffled answers.
 
         Raises:
-            SitelensError: as `embed_task`, or if the model has fewer heads than any of `head_counts`.
+            SitelensError: as `embed_task`, or if every entry of `head_counts` exceeds the model's number of heads.
         """
         model, task = resolve_model(model), self.capped(load_task(task))
         queries = [task.valid[i % len(task.valid)] for i in range(self.n_prompts)]

@@ -1,1 +1,1 @@
-"""SITE itself (arXiv 2507.20906): soft head selection."""
+"""SITE (arXiv 2507.20906): soft head selection."""

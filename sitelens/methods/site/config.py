@@ -1,4 +1,4 @@
-"""How alpha is trained: the paper's settings, and what may be varied."""
+"""Hyperparameters of training alpha: the paper's values, and what may be varied."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ INIT = "'random' or lie between 0 and 1"
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """The hyperparameters of training alpha; the defaults are the paper's.
+    """Hyperparameters of training alpha; the defaults are the paper's.
 
-    steps, lr, batch_size: Adam steps, its learning rate, training items per step.
-    eval_every, n_valid: validation loss after every so many steps, on the first so many validation items.
-    checkpoint: keep the alpha of the "best" validation loss (the paper's text), or the "last" (its released code).
-    init: alpha at the start, a number between 0 and 1, or "random" (each head uniform in [0.01, 0.99],
-        different for every task and seed).
-    mixing: "convex", as published, or "additive".
+    Attributes:
+        steps: Adam steps.
+        lr: learning rate of Adam.
+        batch_size: training items per step.
+        eval_every: steps between two measurements of the validation loss.
+        n_valid: validation items used, the first of the split.
+        checkpoint: "best" keeps the alpha with the lowest validation loss (the paper's text), "last" the final one (its
+            released code).
+        init: initial alpha, a number between 0 and 1, or "random" (each head uniform in [0.01, 0.99], different for
+            every task and seed).
+        mixing: "convex", as published, or "additive".
     """
 
     steps: Count = 400
@@ -38,15 +43,20 @@ class Training:
 @checked
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Training):
-    """How alpha is trained: `Training`'s hyperparameters, and a seed; the defaults are the paper's.
+    """Hyperparameters and seed of training alpha; the defaults are the paper's.
 
-    steps, lr, batch_size: Adam steps, its learning rate, training items per step.
-    eval_every, n_valid: validation loss after every so many steps, on the first so many validation items.
-    checkpoint: keep the alpha of the "best" validation loss (the paper's text), or the "last" (its released code).
-    init: alpha at the start, a number between 0 and 1, or "random" (each head uniform in [0.01, 0.99],
-        different for every task and seed).
-    mixing: "convex", as published, or "additive".
-    seed: decides which items are drawn, and a random init.
+    Attributes:
+        steps: Adam steps.
+        lr: learning rate of Adam.
+        batch_size: training items per step.
+        eval_every: steps between two measurements of the validation loss.
+        n_valid: validation items used, the first of the split.
+        checkpoint: "best" keeps the alpha with the lowest validation loss (the paper's text), "last" the final one (its
+            released code).
+        init: initial alpha, a number between 0 and 1, or "random" (each head uniform in [0.01, 0.99], different for
+            every task and seed).
+        mixing: "convex", as published, or "additive".
+        seed: fixes which items are drawn, and a random init.
 
     Raises:
         SitelensError: for an unknown field, or a value out of range.
@@ -56,5 +66,5 @@ class TrainConfig(Training):
 
     @classmethod
     def _from_argument(cls, value: Any) -> TrainConfig | None:
-        """A configuration from a dict of its fields."""
+        """The configuration that a dict of fields describes."""
         return cls(**value) if isinstance(value, Mapping) else None

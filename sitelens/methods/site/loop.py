@@ -1,7 +1,7 @@
-"""The loop that trains alpha: every run a row of every step, every prefix computed once.
+"""The training loop of alpha: all runs train together, one batch row per run and item, over cached prefixes.
 
-Losses are summed and Adam works element by element, so a run's numbers are the same alone or among others. The
-prefix of an item is computed once for all steps that draw it, as far as the memory budget allows.
+Losses are summed and Adam works element by element, so a run's numbers do not depend on the other runs. The prefix of
+an item is computed once for all steps that draw it, as far as the memory budget allows.
 """
 
 from __future__ import annotations
@@ -34,30 +34,33 @@ from sitelens.tasks import Task
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained as one alpha: one task with its embedding or, for a shared alpha, several.
+    """One alpha to train: on a task with its embedding or, for a shared alpha, on several.
 
-    key identifies all that decides its numbers, so that an interrupted training of it can go on.
+    Attributes:
+        members: (task index, embedding index) pairs.
+        seed, init: as in `TrainConfig`.
+        key: digest of all that determines the numbers, by which an interrupted training is resumed ("": never).
     """
 
-    members: tuple[tuple[int, int], ...]  # places in the lists of tasks and of embeddings
+    members: tuple[tuple[int, int], ...]
     seed: int
     init: float | Literal["random"] = 0.5
     key: str = ""
 
     @property
     def tasks(self) -> tuple[int, ...]:
-        """The members' places in the list of tasks."""
+        """Task indices of the members."""
         return tuple(task for task, _ in self.members)
 
     def draws(self, task: Task, config: TrainConfig) -> list[list[int]]:
-        """Which training items of a member each step uses; depends on the task's name and the seed only."""
+        """Indices of the training items of a task in each step; they depend on the task's name and the seed only."""
         rng = random.Random(f"sitelens/training/{task.name}/{self.seed}")
         return [[rng.randrange(len(task.train)) for _ in range(config.batch_size)] for _ in range(config.steps)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """What each row of a batch is: a prompt of a task, the run whose alpha it takes, and the embedding."""
+    """The rows of a batch: index of each row's prompt, run (whose alpha it uses), task and embedding."""
 
     prompt: Int[Tensor, "*steps row"]
     run: Int[Tensor, " row"]
@@ -72,11 +75,16 @@ def train_runs(
     model: Model,
     config: TrainConfig,
 ) -> Iterator[dict[str, Tensor]]:
-    """Train all runs; yields each one's alpha and history.
+    """Yields "alpha" `[layer head]` and "history" `[step column]` of each run, in order.
 
-    They advance together in groups whose validation prefixes fit half of the budget, so that these are computed
-    once; a group's results come before the next group begins. A training of more than some seconds keeps its state on
-    disk at validations, and goes on from there after an interruption, with the same numbers.
+    Runs train together in groups whose validation prefixes fit half of the memory budget, so that these are computed
+    once; a group's results are yielded before the next group starts. The state is saved at validations, at most every
+    KEEP_SECONDS; an interrupted training resumes from it with the same numbers.
+
+    Args:
+        runs: the runs; their seed and init replace those of `config`.
+        tasks, embeddings: what the runs' members index.
+        config: hyperparameters.
     """
     budget = settings.budget()
     groups = _groups(runs, tasks, model, config, budget // 2)
@@ -96,7 +104,7 @@ def _train_group(
 ) -> Iterator[dict[str, Tensor]]:
     dtype, device = model.computing_dtype, model.device
     vectors = torch.stack([embedding.mean_z.to(device, dtype) for embedding in embeddings])
-    share = budget // 4  # for the prefixes in training, and for what a step computes; validation has the other half
+    share = budget // 4  # for training prefixes, and for a step's computation; validation has the other half
     train, rows = _training_rows(runs, tasks, model, config)
     logits = _initial_logits(runs, tasks, model.shape[:2], dtype).to(device).requires_grad_(True)
     optimizer = torch.optim.Adam([logits], lr=config.lr)
@@ -149,15 +157,15 @@ def _losses(
     budget: int,
     gradient: bool,
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, "run layer head"]]:
-    """Each row's cross-entropy of the answer's first token, and the gradient of their sum by alpha (or zeros)."""
+    """Cross-entropy of each row's first answer token, and the gradient of the sum with respect to alpha (or zeros)."""
     losses = torch.zeros(len(rows.run), dtype=torch.float64)
     total = torch.zeros_like(alpha)
     device = alpha.device
-    order = rows.prompt.argsort(stable=True)  # so that rows of one prompt stand side by side, and share its prefix
+    order = rows.prompt.argsort(stable=True)  # rows of one prompt are consecutive and share its prefix
     lengths = [batch.lengths[i] for i in rows.prompt[order].tolist()]
     cost = step_cost(last_token.passes, gradient)
     _, repeats = rows.prompt.unique(return_counts=True)
-    fill = MAX_ROWS // int(repeats[0]) * int(repeats[0])  # whole prompts in each chunk, where these are alike
+    fill = MAX_ROWS // int(repeats[0]) * int(repeats[0])  # whole prompts per chunk, if all repeat equally often
     for chunk in chunks(lengths, cost, budget, max_rows=fill or MAX_ROWS):
         part = order[chunk]
         prompt, run, embedding = (which[part].to(device) for which in (rows.prompt, rows.run, rows.embedding))
@@ -173,7 +181,7 @@ def _losses(
 
 
 class _Prompts:
-    """Prompts and their prefixes, which are kept when they fit the budget and computed anew, in parts, when not."""
+    """Prompts and their prefixes, which are kept if they fit the budget and otherwise recomputed in parts."""
 
     def __init__(self, batch: PromptBatch, model: Model, budget: int, working: int) -> None:
         self.batch, self.model, self.working = batch, model, working
@@ -183,7 +191,7 @@ class _Prompts:
     def losses(
         self, alpha: Float[Tensor, "run layer head"], rows: _Rows, losses_of: Callable[..., Any], gradient: bool
     ) -> tuple[Float[Tensor, " row"], Float[Tensor, "run layer head"]]:
-        """Each row's loss under its run's alpha, and the gradient of their sum by alpha (or zeros)."""
+        """Each row's loss under its run's alpha, and the gradient of their sum with respect to alpha (or zeros)."""
         measured = torch.zeros(len(rows.run), dtype=torch.float64)
         total = torch.zeros_like(alpha)
         for index in self.parts:
@@ -196,14 +204,14 @@ class _Prompts:
             some = _Rows(place, rows.run[chosen], rows.task[chosen], rows.embedding[chosen])
             measured[chosen], by_alpha = losses_of(alpha, some, batch, prefix, gradient=gradient)
             total += by_alpha
-            del prefix  # before the next part's
+            del prefix  # free it before the next part
         return measured, total
 
 
 def _training_rows(
     runs: Sequence[Run], tasks: Sequence[Task], model: Model, config: TrainConfig
 ) -> tuple[PromptBatch, _Rows]:
-    """The different prompts that are drawn, and which of them each step's rows are (`prompt` is [step row])."""
+    """The distinct training prompts, and the rows of each step (`prompt` is `[step row]`)."""
     places: dict[tuple[int, int], int] = {}
     columns: list[list[list[int]]] = []
     for run in runs:
@@ -218,7 +226,7 @@ def _training_rows(
 def _validation_rows(
     runs: Sequence[Run], tasks: Sequence[Task], model: Model, config: TrainConfig
 ) -> tuple[PromptBatch, _Rows]:
-    """The first validation items of every task in a run, and one row for each of them and each run that uses them."""
+    """The first validation items of every task in use, and one row for each item and each run that uses it."""
     used = {task for run in runs for task in run.tasks}
     counts = [min(config.n_valid, len(task.valid)) if i in used else 0 for i, task in enumerate(tasks)]
     items = [(task, item) for task, count in enumerate(counts) for item in range(count)]
@@ -228,7 +236,7 @@ def _validation_rows(
 
 
 def _owners(runs: Sequence[Run], counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Run, task and embedding of every row, when each member has as many rows as `counts` says of its task."""
+    """Run, task and embedding index of each row; a member has `counts[task]` rows."""
     owners = [(i, *member) for i, run in enumerate(runs) for member in run.members for _ in range(counts[member[0]])]
     run, task, embedding = torch.tensor(owners).unbind(1)
     return run, task, embedding
@@ -243,7 +251,7 @@ def _zero_shot(items: Sequence[tuple[int, int]], split: str, tasks: Sequence[Tas
 def _groups(
     runs: Sequence[Run], tasks: Sequence[Task], model: Model, config: TrainConfig, budget: int
 ) -> list[list[Run]]:
-    """Runs in their order, as many together as their tasks' validation prefixes fit the budget (one at least)."""
+    """Consecutive runs, grouped so that their tasks' validation prefixes fit the budget (at least one per group)."""
     lengths: dict[int, list[int]] = {}
     for task in {task for run in runs for task in run.tasks}:
         items = [(task, item) for item in range(min(config.n_valid, len(tasks[task].valid)))]
@@ -263,7 +271,7 @@ def _groups(
 def _windows(
     prompt: Int[Tensor, "step row"], lengths: Sequence[int], model: Model, budget: int
 ) -> list[tuple[int, int]]:
-    """Ranges of steps whose different prefixes fit the budget together (one step at least)."""
+    """Ranges of steps whose distinct prefixes fit the budget together (at least one step per range)."""
     windows: list[tuple[int, int]] = []
     seen: set[int] = set()
     start = 0

@@ -1,4 +1,4 @@
-"""SITE itself (arXiv 2507.20906), as a method among others: its embeddings and soft head selections."""
+"""SITE (arXiv 2507.20906) as a method: task embeddings with trained soft head selections."""
 
 from __future__ import annotations
 
@@ -22,17 +22,24 @@ from sitelens.models.model import Model, ModelLike, ModelSource
 from sitelens.progress import portion, portions
 from sitelens.tasks import Task, load_task
 
-TASKS_PER_BATCH = 16  # that train together: past this the time per task no longer falls
+TASKS_PER_BATCH = 16  # tasks trained together; with more, the time per task no longer falls
 
 
 @checked
 @dataclass(frozen=True, kw_only=True)
 class SITE(Training, Method):
-    """Soft injection of task embeddings (SITE): alpha trained per head over the task's embedding.
+    """Soft head selection (SITE): alpha, one number per head, trained for the task's own embedding.
 
-    n_prompts, n_shots: few-shot prompts of the embedding, and demonstrations in each.
-    The other fields are those of `TrainConfig`. It trains on all training items of a task; `compare` gives it the 200
-    that every method sees.
+    It trains on all training items of a task; in `compare`, on the 200 that every method is fitted to.
+
+    Attributes:
+        n_prompts: few-shot prompts behind the task embedding (M).
+        n_shots: demonstrations per prompt (N).
+        steps, lr, batch_size, eval_every, n_valid, checkpoint, init, mixing: as in `TrainConfig`.
+
+    Source:
+        Park, Kim, Choi and Rhee, Soft Head Selection for Injecting ICL-Derived Task Embeddings, Findings of ACL 2026,
+        arXiv 2507.20906.
     """
 
     name = "SITE"
@@ -43,7 +50,12 @@ class SITE(Training, Method):
 
     @checked
     def fit(self, task: Task | str, model: ModelSource | None = None, *, seed: Seed = 0) -> PatchHeads:
-        """The trained selection over the task's embedding.
+        """The task's embedding, injected with the trained selection.
+
+        Args:
+            task: the task.
+            model: the model (default: the packaged one).
+            seed: fixes the prompts of the embedding and the training.
 
         Raises:
             SitelensError: as `embed_task` and `train_selections`.
@@ -55,9 +67,9 @@ class SITE(Training, Method):
         return outcome
 
     def fit_all(self, tasks: Sequence[Task], model: ModelLike, *, seed: int = 0) -> Iterator[Condition | SitelensError]:
-        """Each task's trained selection over its embedding, or the error that kept it from being trained.
+        """Yields each task's fitted condition, or the error that prevented its fit, in the order of the tasks.
 
-        Up to 16 tasks train in one batch; the numbers are those of training one by one.
+        Up to 16 tasks train in one batch, with the same results as training them separately.
         """
         tasks = list(tasks)
         for start in range(0, len(tasks), TASKS_PER_BATCH):
@@ -67,12 +79,12 @@ class SITE(Training, Method):
             yield from outcomes
 
     def n_trained(self, condition: Condition) -> int:
-        """One alpha per head."""
+        """Number of trained parameters: one alpha per head."""
         assert isinstance(condition, PatchHeads)
         return condition.selection.alpha.numel()
 
     def work(self, tasks: Sequence[Task], model: ModelLike) -> float:
-        """Prompt tokens of the embeddings, and of as many as the training steps take."""
+        """Prompt tokens of the embeddings, plus the cost of the training steps in prompt tokens."""
         return total(self._workload(tasks, Model.of(model)), "embed", "train")
 
     def _workload(self, tasks: Sequence[Task], model: Model) -> dict[str, dict[str, float]]:
@@ -104,7 +116,7 @@ class SITE(Training, Method):
     def _train(
         self, tasks: Sequence[Task], embeddings: dict[str, TaskEmbedding], model: Model, config: TrainConfig
     ) -> dict[str, PatchHeads | SitelensError]:
-        """All in one batch; if that fails, one by one, so that each error is that of its task."""
+        """Trains all tasks in one batch; if that fails, one by one, so that each error belongs to its task."""
         if not tasks:
             return {}
         try:

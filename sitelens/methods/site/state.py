@@ -1,4 +1,4 @@
-"""What a training remembers: its history and best alphas, and the state from which an interrupted one goes on."""
+"""State of a training: its history and best alphas, and a checkpoint from which an interrupted training resumes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sitelens.store.artifact import Artifact
 from sitelens.store.folder import default_store
 from sitelens.store.kinds import Kind
 
-ALGORITHM = 1  # of training, to be raised when the numbers change
-ALGORITHM_RANDOM_INIT = 2  # of training from a random start; likewise, and raised with the other
-KEEP_SECONDS = 10  # between two writings of a training's state
+ALGORITHM = 1  # version of training; raise it whenever the numbers change
+ALGORITHM_RANDOM_INIT = 2  # version of training from a random init; raise it with the other, too
+KEEP_SECONDS = 10  # least time between two saves of a training's state
 HISTORY = ("step", "loss", "valid_loss", "mean_alpha", "fraction_saturated")
 
 
 class Record:
-    """What is remembered of a training: the history, and each run's alpha at the checkpoint that is kept."""
+    """History of a training, and each run's alpha at its best (or last) checkpoint so far."""
 
     def __init__(self, runs: int, config: TrainConfig, alpha: Float[Tensor, "run layer head"]) -> None:
         self.history = torch.full((config.steps, runs, len(HISTORY)), torch.nan, dtype=torch.float64)
@@ -45,7 +45,7 @@ class Record:
 
 
 class State:
-    """All that a training goes on from, kept as an artifact while it lasts."""
+    """Everything needed to resume a training, saved as an artifact while it runs."""
 
     def __init__(self, keys: Sequence[str], logits: Tensor, optimizer: torch.optim.Adam, record: Record) -> None:
         self._spec = {"algorithm": ALGORITHM, "runs": list(keys)}
@@ -54,7 +54,7 @@ class State:
         self._saved = time.monotonic()
 
     def restore(self) -> int:
-        """Take up what was kept; how many steps that were."""
+        """Restores the saved state, if there is one; returns the number of steps already done."""
         kept = default_store().get(Kind.TRAINING, self._spec, self._checked) if self._known else None
         if kept is None:
             return 0
@@ -79,7 +79,7 @@ class State:
             raise SitelensError(f"{kept.where} holds the tensors {', '.join(sorted(kept.tensors))}")
         for name, tensor in expected.items():
             one = kept.tensors[name]
-            gaps = name in ("history", "best")  # steps that are to come, losses that are not known yet
+            gaps = name in ("history", "best")  # NaN or infinite for steps still to come
             if (one.shape, one.dtype) != (tensor.shape, tensor.dtype) or not (gaps or torch.isfinite(one).all()):
                 raise SitelensError(f"{kept.where}: {name} is not what this training keeps")
         if (
@@ -90,7 +90,7 @@ class State:
         return kept
 
     def keep(self, steps: int) -> None:
-        """Write it down, unless that was done only some seconds ago."""
+        """Saves the state, at most every KEEP_SECONDS."""
         if not self._known or steps == len(self._record.history) or time.monotonic() - self._saved < KEEP_SECONDS:
             return
         record = self._record
@@ -101,5 +101,5 @@ class State:
         self._saved = time.monotonic()
 
     def forget(self) -> None:
-        """Remove it: the training has ended and its results are kept."""
+        """Deletes the saved state; the training has ended and its results are stored."""
         default_store().remove(Kind.TRAINING, self._spec)

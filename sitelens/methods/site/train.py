@@ -1,4 +1,4 @@
-"""Soft head selection: alpha trained by gradient on zero-shot prompts (SITE, step 2), cached run by run."""
+"""Soft head selection: alpha trained by gradient descent on zero-shot prompts (SITE, step 2); each run is cached."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ from sitelens.store.folder import Contents
 from sitelens.store.kinds import Kind
 from sitelens.tasks import Task, load_tasks
 
-FEW_BINARY = 0.5  # a share of near-binary alphas below this is worth a warning
+FEW_BINARY = 0.5  # a smaller fraction of saturated alphas gives a warning
 
 
 @dataclass(frozen=True, eq=False)
 class TrainResult:
-    """A trained selection and how it came about.
+    """A trained selection with its training history.
 
-    history: one row a step: step (from 1), loss (nats, of that step's items), valid_loss (NaN where not measured),
-    mean_alpha, fraction_saturated (alpha within 0.1 of 0 or 1).
+    Attributes:
+        selection: the trained alpha.
+        history: one row per step: step (from 1), loss (nats, on the step's items), valid_loss (nats; NaN where it was
+            not measured), mean_alpha, fraction_saturated (share of alphas within 0.1 of 0 or 1).
+        config: hyperparameters and seed of the training.
     """
 
     selection: HeadSelection
@@ -57,7 +60,7 @@ class TrainResult:
 
     @property
     def best_step(self) -> int:
-        """The step of the lowest validation loss."""
+        """The step with the lowest validation loss."""
         return int(self.history["step"].iloc[self.history["valid_loss"].argmin()])
 
 
@@ -69,10 +72,20 @@ def train_selection(
     embedding: TaskEmbedding | None = None,
     config: TrainConfig | None = None,
 ) -> TrainResult:
-    """Train alpha for one task. Without `embedding`, `embed_task(task, model)` is used. Cached on disk.
+    """The trained alpha of one task, with its history; cached on disk.
+
+    Args:
+        task: the task.
+        model: the model (default: the packaged one).
+        embedding: the task's embedding (default: `embed_task(task, model)`).
+        config: hyperparameters and seed (default: the paper's).
 
     Raises:
-        SitelensError: for bad input, an embedding of another model, or a loss that is not a number.
+        SitelensError: for invalid input, a task without training or validation items, an embedding of another model, or
+            a loss that is not finite.
+
+    Source:
+        arXiv 2507.20906, with the settings of the released code, SNU-DRL/Soft_Injection.
 
     Example:
         >>> run = sl.train_selection(task, model, embedding=embedding, config=config)
@@ -96,11 +109,18 @@ def train_selections(
     config: TrainConfig | None = None,
     shared: bool = False,
 ) -> dict[tuple[str, int], TrainResult]:
-    """Train alpha for every task and seed, all in one batch; the numbers are those of training one by one.
+    """The trained alphas of all tasks and seeds, by (task name, seed); cached on disk.
 
-    `embeddings` maps task names to embeddings (default: `embed_task` of each). With `shared`, one alpha a seed is
-    trained for all tasks together, each with its own embedding (task-agnostic alpha); every task's entry is then
-    that one result. `config.seed` gives way to `seeds`. Results are cached on disk.
+    All train in one batch, with the same results as training them separately.
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        embeddings: embeddings by task name (default: `embed_task` of each task).
+        seeds: training seeds, used in place of `config.seed`.
+        config: hyperparameters (default: the paper's).
+        shared: train one alpha per seed on all tasks together, each with its own embedding (task-agnostic alpha); every
+            task then has the same result.
 
     Raises:
         SitelensError: as `train_selection`.
@@ -130,7 +150,12 @@ def train_selections(
 
 @dataclass(frozen=True, eq=False)
 class TrainJob:
-    """One alpha to be trained: for a task with an embedding or, shared, for several of them."""
+    """One alpha to train: on a task with its embedding or, for a shared alpha, on several.
+
+    Attributes:
+        members: (task, embedding) pairs.
+        config: hyperparameters and seed.
+    """
 
     members: tuple[tuple[Task, TaskEmbedding], ...]
     config: TrainConfig
@@ -143,9 +168,9 @@ def train_jobs(
     jobs: Sequence[TrainJob],
     model: ModelSource | None = None,
 ) -> list[TrainResult]:
-    """Train any mixture of tasks, embeddings and configurations; results in the order of the jobs, cached on disk.
+    """The trained alphas of any mix of tasks, embeddings and configurations, in the order of the jobs; cached on disk.
 
-    Jobs whose configurations differ in seed and init only train in one batch.
+    Jobs whose configurations differ only in seed and init train in one batch.
 
     Raises:
         SitelensError: as `train_selection`.
@@ -191,7 +216,7 @@ def _check_splits(tasks: Iterable[Task]) -> None:
 
 
 def _runs(jobs: Sequence[TrainJob], keys: Sequence[str]) -> tuple[list[Run], list[Task], list[TaskEmbedding]]:
-    """Jobs as runs over lists in which each task and each embedding stands once."""
+    """The jobs as runs, and the lists of distinct tasks and embeddings that the runs index."""
     tasks: dict[tuple[str, str], tuple[int, Task]] = {}
     vectors: dict[int, tuple[int, TaskEmbedding]] = {}
     runs = []
@@ -215,7 +240,7 @@ def _spec(job: TrainJob, key: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _origin(job: TrainJob, model: Model) -> Origin | None:
-    """Where a selection comes from: model and task now, and the prompts of its embedding."""
+    """Origin of a selection: the present model and task, and the prompts of its embedding."""
     origins = []
     for task, embedding in job.members:
         prompts = {name: getattr(embedding, name) for name in ("n_prompts", "n_shots", "seed")}
@@ -224,10 +249,10 @@ def _origin(job: TrainJob, model: Model) -> Origin | None:
 
 
 def _result(artifact: Artifact, config: TrainConfig, shape: tuple[int, int]) -> TrainResult:
-    """What an artifact of the store holds.
+    """The training result that an artifact of the cache holds.
 
     Raises:
-        SitelensError: if that is no training of this configuration.
+        SitelensError: if the artifact is not a training of this configuration.
     """
     if "provenance" not in artifact.meta:
         raise SitelensError(f"{artifact.where}: provenance is missing")

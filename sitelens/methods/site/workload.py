@@ -1,4 +1,4 @@
-"""How much work the parts of an experiment are, for progress bars and estimates of the time left."""
+"""Estimated cost of the parts of an experiment, for progress bars and estimates of the time left."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from sitelens.methods.site.config import TrainConfig
 from sitelens.models.model import Model
 from sitelens.tasks import Task
 
-STEP_TOKENS = 25  # prompt tokens that cost as much as one training step over a computed prefix
+STEP_TOKENS = 25  # cost of one training step over a cached prefix, in prompt tokens
 
 
 def workload(
     tasks: Sequence[Task], model: Model, *, n_prompts: int, n_shots: int, n_items: int | None, config: TrainConfig
 ) -> dict[str, dict[str, float]]:
-    """By task name, the rough cost of "embed", "train", "prompt" (zero-shot and few-shot) and "patch", in tokens."""
+    """Estimated cost in tokens by task name, and in each by part.
+
+    The parts are "embed", "train", "prompt" (zero-shot and few-shot evaluation) and "patch" (evaluation with patched
+    heads).
+    """
     return {task.name: _of_task(task, model, n_prompts, n_shots, n_items, config) for task in tasks}
 
 
 def total(work: dict[str, dict[str, float]], *parts: str) -> float:
-    """The cost of these parts over all tasks."""
+    """Summed cost of these parts over all tasks, in tokens."""
     return sum((costs[part] for costs in work.values() for part in parts), 0.0)
 
 
