@@ -1,1 +1,1 @@
-"""Checks of arguments, values and file contents against type hints."""
+"""Checks of arguments, values and file contents against their type hints."""

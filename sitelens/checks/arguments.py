@@ -1,7 +1,7 @@
-"""Checks of arguments by their annotations: `checked` wraps public functions and dataclasses.
+"""Checks of arguments against their annotations: `checked` decorates public functions and dataclasses.
 
 Each argument is converted by `sitelens.checks.values`, or the call fails with a one-line SitelensError before anything
-is computed. For an unknown argument, the error suggests the most similar names.
+is computed. For an unknown argument, the error suggests similar names.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 
 class Arguments:
-    """The parameters of a function or dataclass, and what their annotations say.
+    """The parameters of a function or dataclass, with their resolved annotations.
 
     Args:
         target: the function or dataclass.
-        also: a dataclass whose fields the function takes as further keywords.
+        also: a dataclass whose fields the function accepts as further keywords.
     """
 
     def __init__(self, target: Callable[..., Any], also: type | None = None) -> None:
@@ -57,10 +57,10 @@ class Arguments:
         self.hints.pop("self", None)
 
     def bound(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional arguments and keywords, converted to plain values.
+        """Positional and keyword arguments, converted to plain values.
 
         Raises:
-            SitelensError: for a missing, superfluous or unknown argument, or a value that cannot be used.
+            SitelensError: for a missing, surplus or unknown argument, or a value that cannot be used.
         """
         for name in keywords:
             if name not in self.hints and not self.open:
@@ -82,12 +82,12 @@ class Arguments:
         return bound.args, bound.kwargs
 
     def options(self, title: str, values: Mapping[str, Any], reserved: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Keywords of a later call, converted to plain values.
+        """Keyword arguments for a later call, converted to plain values.
 
         Args:
-            title: the function's name in messages.
-            values: the keywords.
-            reserved: parameters that are passed in another way.
+            title: name of the function in messages.
+            values: the keyword arguments.
+            reserved: parameters that must not be among them.
 
         Raises:
             SitelensError: for an unknown option, suggesting similar names, or a value that cannot be used.
@@ -115,11 +115,11 @@ def checked(target: T, *, also: type | None = None) -> T: ...
 @typing.overload
 def checked(*, also: type) -> Callable[[T], T]: ...
 def checked(target: Any = None, *, also: type | None = None) -> Any:
-    """Decorate a public function or dataclass so that its arguments are checked by their annotations first.
+    """Decorate a public function or dataclass so that its arguments are checked against their annotations.
 
     Args:
         target: the function or dataclass.
-        also: a dataclass whose fields the function takes as further keywords.
+        also: a dataclass whose fields the function accepts as further keywords.
     """
     if target is None:
         return lambda target: checked(target, also=also)
@@ -129,7 +129,7 @@ def checked(target: Any = None, *, also: type | None = None) -> Any:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **keywords: Any) -> Any:
-        if not arguments:  # at the first call: annotations may name what is defined later
+        if not arguments:  # at the first call, because annotations may refer to later definitions
             arguments.append(Arguments(target, also))
         args, keywords = arguments[0].bound(args, keywords)
         return function(*args, **keywords)
@@ -151,19 +151,19 @@ def arguments_of(target: Callable[..., Any]) -> Arguments:
 
 
 def _is_misplaced(value: Any) -> bool:
-    """Whether a value is of a kind that has an argument of its own: a model, a condition, a configuration."""
+    """Whether a value was probably meant for another parameter: a model, a condition, a configuration."""
     return type(value).__module__.split(".")[0] in ("sitelens", "transformer_lens")
 
 
 def _namespace(target: Any, name: str) -> Mapping[str, Any]:
-    """Where the annotation of a parameter was written: for an inherited field of a dataclass, its base's module."""
+    """The module namespace in which the annotation of a parameter was written (a base class's for inherited fields)."""
     bases = target.__mro__ if inspect.isclass(target) else ()
     owner = next((base for base in bases if name in vars(base).get("__annotations__", {})), target)
     return vars(sys.modules[owner.__module__])
 
 
 def _resolved(annotation: Any, namespace: Mapping[str, Any]) -> Any:
-    """The type that an annotation stands for; Any if only type checkers know it."""
+    """The type of an annotation; Any if it cannot be resolved at run time or is a jaxtyping shape."""
     if annotation is inspect.Parameter.empty:
         return Any
     annotation = getattr(annotation, "__forward_arg__", annotation)

@@ -1,4 +1,4 @@
-"""DataFrames as tensors and plain JSON, exactly as they are, and checked when they are read again."""
+"""Lossless conversion of DataFrames to tensors and plain JSON and back, with checks when they are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IN_LISTS: dict[str, tuple[type, ...]] = {"Int64": (int, type(None)), "bool": (bo
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a DataFrame as a file holds it; numbers stand in a tensor under the column's place, "0", "1", ..."""
+    """A DataFrame column in a file; float64 and int64 values are in a tensor named by the column's index ("0")"""
 
     name: str
     type: ColumnType
@@ -27,7 +27,7 @@ class Column:
 
 
 def packed_frame(frame: pd.DataFrame) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The tensors and the JSON list from which `unpacked_frame` makes a DataFrame again, without its index."""
+    """The tensors and the JSON list from which `unpacked_frame` restores a DataFrame, except its index."""
     tensors: dict[str, Tensor] = {}
     columns: list[dict[str, Any]] = []
     for place, name in enumerate(frame.columns):
@@ -43,10 +43,15 @@ def packed_frame(frame: pd.DataFrame) -> tuple[dict[str, Tensor], list[dict[str,
 
 
 def unpacked_frame(columns: list[Column], tensors: Mapping[str, Tensor], where: str) -> pd.DataFrame:
-    """The DataFrame that `packed_frame` described.
+    """The DataFrame that `packed_frame` packed.
+
+    Args:
+        columns: the columns in order.
+        tensors: values of numeric columns, by index of the column as text.
+        where: what messages call the frame.
 
     Raises:
-        SitelensError: naming the column of `where` that is not what it must be.
+        SitelensError: naming the invalid column.
     """
     series: dict[str, pd.Series] = {}
     for place, column in enumerate(columns):
@@ -78,7 +83,7 @@ def _type(column: pd.Series) -> ColumnType:
 
 
 def _dtype(column: Column) -> Any:
-    """What pandas is told; it finds out by itself how it keeps texts."""
+    """The dtype for pandas; None lets pandas choose how it stores texts."""
     if column.type != "text":
         return column.type
     return None if any(value is not None for value in column.values or ()) else object

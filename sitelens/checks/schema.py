@@ -1,8 +1,9 @@
 """Checks of file contents: JSON and tensors are checked against type hints before objects are made from them.
 
-A dataclass is its own schema. `unpacked` makes one from a file's content: every field has the declared type, fields
-without a default are present, and there are no others. A tensor's hint, `Float[Tensor, "layer head"]`, gives its number
-of dimensions; an axis has the same length in every tensor that names it.
+A dataclass is its own schema. `unpacked` makes an instance from the content of a file: every field must have the
+declared type, fields without a default must be present, and there may be no others. The hint of a tensor, such as
+`Float[Tensor, "layer head"]`, gives its number of dimensions; an axis must have the same length in every tensor that
+names it.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def parsed_json(text: str | bytes, where: object) -> Any:
     """JSON in which each key occurs once and each number is finite.
 
     Args:
-        text: the JSON.
-        where: how messages call it.
+        text: the JSON text.
+        where: what messages call it.
 
     Raises:
-        SitelensError: naming what is wrong with it.
+        SitelensError: saying what is wrong with it.
     """
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
@@ -84,14 +85,14 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def conform(value: Any, hint: Any, what: str) -> Any:
-    """A JSON value as its type hint declares it: lists become tuples and objects dataclasses if the hint says so.
+    """A JSON value as its type hint declares it: lists become tuples, and objects dataclasses, if the hint says so.
 
-    An integer is accepted as a float; nothing else is accepted as anything else: true is no integer, 1.0 is none.
+    An integer is accepted as a float. There is no other conversion: neither true nor 1.0 is accepted as an integer.
 
     Args:
         value: parsed JSON.
         hint: the type hint.
-        what: how messages call the value.
+        what: what messages call the value.
 
     Raises:
         SitelensError: if the value does not fit the hint.
@@ -127,7 +128,7 @@ def conform(value: Any, hint: Any, what: str) -> Any:
 
 def _one_of(value: Any, options: tuple[Any, ...], what: str) -> Any:
     errors: list[str] = []
-    for option in sorted(options, key=lambda option: option is float):  # 1 is an integer if the hint allows one
+    for option in sorted(options, key=lambda option: option is float):  # float last, to keep 1 an int
         try:
             return conform(value, option, what)
         except SitelensError as error:
@@ -148,20 +149,20 @@ def _described(hint: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, int) and abs(value) >= LARGEST:  # Python does not print numbers of more than 4300 digits
+    if isinstance(value, int) and abs(value) >= LARGEST:  # Python refuses to print more than 4300 digits
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def unpacked(kind: type[Made], content: Any, tensors: Mapping[str, Tensor], where: str) -> Made:
-    """The dataclass that a file's JSON object and tensors describe.
+    """An instance of a dataclass, made from the JSON object and the tensors of a file.
 
     Args:
         kind: the dataclass.
         content: the JSON object.
-        tensors: by field name; those of a field that is a dataclass, a dict or a DataFrame by "FIELD.NAME".
-        where: how messages call the file.
+        tensors: tensors by field name; for a field that is a dataclass, a dict or a DataFrame, by "FIELD.NAME".
+        where: what messages call the file.
 
     Raises:
         SitelensError: naming the file and the field that is missing, unknown or of the wrong type.
@@ -200,9 +201,9 @@ def unpacked(kind: type[Made], content: Any, tensors: Mapping[str, Tensor], wher
 
 
 def packed(value: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the JSON object from which `unpacked` makes a dataclass again.
+    """The tensors and the JSON object from which `unpacked` restores a dataclass.
 
-    Fields that are None are left out if None is their default.
+    Fields that are None are omitted if None is their default.
     """
     tensors: dict[str, Tensor] = {}
     content: dict[str, Any] = {}
@@ -241,17 +242,17 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
 def checked_tensor(
     tensor: Tensor, hint: Any, what: str, sizes: dict[str, int] | None = None, *, finite: bool = True
 ) -> Tensor:
-    """A tensor, if it fits its hint.
+    """The tensor unchanged, if it matches its hint.
 
     Args:
-        tensor: as read from a file.
-        hint: such as `Float[Tensor, "layer head"]`.
-        what: how messages call it.
-        sizes: lengths of axes seen so far; those of this tensor are added.
+        tensor: the tensor as read from a file.
+        hint: its type hint, such as `Float[Tensor, "layer head"]`.
+        what: what messages call it.
+        sizes: lengths of the axes seen so far, by name; those of this tensor are added.
         finite: whether all numbers must be finite.
 
     Raises:
-        SitelensError: for another dtype, number of dimensions or length of an axis, or numbers that are not finite.
+        SitelensError: for a wrong dtype, number of dimensions or length of an axis, or numbers that are not finite.
     """
     options = [option for option in get_args(hint) or (hint,) if hasattr(option, "dim_str")]
     if not options:

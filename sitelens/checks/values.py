@@ -1,11 +1,11 @@
-"""Conversion of one value to the plain Python value that its annotation declares, or a one-line error.
+"""Conversion of one value to the type that its annotation declares, or a one-line error.
 
-Accepted in addition to the annotated type itself:
+The following values are accepted in addition to the annotated type:
 
-- numbers of numpy, pandas and torch, and whole floats for integers, become Python's int and float, so that they
+- numbers of NumPy, pandas and torch, and whole floats for integers; they become Python's int and float, so that they
   give the same cache keys, seeds and JSON as plain numbers;
-- arrays, ranges, Series and other iterables are accepted as a list; a single text or task as a list of one;
-- a class with `_from_argument` is made from what that accepts, for example a TrainConfig from a dict of its fields.
+- arrays, ranges, Series and other iterables for a list; a single text or task for a list of one;
+- for a class with `_from_argument`, whatever that method accepts, for example a dict of its fields for a TrainConfig.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from sitelens.errors import SitelensError
 
 @dataclass(frozen=True)
 class Between:
-    """A range for a number: at least `low`, at most `high`; `open_ends` excludes the ends themselves.
+    """A range of numbers from `low` to `high`, used in `Annotated` type hints.
 
     Args:
-        low, high: the ends, or None.
-        open_ends: whether the ends are excluded.
-        words: how messages describe the range if its ends would be unreadable.
+        low, high: the ends; None for no limit.
+        open_ends: whether the ends themselves are excluded.
+        words: description of the range in messages, if its ends would be unreadable.
     """
 
     low: int | float | None = None
@@ -63,15 +63,15 @@ CountOrZero = Annotated[int, Between(0)]
 Positive = Annotated[float, Between(0, None, open_ends=True)]
 Share = Annotated[float, Between(0, 1)]
 Seed = Annotated[int, Between(-(2**63), 2**63 - 1, words="a whole number of at most 63 bits")]
-SplitSeed = Annotated[int, Between(0, 2**32 - 1)]  # what NumPy's RandomState takes
+SplitSeed = Annotated[int, Between(0, 2**32 - 1)]  # seeds that NumPy's RandomState accepts
 
 
 def converted(name: str, value: Any, hint: Any) -> Any:
-    """The value as its annotation declares it.
+    """The value, converted to the type that its annotation declares.
 
     Args:
-        name: how messages call it.
-        value: as the user passed it.
+        name: what messages call it.
+        value: the value as the user passed it.
         hint: the annotation.
 
     Raises:
@@ -111,12 +111,12 @@ def converted(name: str, value: Any, hint: Any) -> Any:
 
 
 def str_of(value: Any) -> str | None:
-    """A text as Python's own str; None for anything else."""
+    """A text as a plain `str` (not a subclass such as numpy.str_); None for any other value."""
     return str(value) if isinstance(value, str) else None
 
 
 def _one_of(name: str, value: Any, parts: tuple[Any, ...]) -> Any:
-    """The value as the first member of a union that accepts it; members of its own type are tried first."""
+    """The value converted to the first member of a union that accepts it, trying its own type first."""
     if value is None and types.NoneType in parts:
         return None
     plain = [part for part in parts if isinstance(part, type) and type(value) is part]
@@ -129,7 +129,7 @@ def _one_of(name: str, value: Any, parts: tuple[Any, ...]) -> Any:
     for reason in reasons:
         if isinstance(reason, UnusableValueError):
             raise reason
-    inside = [reason for reason in reasons if str(reason).startswith(f"{name}[")]  # it names the item that is wrong
+    inside = [reason for reason in reasons if str(reason).startswith(f"{name}[")]  # it names the invalid item
     if inside:
         raise inside[0]
     raise _refusal(name, value, Union[parts])  # noqa: UP007
@@ -142,7 +142,7 @@ def _several(name: str, value: Any, hint: Any) -> Any:
     make = tuple if get_origin(hint) is tuple else list
     if len(parts) == 2 and get_origin(hint) is tuple and parts[1] is not Ellipsis:
         return value
-    if hasattr(value, "tolist") and not isinstance(value, str):  # of numpy, pandas and torch
+    if hasattr(value, "tolist") and not isinstance(value, str):  # NumPy, pandas and torch
         value = value.tolist() if getattr(value, "ndim", 1) else value.item()
     alone = isinstance(value, str | os.PathLike) or not isinstance(value, abc.Iterable)
     if isinstance(value, bytes | abc.Mapping) or (alone and _is_number(value)) or value is None:
@@ -181,7 +181,7 @@ def _as_class(name: str, value: Any, kind: type) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy, pandas or torch as Python's own; anything else unchanged."""
+    """A number of NumPy, pandas or torch as a Python number; any other value unchanged."""
     if not hasattr(value, "item") or getattr(value, "ndim", None) != 0:
         return value
     try:
@@ -208,15 +208,15 @@ def _finite(name: str, value: float) -> float:
 
 
 def tensor(name: str, value: Any, axes: str) -> Any:
-    """Numbers as a tensor of floats on the CPU, without gradient; lists, arrays, DataFrames and integers are accepted.
+    """Numbers as a floating-point tensor on the CPU, without gradient.
 
     Args:
-        name: how messages call it.
-        value: the numbers.
-        axes: names of the axes, for example "layer head".
+        name: what messages call it.
+        value: a tensor, list, array or DataFrame of real numbers.
+        axes: names of its axes, for example "layer head".
 
     Raises:
-        SitelensError: for anything else.
+        SitelensError: for other values, another number of axes, or no numbers at all.
     """
     import torch
 
@@ -238,10 +238,10 @@ def tensor(name: str, value: Any, axes: str) -> Any:
 
 
 def _text(name: str, value: str) -> str:
-    """A text as Python's own str, if it can be written to a file.
+    """The text unchanged, if it can be written to a file.
 
     Raises:
-        SitelensError: for half of a surrogate pair.
+        SitelensError: if it contains half of a surrogate pair.
     """
     try:
         value.encode()
@@ -252,11 +252,11 @@ def _text(name: str, value: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: its repr if that is short, otherwise its type."""
+    """A value for a message: its repr, at most 80 characters, for simple types; otherwise its type."""
     if isinstance(value, str | bytes | int | float | list | tuple | dict | os.PathLike) or value is None:
         try:
             text = repr(value)
-        except Exception:  # whatever the repr of an item raises
+        except Exception:  # the repr of an item may raise anything
             return type(value).__name__
         return text if len(text) <= 80 else f"{text[:77]}..."
     kind = type(value)
@@ -282,7 +282,7 @@ def _refusal(name: str, value: Any, hint: Any) -> SitelensError:
 
 
 def _said(hint: Any) -> list[str]:
-    """A type hint in words."""
+    """The alternatives that a type hint allows, in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _said(parts[0])

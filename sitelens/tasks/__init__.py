@@ -1,8 +1,8 @@
 """Tasks: pairs of an input and its answer, split into train, valid and test.
 
-Built-in tasks need no download (`antonym`), `fv/NAME` is one of the 57 Function Vectors tasks, `anli/ROUND`,
-`mmlu-pro/CATEGORY` and `bbh/NAME` are benchmarks, and own tasks come from a file (CSV, TSV, JSON, JSON Lines), a
-DataFrame, a list of pairs, or a suite of one's own (`Suite`).
+Built-in tasks (`antonym`) need no download; `fv/NAME` is one of the 57 Function Vectors tasks; `anli/ROUND`,
+`mmlu-pro/CATEGORY` and `bbh/NAME` are benchmarks. Your own tasks come from a file (CSV, TSV, JSON, JSON Lines), a
+DataFrame, a list of pairs, or a `Suite` of your own.
 """
 
 from sitelens.tasks.examples import Example as Example

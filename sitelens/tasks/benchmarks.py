@@ -1,12 +1,11 @@
-"""Benchmarks as tasks: ANLI by round, MMLU-Pro by category, BIG-Bench Hard (BBH) by task.
+"""Benchmarks as suites: ANLI (one task per round), MMLU-Pro (per category), BIG-Bench Hard (BBH; per task).
 
 Files come from `SITELENS_DATA` (`anli`, `mmlu_pro`, `bbh`) or are downloaded: ANLI and MMLU-Pro by the `datasets`
-library, BBH from its authors' repository at a pinned commit with known SHA-256 sums.
+library, BBH from its authors' repository at a pinned commit with known SHA-256 checksums.
 
-These benchmarks are usually posed with instructions. Here their items are shown under the question-and-answer
-template of all other tasks, so that heads are compared under one form, and what an item's input and output are is
-this library's own choice. Outputs differ in their first token wherever the benchmark allows it: it is what is
-trained on.
+These benchmarks are usually posed with instructions. Here they use the question-and-answer template of all other tasks,
+so that heads are compared under one format; the choice of each item's input and output is this library's own. Outputs
+differ in their first token wherever the benchmark allows it, because SITE is trained on the first token.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ Parts = dict[str, tuple[Example, ...]]
 """Items by the name that upstream gives a split: train, development and test, or the only one."""
 
 LABELS = ("entailment", "neutral", "contradiction")
-LEAST_TRAIN = 11  # ten demonstrations and an item to ask
+LEAST_TRAIN = 11  # ten demonstrations and a query
 HYPOTHESIS = "\nHypothesis: "  # between the premise and the hypothesis of an ANLI input
-ANLI, MMLU_PRO = "facebook/anli", "TIGER-Lab/MMLU-Pro"  # on the hub
+ANLI, MMLU_PRO = "facebook/anli", "TIGER-Lab/MMLU-Pro"  # names on the Hugging Face hub
 
 _COMMIT = "9ee07bd481feebf959a6b59d61ea57bdcf30964d"
 BBH_FILES = PinnedFiles(
@@ -52,7 +51,7 @@ BBH_FILES = PinnedFiles(
     key="examples",
 )
 
-ROUNDS: dict[str, int | None] = {"r1": None, "r2": None, "r3": None}  # how many items depends on the splits at hand
+ROUNDS: dict[str, int | None] = {"r1": None, "r2": None, "r3": None}  # items: depends on the available splits
 CATEGORIES: dict[str, int | None] = {
     "biology": 717, "business": 789, "chemistry": 1132, "computer science": 410, "economics": 844, "engineering": 969,
     "health": 818, "history": 381, "law": 1101, "math": 1351, "other": 924, "philosophy": 499, "physics": 1299,
@@ -61,14 +60,16 @@ CATEGORIES: dict[str, int | None] = {
 
 
 def anli(round_: str) -> Parts:
-    """One round (r1, r2, r3) of Adversarial NLI (Nie et al. 2020, arXiv:1910.14599; CC BY-NC 4.0).
+    """The items of one round ("r1", "r2" or "r3") of Adversarial NLI, by split.
 
-    Input: the premise, and on a line of its own the hypothesis after "Hypothesis:", as both are sentences that a
-    model could not tell apart otherwise. Output: the data set's own names of its labels, which are English words
-    that a model knows and that begin with different tokens.
+    Input: the premise and, on a new line after "Hypothesis:", the hypothesis. Output: the name of the label in the data
+    set, an English word; the three labels begin with different tokens.
 
-    All three official splits where they are at hand and large enough (always from the hub; a local folder may hold
-    the development set alone), else the development set.
+    Uses all three official splits if they are available and large enough, otherwise only the development set. (A local
+    folder may hold only the development set; the hub has all three.)
+
+    Source:
+        Nie et al. 2020, arXiv:1910.14599 (CC BY-NC 4.0).
 
     Raises:
         SitelensError: if the data can neither be found nor loaded, or for an item that cannot be used.
@@ -95,13 +96,18 @@ def premise(text: str) -> str:
 
 
 def mmlu_pro(slug: str) -> Parts:
-    """One category of MMLU-Pro's test split (Wang et al. 2024, arXiv:2406.01574; Apache-2.0).
+    """The items of one category in MMLU-Pro's test split.
 
-    Input: the question and under it the options, each on a line after its letter ("A. ..."), as MMLU is usually
-    shown. Output: the right one's letter, as the options are too long and too alike in their first tokens to be
-    answers themselves. Most questions have ten options, some fewer (seven of them one or two); all are kept.
+    Input: the question and below it the options, one per line after a letter ("A. ..."), as MMLU is usually shown.
+    Output: the letter of the correct option, because options are long and often share their first token.
+    Most questions have ten options, some have fewer (seven questions have one or two); all are kept. The five questions
+    per category in the hub's validation split are not used.
 
-    There are five more questions a category in the hub's validation split, too few for anything; they are left out.
+    Args:
+        slug: name of the category, with hyphens instead of spaces.
+
+    Source:
+        Wang et al. 2024, arXiv:2406.01574 (Apache-2.0).
 
     Raises:
         SitelensError: if the data can neither be found nor loaded, have no such category, or for an item that cannot
@@ -121,15 +127,18 @@ def mmlu_pro(slug: str) -> Parts:
 
 
 def bbh(name: str) -> Parts:
-    """One of BIG-Bench Hard's 27 tasks (Suzgun et al. 2022, arXiv:2210.09261; MIT).
+    """The items of one of the 27 tasks of BIG-Bench Hard.
 
-    Input and output are BBH's own, but where the answer is an option, "(B)", the output is its letter, "B": all
-    would begin with the same token otherwise. The one answer of `movie_recommendation` that is no option's letter
-    stays as it is. First tokens do not tell all answers apart where these are numbers (`object_counting`,
-    `multistep_arithmetic_two`) or lists of words (`word_sorting`).
+    Input and output are those of BBH, except that an answer such as "(B)" becomes "B", because all options would begin
+    with the same token otherwise. The single answer in `movie_recommendation` that is not an option is unchanged. First
+    tokens do not distinguish all answers that are numbers (`object_counting`, `multistep_arithmetic_two`) or lists of
+    words (`word_sorting`).
 
-    Upstream's files carry a canary string that keeps them out of training corpora. It is left in them; this library
-    keeps no copy of the data of its own.
+    The upstream files contain a canary string to keep them out of training corpora. It is not removed, and this package
+    contains no copy of the data.
+
+    Source:
+        Suzgun et al. 2022, arXiv:2210.09261; repository suzgunmirac/BIG-Bench-Hard (MIT).
 
     Raises:
         SitelensError: if the file can neither be found nor downloaded, or is not the expected one.
@@ -141,12 +150,15 @@ def bbh(name: str) -> Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark(Suite):
-    """One benchmark as a suite; its tasks are called NAME/TASK.
+    """A benchmark as a suite; its tasks are named NAME/TASK.
 
-    title: the group of its tasks in a results table.
-    tasks: the tasks' own names, and how many items each has (None: it depends).
-    read: the items of a task, by its own name.
-    context: what several items share: its name, and how it is found in an input.
+    Attributes:
+        name, title: name of the suite; group of its tasks in result tables.
+        source, description: where its data come from; the paper.
+        tasks: returns the names TASK and the number of items of each (None if it depends on the available data).
+        read: returns the items of a task by split, given the name TASK.
+        context: a part of the input that several items share: what it is called, and a function that extracts it from
+            an input; None if there is none.
     """
 
     name: str
@@ -162,7 +174,7 @@ class Benchmark(Suite):
         return [f"{self.name}/{own}" for own in self.tasks()]
 
     def load(self, name: str) -> Task:
-        """A task in its official splits where it has three, else split as the Function Vectors tasks are."""
+        """A task in its three official splits, if there are three; otherwise split like the Function Vectors tasks."""
         parts = self.read(self._own(name))
         if len(parts) == 3:
             train, valid, test = parts.values()
@@ -177,22 +189,22 @@ class Benchmark(Suite):
         return Task(name, self.source, train, valid, test, published_metric="exact_match", note=note)
 
     def describe(self, name: str) -> str:
-        """The paper."""
+        """The paper it comes from."""
         return self.description
 
     def group(self, name: str) -> str:
-        """The benchmark's title."""
+        """The title of the benchmark."""
         return self.title
 
     def n_items(self, name: str) -> int | None:
-        """How many items a task has upstream; None where that depends on the data at hand."""
+        """The number of items of a task upstream; None if it depends on the available data."""
         return self.tasks()[self._own(name)]
 
     def _own(self, name: str) -> str:
         return name.removeprefix(f"{self.name}/")
 
     def _shared_context(self, train: Sequence[Example], test: Sequence[Example]) -> str:
-        """How many test items have a context that also stands in train, in words; empty if none has."""
+        """A note on the number of test items whose context also occurs in train; empty if there are none."""
         if self.context is None:
             return ""
         name, context_of = self.context
@@ -222,15 +234,16 @@ BENCHMARKS = (
 
 @functools.cache
 def _pins() -> dict[str, tuple[int, str | None]]:
-    """How many items each part has upstream, and the SHA-256 of those fields of them that are used, where known."""
+    """By part: number of items upstream, and SHA-256 of the fields that are used (None if unknown)."""
     text = resources.files("sitelens.tasks").joinpath("data/benchmarks.json").read_text("utf-8")
     return {row["name"]: (row["items"], row["sha256"]) for row in json.loads(text)}
 
 
 def _check_content(name: str, content: list[Any], path: Path | None, address: str) -> None:
-    """Compare items with those that are known: another local file is an error, another content of the hub a warning.
+    """Compare items with the known checksum: a local file that differs is an error, changed data on the hub a warning.
 
-    Where no checksum is known (ANLI's official train and test sets), that of the first use is kept and expected.
+    If no checksum is known (ANLI's official train and test sets), the one of the first use is stored and then expected.
+    `content` has one list of the used fields per item; `path` is None for data from the hub.
     """
     if name not in _pins():
         return

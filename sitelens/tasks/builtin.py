@@ -1,8 +1,8 @@
-"""Built-in few-shot tasks: generated ones, made from word lists, and knowledge ones, read from tables.
+"""Built-in tasks: generated tasks, made from word lists, and knowledge tasks, read from tables.
 
-The names and formats are those of the Function Vectors suite; the items are this library's own.
-Every task is a list of `(input, output, further accepted outputs)` in a fixed order, the same on every
-machine. Shuffling and splitting are left to the caller.
+Names and formats are those of the Function Vectors tasks; the items are this library's own. `pairs` gives a task as a
+list of `(input, output, further accepted outputs)` in a fixed order, the same on every machine; `BuiltIn.load` shuffles
+and splits it.
 """
 
 import csv
@@ -40,7 +40,7 @@ def _words(category: str) -> tuple[str, ...]:
 
 
 def _take(rng: random.Random, draw: Callable[[random.Random], tuple[list[str], str]]) -> list[Pair]:
-    """Draw `(words, answer)` until there are SIZE different inputs."""
+    """Pairs from repeated draws of `(words, answer)`, until there are SIZE different inputs."""
     answers: dict[str, str] = {}
     while len(answers) < SIZE:
         words, answer = draw(rng)
@@ -142,7 +142,7 @@ def _ordinal(number: int) -> str:
 
 
 def _sequences() -> Iterator[Sequence[str]]:
-    """Days and months come round to where they began; the other sequences have two ends."""
+    """Ordered sequences: numbers in several notations, days, months, letters. Days and months are cyclic."""
     cardinals, ordinals = _UNITS.copy(), _UNITH.copy()
     for ten in _TENS:
         cardinals += [ten, *(f"{ten}-{unit}" for unit in _UNITS[1:10])]
@@ -156,7 +156,7 @@ def _sequences() -> Iterator[Sequence[str]]:
 
 
 def _neighbors(_rng: random.Random, forward: bool) -> list[Pair]:
-    """One step along each sequence in turn, without the items that stand in two sequences (I, C, XX)."""
+    """Pairs of neighbors, from each sequence in turn, without items that occur in two sequences (I, C, XX)."""
     sequences = list(_sequences())
     places = Counter(chain.from_iterable(map(set, sequences)))
     steps = (((a, b) if forward else (b, a) for a, b in pairwise(items)) for items in sequences)
@@ -229,17 +229,17 @@ def names() -> list[str]:
 
 
 def describe(name: str) -> str:
-    """What the output of a task is, in one line."""
+    """A one-line description of the output of a task."""
     return GENERATED[name][0] if name in GENERATED else KNOWLEDGE[_known(name)]
 
 
 def kind(name: str) -> Literal["extractive", "abstractive"]:
-    """Extractive if the answer is always one of the words in the input."""
+    """Either "extractive" (the answer is always one of the words in the input) or "abstractive"."""
     return "extractive" if _known(name) in _EXTRACTIVE else "abstractive"
 
 
 def pairs(name: str) -> list[Pair]:
-    """A task's `(input, output, further accepted outputs)`, in a fixed order."""
+    """The items of a task as `(input, output, further accepted outputs)`, in a fixed order."""
     return list(_pairs(_known(name)))
 
 
@@ -252,14 +252,14 @@ def _pairs(name: str) -> tuple[Pair, ...]:
 
 
 def split_sizes(name: str, n: int) -> tuple[int, int, int]:
-    """How many of n items go to train, valid and test: 70/9/21 % if generated, 50/15/35 % if knowledge."""
+    """The numbers of train, valid and test items among n: 70/9/21% (generated tasks) or 50/15/35% (knowledge tasks)."""
     percent = (70, 9) if _known(name) in GENERATED else (50, 15)
     train, valid = ((n * share + 50) // 100 for share in percent)
     return train, valid, n - train - valid
 
 
 class BuiltIn(Suite):
-    """The built-in tasks: they need no download."""
+    """The suite of built-in tasks, which need no download."""
 
     name = "builtin"
     source = "built in"
@@ -269,7 +269,7 @@ class BuiltIn(Suite):
         return names()
 
     def load(self, name: str) -> Task:
-        """A task, its items shuffled and split."""
+        """A task with its items shuffled and split."""
         examples = [Example(*pair) for pair in pairs(name)]
         random.Random(f"sitelens/split/{name}").shuffle(examples)
         n_train, n_valid, _ = split_sizes(name, len(examples))
@@ -278,13 +278,13 @@ class BuiltIn(Suite):
         return Task(name, self.source, train, valid, test, case_sensitive=is_about_case(name))
 
     def describe(self, name: str) -> str:
-        """What the output of a task is, in one line."""
+        """A one-line description of the output of a task."""
         return describe(name)
 
     def group(self, name: str) -> str:
-        """Extractive or abstractive."""
+        """Either "extractive" or "abstractive"."""
         return kind(name)
 
     def n_items(self, name: str) -> int:
-        """How many items a task has."""
+        """The number of items of a task."""
         return len(pairs(name))

@@ -1,4 +1,4 @@
-"""Examples, and how they are read from pairs and objects."""
+"""Examples (the items of a task), and their construction from pairs and objects."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Example:
     """One item of a task.
 
     Args:
-        input: the input, without template.
+        input: text of the input, without template.
         output: the preferred answer.
-        also: further accepted answers.
+        also: other accepted answers.
 
     Example:
         >>> sl.Example("color of the sky", "blue", also=("azure",)).answers
@@ -46,16 +46,16 @@ def parse_examples(items: Any, where: str) -> list[Example]:
 
     Args:
         items: the items.
-        where: how messages begin.
+        where: beginning of messages.
 
     Raises:
-        SitelensError: naming the item (counted from 1) and the reason.
+        SitelensError: naming the invalid item (counted from 1) and the reason.
     """
     return [_example(item, f"{where}item {number}") for number, item in enumerate(items, start=1)]
 
 
 def check_text(text: object, what: str) -> None:
-    """Raise SitelensError unless `text` is non-empty text that can be encoded."""
+    """Raise SitelensError unless `text` is a non-empty text that can be encoded and has no NUL character."""
     if not isinstance(text, str) or not text.strip():
         raise SitelensError(f"{what} must be text and not empty, not {text!r}")
     try:
@@ -69,7 +69,7 @@ def check_text(text: object, what: str) -> None:
 
 
 def warn_about_repeats(name: str, examples: Sequence[Example]) -> None:
-    """Warn of exact copies, and of inputs that occur with different outputs."""
+    """Issue warnings about exact copies, and about inputs that occur with different outputs."""
     repeats = [example for example, count in Counter(examples).items() if count > 1]
     if repeats:
         text = (
@@ -88,7 +88,7 @@ def warn_about_repeats(name: str, examples: Sequence[Example]) -> None:
 
 
 def note_on_shared_inputs(train: Sequence[Example], test: Sequence[Example]) -> str:
-    """How many inputs stand in both splits, in words; empty if none does."""
+    """A note on the number of inputs that occur in both splits; empty if there are none."""
     n_shared = len({example.input for example in train} & {example.input for example in test})
     return f"{n_shared} inputs of train also stand in test" if n_shared else ""
 
@@ -128,7 +128,7 @@ def _listed(also: Any, where: str) -> list[Any]:
 
 
 def _as_text(value: Any, where: str) -> str:
-    """Text unchanged; a number in plain notation: 2.0 as "2", 0.1 as "0.1" in any precision, never with an exponent."""
+    """A text unchanged; a number in plain decimal notation (2.0 as "2", 0.1 as "0.1" in any precision, no exponent)."""
     if isinstance(value, str):
         return str(value)
     if not isinstance(value, Real | Decimal) or isinstance(value, bool | np.bool_):
@@ -138,6 +138,6 @@ def _as_text(value: Any, where: str) -> str:
         return str(number)
     if not math.isfinite(number):
         raise SitelensError(f"{where}: {number!r} is no finite number; give every item a value")
-    if isinstance(number, Decimal):  # all its digits count
+    if isinstance(number, Decimal):  # all its digits are significant
         return format(number, "f")
     return str(int(number)) if number == int(number) else np.format_float_positional(number, trim="-")

@@ -1,4 +1,4 @@
-"""Task files: CSV, TSV, JSON and JSON Lines in, items (by split if the file has splits) and options out."""
+"""Reading of task files: CSV, TSV, JSON and JSON Lines."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import pandas as pd
 from sitelens.errors import SitelensError
 from sitelens.suggestions import nearest
 
-TABLES = {".csv": None, ".tsv": "\t", ".tab": "\t"}  # separator implied by the ending
+TABLES = {".csv": None, ".tsv": "\t", ".tab": "\t"}  # separator implied by the suffix; None: detected
 LINES = (".jsonl", ".ndjson")
 ENDINGS = (*TABLES, *LINES, ".json")
-SPLIT_SEED = 32  # of the Function Vectors tasks
-SEPARATORS = ",;\t|"  # tried in this order if neither `sep` nor the ending decides
+SPLIT_SEED = 32  # the seed of the Function Vectors tasks
+SEPARATORS = ",;\t|"  # tried in this order if neither `sep` nor the suffix decides
 SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid",
                "dev": "valid", "test": "test", "testing": "test"}  # fmt: skip
 OPTIONAL = {("also", "also"), ("split", "split")}
@@ -31,9 +31,12 @@ FIELD_LIMIT = 2**31 - 1  # characters in a cell; Python's own limit is 131072
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of an item's parts; matched exactly, or else ignoring case and surrounding spaces.
+    """Names of the columns of a task file, matched exactly, or else ignoring case and surrounding spaces.
 
-    The columns "also" and "split" are optional; under another name they must exist. None omits a column.
+    Attributes:
+        input, output: columns of the input and its preferred answer; required.
+        also, split: columns of further answers and of the split; optional unless they have another name than the
+            default. None ignores the column.
     """
 
     input: Hashable = "input"
@@ -42,10 +45,10 @@ class Columns:
     split: Hashable | None = "split"
 
     def places(self, header: Sequence[Hashable], where: str) -> dict[str, int]:
-        """Index of each part's column in the header.
+        """Index in the header of the columns for input, output, also and split, as far as they exist.
 
         Raises:
-            SitelensError: if a column is missing or two have the same name.
+            SitelensError: if a required column is missing, or two columns have the same name.
         """
         names = {"input": self.input, "output": self.output, "also": self.also, "split": self.split}
         names = {part: name for part, name in names.items() if name is not None}
@@ -75,17 +78,17 @@ class Columns:
 
 
 def read_file(path: Path, columns: Columns | None = None, sep: str | None = None) -> dict[str, Any]:
-    """A task file as an object: its items as "examples", or as "train", "valid" and "test" if it has splits.
+    """The content of a task file: items under "examples", or under "train", "valid" and "test" if it has splits.
 
-    A JSON file that holds an object is returned with all its keys.
+    If a JSON file holds an object, its other keys are returned as well.
 
     Args:
-        path: .csv, .tsv, .tab, .json, .jsonl or .ndjson.
+        path: a file with the suffix .csv, .tsv, .tab, .json, .jsonl or .ndjson.
         columns: names of the columns or keys.
-        sep: separator of a table (default: from the ending or the header).
+        sep: separator of a table (default: from the suffix or the header).
 
     Raises:
-        SitelensError: if the file is missing, cannot be read, or is not what its ending says.
+        SitelensError: if the file is missing, cannot be read, or is not in the format of its suffix.
     """
     ending = path.suffix.lower()
     if sep is not None and ending not in TABLES:
@@ -117,13 +120,13 @@ def frame_rows(frame: pd.DataFrame, columns: Columns, where: str) -> list[dict[s
         SitelensError: if a column is missing.
     """
     places = columns.places(list(frame.columns), where)
-    # Iterated, not .tolist(), which makes 0.10000000149011612 of a 32-bit 0.1.
+    # Not .tolist(), which turns a 32-bit 0.1 into 0.10000000149011612.
     cells = {part: list(frame.iloc[:, index].array) for part, index in places.items()}
     return [dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)]
 
 
 def by_split(rows: Sequence[Any], where: str) -> dict[str, Any]:
-    """Items that name a split as {"train": ..., "valid": ..., "test": ...}; otherwise as {"examples": ...}.
+    """Items grouped by their key "split" under "train", "valid" and "test"; without that key, all under "examples".
 
     Raises:
         SitelensError: for an unknown split, an item without one, or a split without items.
@@ -161,14 +164,14 @@ def _text(path: Path) -> str:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:  # also a number of thousands of digits
+    except ValueError as error:  # also raised for numbers with thousands of digits
         raise SitelensError(f"{where} is not JSON: {error}") from error
     except RecursionError as error:
         raise SitelensError(f"{where} is nested too deeply") from error
 
 
 def _renamed(items: list[Any], columns: Columns, path: Path) -> list[Any]:
-    """Objects with the keys input, output, also and split, whatever the columns are called."""
+    """Objects with their columns renamed to input, output, also and split."""
     if columns == Columns():
         return items
     renamed: list[Any] = []
@@ -187,7 +190,7 @@ def _table(text: str, path: Path, columns: Columns, sep: str | None) -> list[dic
     """The non-empty rows of a table."""
     lines = io.StringIO(text, newline="")
     first = lines.readline()
-    if first.lower().startswith("sep=") and len(first.strip()) == 5:  # as Excel marks the separator
+    if first.lower().startswith("sep=") and len(first.strip()) == 5:  # how Excel declares the separator
         sep = sep or first.strip()[-1]
         skipped = 1
     else:
@@ -222,7 +225,7 @@ def _row(cells: Sequence[str], header: Sequence[str], places: Mapping[str, int],
 
 
 def _separator(text: str, columns: Columns, path: Path) -> str:
-    """The separator with which the header contains the columns; a comma if none does."""
+    """The first separator for which the header contains all required columns; a comma if there is none."""
     header = next((line for line in text.splitlines() if line.strip()), "")
     for sep in SEPARATORS:
         try:
@@ -254,7 +257,10 @@ def function_vectors_split(n: int, seed: int = SPLIT_SEED) -> tuple[list[int], l
 
     Args:
         n: number of items.
-        seed: of both permutations.
+        seed: seed of both permutations.
+
+    Source:
+        Todd et al., "Function Vectors in Large Language Models", ICLR 2024; repository ericwtodd/function_vectors.
     """
 
     def halves(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

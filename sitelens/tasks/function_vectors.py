@@ -1,7 +1,7 @@
 """The 57 tasks of Todd et al., "Function Vectors in Large Language Models", ICLR 2024 (MIT license).
 
-Files come from the authors' repository at a pinned commit and are checked against known SHA-256 sums, or from
-`SITELENS_DATA/function_vectors` in the same layout.
+Files come from the authors' repository at a pinned commit, or from `SITELENS_DATA/function_vectors` in the same layout;
+they are checked against known SHA-256 checksums.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ FILES = PinnedFiles(
 
 
 class FunctionVectors(Suite):
-    """The 57 tasks of Todd et al., as "fv/NAME"."""
+    """The suite of the 57 Function Vectors tasks, named "fv/NAME"."""
 
     name = "fv57"
 
     @property
     def source(self) -> str:  # type: ignore[override]
-        """Repository and commit."""
+        """Repository and commit of the files."""
         return FILES.source
 
     def names(self) -> list[str]:
@@ -37,7 +37,7 @@ class FunctionVectors(Suite):
         return [f"fv/{name}" for name in sorted(FILES.registry)]
 
     def load(self, name: str) -> Task:
-        """A task in its published splits.
+        """A task, split as upstream splits it.
 
         Raises:
             SitelensError: if the file can neither be found nor downloaded, or is not the expected one.
@@ -51,15 +51,15 @@ class FunctionVectors(Suite):
         )  # fmt: skip
 
     def describe(self, name: str) -> str:
-        """The paper."""
+        """The paper it comes from."""
         return "Todd et al. 2024"
 
     def group(self, name: str) -> str:
-        """Extractive or abstractive, as upstream sorts them."""
+        """Either "extractive" or "abstractive", as upstream classifies the task."""
         return FILES.registry[_own(name)]["category"]
 
     def n_items(self, name: str) -> int | None:
-        """How many items a task has; None where upstream does not say."""
+        """The number of items; None if it is not known."""
         return FILES.registry[_own(name)]["examples"]
 
 
@@ -68,5 +68,5 @@ def _own(name: str) -> str:
 
 
 def is_about_case(name: str) -> bool:
-    """Whether a task of this name tells upper case from lower case, by the rule of SITE's released code."""
+    """Whether a task of this name is case-sensitive, by the rule of SITE's released code."""
     return "capitalize" in name or "lowercase" in name

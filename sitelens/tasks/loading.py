@@ -1,4 +1,4 @@
-"""Tasks by name or from a file."""
+"""Loading of tasks, by name or from a file."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def load_task(
 ) -> Task:
     """A task by name ("antonym", "fv/antonym", "bbh/navigate") or from a file. A Task is returned unchanged.
 
-    Files are tables (.csv, .tsv), JSON Lines (.jsonl) or JSON (.json): a list of items, or an object with "examples"
-    (such a list) or with "train", "valid" and "test" (three of them), and optionally "name", "metric" (the published
-    one) and other fields of Task.
+    Files are tables (.csv, .tsv), JSON Lines (.jsonl) or JSON (.json). A JSON file holds a list of items, or an object
+    with lists of items under "examples" or under "train", "valid" and "test", and optionally "name", "metric" (the
+    published metric) and other fields of Task.
 
     Args:
-        name: a name, a path or a Task; the further arguments apply to files only.
+        name: a name, a path or a Task; all other arguments apply to files only.
         input, output: columns (or keys) of the input and its preferred answer.
         also: optional column of further accepted answers.
         split: optional column with train, valid or test; without it (or with split=None) the items are split at random,
             as by `Task.from_pairs`.
-        sep: separator of a table (default: recognized).
-        seed: of the random split.
+        sep: separator of a table (default: detected).
+        seed: seed of the random split (default: 32, that of the Function Vectors tasks).
 
     Raises:
         SitelensError: for an unknown name, suggesting similar ones, or for a file that cannot be used, naming the item
@@ -78,10 +78,10 @@ def load_task(
 
 
 def task_of(suite: Suite, name: str) -> Task:
-    """A task of a suite.
+    """The task of this name in a suite.
 
     Raises:
-        SitelensError: if its data cannot be had, or the suite gives something else.
+        SitelensError: if its data are not available, or the suite returns anything else.
     """
     task = suite.load(name)
     if not isinstance(task, Task) or task.name != name:

@@ -1,6 +1,6 @@
-"""Task files of somebody's repository, pinned to one commit and checked against known SHA-256 sums.
+"""Task files from a GitHub repository, pinned to one commit and checked against known SHA-256 checksums.
 
-They are downloaded once, or read from a folder of the same layout in `SITELENS_DATA`.
+They are downloaded once, or read from a folder with the same layout in `SITELENS_DATA`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from sitelens.settings import settings
 
 @dataclass(frozen=True)
 class PinnedFiles:
-    """One JSON file a task, all of them with the same fields.
+    """The task files of one repository: one JSON file per task, all with the same fields.
 
-    suite: what the tasks' names begin with ("fv").
-    repository, commit: where the files come from, on GitHub.
-    address: the URL under which they lie, with a slash at its end.
-    folder: their folder in the local data folder; `data/<folder>.json` of this package holds their checksums.
-    fields: the names of an item's input and answer.
-    key: the key under which a file has its list of items; None where the file is that list.
+    Attributes:
+        suite: prefix of the task names, such as "fv".
+        repository, commit: GitHub repository and commit of the files.
+        address: URL of their folder, ending in a slash.
+        folder: their folder in the local data folder; `data/<folder>.json` in this package holds their checksums.
+        fields: keys of an item's input and answer.
+        key: key of the list of items in a file; None if the file is the list itself.
     """
 
     suite: str
@@ -44,17 +45,17 @@ class PinnedFiles:
 
     @property
     def source(self) -> str:
-        """Repository and commit, as results name them."""
+        """Repository and short commit, such as "owner/name@1234567"."""
         return f"{self.repository}@{self.commit[:7]}"
 
     @cached_property
     def registry(self) -> dict[str, dict[str, Any]]:
-        """name -> category (if they have any), sha256 (None: not known), bytes, examples, of every task."""
+        """By task: name, category (if any), sha256 (None if unknown), bytes and examples (their number)."""
         text = resources.files("sitelens.tasks").joinpath(f"data/{self.folder}.json").read_text("utf-8")
         return {row["name"]: row for row in json.loads(text)}
 
     def items(self, name: str) -> list[dict[str, Any]]:
-        """The task's items as upstream wrote them.
+        """The items of a task, as in the upstream file.
 
         Raises:
             SitelensError: if the file can neither be found nor downloaded, or is not the expected one.
@@ -63,10 +64,10 @@ class PinnedFiles:
         return self._parsed(name, path, data)
 
     def local_path(self, name: str) -> Path | None:
-        """The task's file in the local data folder, checked; None where there is no such file.
+        """The file of a task in the local data folder, verified; None if there is none.
 
         Raises:
-            SitelensError: if the file is another one than upstream's, or cannot be read.
+            SitelensError: if the file differs from the upstream file, or cannot be read.
         """
         found = self._local(name)
         return found[0] if found else None
@@ -92,7 +93,7 @@ class PinnedFiles:
         return f"{category}/{name}.json" if category else f"{name}.json"
 
     def _download(self, name: str) -> tuple[Path, bytes]:
-        """The task's file in the cache, downloaded if it is not there, and its content."""
+        """Path and content of the file of a task in the cache; it is downloaded if it is missing."""
         import pooch
         import requests
 
@@ -101,11 +102,11 @@ class PinnedFiles:
         pooch.utils.get_logger().setLevel("WARNING")
 
         def retrieved(place: Path) -> tuple[Path, bytes]:
-            # Read whole, so that the connection is closed even where the server refuses.
+            # Not streamed, so that the connection is closed even if the server returns an error.
             whole: Any = pooch.HTTPDownloader(stream=False)
             known = self._known_hash(name, folder)
             path = Path(pooch.retrieve(url, known, fname=f"{name}.json", path=place, downloader=whole))
-            share(path)  # pooch makes it private
+            share(path)  # pooch creates files that only their owner can read
             return path, read_bytes(path)
 
         try:
@@ -128,7 +129,7 @@ class PinnedFiles:
             try:
                 self._parsed(name, path, data)
             except SitelensError:
-                path.unlink(missing_ok=True)  # whatever came instead is not worth keeping
+                path.unlink(missing_ok=True)  # not a task file
                 raise
             self._record_hash(name, data, folder)
         return path, data

@@ -1,4 +1,4 @@
-"""Rows of a data set: from a JSON-lines file in the local data folder, or from the Hugging Face hub."""
+"""Rows of a data set, from a JSON Lines file in the local data folder or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Row = tuple[str, Any]
 
 
 def local_file(place: str) -> Path | None:
-    """A file of the local data folder; None where there is no folder or no such file in it."""
+    """The path of a file in the local data folder; None if the folder or the file does not exist."""
     folder = settings.data()
     return folder / place if folder is not None and (folder / place).is_file() else None
 
 
 def file_rows(path: Path) -> Sequence[Row]:
-    """The objects of a file with one JSON object a line; blank lines count for nothing.
+    """The objects in a JSON Lines file; blank lines are ignored.
 
-    The last file is kept in memory and parsed again only if it was changed.
+    The last file is kept in memory and is parsed again only if it has changed.
 
     Raises:
         SitelensError: naming the line that is not JSON, or if the file is not UTF-8 or cannot be read.
@@ -38,16 +38,20 @@ def file_rows(path: Path) -> Sequence[Row]:
 
 
 def hub_rows(task: str, address: str, split: str, files: str) -> Sequence[Row]:
-    """The rows of a data set's split on the Hugging Face hub, loaded by the `datasets` library.
+    """The rows of one split of a data set on the Hugging Face hub; the last split is kept in memory.
 
-    `files` says in an error's text what the local data folder should hold instead. The last split is kept in memory.
+    Args:
+        task: name of the task, for messages.
+        address: name of the data set on the hub, "owner/name".
+        split: name of the split.
+        files: the files that the local data folder could hold instead, for messages.
 
     Raises:
         SitelensError: if it cannot be loaded.
     """
     try:
         return _loaded(address, split)
-    except Exception as error:  # datasets, the hub's client and its HTTP library share no class of errors
+    except Exception as error:  # datasets, the hub client and its HTTP library have no common error class
         raise SitelensError(
             f"{task} could not be loaded from https://huggingface.co/datasets/{address} ({split}): {error}. Without "
             f"a network, put {files} into a folder and set SITELENS_DATA to it."
@@ -57,7 +61,7 @@ def hub_rows(task: str, address: str, split: str, files: str) -> Sequence[Row]:
 @lru_cache(maxsize=1)
 def _parsed(path: Path, _changed: int, _size: int) -> Sequence[Row]:
     try:
-        lines = read_bytes(path).decode("utf-8").split("\n")  # not at the other line ends that a text may contain
+        lines = read_bytes(path).decode("utf-8").split("\n")  # texts may contain other line separators
     except FileNotFoundError as error:
         raise SitelensError(f"there is no file {path}") from error
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""A suite: tasks that belong together, by name. One of a user's own is a subclass, in any file."""
+"""Suite: a named collection of tasks. Subclass it to define a suite of your own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from sitelens.tasks.task import Task
 
 
 class Suite(ABC):
-    """Tasks that belong together.
+    """A named collection of tasks.
 
-    name: what `run_suite` and the commands call the suite.
-    source: where its data come from, for listings.
+    A suite can be passed to `run_suite` directly. After `sl.register_suite` (a function, also usable as a class
+    decorator) its tasks are also available by name: in `sl.load_task("mine/first")`, `sl.list_tasks()` and commands.
 
-    Passed to `run_suite` as a value, a suite needs nothing else. After `sl.register_suite` (a function, or a decorator
-    of the class) its tasks are also found by name: `sl.load_task("mine/first")`, `sl.list_tasks()`, the commands.
+    Attributes:
+        name: name of the suite, as in `run_suite` and in commands.
+        source: where its data come from, for listings.
 
     Example:
         >>> class Numbers(sl.Suite):
@@ -34,24 +35,24 @@ class Suite(ABC):
 
     @abstractmethod
     def names(self) -> Sequence[str]:
-        """The names of all its tasks, as `load_task` is to know them. Nothing is downloaded for them."""
+        """The names of all its tasks, under which `load_task` finds them. It must not download anything."""
 
     @abstractmethod
     def load(self, name: str) -> Task:
-        """One of its tasks, under that name.
+        """The task with this name.
 
         Raises:
-            SitelensError: if its data cannot be had.
+            SitelensError: if its data are not available.
         """
 
     def describe(self, name: str) -> str:
-        """A task in one line, for listings."""
+        """A one-line description of a task, for listings."""
         return ""
 
     def group(self, name: str) -> str:
-        """What a table of results counts the task to; by default all tasks belong to one group, the suite."""
+        """The group under which result tables list a task; by default the name of the suite."""
         return self.name
 
     def n_items(self, name: str) -> int | None:
-        """How many items the task has; None if that is not known before it is loaded."""
+        """The number of items of a task; None if it is unknown before the task is loaded."""
         return None

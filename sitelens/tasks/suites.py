@@ -1,4 +1,4 @@
-"""Which suites and tasks there are; nothing that would be downloaded is read for it."""
+"""The registry of suites, and lists of tasks; nothing is downloaded for them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sitelens.tasks.files import ENDINGS
 from sitelens.tasks.function_vectors import FunctionVectors
 from sitelens.tasks.suite import Suite
 
-OWN = "own"  # the group of a task that is in no suite
+OWN = "own"  # the group of tasks that belong to no suite
 
 
 def _check_names(suite: Suite) -> None:
-    """Raise SitelensError unless the names of a suite's tasks can be told from all others and from files."""
+    """Raise SitelensError if the name of a task is invalid, repeated, used by another suite, or looks like a file."""
     names = list(suite.names())
     for name in names:
         if not isinstance(name, str) or not name.strip() or name.lower().endswith(ENDINGS):
@@ -36,12 +36,15 @@ SUITES: Registry[Suite] = Registry("suite", Suite, [BuiltIn(), FunctionVectors()
 
 
 def register_suite(suite: Suite | type[Suite]) -> Suite | type[Suite]:
-    """Make a suite known by its name, and its tasks by theirs; returns it, so it may stand over a class as a decorator.
+    """Register a suite, so that it and its tasks are found by name; returns the argument, so it can decorate a class.
 
-    An installed package does the same with an entry point of the group "sitelens.suites".
+    An installed package registers suites through entry points of the group "sitelens.suites".
+
+    Args:
+        suite: a suite, or a subclass of `Suite` that takes no arguments.
 
     Raises:
-        SitelensError: if it is no `Suite`, or another suite or task has one of its names.
+        SitelensError: if it is not a `Suite`, or another suite or task has one of its names.
 
     Example:
         >>> @sl.register_suite
@@ -58,16 +61,16 @@ def register_suite(suite: Suite | type[Suite]) -> Suite | type[Suite]:
 
 
 def the_suite(suite: str | Suite) -> Suite:
-    """The suite of a name; a suite stands for itself.
+    """The suite with this name; a `Suite` is returned unchanged.
 
     Raises:
-        SitelensError: for an unknown name, with the known ones and the nearest of them.
+        SitelensError: for an unknown name, suggesting the most similar one and listing all.
     """
     return suite if isinstance(suite, Suite) else SUITES.named(suite)
 
 
 def suite_of(task: str) -> Suite | None:
-    """The suite that a task is in, by the task's name; None if it is in none."""
+    """The suite that contains the task with this name; None if there is none."""
     for suites in (SUITES.own, SUITES):
         for suite in suites.values():
             if task in suite.names():
@@ -76,7 +79,7 @@ def suite_of(task: str) -> Suite | None:
 
 
 def task_names() -> list[str]:
-    """All names that `load_task` knows."""
+    """The names of all tasks that `load_task` finds by name."""
     return [name for suite in SUITES.values() for name in suite.names()]
 
 
@@ -107,10 +110,10 @@ def list_tasks() -> pd.DataFrame:
 
 
 def groups_of(names: Iterable[str]) -> dict[str, str]:
-    """The group of every named task that is in a suite."""
+    """The group of each task by name, for the tasks that belong to a suite."""
     return {name: suite.group(name) for name in names if (suite := suite_of(name)) is not None}
 
 
 def group_of(name: str) -> str:
-    """What a table of results counts a task to: "extractive" or "abstractive", a benchmark, or "own"."""
+    """The group under which result tables list a task: "extractive", "abstractive", a benchmark, or "own"."""
     return groups_of([name]).get(name, OWN)

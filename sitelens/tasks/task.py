@@ -1,4 +1,4 @@
-"""A task: pairs of an input and its answer, in three splits: train, valid and test."""
+"""Task: pairs of an input and its accepted answers, in three splits (train, valid, test)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sitelens.tasks.templates import QA_TEMPLATE, Arguments, check_template, che
 SPLITS = ("train", "valid", "test")
 
 
-RENDERING = 2  # version of the conversations by `sitelens.models.chat`; increase it when their text changes
+RENDERING = 2  # version of the prompts made by `sitelens.models.chat`; increase it when their text changes
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,22 @@ class Task:
 
     Args:
         name: name in results and file names.
-        source: where it comes from.
-        train: demonstrations and training items are drawn from it.
-        valid: choices such as checkpoints are made on it.
-        test: results are computed on it.
+        source: where the items come from.
+        train: items from which demonstrations and training items are drawn.
+        valid: items on which choices such as the checkpoint are made.
+        test: items on which results are computed.
         template: a text with {input} and {output}, or "chat" (see `sitelens.engine.prompts`).
         case_sensitive: whether exact_match and prefix_match distinguish "Paris" from "paris".
-        published_metric: the metric that the task's authors report; for information only, `evaluate(metrics=...)`
-            decides.
-        note: information that a result should carry along (how the task was split, what was dropped).
-        instruction: appears once before the demonstrations, followed by a blank line unless it ends in white space.
-            With the template "chat" it is the system message, or precedes the first question if the chat template has
-            none.
+        published_metric: the metric that the authors of the task report; for information only, as
+            `evaluate(metrics=...)` decides.
+        note: information to keep with results (how the task was split, what was dropped).
+        instruction: text that appears once before the demonstrations, followed by a blank line unless it ends in white
+            space. With the template "chat" it is the system message, or precedes the first question if the chat
+            template has no system message.
         template_arguments: variables of the chat template, such as {"enable_thinking": False}; stored as sorted pairs.
+
+    Raises:
+        SitelensError: for a field that cannot be used.
 
     Example:
         >>> pairs = [("hot", "cold"), ("big", "small"), ("new", "old"), ("up", "down"), ("wet", "dry"), ("in", "out")]
@@ -73,7 +76,7 @@ class Task:
                                         "Task.from_pairs takes pairs")  # fmt: skip
                 for text in (example.input, *example.answers):
                     check_text(text, f"task {self.name!r}, {split} item {number}: a text")
-            object.__setattr__(self, split, examples)  # always a tuple: digests rely on it
+            object.__setattr__(self, split, examples)  # digests rely on tuples
         metric, case = self.published_metric, self.case_sensitive
         if metric not in METRICS:
             raise SitelensError(f"task {self.name!r}: unknown metric {metric!r}; one of {', '.join(METRICS)}")
@@ -94,7 +97,7 @@ class Task:
         """SHA-256 of everything that decides a result: name, items, template, instruction, arguments, case."""
         content = asdict(self)
         del content["source"], content["note"], content["published_metric"]
-        for name in ("instruction", "template_arguments"):  # tasks without them keep their former digest
+        for name in ("instruction", "template_arguments"):  # omitted if empty, so that older digests stay valid
             if not content[name]:
                 del content[name]
         if self.template == "chat":
@@ -112,10 +115,10 @@ class Task:
         return getattr(self, name)
 
     def nonempty(self, name: str) -> tuple[Example, ...]:
-        """The items of a split that a computation cannot do without.
+        """The items of "train", "valid" or "test", which must not be empty.
 
         Raises:
-            SitelensError: for another name than "train", "valid" or "test", or if the split has no items.
+            SitelensError: for another name, or if the split has no items.
         """
         items = self.split(name)
         if not items:
@@ -126,12 +129,13 @@ class Task:
     def from_pairs(
         name: str, pairs: Iterable[Any] | Mapping[str, Any], *, seed: int = SPLIT_SEED, **options: Any
     ) -> Task:
-        """A task from (input, output) pairs, (input, output, further answers) triples, dicts, Examples or one mapping.
+        """A task from (input, output) pairs, split at random into 70% train, 9% valid and 21% test.
 
         Args:
             name: name of the task.
-            pairs: at least 4 items; they are split at random into 70% train, 9% valid and 21% test.
-            seed: of the split; the default is that of the Function Vectors tasks.
+            pairs: at least 4 items: pairs (input, output), triples (input, output, further answers), dicts with the
+                keys input, output and also, Examples; or one mapping from inputs to outputs.
+            seed: seed of the split; the default is that of the Function Vectors tasks.
             options: further fields of Task.
 
         Raises:
@@ -167,7 +171,7 @@ class Task:
             also: optional column of further accepted answers: lists, or text with "|" between answers.
             split: optional column with train, valid or test; without it (or with split=None) the rows are split at
                 random, as by `from_pairs`.
-            seed: of the random split.
+            seed: seed of the random split.
             options: further fields of Task.
 
         Raises:
@@ -187,7 +191,18 @@ class Task:
 
 
 def task_from_items(name: str, content: dict[str, Any], where: str, seed: int, options: dict[str, Any]) -> Task:
-    """A task from raw items: "examples", which are split here, or "train", "valid" and "test"."""
+    """A task from raw items.
+
+    Args:
+        name: name of the task.
+        content: the items as lists under "examples", which are split at random, or under "train", "valid" and "test".
+        where: beginning of messages.
+        seed: seed of the random split.
+        options: further fields of Task.
+
+    Raises:
+        SitelensError: for items, a seed or a field that cannot be used.
+    """
     seed = converted("seed", seed, SplitSeed)
     if unknown := sorted(options.keys() - {field.name for field in fields(Task)}):
         raise SitelensError(f"{where}: a task has no field {unknown[0]!r}")
@@ -208,13 +223,13 @@ def task_from_items(name: str, content: dict[str, Any], where: str, seed: int, o
 
 
 def check_number(name: str, examples: Sequence[Example]) -> None:
-    """Raise SitelensError unless the items can fill every split."""
+    """Raise SitelensError if there are too few items to fill every split."""
     if len(examples) < 4:
         raise SitelensError(f"task {name!r} has {len(examples)} items: at least 4 are needed to fill every split")
 
 
 def random_split(examples: Sequence[Example], seed: int = SPLIT_SEED) -> list[tuple[Example, ...]]:
-    """Train, valid and test, split as the Function Vectors tasks are."""
+    """The items of train, valid and test (70%, 9%, 21%), as `function_vectors_split` divides them."""
     return [tuple(examples[i] for i in part) for part in function_vectors_split(len(examples), seed)]
 
 

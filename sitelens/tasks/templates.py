@@ -9,7 +9,7 @@ from typing import Any
 from sitelens.errors import SitelensError
 
 QA_TEMPLATE = "Q: {input}\nA: {output}\n\n"
-CLOCK = "strftime_now"  # the variable through which chat templates get today's date
+CLOCK = "strftime_now"  # the variable that gives chat templates the current date
 # Parameters of apply_chat_template itself.
 _RESERVED = frozenset({
     "self", "messages", "conversation", "conversations", "tools", "documents", "add_generation_prompt",
@@ -36,7 +36,7 @@ def check_template(template: str) -> None:
 
 
 def running_together(template: str) -> str:
-    """A warning if a template puts nothing between an answer and the next demonstration; otherwise ""."""
+    """A warning text if a template has no separator between an answer and the next demonstration; otherwise ""."""
     between = template.partition("{output}")[2] + template.partition("{input}")[0]
     if between and not between[0].isalnum():
         return ""
@@ -50,13 +50,13 @@ def running_together(template: str) -> str:
 def rewritten(
     task: Any, template: str | None = None, instruction: str | None = None, template_arguments: Any = None
 ) -> Any:
-    """A task with another template, instruction or template arguments; None keeps the task's own.
+    """The task with another template, instruction or template arguments; None keeps the task's own.
 
     Raises:
         SitelensError: for a template or arguments that cannot be used.
     """
     changes: dict[str, Any] = {"template": template, "instruction": instruction}
-    if template_arguments is not None or template not in (None, "chat"):  # other templates take no arguments
+    if template_arguments is not None or template not in (None, "chat"):  # only "chat" takes arguments
         new_template = template if template is not None else task.template
         changes["template_arguments"] = checked_arguments(template_arguments or (), new_template, f"task {task.name!r}")
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -69,7 +69,7 @@ def checked_arguments(arguments: Any, template: str, where: str) -> Arguments:
     Args:
         arguments: names and values: text, numbers, True, False or None.
         template: the task's template, which must be "chat" if there are arguments.
-        where: how messages begin.
+        where: beginning of messages.
 
     Raises:
         SitelensError: for another template, a name that is no identifier or is reserved, a value of another type, or a
