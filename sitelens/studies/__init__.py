@@ -1,7 +1,7 @@
-"""The paper's analyses, and those its reviewers asked for: each one function that returns a tidy DataFrame.
+"""The paper's analyses and those that its reviewers asked for: each is a function that returns a tidy DataFrame.
 
-`sl.figures` has a function of the same name for most, which draws what it returns. The decorator `sl.study` gives a
-function its caption and its figure; `sl.make_figures` and the command `sitelens figures` make them all.
+For most of them, `sl.figures` has a function of the same name that draws the result. The decorator `sl.study` gives a
+function its caption and its figure; `sl.make_figures` and the command `sitelens figures` produce all figures.
 """
 
 from sitelens.studies.common import Options as Options

@@ -1,4 +1,4 @@
-"""What the studies share: tasks with their embeddings and selections, and conditions measured with intervals."""
+"""What the studies share: tasks with embeddings and selections, and conditions measured with intervals."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ Facts = Mapping[str, Any]
 
 
 class Options(TypedDict, total=False):
-    """What every study takes by name: the fields of `Sample`.
+    """Options that every study accepts by name: the fields of `Sample`.
 
-    n_items: test items a task (default 100; None: all). split: "test" or "valid". seed: of prompts, demonstrations and
-    the sample of items.
+    Attributes:
+        n_items: test items per task (default 100; None for all).
+        split: "test" (default) or "valid".
+        seed: fixes the prompts, the demonstrations and the sample of items.
     """
 
     n_items: Count | None
@@ -39,7 +41,13 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A task with its embedding and what was trained for it."""
+    """A task with its embedding and the alpha trained for it.
+
+    Attributes:
+        task: the task.
+        embedding: its task embedding.
+        result: the trained selection with its history.
+    """
 
     task: Task
     embedding: TaskEmbedding
@@ -51,14 +59,14 @@ class Prepared:
         return self.result.selection
 
     def patch(self, selection: HeadSelection | None = None) -> PatchHeads:
-        """The task's embedding injected at a selection (default: the trained one), mixed as it was trained."""
+        """The task's embedding injected at a selection (default: the trained one), with the mixing of its training."""
         return PatchHeads(selection or self.selection, self.embedding, self.result.config.mixing)
 
 
 @checked
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Which items are measured; see `Options`."""
+    """Which items are evaluated; see `Options`."""
 
     n_items: Count | None = 100
     split: str = "test"
@@ -68,7 +76,14 @@ class Sample:
 def prepare(
     tasks: Iterable[Task | str], model: Model, config: TrainConfig | None, sample: Sample, at_least: int = 1
 ) -> list[Prepared]:
-    """Every task embedded and trained, in one batch, or taken from the cache.
+    """All tasks, embedded and trained in one batch, or read from the cache.
+
+    Args:
+        tasks: the tasks.
+        model: the model.
+        config: training of alpha (default: the paper's).
+        sample: its seed fixes the prompts of the embeddings.
+        at_least: smallest number of tasks.
 
     Raises:
         SitelensError: for fewer tasks than `at_least`, before anything is trained.
@@ -80,10 +95,10 @@ def prepare(
 
 
 def some_tasks(tasks: Iterable[Task | str], at_least: int = 1) -> list[Task]:
-    """The tasks loaded.
+    """The tasks, loaded.
 
     Raises:
-        SitelensError: for fewer of them than `at_least`, and as `load_tasks`.
+        SitelensError: for fewer tasks than `at_least`, and as `load_tasks`.
     """
     loaded = load_tasks(tasks)
     if len(loaded) < at_least:
@@ -92,7 +107,17 @@ def some_tasks(tasks: Iterable[Task | str], at_least: int = 1) -> list[Task]:
 
 
 def measure(task: Task, settings: Sequence[tuple[Facts, Condition]], model: Model, sample: Sample) -> pd.DataFrame:
-    """One row a setting: task, its facts, and mean, low, high (95%), n of first-token accuracy, loss in nats."""
+    """Accuracy and loss of each condition on a task: one row per setting.
+
+    Columns: task, the facts of the setting, mean, low, high (first-token accuracy and its 95% interval over items), n
+    (items), loss (mean cross-entropy of the answer's first token in nats).
+
+    Args:
+        task: the task.
+        settings: (facts, condition) pairs; facts are columns that describe the condition.
+        model: the model.
+        sample: which items are evaluated.
+    """
     conditions = {str(i): condition for i, (_, condition) in enumerate(settings)}
     scores = score_conditions(task, conditions, model, **asdict(sample))
     summary = summarize(scores).set_index("condition")
@@ -106,16 +131,16 @@ def measure(task: Task, settings: Sequence[tuple[Facts, Condition]], model: Mode
 
 
 def head_counts_up_to(n_heads: int) -> tuple[int, ...]:
-    """0, all, and about twenty numbers between, dense where heads are few."""
+    """Numbers of heads to try: 0, all, and about twenty in between, denser at small numbers."""
     some = {0, 1, 2, 4, 8, n_heads} | {round(n_heads * share / 16) for share in range(1, 16)}
     return tuple(sorted(k for k in some if k <= n_heads))
 
 
 def checked_counts(ks: Iterable[int] | None, model: Model) -> tuple[int, ...]:
-    """The numbers of heads to be tried.
+    """The numbers of heads to try (default: `head_counts_up_to` the model's number of heads).
 
     Raises:
-        SitelensError: if one is negative, or larger than the number of heads.
+        SitelensError: if one is negative or exceeds the number of heads.
     """
     layers, heads, _ = model.shape
     chosen = head_counts_up_to(layers * heads) if ks is None else tuple(ks)

@@ -1,4 +1,4 @@
-"""What SITE costs beside prompting, in seconds and in tokens, as the number of prompts to be answered grows."""
+"""The cost of SITE compared with prompting, in seconds and tokens, as the number of prompts grows."""
 
 from __future__ import annotations
 
@@ -41,11 +41,20 @@ def costs(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """Seconds and tokens of zero-shot prompting, N-shot prompting and SITE for growing numbers of prompts.
+    """Seconds and tokens of zero-shot prompting, N-shot prompting and SITE: one row per method and number of prompts.
 
-    One row per method and count: method ("zero-shot", "N-shot", "SITE" with its embedding and training, and "SITE,
-    prepared" without), prompts, seconds, tokens (that went through the model, forward). Nothing is taken from the
-    cache. Items of the split are repeated where there are fewer. Times are of this machine, once each.
+    Columns: method ("zero-shot", "N-shot", "SITE" including embedding and training, "SITE, prepared" without them),
+    prompts, seconds, tokens (passed forward through the model). Nothing is read from the cache. Times are single
+    measurements on this machine.
+
+    Args:
+        task: the task; its items are repeated if there are fewer than a count.
+        model: the model (default: the packaged one).
+        counts: numbers of prompts to answer.
+        n_shots: demonstrations in prompts of the embedding and in N-shot prompts.
+        n_prompts: prompts of the embedding.
+        config: training of alpha (default: the paper's).
+        options: split and seed; see `Options`.
 
     Raises:
         SitelensError: for a count below 1, a split without items, and as `train_selection`.

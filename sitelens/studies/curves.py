@@ -1,4 +1,4 @@
-"""Studies of losses: along a training, and along the line between two alphas."""
+"""Losses during training, and along the straight line between two alphas."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ from sitelens.tasks import Task, load_task
 def training_curves(
     tasks: Iterable[Task | str], model: ModelSource | None = None, *, config: TrainConfig | None = None
 ) -> pd.DataFrame:
-    """Losses during training: one row per task and step, with the columns of `TrainResult.history`.
+    """Losses during training: one row per task and step, with the columns of `TrainResult.history`, and task.
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        config: training of alpha (default: the paper's).
 
     Raises:
         SitelensError: as `train_selections`.
@@ -60,11 +65,19 @@ def loss_path(
     mixing: Mixing = "convex",
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """Cross-entropy along the straight line from one alpha to another: is there a barrier between two solutions?
+    """Cross-entropy along the straight line from one alpha to another: one row per point.
 
-    One row a point: position (0 at `a`, 1 at `b`), loss (nats, of the answer's first token), mean, low, high, n
-    (accuracy). Measured on validation items unless `split` says otherwise, under the `mixing` that the alphas were
-    trained with.
+    It shows whether a barrier separates two solutions. Columns: position (0 at `a`, 1 at `b`), loss (nats, of the
+    answer's first token), mean, low, high, n (accuracy).
+
+    Args:
+        task: the task.
+        a, b: the two ends.
+        embedding: the task embedding that is injected.
+        model: the model (default: the packaged one).
+        points: number of points, ends included.
+        mixing: that of the training of both alphas.
+        options: see `Options`; here `split` is "valid" by default.
 
     Raises:
         SitelensError: for fewer than two points, or selections of another model or of different shapes.
@@ -97,9 +110,16 @@ def loss_paths(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """`loss_path` from each task's alpha to that of another seed, and to that of a random start.
+    """`loss_path` from each task's alpha to that of another seed and to that of a random init.
 
-    One row per task, path and point: the columns of `loss_path`, and path ("TASK, to another seed").
+    One row per task, path and point: the columns of `loss_path`, and path ("TASK, to another seed" or "TASK, to a
+    random start").
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        config: training of alpha (default: the paper's).
+        options: see `Options`; here `split` is "valid" by default.
 
     Raises:
         SitelensError: as `train_selections`.

@@ -1,4 +1,4 @@
-"""Studies of what the selected heads are: known kinds of heads, and whether a shared head does the same for both."""
+"""What the selected heads are: known kinds of heads, and whether a shared head does the same in both tasks."""
 
 from __future__ import annotations
 
@@ -35,13 +35,21 @@ def head_overlap(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """Whether the selected heads are induction, previous-token or function-vector heads (asked for by reviewers).
+    """Overlap of the selected heads with induction, previous-token and function-vector heads (asked for by reviewers).
 
-    One row per task and kind of head: kind, k, shared (of the kind's k highest heads, those with alpha > 0.5),
-    share (shared / k), expected (by chance), p (hypergeometric, one-sided), auc (of the kind's score for telling
-    selected heads from others), spearman (alpha with the score). `k` defaults to a tenth of
-    all heads. Induction and previous-token scores come from repeated random tokens, function-vector heads from the
-    causal indirect effect on this task.
+    One row per task and kind of head: kind, k, shared (how many of the kind's top k heads have alpha > 0.5), share
+    (shared / k), expected (share by chance), p (one-sided, hypergeometric), auc (how well the kind's score separates
+    selected heads from the others), spearman (of alpha and score). Induction and previous-token scores come from
+    repeated random tokens, function-vector heads from the indirect effects on this task.
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        k: top heads per kind (default: a tenth of all heads).
+        n_prompts: prompts for the indirect effects.
+        n_shots: demonstrations per prompt.
+        config: training of alpha (default: the paper's).
+        options: only `seed` has an effect; see `Options`.
 
     Raises:
         SitelensError: for a k larger than the number of heads, and as `train_selections`.
@@ -93,12 +101,20 @@ def shared_attention(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """Whether sharing a head means sharing the computation: on what the heads of two tasks attend, on both's prompts.
+    """Whether a head shared by two tasks attends to the same roles in both: one row per pair of tasks, head and role.
 
-    For every two tasks a and b, one row per head and role: task_a, task_b, layer, head, group (alpha > 0.5 in "both",
-    "only a", "only b" or "neither"), role, share_a and share_b (of the last token's attention, on prompts of a and
-    of b), and distance, the total variation between the two shares of all roles (the same on every row of a head).
-    If a shared head does the same for both tasks, its distance is small beside that of heads not shared.
+    Columns: task_a, task_b, layer, head, group (alpha > 0.5 in "both", "only a", "only b" or "neither"), role, share_a
+    and share_b (of the last token's attention, on prompts of a and of b), distance (total variation distance of the two
+    distributions over roles; the same in all rows of a head). If sharing a head means sharing its computation,
+    distances in "both" are smaller than in the other groups.
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        n_prompts: prompts per task.
+        n_shots: demonstrations per prompt.
+        config: training of alpha (default: the paper's).
+        options: only `seed` has an effect; see `Options`.
 
     Raises:
         SitelensError: for fewer than two tasks, and as `train_selections`.

@@ -1,4 +1,4 @@
-"""Studies of which heads are patched, and how strongly: thresholds, random heads, heads added and removed."""
+"""Which heads are patched, and how strongly: thresholds, random heads, heads added and removed, mixing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sitelens.studies.registry import study
 from sitelens.tasks import Task
 
 THRESHOLDS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-GENERIC = 0.02  # a shared alpha this near to the tasks' own is worth a warning
+GENERIC = 0.02  # accuracy difference within which a shared alpha counts as good as the tasks' own
 
 
 @study(caption="Hard selection over its threshold.", figure=figures.soft_hard)
@@ -39,13 +39,20 @@ def soft_hard(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """Soft selection against hard ones over thresholds (paper: hard injection).
+    """Soft selection compared with hard ones (paper: hard injection): one row per task and threshold.
 
-    One row per task and threshold: threshold, n_heads (above it), mean, low, high, n, loss; soft, soft_low, soft_high
-    (the same alpha unrounded) and gap (soft - mean). `options` are those of `Sample`.
+    Columns: task, threshold, n_heads (above it), mean, low, high (accuracy with 95% interval), n (items), loss (nats),
+    soft, soft_low, soft_high (accuracy of the same alpha, not rounded), gap (soft - mean).
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        thresholds: alphas above the threshold become 1, all others 0.
+        config: training of alpha (default: the paper's).
+        options: see `Options`.
 
     Raises:
-        SitelensError: for a threshold outside of [0, 1], and as `train_selections`.
+        SitelensError: for a threshold outside [0, 1], and as `train_selections`.
 
     Example:
         >>> frame = sl.studies.soft_hard([task], model, thresholds=[0.25, 0.5], config=config, n_items=4)
@@ -83,10 +90,18 @@ def random_heads(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """Heads drawn at random, many times for each number of them, beside the k heads of highest alpha.
+    """Random heads compared with the k heads of highest alpha: one row per task, k and draw.
 
-    One row per task, k and draw: heads ("random" or "high-alpha"), k, draw (0 for high-alpha), mean, low, high, n,
-    loss. The draws are the same for all tasks.
+    Columns: task, heads ("random" or "high-alpha"), k, draw (0 for high-alpha), mean, low, high (accuracy with 95%
+    interval), n (items), loss (nats). The draws are the same for all tasks.
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        ks: numbers of heads (default: about twenty from 0 to all).
+        draws: random draws per k.
+        config: training of alpha (default: the paper's).
+        options: see `Options`.
 
     Raises:
         SitelensError: for a k larger than the number of heads, fewer than one draw, and as `train_selections`.
@@ -124,11 +139,18 @@ def head_counts(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """Heads added and removed one after the other, from the highest alpha down and from the lowest up.
+    """Accuracy as heads are added or removed in the order of alpha: one row per task, k, order and change.
 
-    A causal test of the ranking (asked for by reviewers). "added": these k heads alone, at 1. "removed": the trained
-    alpha with these k heads at 0. One row per task, order ("high-alpha" or "low-alpha" first), change and k, with
-    mean, low, high, n, loss. `ks=range(n + 1)` takes every step.
+    A causal test of the ranking (asked for by reviewers). Columns: task, order ("high-alpha" or "low-alpha" heads
+    first), change ("added": only these k heads, at 1; "removed": the trained alpha with these k heads at 0), k, mean,
+    low, high (accuracy with 95% interval), n (items), loss (nats).
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        ks: numbers of heads (default: about twenty from 0 to all); `range(n_heads + 1)` gives every step.
+        config: training of alpha (default: the paper's).
+        options: see `Options`.
 
     Raises:
         SitelensError: for a k larger than the number of heads, and as `train_selections`.
@@ -165,11 +187,19 @@ def task_agnostic(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """One alpha for all tasks, each with its own embedding, against each task's own alpha (paper: task-agnostic).
+    """One alpha for all tasks compared with each task's own: one row per task and condition (paper: task-agnostic).
 
-    One row per task and condition: "zero-shot", "N-shot", "own alpha", "shared alpha" (trained on all tasks
-    together), "mean alpha" (of the tasks' own); mean, low, high, n, loss. Warns where the tasks' own alphas help, and
-    the shared one does as well: the heads are then generic.
+    Columns: task, condition ("zero-shot", "N-shot", "own alpha", "shared alpha": trained on all tasks together, "mean
+    alpha": mean of the tasks' own), mean, low, high (accuracy with 95% interval), n (items), loss (nats). Every task
+    keeps its own embedding. A warning is given if the tasks' own alphas help and the shared one is as good: the heads
+    are then generic.
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        n_shots: demonstrations of the N-shot baseline.
+        config: training of alpha (default: the paper's).
+        options: see `Options`.
 
     Raises:
         SitelensError: for fewer than two tasks, and as `train_selections`.
@@ -214,10 +244,16 @@ def mixing(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """Convex against additive mixing, each with an alpha trained for it (asked for by reviewers).
+    """Convex compared with additive mixing, each with an alpha trained for it (asked for by reviewers).
 
-    One row per task and mixing: mean, low, high, n, loss, n_heads (alpha above 0.5), fraction_saturated, and with
-    `hard` True the same alpha rounded.
+    One row per task, mixing and `hard` (False: alpha as trained; True: rounded): task, mixing, n_heads (alpha above
+    0.5), fraction_saturated, hard, mean, low, high (accuracy with 95% interval), n (items), loss (nats).
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        config: training of alpha (default: the paper's); its mixing has no effect.
+        options: see `Options`.
 
     Raises:
         SitelensError: as `train_selections`.

@@ -1,4 +1,4 @@
-"""Whether tasks with similar heads transfer, pair by pair."""
+"""Whether similarity of heads predicts transfer, pair of tasks by pair of tasks."""
 
 from __future__ import annotations
 
@@ -40,10 +40,16 @@ def similarity_transfer(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """Similarity of alpha (Pearson) and transfer for every two tasks.
+    """Similarity of alpha and transfer for every pair of tasks: one row per source and target.
 
-    One row per source and target: source, target, similarity, transfer (share of the target's own gain), and, the same
-    on every row, r and p of `similarity_predicts_transfer`.
+    Columns: source, target, similarity (Pearson), transfer (share of the target's own gain), r and p (of
+    `similarity_predicts_transfer`; the same in every row).
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        config: training of alpha (default: the paper's).
+        options: see `Options`.
 
     Raises:
         SitelensError: for fewer than three tasks, and as `train_selections`.

@@ -1,4 +1,4 @@
-"""What a study is: one function to a tidy frame, with its caption and its figure. `sl.make_figures` makes them."""
+"""Registry of studies: a study is a function that returns a tidy frame, with its caption and its figure."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Study:
-    """One analysis, with its figure.
+    """An analysis with its caption and its figure.
 
-    name: of the figure's files, and in commands.
-    caption: what the figure shows, in one sentence.
-    function: called with tasks and a model, and by name with n_items, seed and config where it takes them. A function
-        whose first parameter is called `task` is given the first task. It returns a tidy DataFrame, or a result that
-        has a frame and a figure.
-    figure: draws the frame; None where the result draws itself.
-    tasks: names of the tasks on which `sl.make_figures` makes it.
-    most_items: test items per task at most, whatever is asked for.
-    arguments: further arguments of the function.
+    Attributes:
+        name: name of the figure's files, and of the study in commands.
+        caption: what the figure shows, in one sentence.
+        function: called with tasks and a model, and with those of n_items, seed and config that it accepts. If its
+            first parameter is called `task`, it is given the first task only. It returns a tidy DataFrame, or a result
+            that has a frame and a figure.
+        figure: draws the frame; None if the result draws itself.
+        tasks: names of the tasks that `sl.make_figures` uses.
+        most_items: largest number of test items per task, whatever the caller asks for.
+        arguments: further arguments of the function.
     """
 
     name: str
@@ -53,17 +54,24 @@ class Study:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def items(self, n_items: int) -> int:
-        """How many test items per task are used where `n_items` are asked for."""
+        """Test items per task, given that the caller asks for `n_items`."""
         return n_items if self.most_items is None else min(n_items, self.most_items)
 
     def make(
         self, tasks: Sequence[Task], model: ModelLike, *, n_items: int = 100, seed: int = 0,
         config: TrainConfig | None = None,
     ) -> tuple[pd.DataFrame, Figure]:  # fmt: skip
-        """The frame and the figure.
+        """The study's frame and figure.
+
+        Args:
+            tasks: the tasks.
+            model: the model.
+            n_items: test items per task, at most `most_items`.
+            seed: fixes prompts and items.
+            config: training of alpha (default: the paper's).
 
         Raises:
-            SitelensError: if the function or the drawing returns something else, and as the function.
+            SitelensError: if function or figure return something else, and as the function.
         """
         parameters = inspect.signature(self.function).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -101,14 +109,18 @@ def study(
     most_items: int | None = None,
     **arguments: Any,
 ) -> Callable[[Function], Function]:
-    """A decorator that makes a function a study: it is listed, and made with its data and its origin by its name.
+    """A decorator that registers a function as a study, so that `sl.make_figures` can run and draw it by name.
 
-    The function stays as it is. Parameters are the fields of `Study`; the name is by default the function's, with
-    dashes. An installed package names the module that holds its studies by an entry point of the group
+    The function itself is unchanged. An installed package names the module with its studies in the entry-point group
     "sitelens.studies".
 
+    Args:
+        name: name of the study (default: that of the function, with dashes).
+        caption, figure, tasks, most_items: as in `Study`.
+        arguments: further arguments of the function.
+
     Raises:
-        SitelensError: for a name that another study has, or that is no file name.
+        SitelensError: if another study has the name, or it cannot be a file name.
 
     Example:
         >>> def dots(frame):

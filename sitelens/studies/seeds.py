@@ -1,4 +1,4 @@
-"""Studies of seeds: how accuracy varies with the prompts of an embedding and with the seed of a training."""
+"""How accuracy varies with the seed of the embedding's prompts and with the seed of the training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,18 @@ def seed_variance(
 ) -> pd.DataFrame:
     """Accuracy under every prompt seed (of the embedding) and training seed (asked for by reviewers).
 
-    One row per task, prompt_seed and training_seed: mean, low, high, n, loss, n_heads. The test items are the same.
+    One row per task, prompt_seed and training_seed: task, prompt_seed, training_seed, n_heads (alpha above 0.5), mean,
+    low, high (accuracy with 95% interval), n (items), loss (nats). The test items are always the same.
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        prompt_seeds: seeds of the embedding's prompts.
+        training_seeds: seeds of the training.
+        n_prompts: prompts of the embedding.
+        n_shots: demonstrations per prompt.
+        config: training of alpha (default: the paper's); its seed has no effect.
+        options: see `Options`.
 
     Raises:
         SitelensError: as `train_selections`.
@@ -70,19 +81,25 @@ def seed_variance(
 
 
 def variance_components(frame: pd.DataFrame) -> pd.DataFrame:
-    """What makes the accuracies of `seed_variance` differ: one row per task, standard deviations in shares.
+    """Variance components of the accuracies of `seed_variance`: one row per task, standard deviations of accuracy.
 
-    The model is accuracy = mean + prompt seed + training seed + residual, all but the mean random. Variances are
-    estimated by restricted maximum likelihood, none below zero (for a complete table: the analysis of variance, in
-    which a mean square smaller than the residual's joins it; Thompson 1962). With few seeds they are rough.
+    Columns: task, mean; prompt_sd and training_sd (of the two seeds); residual_sd (what a pair of seeds adds beyond
+    both); total_sd (of one run under new seeds on the same items; its square is the sum of the three squares); item_se
+    (binomial standard error of one accuracy: the effect of other test items, since all runs share theirs). With a
+    single seed of one kind, its sd and residual_sd are NaN, and the sd of the other contains the residual.
 
-    Columns: task, mean; prompt_sd, training_sd; residual_sd, what a pair of seeds adds beyond the two; total_sd, of one
-    run under new seeds, on the same items (its square is the sum of the three squares); item_se, the binomial standard
-    error of one accuracy: what other test items would add, as all runs share theirs. With one seed of a kind, its
-    deviation and residual_sd are NaN, and that of the other contains the residual.
+    The model is accuracy = mean + prompt seed + training seed + residual, with all but the mean random. Variances are
+    estimated by restricted maximum likelihood and are never negative. With few seeds they are rough.
+
+    Args:
+        frame: the result of `seed_variance`.
 
     Raises:
-        SitelensError: if a column is missing, or a task lacks a pair of seeds or has one twice.
+        SitelensError: if a column is missing, or a task does not have every pair of seeds exactly once.
+
+    Source:
+        Thompson 1962: for a complete table this is the analysis of variance in which a mean square smaller than that of
+        the residual is pooled with it.
 
     Example:
         >>> frame = sl.studies.seed_variance([task], model, prompt_seeds=[0, 1], training_seeds=[0, 1], config=config,
@@ -111,7 +128,7 @@ def variance_components(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _crossed_components(table: np.ndarray) -> tuple[float, float, float]:
-    """Variances of rows, of columns and of the residual of a table; NaN for what a single row or column leaves open."""
+    """Variance components of rows, columns and residual of a table; NaN if one row or column cannot determine them."""
     n_rows, n_columns = table.shape
     if min(table.shape) == 1:
         variance = float(table.var(ddof=1)) if table.size > 1 else np.nan

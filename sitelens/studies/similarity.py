@@ -1,4 +1,4 @@
-"""Similarity of head selections between tasks, its ceiling and floor, and whether it predicts transfer."""
+"""Similarity of head selections between tasks, with ceiling and floor, and whether it predicts transfer."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ MEASURES = ("pearson", "spearman", "jaccard")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadSimilarity(Result):
-    """How similar the head selections of tasks are.
+    """Similarity of the head selections of tasks.
 
     Attributes:
         frame: one row per measure, pair of tasks and pair of training seeds: measure, a, b, seed_a, seed_b, similarity.
-            Pairs of a task with itself are under different seeds.
-        floor: one row per measure and permutation: measure, permuted ("heads": all of them; "within layers": each
-            layer's profile is kept), similarity.
-        tasks, model: their names.
-        k: heads in each task's top-k set, for jaccard.
+            A task is compared with itself under different seeds.
+        floor: one row per measure and permutation: measure, permuted ("heads": over all layers; "within layers": each
+            layer's set of alphas is kept), similarity.
+        tasks, model: names.
+        k: heads in each task's top-k set, for Jaccard.
         groups: each task's kind, for figures.
-        record: how it was made.
+        record: settings, model and tasks behind it.
     """
 
     kind: ClassVar[str] = "similarity"
@@ -62,16 +62,17 @@ class HeadSimilarity(Result):
 
     @checked
     def matrix(self, measure: str = "pearson") -> pd.DataFrame:
-        """Tasks by tasks, means over pairs of seeds; on the diagonal a task with itself (NaN under one seed)."""
+        """Similarity, tasks by tasks, averaged over pairs of seeds; the diagonal compares seeds (NaN for one)."""
         rows = self.frame[self.frame["measure"] == _known(measure)]
         means = rows.groupby(["a", "b"])["similarity"].mean()
         values = [[means.get((a, b), means.get((b, a), np.nan)) for b in self.tasks] for a in self.tasks]
         return pd.DataFrame(values, list(self.tasks), list(self.tasks), dtype=float)
 
     def summary(self) -> pd.DataFrame:
-        """One row a measure: the mean between tasks, the ceiling (a task under another seed) and the floors.
+        """Similarity between tasks, ceiling and floors: one row per measure.
 
-        floor_heads and floor_layers are means over permutations, with the 97.5% quantiles beside them.
+        The ceiling is the mean similarity of a task with itself under another seed; floor_heads and floor_layers are
+        means over permutations, each with its 97.5% quantile.
         """
         rows = []
         for measure in MEASURES:
@@ -86,7 +87,7 @@ class HeadSimilarity(Result):
         return pd.DataFrame(rows)
 
     def tables(self) -> list[Table]:
-        """The summary: measures down; mean between tasks, ceiling and floors across."""
+        """The summary as a table: one row per measure."""
         cells = self.summary().set_index("measure").map(lambda value: "" if pd.isna(value) else f"{value:.2f}")
         names = {"floor_heads": "floor (heads)", "floor_layers": "floor (within layers)"}
         names |= {f"{name}_97.5%": "97.5% quantile" for name in names}
@@ -95,23 +96,23 @@ class HeadSimilarity(Result):
         return [Table(cells.rename(columns=names), caption, note)]
 
     def figure(self, title: str | None = None) -> go.Figure:
-        """The heatmap of Pearson's r, clustered."""
+        """The clustered heatmap of Pearson's r."""
         return self.heatmap("pearson", title)
 
     def frames(self) -> dict[str, pd.DataFrame]:
-        """The frames that are written as CSV, by the ending of their file's name."""
+        """The frames to write as CSV, by the suffix of their file names."""
         return {**super().frames(), "-floor": self.floor}
 
     def description(self) -> dict[str, Any]:
-        """What it is in a few words, for its repr."""
+        """Number of tasks and seeds, and the model, for the repr."""
         seeds = len(set(self.frame["seed_a"]) | set(self.frame["seed_b"]))
         return {"tasks": len(self.tasks), "seeds": seeds, "model": self.model}
 
     @checked
     def heatmap(self, measure: str = "pearson", title: str | None = None) -> go.Figure:
-        """Tasks by tasks in clustered order with the dendrogram; colors fixed to [-1, 1], or [0, 1] for jaccard."""
+        """Tasks by tasks in clustered order, with dendrogram; colors fixed to [-1, 1], or [0, 1] for "jaccard"."""
         frame = self.matrix(measure)
-        distance = 1 - frame.fillna(0).to_numpy()  # a constant alpha is like nothing
+        distance = 1 - frame.fillna(0).to_numpy()  # undefined for a constant alpha: counts as 0
         np.fill_diagonal(distance, 0)
         tree = linkage(squareform(distance, checks=False), "average")
         names = [frame.columns[i] for i in leaves_list(tree)]
@@ -137,11 +138,19 @@ def head_similarity(
     embeddings: Mapping[str, TaskEmbedding] | None = None,
     n_permutations: CountOrZero = 1000,
 ) -> HeadSimilarity:
-    """Similarity of the alphas of every two tasks, trained under every seed: Pearson, Spearman and top-k Jaccard.
+    """Similarity of the alphas of all pairs of tasks and training seeds: Pearson, Spearman and top-k Jaccard.
 
-    Pearson's r is centered; all alphas are mostly near 0 or 1, so read it beside the others. `k` heads are the top
-    ones of each alpha (default: as many as have alpha > 0.5). The ceiling is the same task under another seed, the
-    floor permutations of the heads of one alpha.
+    Alphas cluster at 0 and 1, so compare Pearson's r with the other two. The ceiling is the same task under another
+    seed; the floor permutes the heads of one of two alphas.
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        seeds: training seeds.
+        k: heads in each top-k set (default: as many as have alpha > 0.5).
+        config: training of alpha (default: the paper's); its seed has no effect.
+        embeddings: embeddings by task name (default: `embed_task` of each task).
+        n_permutations: permutations behind each floor.
 
     Raises:
         SitelensError: for fewer than two tasks, a k larger than the number of heads, and as `train_selections`.
@@ -175,10 +184,12 @@ def head_similarity(
 def alpha_similarity(
     a: HeadSelection, b: HeadSelection, measure: str = "pearson", k: CountOrZero | None = None
 ) -> float:
-    """How alike two alphas are, over all heads: Pearson's r, Spearman's rho, or the Jaccard index of the top k.
+    """Similarity of two alphas over all heads: "pearson" (r), "spearman" (rho) or "jaccard" (index of the top k heads).
+
+    By default, k is the number of heads with alpha > 0.5 in each.
 
     Raises:
-        SitelensError: if they have different shapes, or for an unknown measure.
+        SitelensError: if their shapes differ, or for an unknown measure.
     """
     if a.alpha.shape != b.alpha.shape:
         raise SitelensError(
@@ -191,11 +202,15 @@ def alpha_similarity(
 def similarity_predicts_transfer(
     similarity: HeadSimilarity, grid: TransferMatrix, *, n_permutations: CountOrZero = 10_000, seed: Seed = 0
 ) -> pd.DataFrame:
-    """Whether tasks with like heads transfer: one row per measure, with `r`, `p`, cells and permutations.
+    """Correlation of similarity and transfer: one row per measure, with columns measure, r, p, cells, permutations.
 
-    r correlates similarity with normalized transfer over the off-diagonal cells where that is known. Cells that
-    share a task are not independent, so p comes from the quadratic assignment procedure (Krackhardt 1988): rows and
-    columns of one matrix permuted together. Two-sided.
+    r correlates similarity with normalized transfer over the off-diagonal cells in which the latter is defined. Cells
+    that share a task are not independent, so the two-sided p comes from the quadratic assignment procedure (Krackhardt
+    1988): rows and columns of one matrix are permuted together.
+
+    Args:
+        n_permutations: permutations behind p.
+        seed: fixes the permutations.
 
     Raises:
         SitelensError: if the two hold different tasks, or fewer than three.
@@ -221,10 +236,10 @@ def similarity_predicts_transfer(
 
 
 def qap(x: np.ndarray, y: np.ndarray, n_permutations: int = 10_000, seed: int = 0) -> tuple[float, float, int]:
-    """Correlation of two square matrices off the diagonal, its two-sided p under joint permutations, and the cells.
+    """Off-diagonal correlation of two square matrices, its two-sided p under joint permutations, and the cells used.
 
-    Cells where either is NaN are left out, of x wherever they are permuted to. r and p are NaN where what is left of
-    x or y does not vary.
+    Cells in which either matrix is NaN are excluded (those of x move with its permutation). r and p are NaN if the
+    remaining cells of x or y are constant.
     """
     n = len(x)
     off_diagonal = ~np.eye(n, dtype=bool)
@@ -238,7 +253,7 @@ def qap(x: np.ndarray, y: np.ndarray, n_permutations: int = 10_000, seed: int = 
     observed, cells = r(np.arange(n))
     if np.isnan(observed):
         return observed, observed, cells
-    # One whose r is not defined counts as at least as large.
+    # A permutation with undefined r counts as at least as large.
     as_large = sum(not abs(r(rng.permutation(n))[0]) < abs(observed) - 1e-12 for _ in range(n_permutations))
     return observed, (1 + as_large) / (1 + n_permutations), cells
 
@@ -250,7 +265,7 @@ def _known(measure: str) -> str:
 
 
 def _vector(selection: HeadSelection, measure: str, k: int | None) -> np.ndarray:
-    """What a measure compares: alpha, its ranks, or which heads are the top ones."""
+    """What a measure compares: alpha, its ranks, or membership in the top k."""
     alpha = selection.alpha.flatten().double().numpy()
     if measure == "pearson":
         return alpha
@@ -265,7 +280,7 @@ def _compare(a: np.ndarray, b: np.ndarray, measure: str) -> float:
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's r; NaN where a side does not vary (its standard deviation need not be quite 0)."""
+    """Pearson's r; NaN if either side is constant (rounding can make its standard deviation nonzero)."""
     if not (a != a[:1]).any() or not (b != b[:1]).any():
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])

@@ -1,4 +1,4 @@
-"""Studies of how alpha is trained: prompts and shots, initializations, checkpoints, what alphas come out."""
+"""How alpha is trained: prompts and shots of the embedding, initializations, checkpoints, and the resulting alphas."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sitelens.studies.registry import TWO, study
 from sitelens.studies.similarity import alpha_similarity
 from sitelens.tasks import Task
 
-BINS = 20  # of a histogram of alpha
+BINS = 20  # in a histogram of alpha
 INITS: tuple[float | Literal["random"], ...] = (0.1, 0.3, 0.5, 0.7, 0.9, "random")
 
 
@@ -42,10 +42,19 @@ def prompt_counts(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """How many prompts (M) and shots (N) a task embedding needs (paper: M in {1, 3, 5, 10, 50}).
+    """Accuracy of SITE by number of prompts (M) and shots (N) of the embedding (paper: M in {1, 3, 5, 10, 50}).
 
-    One row per task, n_prompts and n_shots: mean, low, high, n, loss of SITE; and `few_shot`, `few_shot_low`,
-    `few_shot_high`, the accuracy of plain prompting with as many shots. Every alpha is trained on its own embedding.
+    One row per task, n_prompts and n_shots: task, n_prompts, n_shots, mean, low, high (accuracy with 95% interval), n
+    (items), loss (nats), and few_shot, few_shot_low, few_shot_high (accuracy of plain prompting with as many shots).
+    Each embedding has its own alpha.
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        n_prompts: values of M.
+        n_shots: values of N.
+        config: training of alpha (default: the paper's).
+        options: see `Options`.
 
     Raises:
         SitelensError: for tasks with too few items for the largest N, and as `train_selections`.
@@ -88,9 +97,18 @@ def initializations(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """Where alpha starts, and where it ends (asked for by reviewers).
+    """Accuracy and alpha after training from different initial alphas: one row per task, init and seed.
 
-    One row per task, init and seed: mean, low, high, n, loss, valid_loss (the best), n_heads, fraction_saturated.
+    Asked for by reviewers. Columns: task, init, seed, valid_loss (lowest, in nats), n_heads (alpha above 0.5),
+    fraction_saturated, mean, low, high (accuracy with 95% interval), n (items), loss (nats).
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        inits: initial alphas, or "random".
+        seeds: training seeds.
+        config: training of alpha (default: the paper's); its init and seed have no effect.
+        options: see `Options`.
 
     Raises:
         SitelensError: as `train_selections`.
@@ -128,11 +146,15 @@ def initialization_distances(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """How far apart the alphas of `initializations` lie: one row per task and pair of runs.
+    """Distances between the alphas of `initializations`: one row per task and pair of runs.
 
     Columns: task, init_a, seed_a, init_b, seed_b, pair ("same init" under two seeds, "same seed" from two inits, or
-    "both differ"), distance (mean absolute difference of alpha), pearson, hard_agreement (share of heads on the
-    same side of 0.5).
+    "both differ"), distance (mean absolute difference of alpha), pearson, hard_agreement (share of heads on the same
+    side of 0.5).
+
+    Args:
+        tasks, model, inits, seeds, config: as in `initializations`.
+        options: only `seed` has an effect; see `Options`.
 
     Example:
         >>> frame = sl.studies.initialization_distances([task], model, inits=[0.5], seeds=[0, 1], config=config)
@@ -168,7 +190,11 @@ def initialization_runs(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> dict[tuple[str, float | str, int], tuple[TaskEmbedding, TrainResult]]:
-    """The runs of `initializations`, by task name, init and seed, with the embedding that they were trained on.
+    """The trainings of `initializations` and their embeddings, by (task name, init, seed).
+
+    Args:
+        tasks, model, inits, seeds, config: as in `initializations`.
+        options: only `seed` has an effect; see `Options`.
 
     Example:
         >>> runs = sl.studies.initialization_runs([task], model, inits=[0.5], seeds=[0, 1], config=config)
@@ -198,9 +224,16 @@ def checkpoints(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """The best against the last checkpoint (the paper's text keeps the best, its released code the last).
+    """The best checkpoint compared with the last: one row per task and checkpoint.
 
-    One row per task and checkpoint: step, valid_loss (of that step), mean, low, high, n, loss.
+    The paper's text keeps the best checkpoint, its released code the last. Columns: task, checkpoint, step, valid_loss
+    (nats, at that step), mean, low, high (accuracy with 95% interval), n (items), loss (nats).
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        config: training of alpha (default: the paper's); its checkpoint has no effect.
+        options: see `Options`.
 
     Raises:
         SitelensError: as `train_selections`.
@@ -236,11 +269,23 @@ def alpha_distribution(
     config: TrainConfig | None = None,
     **options: Unpack[Options],
 ) -> pd.DataFrame:
-    """How alpha is distributed (paper: histogram of alpha), over all heads, by layer, or over training.
+    """Distribution of alpha over all heads, by layer, or over training (paper: histogram of alpha).
 
-    "task" and "step": one row per task (and step) and bin: alpha (the bin's center), share (of heads). The alphas of
-    a step are those of a training that ends there, which draws the same items up to it. "layer": one row per task
-    and layer: mean, on (share of alpha > 0.5), binary (share within 0.1 of 0 or 1).
+    Rows depend on `by`:
+
+    - "task": one per task and bin: task, alpha (the bin's center), share (of heads).
+    - "step": one per task, step and bin: also step. Alphas of a step are those of a training that ends there, on the
+      same items as a longer one.
+    - "layer": one per task and layer: task, layer, mean, on (share of alpha > 0.5), binary (share within 0.1 of 0 or
+      1).
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        by: "task", "layer" or "step".
+        steps: numbers of training steps, if `by` is "step".
+        config: training of alpha (default: the paper's).
+        options: only `seed` has an effect; see `Options`.
 
     Raises:
         SitelensError: for an unknown `by`, and as `train_selections`.

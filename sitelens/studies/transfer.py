@@ -1,4 +1,4 @@
-"""Transfer between tasks: how well one task's heads, or embedding, serve another task (paper: inter-task patching)."""
+"""Transfer between tasks: how well one task's heads or embedding serve another (paper: inter-task patching)."""
 
 from __future__ import annotations
 
@@ -50,16 +50,29 @@ def transfer_matrix(
     embeddings: Mapping[str, TaskEmbedding] | None = None,
     selections: Mapping[str, HeadSelection] | None = None,
 ) -> TransferMatrix:
-    """Every task's heads (or embedding, or both) on every task. Missing embeddings and selections are made first.
+    """Accuracy of every task with the heads (or embedding, or both) of every other task.
 
-    "heads" keeps the target's embedding and takes the source's alpha (paper: inter-task patching), "embedding" the
-    other way round. All sources of a target share its prefixes, and a finished target is kept in the cache. `seed`
-    decides prompts and items, `config.seed` the training. `embeddings` and `selections` stand in for those that
-    would be made, by task name.
+    Every source is evaluated on every target. All sources of a target share its cached prefixes, and each finished
+    target is stored in the cache.
+
+    Args:
+        tasks: the tasks.
+        model: the model (default: the packaged one).
+        swap: what comes from the source: "heads" keeps the target's embedding and uses the source's alpha (paper:
+            inter-task patching), "embedding" does the reverse, "both" uses both.
+        n_items: test items per target (None for all).
+        split: "test" or "valid".
+        metric: name of a metric, or a `Metric`.
+        n_prompts: prompts per embedding.
+        n_shots: demonstrations per prompt.
+        config: training of alpha, with its seed (default: the paper's).
+        seed: fixes prompts and items.
+        embeddings: embeddings by task name; missing ones are computed.
+        selections: selections by task name; missing ones are trained.
 
     Raises:
-        SitelensError: for fewer than two tasks, an unknown swap, an artifact of another model, and as the functions
-            it calls.
+        SitelensError: for fewer than two tasks, an unknown swap, an embedding or selection of another model, and as the
+            functions it calls.
 
     Example:
         >>> grid = sl.transfer_matrix([task, "antonym"], model, n_prompts=2, n_shots=2, config=config, n_items=4)

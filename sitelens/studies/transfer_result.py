@@ -1,4 +1,4 @@
-"""What `transfer_matrix` returns: accuracy of every target task with what every source task lends it."""
+"""Result of `transfer_matrix`: accuracy of every target task with the heads or embedding of every source task."""
 
 from __future__ import annotations
 
@@ -32,19 +32,22 @@ if TYPE_CHECKING:
 
 Swap = Literal["heads", "embedding", "both"]
 SWAPPED: dict[Swap, str] = {"heads": "heads", "embedding": "embedding", "both": "heads and the embedding"}
-SMALLEST_GAIN = 0.05  # of a task's own heads; below it a share of the gain means nothing
+SMALLEST_GAIN = 0.05  # smallest own gain (accuracy) for which a share of it is defined
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TransferMatrix(Result):
-    """Accuracy of every target task with what was swapped in from every source task.
+    """Accuracy of every target task with heads, embedding or both of every source task.
 
     Attributes:
-        matrix: accuracy (shares), sources down, targets across.
-        zero_shot: each target's accuracy without a patch. n: its test items.
-        swap: what comes from the source: "heads" (alpha), "embedding", or "both". metric, model: as evaluated.
-        groups: each task's kind, for figures. origin: the model and the prompts behind it, where they are known.
-        record: how it was made.
+        matrix: accuracy (shares); one row per source, one column per target.
+        zero_shot: zero-shot accuracy per target.
+        n: test items per target.
+        swap: what comes from the source: "heads" (alpha), "embedding" or "both".
+        metric, model: names.
+        groups: each task's kind, for figures.
+        origin: the model and the prompts behind it, if known.
+        record: settings, model and tasks behind it.
     """
 
     kind: ClassVar[str] = str(Kind.TRANSFER)
@@ -67,23 +70,23 @@ class TransferMatrix(Result):
 
     @property
     def own(self) -> pd.Series:
-        """Each target's accuracy with its own heads and embedding (the diagonal)."""
+        """Accuracy of each task with its own heads and embedding (the diagonal)."""
         return pd.Series({name: self.matrix.loc[name, name] for name in self.matrix.columns}, dtype=float)
 
     def normalized(self) -> pd.DataFrame:
-        """Each cell as a share of the target's own gain over zero-shot; NaN where that gain is under 5 points."""
+        """Each cell as a share of the target's own gain over zero-shot; NaN if that gain is below 5 points."""
         gain = self.own - self.zero_shot
         return self.matrix.sub(self.zero_shot, axis=1).div(gain.where(gain >= SMALLEST_GAIN), axis=1)
 
     def clustered(self) -> TransferMatrix:
-        """Rows and columns in one order in which similar tasks stand together: the leaves of `tree()`."""
+        """The matrix with similar tasks next to each other: rows and columns in the order of the leaves of `tree()`."""
         names = [self.matrix.columns[i] for i in leaves_list(self.tree())]
         return replace(self, matrix=self.matrix.loc[names, names], zero_shot=self.zero_shot[names], n=self.n[names])
 
     def tree(self) -> np.ndarray:
-        """A scipy linkage of the tasks: average linkage on 1 - the mean of both directions' normalized transfer.
+        """A scipy linkage of the tasks: average linkage on 1 - normalized transfer, averaged over both directions.
 
-        Transfer that is not known, because the target's own gain is under 5 points, counts as none.
+        Normalized transfer is clipped to [0, 1]; undefined values (own gain below 5 points) count as 0.
         """
         share = self.normalized().fillna(0).clip(0, 1).to_numpy()
         distance = 1 - (share + share.T) / 2
@@ -92,9 +95,13 @@ class TransferMatrix(Result):
 
     @checked
     def clusters(self, share: Share = 0.5) -> list[list[str]]:
-        """Tasks that share what was swapped: the branches of `tree()` cut where tasks keep this share of the gain.
+        """Clusters of tasks: the branches of `tree()`, cut where this share of the gain is kept on average.
 
-        Each task is in one cluster, maybe alone; the largest come first, tasks and equals in the tree's order.
+        Every task is in exactly one cluster. The largest come first; tasks, and clusters of equal size, are in the
+        order of the tree.
+
+        Args:
+            share: between 0 and 1; higher gives more, smaller clusters.
 
         Raises:
             SitelensError: for a share outside [0, 1].
@@ -108,11 +115,11 @@ class TransferMatrix(Result):
         return sorted(found.values(), key=len, reverse=True)
 
     def summary(self) -> pd.DataFrame:
-        """One row per task: how well it is served by the others, and how well it serves them.
+        """How well each task works as target and as source: one row per task.
 
         Columns: task, n, zero_shot, own (accuracy with its own heads and embedding), as_target (share of its own gain
-        that the other tasks' heads reach, mean over them), as_source (share of the other tasks' gains that its heads
-        reach). Shares that are not known are left out of the means.
+        reached with what other tasks provide, mean over them), as_source (mean share of the other tasks' gains reached
+        with what it provides). Undefined shares are excluded from the means.
         """
         share = self.normalized()
         others = share.mask(np.eye(len(share), dtype=bool))
@@ -122,7 +129,7 @@ class TransferMatrix(Result):
         return pd.DataFrame({"task": names, **{name: values[names].to_list() for name, values in facts.items()}})
 
     def tables(self) -> list[Table]:
-        """Accuracy in percent, sources down and targets across, zero-shot accuracy in the last row."""
+        """Accuracy in percent: one row per source, one column per target, zero-shot accuracy in the last row."""
         rows = pd.concat([self.matrix, self.zero_shot.rename("zero-shot").to_frame().T])
         cells = rows.map(lambda share: f"{100 * share:.0f}").rename_axis(f"{self.swap} of")
         metric, least, most = accuracy_label(self.metric), int(self.n.min()), int(self.n.max())
@@ -133,11 +140,11 @@ class TransferMatrix(Result):
         return [Table(cells, caption, f"Test items per target: {least if least == most else f'{least} to {most}'}.")]
 
     def figure(self, title: str | None = None) -> go.Figure:
-        """The heatmap, clustered."""
+        """The clustered heatmap of accuracy."""
         return self.heatmap(title)
 
     def description(self) -> dict[str, Any]:
-        """What it is in a few words, for its repr."""
+        """Number of tasks, swap, metric and model, for the repr."""
         return {"tasks": len(self.matrix), "swap": self.swap, "metric": self.metric, "model": self.model}
 
     @checked
@@ -148,10 +155,13 @@ class TransferMatrix(Result):
         values: Literal["accuracy", "share"] = "accuracy",
         order: Literal["clustered", "given"] = "clustered",
     ) -> go.Figure:
-        """Sources by targets, colors fixed to [0, 1], kinds of tasks at the side, the numbers in the hover.
+        """Sources by targets, colors fixed to [0, 1], with the tasks' kinds at the side and numbers on hover.
 
-        values: accuracy, or `normalized()`, in which targets that are hard even with their own heads show as well as
-        easy ones (empty where it is not known). order: clustered, with the dendrogram above; or as given.
+        Args:
+            title: title of the figure (default: swap and model).
+            values: "accuracy", or "share" for `normalized()`, in which hard targets are as visible as easy ones
+                (undefined cells are empty).
+            order: "clustered", with the dendrogram above, or "given".
         """
         title = f"Transfer of {self.swap}: {self.model}" if title is None else title
         shown = self.clustered() if order == "clustered" else self
@@ -174,7 +184,7 @@ class TransferMatrix(Result):
         )  # fmt: skip
 
     def artifact(self) -> Artifact:
-        """What NAME.safetensors holds."""
+        """The artifact that is saved as NAME.safetensors."""
         saved = _Saved(
             torch.tensor(self.matrix.to_numpy(float)), torch.tensor(self.zero_shot.to_numpy(float)),
             torch.tensor(self.n.to_numpy(int)), tuple(self.matrix.columns), self.swap, self.metric, self.model,
@@ -184,7 +194,7 @@ class TransferMatrix(Result):
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> TransferMatrix:
-        """The result that `artifact` described."""
+        """The result that an artifact holds."""
         saved = artifact.made(_Saved)
         names = list(saved.tasks)
         matrix = pd.DataFrame(saved.accuracy.numpy(), index=names, columns=names)
@@ -197,7 +207,7 @@ class TransferMatrix(Result):
 
 @dataclass(frozen=True, eq=False)
 class _Saved:
-    """A matrix as it is saved."""
+    """A transfer matrix in the form in which it is saved."""
 
     accuracy: Float[Tensor, "source target"]
     zero_shot: Float[Tensor, " target"]
