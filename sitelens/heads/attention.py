@@ -174,13 +174,14 @@ def induction_scores(
 ) -> pd.DataFrame:
     """Induction and previous-token scores: one row per head, columns layer, head, induction, previous_token.
 
-    Both are mean attention weights on random tokens that are repeated once, from the second occurrence of a token.
-    induction: to the token after its first occurrence (prefix matching); previous_token: to the position before.
+    Each sequence of random tokens is shown twice in a row. Both scores are mean attention weights from a token's second
+    occurrence: induction to the token after its first occurrence (prefix matching), previous_token to the position just
+    before.
 
     Args:
         model: the model (default: the packaged one).
-        n_rows: random sequences.
-        length: tokens in each before they repeat.
+        n_rows: number of random sequences.
+        length: tokens per sequence.
         seed: fixes the tokens.
 
     Raises:
@@ -281,7 +282,7 @@ def _watch_patterns(
 
 
 def _slack(pattern: Tensor) -> float:
-    """Largest deviation of a row's sum from one that rounding explains."""
+    """Tolerance for rounding in the sum of a row."""
     return 1e-3 if pattern.dtype in (torch.float32, torch.float64) else 2e-2
 
 

@@ -41,13 +41,14 @@ def head_attribution(
     """Direct logit attribution of every head to the answer: one row per head, columns layer, head, attribution.
 
     attribution (in logits) is what the head's output at the last prompt token adds to the logit of the answer's first
-    token minus the mean over the vocabulary, with every norm's scale held at its value in that prompt and later layers
-    ignored; a mean over prompts. In a model that caps its logits (Gemma 2) it refers to the logit before the cap.
+    token, relative to the mean logit over the vocabulary; later layers are ignored, and every norm's scale is held at
+    its value in that prompt. It is a mean over prompts. In a model that caps its logits (Gemma 2) it refers to the
+    logit before the cap.
 
     Args:
         task: the task, or one or several prompts of your own; `n_items`, `n_shots` and `seed` then have no effect.
         model: the model (default: the packaged one).
-        embedding: head outputs to use in place of each prompt's own.
+        embedding: a task embedding whose head outputs replace each prompt's own.
         answer: only with prompts of your own: one for all or one per prompt, as it continues the text (" cold"); by
             default the model's most likely next token.
         n_items: validation items to average over, the first of the split.
@@ -102,8 +103,8 @@ def promoted_tokens(
 ) -> pd.DataFrame:
     """The tokens that a head's part of the task embedding promotes and suppresses most: columns token, logit.
 
-    logit is what the head adds directly (later layers ignored) to the token's logit minus the mean over the vocabulary;
-    a mean over prompts, which determine the norms' scales.
+    logit is what the head adds directly (later layers ignored) to the token's logit, relative to the mean logit over
+    the vocabulary. It is a mean over prompts, which determine the norms' scales.
 
     Args:
         embedding: the task embedding.

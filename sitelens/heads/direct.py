@@ -135,7 +135,7 @@ class DirectPath:
         return DirectPath(prefix, model, inputs, seen[UNEMBED], scale, capped, norms, mlps, tuple(unknown))
 
     def check(self) -> float:
-        """Relative error of the heads' summed contributions against a forward pass without any head output.
+        """Relative error of all heads' summed contributions, compared with a second forward pass without head outputs.
 
         Both are measured along the direction in which the logits change when all head outputs are set to zero.
 
@@ -166,7 +166,7 @@ class DirectPath:
     def attribution(
         self, tokens: Int[Tensor, " row"], z: Float[Tensor, "row layer head d_head"] | None = None
     ) -> Float[Tensor, "row layer head"]:
-        """Contribution of each head to the logit of a token minus the mean over the vocabulary.
+        """Contribution of each head to the logit of a token, relative to the mean logit over the vocabulary.
 
         Args:
             tokens: token id per prompt.
@@ -190,7 +190,7 @@ class DirectPath:
         return torch.stack(layers, dim=1)
 
     def promoted_logits(self, layer: int, head: int, z: Float[Tensor, " d_head"]) -> Float[Tensor, "row vocab"]:
-        """What a head with output z adds to each prompt's logits, minus the mean over the vocabulary."""
+        """What a head with output z adds to each prompt's logits, relative to their mean over the vocabulary."""
         none = [torch.zeros_like(own) for own in self.z]
         # The path is affine: scaling z up to the size of the others avoids cancellation in the difference.
         factor = 16 * max(1.0, float(self.z[layer].detach().norm() / z.norm().clamp(min=1e-30)))

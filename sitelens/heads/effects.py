@@ -42,9 +42,9 @@ def indirect_effects(
 ) -> pd.DataFrame:
     """Indirect effect of every head on the answer's probability: one row per head, columns layer, head, effect, error.
 
-    The prompts are few-shot prompts whose demonstrations have shuffled answers. Effect is the mean gain in the
-    probability of the answer's first token when the head's z at the last token is replaced by the task embedding's;
-    error is its standard error over prompts (NaN for one prompt).
+    The demonstrations of each few-shot prompt have shuffled answers. effect is the mean gain in the probability of the
+    answer's first token when the head's z at the last token is replaced by the task embedding's; error is its standard
+    error over prompts (NaN for one prompt).
 
     Args:
         task: the task (demonstrations from train, queries from valid), or one or several prompts of your own, which are

@@ -46,7 +46,7 @@ class I2CL(Method):
         lr: peak learning rate; see `cosine`.
         weight_decay: that of AdamW.
         warm_up: share of all steps in which the learning rate rises.
-        noise: standard deviation of the noise on outputs in training, as a share of the output's norm.
+        noise: standard deviation of training noise per coordinate of an output, as a share of its norm.
 
     Source:
         Li et al. 2024, arXiv 2405.14660. Their code evaluates over the labels only, and reshuffles all demonstrations

@@ -68,7 +68,7 @@ def loss_path(
     """Cross-entropy along the straight line from one alpha to another: one row per point.
 
     It shows whether a barrier separates two solutions. Columns: position (0 at `a`, 1 at `b`), loss (nats, of the
-    answer's first token), mean, low, high, n (accuracy).
+    answer's first token), mean, low, high (accuracy with 95% interval), n (items).
 
     Args:
         task: the task.
@@ -76,7 +76,7 @@ def loss_path(
         embedding: the task embedding that is injected.
         model: the model (default: the packaged one).
         points: number of points, ends included.
-        mixing: that of the training of both alphas.
+        mixing: the mixing with which both alphas were trained.
         options: see `Options`; here `split` is "valid" by default.
 
     Raises:

@@ -106,12 +106,12 @@ def shared_attention(
     Columns: task_a, task_b, layer, head, group (alpha > 0.5 in "both", "only a", "only b" or "neither"), role, share_a
     and share_b (of the last token's attention, on prompts of a and of b), distance (total variation distance of the two
     distributions over roles; the same in all rows of a head). If sharing a head means sharing its computation,
-    distances in "both" are smaller than in the other groups.
+    distances are smaller in "both" than in the other groups.
 
     Args:
         tasks: the tasks.
         model: the model (default: the packaged one).
-        n_prompts: prompts per task.
+        n_prompts: prompts per task over which attention is averaged.
         n_shots: demonstrations per prompt.
         config: training of alpha (default: the paper's).
         options: only `seed` has an effect; see `Options`.

@@ -62,7 +62,7 @@ class HeadSimilarity(Result):
 
     @checked
     def matrix(self, measure: str = "pearson") -> pd.DataFrame:
-        """Similarity, tasks by tasks, averaged over pairs of seeds; the diagonal compares seeds (NaN for one)."""
+        """Mean similarity over pairs of seeds, tasks by tasks; the diagonal compares seeds (NaN if only one)."""
         rows = self.frame[self.frame["measure"] == _known(measure)]
         means = rows.groupby(["a", "b"])["similarity"].mean()
         values = [[means.get((a, b), means.get((b, a), np.nan)) for b in self.tasks] for a in self.tasks]

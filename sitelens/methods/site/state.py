@@ -18,7 +18,7 @@ from sitelens.store.folder import default_store
 from sitelens.store.kinds import Kind
 
 ALGORITHM = 1  # version of training; raise it whenever the numbers change
-ALGORITHM_RANDOM_INIT = 2  # version of training from a random init; raise it with the other, too
+ALGORITHM_RANDOM_INIT = 2  # likewise, with a random init; raise it whenever ALGORITHM is raised, too
 KEEP_SECONDS = 10  # least time between two saves of a training's state
 HISTORY = ("step", "loss", "valid_loss", "mean_alpha", "fraction_saturated")
 
