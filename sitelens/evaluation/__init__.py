@@ -1,1 +1,1 @@
-"""Scores of tasks under conditions, and statistics of them."""
+"""Evaluation: scores of tasks under conditions, their statistics, and results as tables and files."""

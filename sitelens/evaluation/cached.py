@@ -1,7 +1,7 @@
-"""Scores kept on disk: `evaluate` for what asks the same again.
+"""Cached scores: `evaluate` with its results stored on disk.
 
-Scores under a condition or a metric of a user's own are kept by what its code computes (`code_digest`); where that
-cannot be told, they are computed each time.
+For user-defined conditions and metrics, the cache key contains a digest of their code (`code_digest`); if that cannot
+be computed, the scores are not cached.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sitelens.store.folder import Contents
 from sitelens.store.kinds import Kind
 from sitelens.tasks import Task
 
-ALGORITHM = 3  # to be raised when the numbers or what is kept change
+ALGORITHM = 3  # version in cache keys: increase when the numbers or the stored columns change
 NUMBERS = ("item", "score", "logprob", "rank")
 TEXTS = ("input", "answer", "predicted")
 KEPT = [name for name in COLUMNS if name not in TEXTS]
@@ -52,9 +52,20 @@ def score_conditions(
     with_echo: bool | None = None,
     texts: bool = False,
 ) -> pd.DataFrame:
-    """The rows of `evaluate`, taken from the cache where they are known; input, answer and predicted with `texts` only.
+    """The rows of `evaluate`, from the cache if they are there.
 
-    All conditions are kept as one entry, so that an analysis over many of them reads one file.
+    All conditions are stored as one entry, so an analysis of many conditions reads one file.
+
+    Args:
+        task: the task to score.
+        conditions: conditions by name.
+        model: the model to run.
+        split: as for `evaluate`, like the following arguments.
+        n_items: number of items (None: all).
+        metrics: names of metrics, or metrics.
+        seed: seed of the sample and of the demonstrations.
+        with_echo: whether to add rows of the echo baseline.
+        texts: whether to include the columns input, answer and predicted.
 
     Raises:
         SitelensError: as `evaluate`.
@@ -84,7 +95,7 @@ def score_conditions(
 
 
 def _contents(frame: pd.DataFrame) -> Contents:
-    """Scores as they are stored; input and answer are the task's own and left out."""
+    """Scores as they are stored, without input and answer, which are in the task."""
     labels = {name: list(dict.fromkeys(frame[name])) for name in ("condition", "metric")}
     tensors = {name: torch.tensor(frame[name].to_numpy()) for name in NUMBERS}
     for name, values in labels.items():
@@ -96,14 +107,14 @@ def _contents(frame: pd.DataFrame) -> Contents:
 
 @dataclass(frozen=True)
 class _Labels:
-    """What conditions and metrics are called, as it is kept."""
+    """The names of conditions and metrics, as stored."""
 
     condition: tuple[str, ...]
     metric: tuple[str, ...]
 
 
 def _frame(kept: Artifact, task: Task, split: str, seed: int) -> pd.DataFrame:
-    """The rows of `evaluate` that an artifact holds.
+    """The rows of `evaluate` in an artifact.
 
     Raises:
         SitelensError: if it holds something else.
@@ -135,7 +146,7 @@ def _frame(kept: Artifact, task: Task, split: str, seed: int) -> pd.DataFrame:
 
 
 def _check_likelihoods(logprob: Tensor, rank: Tensor, n: int, where: str) -> None:
-    """Raise SitelensError unless these are n log-probabilities and ranks, both missing in the same rows."""
+    """Raise SitelensError unless these are n log-probabilities and n ranks, missing in the same rows."""
     for name, one in (("logprob", logprob), ("rank", rank)):
         if one.dtype not in (torch.float64, torch.int64) or tuple(one.shape) != (n,):
             raise SitelensError(f"{where}: {name} must be {n} numbers, not {one.dtype} {tuple(one.shape)}")
@@ -148,7 +159,7 @@ def _check_likelihoods(logprob: Tensor, rank: Tensor, n: int, where: str) -> Non
 
 
 def _code(conditions: Iterable[Condition], metrics: Iterable[Metric]) -> dict[str, str] | None:
-    """What a user's conditions and metrics compute, for the key; empty without any, None where it cannot be told."""
+    """A key entry for the code of user-defined conditions and metrics: empty if there are none, None if unknown."""
     own_conditions = [condition for condition in conditions if type(condition).__module__.split(".")[0] != "sitelens"]
     own_metrics = [metric for metric in metrics if METRICS.own.get(metric.name) is not metric]
     if not own_conditions and not own_metrics:
@@ -162,20 +173,20 @@ def _code(conditions: Iterable[Condition], metrics: Iterable[Metric]) -> dict[st
 
 
 def _is_told(condition: Condition) -> bool:
-    """Whether what a condition saves says all that it holds."""
+    """Whether the saved state of a condition describes it completely."""
     if type(condition).state is Condition.state:
         names = {field.name for field in fields(condition)} if is_dataclass(condition) else set()
         if not vars(condition).keys() <= names:
             return False
     try:
         _digest(condition)
-    except Exception:  # a class of a user's own may say no state at all
+    except Exception:  # a user-defined class may have no state that can be saved
         return False
     return True
 
 
 def _digest(condition: Condition) -> str:
-    """All of a condition that decides a score: not where it came from."""
+    """A digest of everything in a condition that affects scores, so without origin and provenance."""
     tensors, meta = condition.state()
     return digest([{name: content_digest(tensor) for name, tensor in tensors.items()}, _plain(meta)])[:32]
 

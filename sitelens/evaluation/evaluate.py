@@ -1,4 +1,4 @@
-"""Evaluation: a task under conditions, scored item by item. What each metric compares stands in `sitelens.metrics`."""
+"""Evaluation: a task under conditions, scored item by item. `sitelens.metrics` defines what each metric compares."""
 
 from __future__ import annotations
 
@@ -47,14 +47,21 @@ def evaluate(
 ) -> pd.DataFrame:
     """Scores of a task under each condition: one row per item, condition and metric.
 
-    `conditions` are by name; a single condition is called by its kind ("ZeroShot").
+    Args:
+        task: a task, or the name of one.
+        conditions: conditions by name; a single condition is named after its class ("ZeroShot").
+        model: a bridge, or the name or path of a model (default: the packaged model).
+        split: "train", "valid" or "test"; it is never filtered.
+        n_items: size of a random sample of the split, which depends only on seed, task and split (default: all items).
+        metrics: names in `sitelens.metrics.METRICS`, or your own `Metric`s.
+        seed: seed of the sample and of the demonstrations.
+        max_new_tokens: most tokens to generate, for metrics that need generated text.
+        with_echo: whether to add rows of the condition "echo" (answering with the query itself); default: for
+            prefix_match only.
 
-    Columns: task, condition, seed, item (its index in the split), input, answer, predicted, metric, score (0 or 1),
-    logprob (nats) and rank (1 is the most likely) of the preferred answer's first token. `n_items` takes a sample
-    that depends on seed and task only; `seed` also decides the demonstrations. The split is never filtered.
-
-    `metrics` are names of `sitelens.metrics.METRICS` or `Metric`s of one's own. `with_echo` adds rows of the condition
-    "echo" (answering with the query itself) for every metric; by default they stand beside prefix_match only.
+    Returns:
+        A frame with the columns task, condition, seed, item (index in the split), input, answer, predicted, metric,
+        score (0 or 1), and logprob (in nats) and rank (1 is the most likely) of the preferred answer's first token.
 
     Raises:
         SitelensError: for unknown metrics or splits, no items, an answer that a metric cannot score, a condition made
@@ -81,7 +88,7 @@ def evaluate(
         groups.setdefault(condition.n_shots, {})[name] = condition
     rows: dict[tuple[str, str], list[tuple[Any, ...]]] = {}  # by metric and condition
     n_answers = len(conditions) * len(items)
-    with model.unchanged(), progress(n_answers, f"evaluate {task.name}") as bar:  # each condition asks whether it fits
+    with model.unchanged(), progress(n_answers, f"evaluate {task.name}") as bar:  # one fingerprint for all conditions
         parts = {n_shots: as_patches(group, model, generating) for n_shots, group in groups.items()}
         for n_shots, (patches, others) in parts.items():
             prompts = few_shot_prompts(task, items, n_shots, scoring.tokenizer, seed, split, chosen)
@@ -111,9 +118,10 @@ def echo(
     metrics: Sequence[str | Metric] = ("prefix_match",),
     seed: Seed = 0,
 ) -> pd.DataFrame:
-    """The echo baseline: the scores of answering with the query itself, as `evaluate` gives them.
+    """Scores of the echo baseline, which answers with the query itself; rows as of `evaluate`.
 
-    logprob and rank are missing: no model is run (first_token compares the first tokens of query and answer).
+    logprob and rank are missing, because the model is not run (first_token compares the first tokens of query and
+    answer). The arguments are those of `evaluate`.
 
     Example:
         >>> scores = sl.echo(task, model, n_items=4)
@@ -137,11 +145,15 @@ def generate(
     max_new_tokens: Count = 20,
     stop: str | Sequence[str] | None = "\n",
 ) -> list[str]:
-    """Greedy continuations of prompts as they stand, white space stripped, special tokens left out.
+    """Greedy continuations of prompts, without special tokens and without white space at either end.
 
-    `condition` says what is patched (its `n_shots` plays no part here). A text ends at the end of text, after
-    `max_new_tokens`, or before any text of `stop`, for example what a template writes after an answer (newlines before
-    the first word do not count).
+    Args:
+        prompts: complete prompts; no template is applied.
+        condition: a condition in effect during generation; its `n_shots` is ignored (default: the unedited model).
+        model: a bridge, or the name or path of a model (default: the packaged model).
+        max_new_tokens: most tokens per continuation.
+        stop: a text, or several, before which a continuation ends, such as the template's text after an answer (white
+            space before the first word does not count). It also ends at the model's end-of-text tokens.
 
     Raises:
         SitelensError: if a prompt is empty or too long, the condition was made for another model, or logits are not
@@ -179,7 +191,7 @@ def generate(
 
 
 def sample_items(task: Task, split: str, n_items: int | None, seed: int) -> list[int]:
-    """Indices of a split's items: all of them, or a sample of `n_items` in rising order."""
+    """Indices of a split's items in ascending order: all of them, or a random sample of `n_items`."""
     total = len(task.nonempty(split))
     if n_items is None or n_items >= total:
         return list(range(total))
@@ -214,13 +226,13 @@ class _Scoring:
                 self.ends.add(special)
 
     def _special(self, tail: str) -> int | None:
-        """The special token with which a chat template ends an answer."""
+        """The special token that ends an answer in a chat template, whose text after an answer is `tail`; else None."""
         ids = self.tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
         known = getattr(self.tokenizer, "added_tokens_decoder", {})
         return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
 
     def targets(self, batch: PromptBatch) -> list[Target]:
-        """What counts as right for each item, with the first tokens of its answers after these prompts."""
+        """What counts as correct for each item, with the first tokens of its answers after these prompts."""
         texts = {token: self.tokenizer.decode([token]) for row in batch.accepted for token in row}
         return [
             Target(
@@ -231,18 +243,18 @@ class _Scoring:
         ]  # fmt: skip
 
     def complete(self, targets: Sequence[Target], place: int, text: str) -> bool:
-        """Whether a text that is being generated already decides every score."""
+        """Whether a partially generated text already determines every score."""
         return all(metric.complete(text, targets[place]) for metric in self.metrics if metric.generates)
 
     def where(self, condition: str, row: int) -> str:
-        """An item under a condition, for messages."""
+        """A description of an item under a condition, for messages."""
         return (f"task {self.task.name!r}, condition {condition!r}, item {self.places[row]} "
                 f"({self.items[row].input[:60]!r})")  # fmt: skip
 
     def rows(
         self, condition: str, metric: Metric, outputs: Iterable[Output], targets: Iterable[Target]
     ) -> list[tuple[Any, ...]]:
-        """Rows of `evaluate`."""
+        """The rows of `evaluate` for one condition and metric."""
         return [
             (self.task.name, condition, self.seed, place, item.input, item.output, metric.predicted(out, target),
              metric.name, int(bool(metric.score(out, target))), out.logprob, out.rank)
@@ -250,7 +262,7 @@ class _Scoring:
         ]  # fmt: skip
 
     def echo(self, metrics: Sequence[Metric]) -> list[tuple[Any, ...]]:
-        """Rows of answering with the query itself."""
+        """The rows of the echo baseline."""
         if not metrics:
             return []
         where = f"task {self.task.name!r}"

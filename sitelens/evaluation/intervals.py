@@ -2,13 +2,13 @@
 
 Scores are an array [*sample task item repeat], NaN if an item was not answered; a repeat is another seed or draw on the
 same items. Leading dimensions hold many samples at once, which makes the simulation in tests/test_intervals.py cheap.
-There are two ranges:
+An interval can range over:
 
 - items: the same tasks with other items and, if there are several repeats, other repeats. A single repeat does not show
   how much repeats differ, so its interval does not cover that.
 - tasks: other tasks like these, each with other items and repeats.
 
-Means over items: a Wilson interval whose variance is that within tasks (for one task and one repeat, Wilson's own).
+Means over items: a Wilson interval with the variance within tasks (for one task and one repeat, Wilson's own).
 Differences over items: the interval of Bonett and Price (2012) for paired proportions, with z^2/2 instead of 2
 pseudo-counts. The contribution of repeats comes from the analysis of variance of items x repeats, with the t quantile
 of its own degrees of freedom. Repeats are assumed to differ independently in each task; if an F test (level 0.2) finds
@@ -17,18 +17,18 @@ means, as a score interval, in which the variance between tasks grows with p (1 
 gives the wider interval.
 
 Coverage simulated at p in {.003, .02, .5, .98}, 25 and 100 items per task, 3 to 50 tasks, and 1 to 5 repeats
-(tests/test_intervals.py) is 0.93 to 0.97, and above that where:
+(tests/test_intervals.py) is 0.93 to 0.97. It is higher if:
 
-- fewer than some 15 hits, misses or differing pairs are expected in all: up to 0.99 for means, 1.00 for differences;
-- three tasks are few, away from p = 0.5, over tasks: up to 1.00;
-- repeats do not differ, and there are two of them, or three tasks: up to 0.98.
+- fewer than about 15 hits, misses or differing pairs are expected in total: up to 0.99 for means, 1.00 for differences;
+- there are only three tasks and p is not near 0.5, over tasks: up to 1.00;
+- repeats do not differ, and there are two repeats or three tasks: up to 0.98.
 
-It is below 0.93 where:
+It is below 0.93 if:
 
-- chances differ very much between tasks, over tasks: 0.89 at a standard deviation of 1.5 on the logit scale, still
-  0.92 at 1;
-- two repeats differ very much (a standard deviation of 1 on the logit scale): 0.91;
-- repeats differ alike in all tasks: 0.75 to 0.9 with two of them, 0.85 to 0.95 with three to five.
+- accuracies differ strongly between tasks, over tasks: 0.89 at a standard deviation of 1.5 on the logit scale, 0.92
+  at 1;
+- two repeats differ strongly (a standard deviation of 1 on the logit scale): 0.91;
+- the same repeats are better in all tasks: 0.75 to 0.9 with two repeats, 0.85 to 0.95 with three to five.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from scipy.stats import f as f_distribution
 from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
-Array = Any  # a numpy array, or a numpy number where there is no leading dimension
-Interval = tuple[Array, Array, Array]  # the mean, and the ends
+Array = Any  # a numpy array, or a numpy scalar if there is no leading dimension
+Interval = tuple[Array, Array, Array]  # mean, lower end, upper end
 
 Z = float(norm.ppf(0.975))
 SINGLE = 0.0513  # -log(0.95): the lower end for a single hit over its mean (Brown, Cai and DasGupta 2001)
-LEVEL = 0.2  # of the test for repeats that differ alike in all tasks
+LEVEL = 0.2  # of the F test for repeats that differ in the same way in all tasks
 HALVINGS = 60
 
 
@@ -55,9 +55,9 @@ HALVINGS = 60
 class Repeats:
     """The variance that repeats add to a mean.
 
-    Args:
-        seen: variance between the repeats' means, divided by their number.
-        expected: how much of it comes from items alone.
+    Attributes:
+        seen: variance between the means of the repeats, divided by their number.
+        expected: the part of it that is due to items alone.
         freedom: degrees of freedom of `seen`.
     """
 
@@ -66,7 +66,7 @@ class Repeats:
     freedom: Array
 
     def __add__(self, other: Repeats) -> Repeats:
-        """For a difference of two means whose repeats are independent."""
+        """The variance of a difference of two means whose repeats are independent."""
         seen = self.seen + other.seen
         freedom = _freedom(np.stack([self.seen, other.seen], -1), np.stack([self.freedom, other.freedom], -1))
         return Repeats(seen, self.expected + other.expected, freedom)
@@ -74,15 +74,17 @@ class Repeats:
 
 @dataclass(frozen=True, eq=False)
 class Strata:
-    """What the intervals need to know of every task's items: arrays [*sample task].
+    """Statistics of each task's items, from which the intervals are computed: arrays [*sample task].
 
-    Args:
-        mean, square, absolute: means of the item means, of their squares, and of their absolute values.
+    Attributes:
+        mean: mean over items of the item means (an item mean is over repeats).
+        square: mean of their squares.
+        absolute: mean of their absolute values.
         items: number of items.
         spread: unbiased variance of the item means.
-        once: mean of one over the number of an item's answers.
-        repeats: within each task.
-        shared: of the means over tasks [*sample]; None unless all tasks have the same repeats.
+        once: mean over items of 1 / number of answers.
+        repeats: variance due to repeats, within each task.
+        shared: the same for the mean over tasks [*sample]; None unless all tasks have the same repeats.
     """
 
     mean: Array
@@ -118,7 +120,7 @@ class Strata:
         return Strata(mean, (item**2).sum(-1) / n, np.abs(item).sum(-1) / n, n, spread, once, repeats, shared)
 
     def with_repeats_of(self, a: Strata, b: Strata) -> Strata:
-        """These differences of item means, if the repeats of the two sides are independent."""
+        """These strata of differences, with the repeats of both sides, which must be independent."""
         shared = a.shared + b.shared if a.shared and b.shared else None
         return replace(self, repeats=a.repeats + b.repeats, shared=shared)
 
@@ -146,7 +148,7 @@ def mean_over_tasks(strata: Strata) -> Interval:
     quantile, between = _between(strata)
     square = quantile**2 * between + _from_shared(strata)
     chance = mean * (1 - mean)
-    # Never less than half as wide as for items alone; without any variance, as if hits fell on tasks by chance.
+    # At least half as wide as for items alone; without any variance, as if hits were spread over tasks at random.
     times = np.maximum(_ratio(square, quantile**2 * size * chance, 0.0), unit * (Z / quantile / 2) ** 2)
     times = np.where(chance > 0, times, unit)
     k = quantile**2 * size * times
@@ -178,7 +180,7 @@ def _difference(strata: Strata, square: Array) -> Interval:
 
 
 def _mean(strata: Strata) -> tuple[Array, Array, Array]:
-    """The mean, one over the effective number of items, and the weight of one hit: 1, less if repeats differ."""
+    """The mean, 1 / effective number of items, and the weight of one hit, which is 1 or, if repeats differ, less."""
     own = ((strata.square - strata.mean**2) / strata.items).sum(-1)
     whole = (strata.mean * (1 - strata.mean) / strata.items).sum(-1)
     least = _ratio((strata.once / strata.items).sum(-1), (1 / strata.items).sum(-1))
@@ -199,7 +201,7 @@ def _within(strata: Strata) -> Array:
 
 
 def _between(strata: Strata) -> tuple[float, Array]:
-    """Student's quantile, and the variance of the mean as estimated between tasks."""
+    """Student's t quantile, and the variance of the mean as estimated between tasks."""
     tasks = strata.mean.shape[-1]
     return float(t_distribution.ppf(0.975, tasks - 1)), strata.mean.var(-1, ddof=1) / tasks
 
@@ -207,8 +209,8 @@ def _between(strata: Strata) -> tuple[float, Array]:
 def _from_repeats(strata: Strata) -> Array:
     """The squared half-width that repeats add.
 
-    With few tasks and repeats, subtracting everything expected from items leaves too little too often. The part that is
-    not subtracted, 1.5 / (repeats * tasks^2), was chosen by simulation.
+    With few tasks and repeats, subtracting all of the variance expected from items would often leave too little. The
+    part that is not subtracted, 1.5 / (repeats * tasks^2), was chosen by simulation.
     """
     own, tasks = strata.repeats, strata.mean.shape[-1]
     freedom = _freedom(own.seen, own.freedom)
@@ -218,7 +220,7 @@ def _from_repeats(strata: Strata) -> Array:
 
 
 def _from_shared(strata: Strata) -> Array:
-    """The squared half-width added by repeats that differ alike in all tasks, if an F test detects that."""
+    """The squared half-width added by repeats that differ in the same way in all tasks, if an F test detects that."""
     own, shared, tasks = strata.repeats, strata.shared, strata.mean.shape[-1]
     nothing = np.zeros(strata.mean.shape[:-1])
     if shared is None:
@@ -231,10 +233,10 @@ def _from_shared(strata: Strata) -> Array:
 
 
 def _repeats(filled: Array, known: Array, item: Array, once: Array, spread: Array) -> tuple[Repeats, Array]:
-    """Each task's repeats, and their means [*sample task repeat] (NaN if a task lacks one).
+    """Each task's variance due to repeats, and the means of its repeats [*sample task repeat] (NaN if missing).
 
-    If repeats do not differ, scores are item + noise: the means of two repeats vary by the noise and by items that they
-    do not share.
+    If repeats do not differ, scores are item + noise: the means of two repeats then differ only by noise and by the
+    items that they do not share.
     """
     counts = known.sum(-2)
     number = (counts > 0).sum(-1)
@@ -251,7 +253,7 @@ def _repeats(filled: Array, known: Array, item: Array, once: Array, spread: Arra
     free = known.sum((-1, -2)) - known.any(-1).sum(-1) - (number - 1)
     noise = np.where(free > 0, (rest**2).sum((-1, -2)) / np.maximum(free, 1), 0.0)
     items = np.maximum(spread - noise * once, 0)
-    share = known / np.maximum(counts, 1)[..., None, :]  # of an item in the mean of a repeat
+    share = known / np.maximum(counts, 1)[..., None, :]  # weight of an item in the mean of a repeat
     alone = (share**2).sum((-1, -2))
     together = (share.sum(-1) ** 2).sum(-1) - alone
     pairs = np.maximum(number * (number - 1), 1)
@@ -270,7 +272,7 @@ def _squared_quantile(freedom: Array) -> Array:
 
 
 def _crossing(mean: Array, end: Array, linear: Array, quadratic: Array) -> Array:
-    """Where, between the mean and the end, (p - mean)^2 = linear p (1 - p) + quadratic (p (1 - p))^2."""
+    """The p between mean and end where (p - mean)^2 = linear p (1 - p) + quadratic (p (1 - p))^2, by bisection."""
     near, far = mean, end
     for _ in range(HALVINGS):
         p = (near + far) / 2

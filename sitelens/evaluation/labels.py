@@ -1,4 +1,4 @@
-"""A task's answers as labels: their first tokens, which of them share one, and the warning about that."""
+"""A task's answers as labels: their first tokens, and a warning about answers that share one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from sitelens.errors import SitelensError, not_yet_warned, warn_once
 from sitelens.models.model import Model
 from sitelens.tasks import Task
 
-# Below this share of items, shared first tokens move a score by less than the interval of 100 items does.
+# Below this share of items, the effect of shared first tokens on a score is smaller than the interval of 100 items.
 SHARED = 0.05
-AT_ONCE = 3  # tasks with a warning of their own; more share one
-OPEN = 0.5  # with more different answers than this share of the items, they are no closed set of labels
+AT_ONCE = 3  # up to this many tasks get a warning each; more are summarized in one
+OPEN = 0.5  # more different answers per item than this are not a closed set of labels
 
 _known: WeakKeyDictionary[Any, dict[str, tuple[float, str] | None]] = WeakKeyDictionary()
 
 
 def first_tokens(task: Task, tokenizer: Any) -> dict[str, int]:
-    """The first token of every different answer (`output`) of a task, all splits, after its zero-shot prompt."""
+    """The first token, after the zero-shot prompt, of every different answer (`output`) in all splits of a task."""
     items = {item.output: item for split in (task.train, task.valid, task.test) for item in split}
     prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items.values()]
     ids = prompt_tokens(prompts, tokenizer)
@@ -31,17 +31,17 @@ def first_tokens(task: Task, tokenizer: Any) -> dict[str, int]:
 
 
 def shared_first_tokens(task: Task, tokenizer: Any) -> set[str]:
-    """The answers of a task whose first token is also that of another of its answers."""
+    """The answers of a task that share their first token with another of its answers."""
     return {output for outputs in _sharing(first_tokens(task, tokenizer)) for output in outputs}
 
 
 def label_tokens(task: Task, tokenizer: Any) -> list[int]:
-    """The first tokens of all answers of a task, each once, for the metric label_token.
+    """The different first tokens of all answers of a task, sorted, for the metric label_token.
 
-    Warns if the answers are no closed set of labels.
+    Warns if the answers are not a closed set of labels.
 
     Raises:
-        SitelensError: if all answers begin with the same token, so that there is nothing to tell apart.
+        SitelensError: if all answers begin with the same token, so that it cannot tell them apart.
     """
     first = first_tokens(task, tokenizer)
     tokens = sorted(set(first.values()))
@@ -58,10 +58,11 @@ def label_tokens(task: Task, tokenizer: Any) -> list[int]:
 
 
 def warn_of_shared_first_tokens(tasks: Iterable[Task], model: Model) -> None:
-    """Warn if first tokens cannot tell the answers of at least 5% of a task's items apart.
+    """Warn if, in at least 5% of a task's items, the answer shares its first token with another answer.
 
-    Within `warned_once`, once per task; of more than three tasks one warning tells. The threshold is low because scores
-    are too high by up to this share; it is not zero because among hundreds of words a few always begin alike.
+    Within `warned_once`, each task gets one warning; more than three tasks get a common one. The threshold is low
+    because scores can be too high by up to this share; it is not zero because among hundreds of words, a few always
+    begin with the same token.
     """
     listed = list({task.name: task for task in tasks}.values())
     texts = {f"shared first tokens of {task.name}": _shared(task, model.tokenizer) for task in listed}
@@ -80,9 +81,9 @@ def warn_of_shared_first_tokens(tasks: Iterable[Task], model: Model) -> None:
 
 
 def _shared(task: Task, tokenizer: Any) -> tuple[float, str] | None:
-    """The share of items whose answers share a first token, and a text that says so; None where too few do.
+    """The share of items whose answers share a first token, and a warning about them; None if they are too few.
 
-    Remembered for each tokenizer and task.
+    Cached per tokenizer and task.
     """
     known = _known.setdefault(tokenizer, {})
     if task.digest not in known:
@@ -105,7 +106,7 @@ def _shared(task: Task, tokenizer: Any) -> tuple[float, str] | None:
 
 
 def _sharing(first: dict[str, int]) -> list[list[str]]:
-    """The groups of two or more answers with the same first token."""
+    """Groups of two or more answers with the same first token."""
     by_token: dict[int, list[str]] = {}
     for output, token in first.items():
         by_token.setdefault(token, []).append(output)

@@ -1,4 +1,4 @@
-"""Prompts under conditions: the most likely next tokens and, where wanted, greedy continuations."""
+"""Prompts under conditions: the most likely next tokens and, if requested, greedy continuations."""
 
 from __future__ import annotations
 
@@ -33,9 +33,14 @@ from sitelens.models.model import Model
 def as_patches(
     conditions: Mapping[str, Condition], model: Model, generating: bool
 ) -> tuple[dict[str, Patch], dict[str, Condition]]:
-    """The conditions that can run as rows over a shared prefix, as last-token edits; and the others.
+    """The conditions that can run as rows over a shared prefix (as last-token edits), and the others.
 
-    Where the user listens, prompts run whole, under one condition after the other.
+    If the user has hooks on the model, prompts run whole, under one condition after the other.
+
+    Args:
+        conditions: conditions by name.
+        model: the model to run.
+        generating: whether text is generated: then conditions that act at decoding steps are among the others.
 
     Raises:
         SitelensError: if a condition was made for another model.
@@ -55,10 +60,15 @@ def as_patches(
 class Predictor:
     """Runs a batch of prompts under conditions.
 
-    where: names a condition and a prompt (its place in the batch) in messages.
-    max_new_tokens: that are generated; 0 for next tokens only.
-    ends, complete: it ends at one of these tokens (None: the model's own), or where `complete(place, text)` says so.
-    labels: tokens among which the most likely one is asked for.
+    Args:
+        model: the model to run.
+        batch: the prompts.
+        budget: bytes to use.
+        where: `where(condition, place)` describes a condition and the prompt at this index of the batch, for messages.
+        max_new_tokens: most tokens to generate; 0 for next tokens only.
+        ends: token ids that end a text (None: the model's own).
+        complete: `complete(place, text)` is True if a text needs no more tokens.
+        labels: token ids among which the most likely one is reported as well.
     """
 
     def __init__(
@@ -70,16 +80,21 @@ class Predictor:
         self.tokenizer, self.max_new_tokens = model.tokenizer, max_new_tokens
         self.ends = end_tokens(model, self.tokenizer) if ends is None else ends
         self.labels = torch.tensor(labels, dtype=torch.long)
-        self.user_hooked = is_user_hooked(model.bridge)  # then `hooked` is for all conditions, and runs prompts whole
+        self.user_hooked = is_user_hooked(model.bridge)  # if so, `hooked` runs all conditions, on whole prompts
 
     def patched(self, patches: Mapping[str, Patch], advance: Callable[[int], None]) -> dict[str, list[Output]]:
-        """Conditions that touch the last token only, as rows of one batch over a shared prefix."""
+        """Outputs by condition, for last-token edits, run as rows of one batch over a shared prefix.
+
+        Args:
+            patches: last-token edits by name, from `as_patches`.
+            advance: called with the number of rows that are done, for a progress bar.
+        """
         if not patches:
             return {}
         names = list(patches)
         edits = HeadEdit.stack([patch.edit(self.model) for patch in patches.values()])
         outputs_of: list[list[Output | None]] = [[None] * len(self.batch) for _ in patches]
-        share = self.budget // 3  # the prefixes, what is computed, and what decoding keeps
+        share = self.budget // 3  # a third each for prefixes, activations and decoding
         with torch.no_grad(), LastToken(self.model) as last_token:
             for index in chunks(self.batch.lengths, functools.partial(prefix_bytes, self.model), share):
                 part = self.batch.rows(index)
@@ -102,12 +117,16 @@ class Predictor:
         return {name: [out for out in row if out] for name, row in zip(patches, outputs_of, strict=True)}
 
     def hooked(self, conditions: Mapping[str, Condition], advance: Callable[[int], None]) -> dict[str, list[Output]]:
-        """Any condition: whole prompts run, and decoded, while it is applied.
+        """Outputs by condition, for any conditions, run one after the other.
 
-        Those that leave all but the last token alone share its prefix and run that token only.
+        Conditions that edit only the last token share a cached prefix and run that token; others run whole prompts.
+
+        Args:
+            conditions: conditions by name.
+            advance: called with the number of rows that are done, for a progress bar.
         """
         outputs_of: dict[str, list[Output | None]] = {name: [None] * len(self.batch) for name in conditions}
-        share = self.budget // 2  # the other half is for what decoding keeps
+        share = self.budget // 2  # the other half is for decoding
         for index in chunks(
             self.batch.lengths, self._full_cost, share, max_rows=MAX_ROWS, max_tokens=MAX_TOKENS, same_length=True
         ):
@@ -131,11 +150,11 @@ class Predictor:
         return {name: [out for out in row if out] for name, row in outputs_of.items()}
 
     def _full_cost(self, length: int) -> int:
-        """Bytes of one row of whole prompts with its logits."""
+        """Bytes that a whole prompt of this length needs, with its logits."""
         return forward_bytes(self.model, length) + logits_bytes(self.model)
 
     def _step_cost(self) -> Callable[[int], int]:
-        """Bytes of one row: its step, and a copy of its prefix that grows while it is decoded."""
+        """Bytes that one row needs, by length: its step, and a copy of its prefix that grows during decoding."""
         step, new = step_cost(self.model, gradient=False), self.max_new_tokens
         return lambda length: step(length) + (3 * prefix_bytes(self.model, length + new) if new else 0)
 
@@ -143,7 +162,7 @@ class Predictor:
         self, logits: Tensor, batch: PromptBatch, cache: DynamicCache | None, mask: Tensor,
         rows: Sequence[tuple[str, int]], passes: Passes,
     ) -> list[Output]:  # fmt: skip
-        """`rows` are the condition and the place among the prompts of each row of the batch."""
+        """The outputs of a batch; `rows` gives each row's condition and the index of its prompt."""
 
         def where(row: int) -> str:
             return self.where(*rows[row])

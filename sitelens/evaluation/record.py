@@ -1,4 +1,4 @@
-"""Records: how a result was made, as plain JSON, so that it can be made again."""
+"""Records: how a result was made, as plain JSON, so that it can be reproduced."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ RENDERING = ("template", "instruction", "template_arguments")  # fields of a tas
 def experiment_record(
     function: str, model: Model, tasks: Sequence[Task], n_items: int | None, split: str = "test", **arguments: Any
 ) -> dict[str, Any]:
-    """What is known of an experiment when it ends.
+    """The record of an experiment, made when it ends.
 
     Args:
         function: the public function that was called, for example "sl.compare".
-        n_items: items of `split` that were used per task at most (None: all).
+        model: the model that was used.
+        tasks: the tasks that were used.
+        n_items: most items of `split` used per task (None: all).
+        split: the split that was evaluated.
         arguments: further arguments of the function.
 
     Returns:
-        Plain JSON: tasks (names), the arguments, n_items, data (`task_record` of each task), and everything that
-        `provenance` says of the model, the machine and the versions, with `function` as made_by.
+        Plain JSON: tasks (names), the arguments, n_items, data (`task_record` of each task), and the entries of
+        `provenance` (model, machine, versions), with `function` as made_by.
     """
     record = {
         "tasks": [task.name for task in tasks], **arguments, **data_facts(tasks, n_items, split),
@@ -36,7 +39,7 @@ def experiment_record(
 
 
 def data_facts(tasks: Sequence[Task], n_items: int | None, split: str = "test") -> dict[str, Any]:
-    """For a record: how many items per task were used at most, and each task's digest, note and number of items."""
+    """Entries of a record: n_items (most items used per task) and data (`task_record` and n_items of each task)."""
     used = {task.name: len(task.split(split)) if n_items is None else min(len(task.split(split)), n_items)
             for task in tasks}  # fmt: skip
     data = {task.name: {**task_record(task), "n_items": used[task.name]} for task in tasks}
@@ -44,7 +47,7 @@ def data_facts(tasks: Sequence[Task], n_items: int | None, split: str = "test") 
 
 
 def task_record(task: Task) -> dict[str, Any]:
-    """What a record says of a task, as plain JSON."""
+    """A task's entry in a record, as plain JSON: source, digest, template, split sizes and note."""
     return {
         "source": Path(task.source).name if Path(task.source).is_file() else task.source, "digest": task.digest,
         **{name: getattr(task, name) for name in RENDERING},

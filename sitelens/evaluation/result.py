@@ -1,4 +1,4 @@
-"""Results: what every experiment returns, a tidy frame with its summary, its tables, its figure and its origin."""
+"""Results: what every experiment returns, a tidy frame with its summary, tables, figure and record."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Result(ABC):
     """What an experiment returns. Subclasses are dataclasses (frozen, without a repr of their own).
 
     Attributes:
-        frame: tidy, one row per measurement.
+        frame: tidy data, one row per measurement.
         record: how it was made, as plain JSON (`experiment_record`).
-        kind: what its files are called, unless they are given a name.
-        columns: those that a saved frame must have.
+        kind: the kind of its saved artifact, and the default name of its files.
+        columns: columns that a saved frame must have.
     """
 
     kind: ClassVar[str]
@@ -43,7 +43,7 @@ class Result(ABC):
 
     @abstractmethod
     def summary(self) -> pd.DataFrame:
-        """What one would report of the frame: a DataFrame of few rows."""
+        """A short DataFrame of what to report from the frame."""
 
     @abstractmethod
     def tables(self) -> list[Table]:
@@ -51,14 +51,14 @@ class Result(ABC):
 
     @abstractmethod
     def figure(self, title: str | None = None) -> go.Figure:
-        """The figure that shows it; without a title, under its usual one or none."""
+        """The figure of the result, with its usual title (or none) unless a title is given."""
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """What it is in a few words, for its repr: the model, numbers of tasks, and the like."""
+        """Short facts for its repr, such as the model and the number of tasks."""
 
     def frames(self) -> dict[str, pd.DataFrame]:
-        """The frames that are written as CSV, by the ending of their file's name ("" for `frame`)."""
+        """The frames to write as CSV, by the suffix of their file names ("" for `frame`)."""
         return {"": self.frame, "-summary": self.summary()}
 
     def markdown(self) -> str:
@@ -66,7 +66,7 @@ class Result(ABC):
         return "\n\n".join(table.markdown() for table in self.tables())
 
     def latex(self) -> str:
-        r"""The tables in LaTeX, for a document that has `\usepackage{booktabs}`."""
+        r"""The tables in LaTeX; the document needs `\usepackage{booktabs}`."""
         tables = self.tables()
         ends = [""] if len(tables) == 1 else [f"-{number}" for number in range(1, len(tables) + 1)]
         labels = [f"tab:{self.default_name}{end}" for end in ends]
@@ -74,7 +74,7 @@ class Result(ABC):
 
     @property
     def default_name(self) -> str:
-        """What its files are called, unless they are given a name."""
+        """The name of its files, unless another one is given."""
         return self.kind
 
     def save(
@@ -86,24 +86,22 @@ class Result(ABC):
         command: str | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> list[Path]:
-        """Write everything to a folder.
+        """Write everything to a folder and return the paths of the files.
 
-        That is NAME.csv (the frame), NAME-summary.csv, NAME.md and NAME.tex (the tables), NAME.json (how it was made),
-        NAME.safetensors (from which `load` makes it again) and the figure. A file that cannot be written does not keep
-        the others from it: a `MissingOutputWarning` names it at the end.
+        These are NAME.csv (the frame), NAME-summary.csv, NAME.md and NAME.tex (the tables), NAME.json (how it was
+        made), NAME.safetensors (for `load`) and the figure. If a file cannot be written, the others still are, and a
+        `MissingOutputWarning` names it at the end.
 
         Args:
-            formats: of the figure: "html", "png", "svg", "pdf".
-            name: of the files, without an ending.
-            command: what made it, for NAME.json (default: the function that did).
-            facts: further entries of NAME.json, plain JSON.
-
-        Returns:
-            The paths of what was written.
+            folder: where to write.
+            formats: file formats of the figure: "html", "png", "svg", "pdf".
+            name: name of the files, without extension (default: `default_name`).
+            command: the command that made the result, for NAME.json (default: the function that did).
+            facts: further entries of NAME.json, as plain JSON.
 
         Raises:
-            SitelensError: for a name that is no file name or an unknown format, before anything is written; or if
-                nothing could be written.
+            SitelensError: for an invalid file name or an unknown format, before anything is written; or if nothing
+                could be written.
         """
         name, formats = check_file_name(name or self.default_name, "name"), figures.check_formats(formats)
         record = {"figure": name, **self.saved_record(), **(facts or {})}
@@ -121,26 +119,26 @@ class Result(ABC):
         return outputs.paths
 
     def saved_record(self) -> dict[str, Any]:
-        """What NAME.json says, but for the command: the record, and what else a reader wants to know at once."""
+        """The contents of NAME.json, apart from the command: the record, and what a subclass adds."""
         return dict(self.record)
 
     @property
     def model_name(self) -> str | None:
-        """The model's name, where the record has it."""
+        """The model's name, or None if it is not in the record."""
         facts = self.record.get("model")
         return facts.get("name") if isinstance(facts, Mapping) else None
 
     def artifact(self) -> Artifact:
-        """What NAME.safetensors holds: the fields of the dataclass."""
+        """The contents of NAME.safetensors: the fields of the dataclass."""
         return Artifact(self.kind, {}, *packed(self))
 
     @classmethod
     def load(cls: type[Loaded], path: str | Path, name: str | None = None) -> Loaded:
-        """Read a saved result.
+        """The result saved in a folder or file.
 
         Args:
             path: the folder that it was saved in, or its file NAME.safetensors.
-            name: which one, where the folder holds several.
+            name: name of the files, needed if the folder holds several results.
 
         Raises:
             SitelensError: if there is no such file, there are several, or it is damaged or holds something else.
@@ -153,10 +151,10 @@ class Result(ABC):
 
     @classmethod
     def from_artifact(cls: type[Loaded], artifact: Artifact) -> Loaded:
-        """The result that `artifact` described.
+        """The result in an artifact.
 
         Raises:
-            SitelensError: naming the field that is not what the class declares.
+            SitelensError: if a field does not match its declared type; the message names the field.
         """
         return artifact.made(cls)
 
@@ -164,16 +162,16 @@ class Result(ABC):
         return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in self.description().items())})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: what it is, and the tables."""
+        """HTML for notebooks: the repr and the tables."""
         return f"<div><p>{html_text(repr(self))}</p>{''.join(table.html() for table in self.tables())}</div>"
 
 
 def _file(path: Path, name: str | None, kind: str) -> Path:
-    """The file of a saved result in a folder, or the path itself where it is no folder."""
+    """The file of a saved result in a folder, or the path itself if it is not a folder."""
     if not path.is_dir():
         return path
     pattern = f"{glob.escape(name) if name else f'{kind}*'}.safetensors"
-    parts = (".selection", ".embedding")  # which lie beside a run
+    parts = (".selection", ".embedding")  # saved next to a run, and not results
     files = [file for file in sorted(path.glob(pattern)) if not file.stem.endswith(parts)]
     if len(files) != 1:
         names = ", ".join(file.stem for file in files)

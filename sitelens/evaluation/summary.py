@@ -1,4 +1,4 @@
-"""Summaries: scores of `evaluate` in, means with 95% intervals and paired differences out."""
+"""Summaries of the scores of `evaluate`: means with 95% intervals, and paired differences."""
 
 from __future__ import annotations
 
@@ -20,36 +20,43 @@ from sitelens.evaluation.intervals import (
 )
 
 ECHO = "echo"
-REPEATS = ("seed", "prompt_seed", "training_seed", "draw")  # columns that tell answers to the same item apart
+REPEATS = ("seed", "prompt_seed", "training_seed", "draw")  # columns that distinguish repeated answers to an item
 
 
 def summarize(
     scores: pd.DataFrame, *, by: Sequence[str] = ("task", "condition", "metric"), against: str | None = None
 ) -> pd.DataFrame:
-    """Mean score and 95% intervals of every group of `evaluate`'s rows. Tasks weigh the same, and items within a task.
+    """Mean score with 95% intervals, one row per group. Tasks have equal weight, and so have items within a task.
 
-    Columns: those of `by`; mean, low, high (shares); n (rows); interval, what low and high range over:
+    `sitelens.evaluation.intervals` documents how the intervals are computed, and their simulated coverage.
 
-    - "wilson": items, of one task where each was answered once (Wilson's interval);
-    - "items": items of these tasks;
-    - "items and seeds" (or draws, training seeds, repeats): items of these tasks, and seeds. Rows of the same item are
-      told apart by the columns seed, prompt_seed, training_seed and draw, else by their order. With a single seed, an
-      interval does not cover how seeds differ.
+    Args:
+        scores: rows of `evaluate`. Repeated answers to an item are distinguished by the columns seed, prompt_seed,
+            training_seed and draw, else by their order.
+        by: columns that define the groups.
+        against: name of a condition to compare every other condition with, on the same items.
 
-    Where a group has several tasks, also tasks_low and tasks_high: over tasks like these, and their items and seeds.
+    Returns:
+        A frame with the columns of `by`; mean, low and high (shares from 0 to 1); n (number of rows); and interval,
+        which says what low and high range over:
 
-    With `against`, the name of a condition, also difference, difference_low and difference_high (and
-    difference_tasks_low, difference_tasks_high), over the items that were answered under both conditions. These
-    columns are empty for `against` itself and the echo. `sitelens.evaluation.intervals` says how intervals are
-    computed, and their simulated coverage.
+        - "wilson": items of one task, each answered once (Wilson's interval);
+        - "items": items of these tasks;
+        - "items and seeds" (or draws, training seeds, repeats): items of these tasks, and seeds. With a single seed, an
+          interval does not cover differences between seeds.
+
+        Groups of several tasks also have tasks_low and tasks_high: over tasks like these, with their items and seeds.
+        With `against` there are also difference, difference_low and difference_high (and difference_tasks_low,
+        difference_tasks_high), over the items answered under both conditions; they are empty for `against` itself and
+        for the echo.
 
     Raises:
         SitelensError: if there are no rows, a column is missing or given twice, a score is missing or outside [0, 1],
-            rows of several metrics or models would be mixed, or no condition is called `against`, or none of its items
-            is shared.
+            rows of several metrics or models would be mixed, there is no condition `against`, or no items are shared
+            with it.
 
     Warns:
-        SitelensWarning: for rows that are exact copies, counted once, and for items left out of a difference.
+        SitelensWarning: for rows that are exact copies (counted once), and for items left out of a difference.
 
     Example:
         >>> scores = sl.evaluate(task, {"zero-shot": sl.ZeroShot(), "2-shot": sl.FewShot(2)}, model, n_items=4)
@@ -81,9 +88,9 @@ def summarize(
 
 @dataclass(frozen=True, eq=False)
 class _Answers:
-    """A group's scores: items (index: task, item) by repeats (columns), NaN where an item has no answer.
+    """A group's scores: items (index: task, item) by repeats (columns), NaN if an item has no answer.
 
-    names: what tells repeats of an item apart, in the plural.
+    names: what distinguishes repeats of an item, in the plural ("seeds").
     """
 
     scores: pd.DataFrame
@@ -108,7 +115,7 @@ class _Answers:
 
     @property
     def interval(self) -> str:
-        """What an interval ranges over, without tasks."""
+        """What the interval over items ranges over, in words."""
         if self.scores.shape[1] == 1:
             return "wilson" if self.tasks == 1 else "items"
         several = self.scores.notna().groupby(level="task", observed=True).any().sum(axis=1) > 1
@@ -136,7 +143,7 @@ def _mean(answers: _Answers) -> dict[str, float]:
 
 
 def _difference(a: _Answers, b: _Answers, what: str) -> dict[str, float]:
-    """The mean of a - b over the items that both have."""
+    """The mean of a - b over the items that both have, with its intervals; `what` names the comparison in warnings."""
     index = a.scores.index.intersection(b.scores.index)
     alone = len(a.scores) + len(b.scores) - 2 * len(index)
     if index.empty:
@@ -154,7 +161,7 @@ def _difference(a: _Answers, b: _Answers, what: str) -> dict[str, float]:
         values = left.sub(right.iloc[:, 0], axis=0) if right.shape[1] == 1 else -right.sub(left.iloc[:, 0], axis=0)
     if paired:
         strata = _Answers(values, a.names).strata
-    else:  # other seeds on each side
+    else:  # different seeds on the two sides
         means = (left.mean(axis=1) - right.mean(axis=1)).to_frame()
         sides = _Answers(left, a.names).strata, _Answers(right, b.names).strata
         strata = _Answers(means, ()).strata.with_repeats_of(*sides)
@@ -199,7 +206,7 @@ def _checked_scores(scores: pd.DataFrame) -> pd.Series:
 
 
 def _without_copies(scores: pd.DataFrame) -> pd.DataFrame:
-    """Each row once. Without their logprob, rows of the same item can be like each other by chance."""
+    """Each row once. Without the column logprob, rows of an item can be equal by chance, so all are kept."""
     if "logprob" not in scores:
         return scores
     copies = scores.astype({name: str for name in scores.columns if scores[name].dtype == object}).duplicated()
@@ -210,12 +217,12 @@ def _without_copies(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _key(key: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A group's key with None for what is missing, so that it equals itself."""
+    """A group's key with None for NaN, which would not equal itself."""
     return tuple(None if pd.isna(value) else value for value in key)
 
 
 def _label(value: Any) -> str:
-    """A seed as text, the same whatever number type its column has."""
+    """A seed as text, independent of the number type of its column."""
     if pd.isna(value):
         return "-"
     return f"{value:g}" if isinstance(value, int | float | np.number) and abs(value) < 1e6 else str(value)

@@ -1,4 +1,4 @@
-"""Tables of texts, and the one way in which a number and its interval become text."""
+"""Tables as Markdown, LaTeX and HTML, and the common format of a number with its interval."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from sitelens.files.escaping import html_text, latex_text, markdown_text
 INTERVALS = (
     "95% intervals: over items of these tasks; where there are two, the second is over tasks like these as well."
 )
-WIDE = 6  # columns of numbers, above which a LaTeX table spans both columns of a page
+WIDE = 6  # with more columns of numbers, a LaTeX table spans both columns of a page
 
 
 def format_interval(row: Mapping[Any, Any], digits: int = 0, mean: str = "mean") -> str:
-    """A summary row's mean and 95% interval in percent: "41 [38, 44]".
+    """A summary row's mean and 95% interval in percent, for example "41 [38, 44]".
 
-    After it the interval over tasks, if the row has one ("41 [38, 44] [29, 53]"), and the standard deviation over
+    The interval over tasks follows, if the row has one ("41 [38, 44] [29, 53]"), then the standard deviation over
     draws, if it has one ("41 [38, 44] ±3").
 
     Args:
-        row: a row of `summarize`: mean, low, high, and where they are known tasks_low, tasks_high and spread (shares).
-        digits: after the decimal point.
-        mean: the name of the column that holds the mean.
+        row: a row of `summarize`: mean, low, high and, if known, tasks_low, tasks_high and spread (shares from 0 to 1).
+        digits: number of decimals.
+        mean: the column that holds the mean.
     """
 
     def known(name: str) -> bool:
@@ -42,15 +42,15 @@ def format_interval(row: Mapping[Any, Any], digits: int = 0, mean: str = "mean")
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A table of texts, ready to be written down.
+    """A table of texts, for output as Markdown, LaTeX or HTML.
 
-    Texts are shown as they are, whatever Markdown, HTML or LaTeX they hold.
+    Cells are escaped, so Markdown, HTML or LaTeX in them is shown literally.
 
     Attributes:
-        cells: one text per cell; missing ones are empty. The index names the rows, its name stands in the corner.
+        cells: one text per cell; missing cells are empty. The index labels the rows; its name is the corner cell.
         caption: what the table shows, in one sentence.
-        note: stands below the table.
-        heading: stands above the table in Markdown, to tell several tables apart.
+        note: text below the table.
+        heading: text above the table in Markdown, to distinguish several tables.
     """
 
     cells: pd.DataFrame
@@ -59,16 +59,16 @@ class Table:
     heading: str = ""
 
     def markdown(self) -> str:
-        """The table in Markdown, its heading above and its note below it."""
+        """The table in Markdown, with its heading above and its note below."""
         first, *rest = [f"| {' | '.join(map(markdown_text, line))} |" for line in self._lines()]
         table = "\n".join([first, f"| {' | '.join(['---'] * (1 + self.cells.shape[1]))} |", *rest])
         return "\n\n".join(filter(None, [self.heading, table, self.note]))
 
     def latex(self, label: str = "") -> str:
-        r"""The table in LaTeX, for a document that has `\usepackage{booktabs}`.
+        r"""The table in LaTeX; the document needs `\usepackage{booktabs}`.
 
         Args:
-            label: what `\ref` calls it; letters, digits, "-" and ":" are kept.
+            label: label for `\ref`; only letters, digits, "-" and ":" are kept.
         """
         first, *rest = [rf"  {' & '.join(map(latex_text, line))} \\" for line in self._lines()]
         float_name = "table*" if self.cells.shape[1] > WIDE else "table"
@@ -91,7 +91,7 @@ class Table:
         return "\n".join(filter(None, lines))
 
     def html(self) -> str:
-        """The table in HTML, its caption above and its note below it."""
+        """The table in HTML, with its caption above and its note below."""
         (corner, *names), *rest = [list(map(html_text, line)) for line in self._lines()]
         head = "".join(f"<th>{name}</th>" for name in [corner, *names])
         rows = [f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for name, *row in rest]

@@ -1,1 +1,1 @@
-"""Models: where weights and tokenizers come from, and what identifies a model."""
+"""Models: loading weights and tokenizers, and identifying a model by its contents."""

@@ -1,4 +1,4 @@
-"""Which models are known by name: the packaged ones, and the paper's twelve with what they need."""
+"""Models known by name: the packaged ones, and the paper's twelve with their memory requirements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sitelens.models.gguf.converted import PACKAGED, PackagedModel, folder_of, i
 from sitelens.settings import settings
 
 GIB = 2**30
-# A weight in NF4 with double quantisation: 4 bits, 8 bits for each block of 64, 32 bits for each 256 blocks.
+# Bytes per weight in NF4 with double quantization: 4 bits, 8 bits per block of 64, 32 bits per 256 blocks.
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 
@@ -22,11 +22,17 @@ NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 class HubModel:
     """A model of the paper (section 4), as its hub repository describes it.
 
-    kv_heads: key and value heads per layer.
-    parameters: number in the whole checkpoint.
-    plain: number of parameters that 4-bit loading does not quantize (token embeddings, unembedding, norms, routers).
-    quantize: how the paper loads it.
-    gated: whether its hub page may ask to accept terms first.
+    Attributes:
+        layers: number of layers.
+        heads: attention heads per layer.
+        kv_heads: key and value heads per layer.
+        d_head: dimension of a head.
+        parameters: number of parameters in the whole checkpoint.
+        plain: number of parameters that 4-bit loading does not quantize (token embeddings, unembedding, norms,
+            routers).
+        license: name of the license.
+        quantize: "nf4" if the paper loads it so, else None.
+        gated: whether its hub page may require that terms are accepted first.
     """
 
     layers: int
@@ -71,10 +77,10 @@ def list_models() -> pd.DataFrame:
 
     Returns:
         A frame with the columns name, layers, heads (per layer), d_head, dtype (default of `load_model`), quantize (how
-        the paper loads it), weights_gib (memory of the weights loaded that way), prefix_kib (keys and values of one
-        prompt token), prefix_tokens (prompt tokens whose keys and values fill `sl.settings.memory_budget`; training
-        gives half of it to validation prompts and a quarter to training prompts), license, cached (whether the weights
-        are on this machine) and download_command (a packaged model is also downloaded at its first use).
+        the paper loads it), weights_gib (memory of the weights loaded that way, in GiB), prefix_kib (keys and values of
+        one prompt token, in KiB), prefix_tokens (prompt tokens whose keys and values fill `sl.settings.memory_budget`;
+        training uses half of it for validation prompts and a quarter for training prompts), license, cached (whether
+        the weights are on this machine) and download_command (a packaged model is also downloaded at its first use).
 
     Example:
         >>> models = sl.list_models().set_index("name")
@@ -94,13 +100,13 @@ def list_models() -> pd.DataFrame:
 
 
 def weight_bytes(spec: HubModel) -> int:
-    """Bytes of a model's weights: in bfloat16, or as the paper quantizes them."""
+    """Bytes of a model's weights, in bfloat16 or quantized as in the paper."""
     packed = 0 if spec.quantize is None else spec.parameters - spec.plain
     return 2 * (spec.parameters - packed) + round(NF4_BYTES * packed)
 
 
 def download_command(name: str) -> str:
-    """The command that puts a hub model into the hub's cache, its weights in one format only."""
+    """The command that downloads a hub model into the hub's cache, with its weights in one format only."""
     gated = PAPER[name].gated if name in PAPER else False
     login = "hf auth login && " if gated else ""
     return f'{login}hf download {name} --exclude "original/*" "consolidated*"'
@@ -119,7 +125,7 @@ def _row(
 
 
 def _is_converted(spec: PackagedModel) -> bool:
-    """Whether a packaged model's converted folder lies in the cache and can be read."""
+    """Whether a packaged model's converted folder is in the cache and can be read."""
     try:
         return is_whole(folder_of(spec.sha256), full=False)
     except SitelensError:
@@ -127,7 +133,7 @@ def _is_converted(spec: PackagedModel) -> bool:
 
 
 def _in_hub_cache(name: str) -> bool:
-    """Whether all of a model's weights lie in the hub's cache."""
+    """Whether all of a model's weights are in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     index = try_to_load_from_cache(name, "model.safetensors.index.json")

@@ -1,8 +1,8 @@
 """Chat templates: a conversation as the tokenizer writes it, and where in it the answer begins.
 
-A conversation is rendered with its answer, as the model was trained on it. The prompt is its text up to the answer, and
-the answer is what the template makes of it, without the end of the turn. So white space, an empty think block or
-whatever else a template writes before each answer stands where the model expects it.
+A conversation is rendered with its answer, as in the model's training. The prompt is the text before the answer; the
+answer is the rendered answer without the end of the turn. So white space, an empty think block, or anything else that a
+template writes before each answer is where the model expects it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from sitelens.models.tokenizers import first_line
 from sitelens.tasks import CLOCK, Arguments, Example
 
 TODAY = "2024-07-26"  # for templates that write the date: results must not depend on the day
-MARK = "SitelensAnswer"  # stands for an answer, to see where the template puts it
+MARK = "SitelensAnswer"  # placeholder for an answer, to find where the template puts it
 
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation with its answers.
+    """A rendered conversation with its answers.
 
-    text: up to where the answer begins. answers: each as it goes on from there, without the end of its turn. note: what
-    is unusual about the template, for a warning.
+    Attributes:
+        text: everything before the answer.
+        answers: each answer as it continues the text, without the end of its turn.
+        note: a remark on something unusual in the template, for a warning.
     """
 
     text: str
@@ -40,9 +42,13 @@ def chat_prompt(
 ) -> Chat:
     """A conversation in which the demonstrations are earlier turns and the query is the last question.
 
-    The instruction is a system message, or stands at the head of the first question where the template takes no system
-    message. `arguments` are variables for the template. A template that asks for today's date is given 26 July 2024, or
-    the date in the argument `strftime_now`.
+    Args:
+        demonstrations: solved examples, in order.
+        query: the example that is asked.
+        tokenizer: a tokenizer with a chat template.
+        instruction: the system message; put before the first question if the template takes no system message.
+        arguments: variables for the template. A template that asks for today's date gets 26 July 2024, or the date in
+            the argument `strftime_now`.
 
     Raises:
         SitelensError: if the tokenizer has no chat template, or its template cannot write the conversation.
@@ -82,7 +88,7 @@ def chat_prompt(
 
 
 class _Template:
-    """The chat template of a tokenizer with the arguments that a task gives it."""
+    """The chat template of a tokenizer, with a task's template arguments."""
 
     def __init__(self, tokenizer: Any, arguments: Arguments) -> None:
         if not getattr(tokenizer, "chat_template", None):
@@ -91,23 +97,23 @@ class _Template:
         self.name = f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'this model'}"
         try:
             text = tokenizer.get_chat_template(self.arguments.pop("chat_template", None))
-        except Exception as error:  # several named templates and none of them "default"
+        except Exception as error:  # several named templates, none of them "default"
             raise SitelensError(f"{self.name} cannot be used: {_reason(error)}") from error
         self.unread = [name for name in self.arguments if not re.search(rf"\b{name}\b", text)]
         day = self.arguments.pop(CLOCK, TODAY)
         self.text = _dated(text, datetime.date.fromisoformat(str(day))) if CLOCK in text else text
 
     def write(self, turns: Sequence[dict[str, str]], asking: bool = False) -> str:
-        """The conversation as text; `asking`, with the beginning of the next answer.
+        """The conversation as text; with `asking`, including the beginning of the next answer.
 
         Raises:
-            SitelensError: with the template's own reason, if it cannot write it.
+            SitelensError: if the template cannot write it; the message gives the template's own reason.
         """
         try:
             return self.tokenizer.apply_chat_template(
                 list(turns), chat_template=self.text, tokenize=False, add_generation_prompt=asking, **self.arguments
             )
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template is a program and may raise anything
             roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns))
             raise SitelensError(
                 f"{self.name} cannot write a conversation of the roles {roles}: {_reason(error)} (an instruction "
@@ -115,17 +121,17 @@ class _Template:
             ) from error
 
     def instructed(self, turns: list[dict[str, str]], instruction: str) -> list[dict[str, str]]:
-        """The turns with an instruction: a system message, or the head of the first question."""
+        """The turns with an instruction, as a system message or else at the beginning of the first question."""
         system = _turn("system", instruction.strip())
         try:
             if instruction.strip() in self.write([system, _turn("user", MARK)], asking=True):
                 return [system, *turns]
         except SitelensError:
-            pass  # many templates refuse the role, others leave it out
+            pass  # many templates reject the system role; others omit it silently
         return [_turn("user", f"{instruction.strip()}\n\n{turns[0]['content']}"), *turns[1:]]
 
     def check_question(self, turns: list[dict[str, str]], text: str) -> None:
-        """Raise SitelensError if the template leaves out what the user says."""
+        """Raise SitelensError if the template omits the user's messages."""
         question = turns[-1]["content"]
         if question.strip() not in text and self.write([*turns[:-1], _turn("user", MARK)], asking=True) == text:
             raise SitelensError(f"{self.name} does not write what the user says: {text[-60:]!r}")
@@ -136,10 +142,10 @@ def _turn(role: str, content: str) -> dict[str, str]:
 
 
 def _dated(template: str, day: datetime.date) -> str:
-    """A chat template whose clock stands still: strftime_now becomes a macro that knows the template's own formats."""
+    """A chat template with a fixed date: strftime_now becomes a macro for the date formats that the template uses."""
     formats = set(re.findall(r"strftime_now\s*\(\s*(?:format\s*=\s*)?(\"[^\"]*\"|'[^']*')", template))
     days = ", ".join(f"{form}: {_quoted(day.strftime(form[1:-1]))}" for form in sorted(formats))
-    # A line of its own, whose end Jinja trims as that of any block: the template's first line stays a first line.
+    # On a line of its own, whose newline Jinja trims after a block: the template's first line remains the first line.
     date = f"{{{{ {{{days}}}.get(format, {_quoted(day.isoformat())}) }}}}"
     return f"{{%- macro {CLOCK}(format) -%}}{date}{{%- endmacro %}}\n{template}"
 

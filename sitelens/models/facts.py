@@ -1,8 +1,8 @@
-"""What a network computes with: its tensors, the plain attributes of its modules, and its configurations.
+"""Facts: everything that determines what a network computes (tensors, plain attributes of modules, configurations).
 
-A configuration alone does not say it: modules copy numbers from it when they are built (`attn.scaling`,
-`norm.variance_epsilon`), others are read from it at every pass, and either may be edited later. So both are read,
-whole but for bookkeeping.
+A configuration alone is not enough: modules copy some numbers from it when they are built (`attn.scaling`,
+`norm.variance_epsilon`), read others at every pass, and both may be edited later. So modules and configurations are
+both read completely, except for bookkeeping.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-# Fields of a configuration on which no logit hangs: names, labels, output formats, generation, initialization.
-# Token ids are here because prompts arrive as ids; those that end a text are in the keys of generated answers.
+# Configuration fields that do not affect logits: names, labels, output formats, generation, initialization.
+# Token ids are included because prompts are given as ids; those that end a text are in the keys of generated answers.
 BOOKKEEPING = frozenset(
     """
     name_or_path model_type transformers_version architectures dtype torch_dtype auto_map tokenizer_class torchscript
@@ -37,7 +37,7 @@ BOOKKEEPING = frozenset(
     initializer_range initializer_factor init_std router_aux_loss_coef gradient_checkpointing is_encoder_decoder
     """.split()  # noqa: SIM905 (a table of names)
 )
-# The same of modules: what PyTorch, transformers, accelerate and TransformerLens note there beside the computation.
+# Module attributes that do not affect the computation, set by PyTorch, transformers, accelerate or TransformerLens.
 _BESIDE = frozenset(vars(nn.Module())) | frozenset(
     """
     name_or_path warnings_issued generation_config loss_type gradient_checkpointing hf_device_map hf_quantizer
@@ -45,16 +45,18 @@ _BESIDE = frozenset(vars(nn.Module())) | frozenset(
     forward _forward _old_forward _hf_hook _is_hf_initialized persistent _is_buffer
     """.split()  # noqa: SIM905 (a table of names)
 )
-_DEPTH = 6  # levels of attributes within attributes that are read
+_DEPTH = 6  # nesting depth to which attributes are read
 _SCALARS = frozenset({bool, int, float, str, type(None)})
 _PLAIN = (bool, int, str, type(None))
 
 
 @dataclass
 class Facts:
-    """The facts of a network: plain JSON by the name of what it belongs to, and tensors, each once.
+    """The facts of a network. Names are those of the raw network, whether or not a bridge wraps its modules.
 
-    Names are those of the raw network, whether or not a bridge wraps its modules.
+    Attributes:
+        plain: plain JSON by the name of the module or tensor that it describes.
+        tensors: each tensor once, by name.
     """
 
     plain: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +66,7 @@ class Facts:
 
     @staticmethod
     def of(network: nn.Module) -> Facts:
-        """Of a Hugging Face network, around whose modules there may be the wrappers of a bridge."""
+        """The facts of a Hugging Face network, whose modules may be wrapped by a bridge."""
         facts = Facts()
         facts._pending.append(("", network))
         while facts._pending:
@@ -88,7 +90,7 @@ class Facts:
             elif child is not None and type(child) is not HookPoint:
                 self._pending.append((f"{name}.{key}" if name else key, child))
         if inner is not None:
-            self._pending.append((name, inner))  # the next to be popped, so that its children have their own names
+            self._pending.append((name, inner))  # popped next, so that its children get their own names
         if wrapper:
             return
         described: dict[str, Any] = {}
@@ -106,7 +108,7 @@ class Facts:
         self.plain[name] = [f"{kind.__module__}.{kind.__qualname__}", described]
 
     def described(self, value: Any, name: str, depth: int = 0) -> Any:
-        """A value as plain JSON; tensors and modules within it are noted under its name."""
+        """A value as plain JSON; tensors and modules inside it are recorded under its name."""
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, float):
@@ -116,7 +118,7 @@ class Facts:
             return "tensor"
         if isinstance(value, nn.Module):
             if id(value) not in self._seen and not isinstance(value, HookPoint):
-                self._pending.insert(0, (name, value))  # last, so that a module has the name that its owner gives
+                self._pending.insert(0, (name, value))  # visited last, so that a module has the name from its parent
             return "module"
         if depth >= _DEPTH:
             return f"{type(value).__module__}.{type(value).__qualname__}"
@@ -160,7 +162,7 @@ class Facts:
             return
         self._seen.add(id(tensor))
         flatten: Any = getattr(tensor, "__tensor_flatten__", None)
-        if flatten is not None:  # a packed kind, as torchao's
+        if flatten is not None:  # a packed tensor subclass, such as torchao's
             inner, context = flatten()
             self.plain[name] = [type(tensor).__qualname__, self.described(context, name, 1)]
             for key in inner:
@@ -168,14 +170,18 @@ class Facts:
             return
         self.tensors[name] = tensor
         state = {key: value for key, value in vars(tensor).items() if key not in _BESIDE}
-        if state:  # what bitsandbytes keeps with packed weights
+        if state:  # set by bitsandbytes on packed weights
             self.plain[name] = {key: self.described(value, f"{name}.{key}", 1) for key, value in state.items()}
 
 
 def bridge_facts(model: TransformerBridge, modules: Iterable[tuple[str, nn.Module]]) -> Facts:
-    """Of a bridge around its network: its configuration, its switches, and those of its wrappers.
+    """The facts of the bridge around a network: its configuration, its switches, and those of its wrappers.
 
-    `modules` are those that `modules_of` gives. Fields of its configuration on which no logit hangs are left out.
+    Configuration fields that do not affect logits are left out.
+
+    Args:
+        model: the bridge.
+        modules: its modules, as returned by `modules_of`.
     """
     facts = Facts()
     cfg = {key: value for key, value in vars(model.cfg).items() if key not in BOOKKEEPING | _BRIDGE_BOOKKEEPING}
@@ -197,7 +203,7 @@ def bridge_facts(model: TransformerBridge, modules: Iterable[tuple[str, nn.Modul
 
 
 def modules_of(model: TransformerBridge, hook_points: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """All modules of the bridge and of the network beneath it with their names, each once."""
+    """All modules of the bridge and of its network, as (name, module), each once; hook points only if asked for."""
     seen: set[int] = set()
     pending: list[tuple[str, nn.Module]] = [("the network", model.original_model), ("the bridge", model)]
     while pending:
@@ -214,7 +220,7 @@ def modules_of(model: TransformerBridge, hook_points: bool = False) -> Iterator[
                     pending.append((start + key, child))
 
 
-# A wrapper's private attributes are notes about its last forward pass, but for these.
+# Private attributes of wrappers that affect the computation; the others only record the last forward pass.
 _PRIVATE_SWITCHES = frozenset(
     """
     _output_contribution_scale _uses_rms_norm_override _uses_weight_offset_override _qk_norm_phase _qk_norm_per_head
@@ -231,9 +237,9 @@ _BRIDGE_BOOKKEEPING = frozenset(
 
 
 def rotary_state(name: str, module: nn.Module, facts: Facts) -> None:
-    """Note in `facts` what a rotary embedding has been stretched to by longer prompts, where later results hang on it.
+    """Record in `facts` how longer prompts have rescaled a rotary embedding, if later results depend on it.
 
-    The frequencies of a long-rope module follow each prompt anew, so they are no state.
+    A long-rope module recomputes its frequencies for each prompt, so these are not state.
     """
     for key, value in _recomputed(module).items():
         if value is None and "dynamic" in str(vars(module)["rope_type"]):
@@ -241,16 +247,16 @@ def rotary_state(name: str, module: nn.Module, facts: Facts) -> None:
 
 
 def _of_dropout(module: nn.Module, key: str) -> bool:
-    """Whether an attribute says only how much a module in training mode would drop."""
+    """Whether an attribute is a dropout rate, which matters in training mode only."""
     if module.training:
         return False
     return "dropout" in key or "pdrop" in key or (key == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
 
 
 def _recomputed(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a rotary embedding that it computes anew from a prompt's length, with what stands for them.
+    """The attributes that a rotary embedding recomputes from a prompt's length, with the values recorded instead.
 
-    None stands for "nothing": two models with equal facts compute the same whatever those were a moment ago.
+    None means that nothing is recorded: what the attribute was after the last prompt does not matter.
     """
     kinds = vars(module).get("rope_type")
     if kinds is None or not hasattr(module, "config"):
@@ -267,7 +273,7 @@ def _recomputed(module: nn.Module) -> dict[str, Any]:
 
 
 def _long_frequencies(module: Any, prefix: str, layer_type: str | None) -> Tensor:
-    """A long-rope module's frequencies for long prompts, which it makes at its first forward pass."""
+    """A long-rope module's frequencies for long prompts, which it computes at its first forward pass."""
     known = getattr(module, f"{prefix}long_inv_freq", None)
     if known is not None:
         return known

@@ -1,4 +1,4 @@
-"""Heads of a model: the ways to name them, which there are, and tables with one row per head."""
+"""Heads of a model: parsing their names, listing them, and tables with one row per head."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     Head = tuple[int, int] | str  # (10, 6), "L10H6" or "10.6"
     Heads = Iterable[Head] | Head | Bool[Tensor, "layer head"] | pd.DataFrame
 else:
-    Head = Heads = Any  # whatever is given is checked below, numpy's numbers included
+    Head = Heads = Any  # checked by the functions below, which also accept numpy numbers
 HEAD = re.compile(r"L?(\d+)(?:H|\.)(\d+)", re.IGNORECASE)
 
 
 def checked_heads(heads: Heads, model: Model) -> list[tuple[int, int]]:
-    """The heads as (layer, head).
+    """Heads of `model` as (layer, head), in the order given.
 
     Raises:
         SitelensError: as `head_pairs`.
@@ -34,12 +34,12 @@ def checked_heads(heads: Heads, model: Model) -> list[tuple[int, int]]:
 
 
 def all_heads(model: Model) -> list[tuple[int, int]]:
-    """Every head of a model, by layer."""
+    """Every head of a model as (layer, head), layer by layer."""
     return _grid(*model.shape[:2])
 
 
 def per_head(values: Float[Tensor, "layer head"], name: str) -> pd.DataFrame:
-    """One row per head: layer, head, and its value in a column called `name`."""
+    """A DataFrame with one row per head: layer, head, and its value in the column `name`."""
     return pd.DataFrame(_grid(*values.shape), columns=["layer", "head"]).assign(**{name: values.flatten().tolist()})
 
 
@@ -48,10 +48,15 @@ def _grid(layers: int, heads: int) -> list[tuple[int, int]]:
 
 
 def head_pairs(heads: Heads, layers: int, width: int) -> list[tuple[int, int]]:
-    """Heads of a model with so many layers, and heads in each, as (layer, head), in the order given.
+    """Heads as (layer, head), in the order given, checked against a model's shape.
+
+    Args:
+        heads: as for `parsed_heads`.
+        layers: number of layers.
+        width: number of heads per layer.
 
     Raises:
-        SitelensError: as `parsed_heads`, or if the model has no such head.
+        SitelensError: as `parsed_heads`, or if there is no such head.
     """
     mask = _as_mask(heads)
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != (layers, width)):
@@ -68,11 +73,12 @@ def head_pairs(heads: Heads, layers: int, width: int) -> list[tuple[int, int]]:
 def parsed_heads(heads: Heads) -> list[tuple[int, int]]:
     """Heads as (layer, head), in the order given.
 
-    A head is (10, 6), "L10H6" or "10.6". Heads are a head, any number of them (in one text with commas or spaces
-    between them), a boolean mask `[layer head]`, or a DataFrame with the columns layer and head.
+    Args:
+        heads: one head, written (10, 6), "L10H6" or "10.6"; several heads, in a sequence or in one text separated by
+            commas or spaces; a boolean mask `[layer head]`; or a DataFrame with the columns layer and head.
 
     Raises:
-        SitelensError: if they are something else.
+        SitelensError: for anything else.
     """
     given: Any = heads
     if (mask := _as_mask(heads)) is not None:
@@ -96,7 +102,7 @@ def parsed_heads(heads: Heads) -> list[tuple[int, int]]:
 
 
 def _as_mask(heads: Any) -> Tensor | None:
-    """What should be a boolean mask, as a tensor; None where heads are given otherwise."""
+    """Heads given as a mask (or as an array that is meant to be one), as a tensor; else None."""
     if not isinstance(heads, Tensor | np.ndarray):
         return None
     mask = torch.as_tensor(heads)
@@ -104,7 +110,7 @@ def _as_mask(heads: Any) -> Tensor | None:
 
 
 def _pair(head: Any) -> tuple[int, int]:
-    """One head, however it is written."""
+    """One head as (layer, head), in any notation."""
     match = HEAD.fullmatch(head.strip()) if isinstance(head, str) else None
     if match:
         return int(match[1]), int(match[2])
@@ -120,7 +126,7 @@ def _pair(head: Any) -> tuple[int, int]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one number, numpy's and torch's included (whole floats come out of DataFrames)."""
+    """Whether a value is a number, also of numpy or torch; floats count, as DataFrames may hold heads as floats."""
     if isinstance(value, (bool, np.bool_)):
         return False
     try:

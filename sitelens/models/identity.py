@@ -1,4 +1,4 @@
-"""Identities: what identifies a model's weights and what they compute."""
+"""Identities: fingerprints of models, by the content of their tensors and configurations."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from torch import Tensor
 from sitelens.models.facts import Facts
 from sitelens.store.digests import content_digest, digest, tensor_bytes
 
-SEVERAL_THREADS = 1 << 26  # bytes of tensors from which reading them is spread over threads
-_BLOCK = 1 << 20  # 32-bit words of a tensor on an accelerator that are summed at a time
+SEVERAL_THREADS = 1 << 26  # bytes of tensors from which several threads read them
+_BLOCK = 1 << 20  # 32-bit words that are summed at a time on an accelerator
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What identifies a network: its fingerprint, and the facts and sums of tensors that the fingerprint stands for.
+    """The identity of a network: its fingerprint, and the facts and tensor sums behind it.
 
-    digests: the SHA-256 of each tensor by its sum. weights: a digest of the parameters alone.
+    Attributes:
+        plain: the plain facts of the network (`Facts.plain`).
+        sums: checksum of each tensor, by name (`tensor_sums`).
+        digests: SHA-256 of each tensor, by checksum.
+        fingerprint: digest of the plain facts and all tensors.
+        weights: digest of the parameters alone.
     """
 
     plain: dict[str, Any]
@@ -34,10 +39,10 @@ class Identity:
 
     @staticmethod
     def of(network: torch.nn.Module, last: Identity | None = None) -> Identity:
-        """The identity of a Hugging Face network, whose tensors are all read.
+        """The identity of a Hugging Face network; all tensors are read.
 
-        The SHA-256 sums are computed only for tensors that have changed since `last`, which is returned as it is where
-        none has.
+        The SHA-256 sums are computed only for tensors that have changed since `last`; if nothing has changed, `last`
+        is returned.
         """
         facts = Facts.of(network)
         sums = tensor_sums(facts.tensors)
@@ -53,12 +58,12 @@ class Identity:
 
 
 def tensor_sums(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """A checksum of each tensor's dtype, shape and every bit of its content, fast enough for every call."""
+    """A checksum of each tensor's dtype, shape and every bit of its content, fast enough to compute at every call."""
     return dict(zip(tensors, _in_threads(_sum, list(tensors.values())), strict=True))
 
 
 def _in_threads(of: Any, tensors: Sequence[Tensor]) -> list[str]:
-    """One text per tensor; hashing releases the interpreter lock."""
+    """`of` each tensor, in threads if the tensors are large: hashing releases the interpreter lock."""
     cores = os.cpu_count() or 1
     if cores == 1 or sum(tensor.nbytes for tensor in tensors) < SEVERAL_THREADS:
         return [of(tensor) for tensor in tensors]
@@ -78,8 +83,10 @@ def _sum(tensor: Tensor) -> str:
 def accelerator_sums(value: Tensor) -> Tensor:
     """Sums of a tensor's 32-bit words times fixed pseudo-random 64-bit weights, modulo 2**64, one per block.
 
-    This is multilinear hashing (Lemire and Kaser 2014, arXiv 1202.4961): unequal contents agree with a chance of 2**-32
-    per block. It runs where the tensor lies, so nothing is copied.
+    Unequal contents agree with a probability of 2**-32 per block. It runs on the tensor's device, so nothing is copied.
+
+    Source:
+        Multilinear hashing (Lemire and Kaser 2014, arXiv 1202.4961).
     """
     raw = value.reshape(-1).view(torch.uint8)
     whole = raw.numel() // 4 * 4

@@ -1,7 +1,7 @@
-"""Interference: what changes a model's computation and cannot be part of a cache key, as hooks of the user's.
+"""Interference: anything that changes a model's computation but cannot be part of a cache key, such as user hooks.
 
-What a function of the user's does can neither be read nor compared. Where one is heard, results are computed with it,
-as they should be, and are neither taken from the cache nor put there.
+What a user's function does can neither be read nor compared. If one is detected, results are computed with it, as they
+should be, but are neither read from the cache nor written to it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers.modeling_utils import AttentionInterface
 from sitelens.contexts import bound
 from sitelens.models.facts import modules_of
 
-# Whose code is identified by a version, which is in the keys.
+# Libraries whose code is identified by a version, which is in the keys.
 LIBRARIES = (
     "sitelens", "torch", "transformers", "transformer_lens", "peft", "accelerate", "bitsandbytes", "torchao", "optimum",
     "gptqmodel", "awq", "auto_gptq", "hqq", "compressed_tensors", "quanto", "kernels", "flash_attn", "xformers",
@@ -49,12 +49,12 @@ _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_
 
 
 def heard(model: TransformerBridge) -> str | None:
-    """What changes the model's computation now and where, in words; None if nothing does that a key does not say.
+    """What changes the model's computation now and is not covered by cache keys, in words; None if there is nothing.
 
-    Heard are: hooks on hook points and on modules (of the bridge and of the network beneath it), global module hooks,
-    methods replaced on an instance, a class or a modeling file, modules of classes of one's own, attention functions of
-    one's own, compiled modules, and PyTorch's function and dispatch modes. Hooks that libraries install for themselves
-    do not count.
+    Detected are: hooks on hook points and modules (of the bridge and of its network), global module hooks, functions
+    replaced on an instance, in a class or in a modeling file, user-defined module classes and attention functions,
+    compiled modules, and PyTorch's function and dispatch modes. Hooks that libraries install for themselves are
+    ignored.
     """
     if mode := _mode():
         return mode
@@ -77,10 +77,14 @@ def heard(model: TransformerBridge) -> str | None:
 
 
 def users_hooks(module: nn.Module, attribute: str) -> set[int]:
-    """Keys of the hooks of one kind on a module that are the user's.
+    """Keys of the user's hooks of one kind on a module.
 
-    Not hers are those that libraries keep on modules, and permanently on hook points; those of a `run_with_cache` that
-    another thread runs; and ours in another context.
+    Not counted are hooks of libraries on modules, their permanent hooks on hook points, those of a `run_with_cache` in
+    another thread, and sitelens's own hooks of another context.
+
+    Args:
+        module: a module or hook point.
+        attribute: name of the dict of hooks, for example "_forward_hooks".
     """
     hooks = list(vars(module)[attribute].items())
     if type(module) is not HookPoint:
@@ -101,13 +105,13 @@ def users_hooks(module: nn.Module, attribute: str) -> set[int]:
 
 
 def _usual_name(name: str, module: nn.Module, model: TransformerBridge) -> str:
-    """The name by which TransformerLens's users know a hook point, such as blocks.0.attn.hook_z."""
+    """The usual TransformerLens name of a hook point, such as blocks.0.attn.hook_z."""
     names = [alias for alias, point in model.hook_dict.items() if point is module]
     return next((alias for alias in names if not alias.endswith(("hook_in", "hook_out"))), name)
 
 
 def heard_in_tokenizer(tokenizer: Any) -> str | None:
-    """What of a tokenizer's doing its files do not say, in words: a class or functions of one's own, dropout."""
+    """What changes a tokenizer's output and is not in its files, in words: user-defined code, dropout; else None."""
     kind = type(tokenizer)
     if not is_library(kind.__module__):
         return f"a tokenizer of the class {kind.__qualname__}, whose code sitelens does not know"
@@ -124,13 +128,13 @@ def heard_in_tokenizer(tokenizer: Any) -> str | None:
         try:
             if rule is not None:
                 rule.__getstate__()
-        except Exception:  # what is written in Python cannot be saved
+        except Exception:  # steps written in Python cannot be serialized
             return f"a {step} of the tokenizer that is written in Python"
     return None
 
 
 class Here:
-    """A hook of ours on the user's model, which acts in the context (thread or async task) that installed it only."""
+    """A sitelens hook on the user's model that acts only in the context (thread or async task) that installed it."""
 
     _present: ClassVar[ContextVar[frozenset[object]]] = ContextVar("present", default=frozenset())
 
@@ -142,17 +146,17 @@ class Here:
 
     @property
     def active(self) -> bool:
-        """Whether this is its context."""
+        """Whether the current context is the one that installed it."""
         return self.token in self._present.get()
 
     @classmethod
     def active_for(cls, token: object) -> AbstractContextManager[None]:
-        """This context is that of the hooks with this token until the block ends."""
+        """Context manager in which hooks with this token are active, for the current context."""
         return bound(cls._present, cls._present.get() | {token})
 
     @staticmethod
     def inside(hook: Any) -> Here | None:
-        """Ours, if a hook is one: on a hook point it is in the closure that TransformerLens makes."""
+        """The sitelens hook in `hook`, or None; on a hook point it is in the closure that TransformerLens makes."""
         inner: list[Any] = []
         if getattr(hook, "__module__", "") == HookPoint.__module__ and getattr(hook, "__closure__", None):
             inner = [cell.cell_contents for cell in hook.__closure__]
@@ -173,7 +177,7 @@ def _mode() -> str | None:
 
 
 def _replaced_code(classes: set[type]) -> str | None:
-    """Classes and functions that are not their libraries' own."""
+    """A user-defined class or a replaced function among the modules' code, in words; else None."""
     files: set[str] = {"torch.nn.functional"}
     bases: set[type] = set()
     for kind in classes:
@@ -207,17 +211,17 @@ def _attention(model: TransformerBridge) -> str | None:
     return f"the attention function {name!r}" if function is not None and is_foreign(function) else None
 
 
-# Functions and code seen to be a library's own. Weak: what is forgotten may be another function later.
+# Functions known to be a library's own. Weak references: the id of a deleted function may be reused.
 _libraries_own: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
 
 
 def is_foreign(function: Any, depth: int = 3) -> bool:
-    """Whether a function, or one that it wraps, is code of somebody else than the libraries whose versions are known.
+    """Whether a function, or one that it wraps (to `depth` levels), is not code of a library with a known version.
 
-    Classes and modules as values are nobody's function, for modules are looked at one by one.
+    Classes and modules are not functions: modules are checked one by one elsewhere.
     """
     if isinstance(function, types.FunctionType):
-        own = (function.__module__ or "").split(".")[0] == "sitelens"  # also wrapped by type checkers
+        own = (function.__module__ or "").split(".")[0] == "sitelens"  # also if wrapped by a type checker
         if own or function in _libraries_own:
             return False
         if not _is_libraries_code(function):
@@ -227,11 +231,11 @@ def is_foreign(function: Any, depth: int = 3) -> bool:
             for cell in function.__closure__ or ():
                 try:
                     wrapped.append(cell.cell_contents)
-                except ValueError:  # not filled yet
+                except ValueError:  # the cell is still empty
                     continue
             if any(isinstance(inner, _FUNCTIONS) and is_foreign(inner, depth - 1) for inner in wrapped):
                 return True
-        if not function.__closure__:  # what a closure holds can be changed
+        if not function.__closure__:  # the contents of a closure can change
             _libraries_own.add(function)
         return False
     if isinstance(function, types.MethodType):
@@ -241,13 +245,13 @@ def is_foreign(function: Any, depth: int = 3) -> bool:
         return any(is_foreign(part, depth - 1) for part in parts if depth and callable(part))
     if isinstance(function, (type, nn.Module)):
         return False
-    if isinstance(inner := getattr(function, "hook", None), Callable):  # PyTorch wraps some hooks
+    if isinstance(inner := getattr(function, "hook", None), Callable):  # some hooks are wrapped by PyTorch
         return is_foreign(inner, depth)
     return not is_library(type(function).__module__)
 
 
 def is_library(module: str | None) -> bool:
-    """Whether a module's name is one of a library whose version the keys name, or of Python's own."""
+    """Whether a Python module belongs to a library whose version is in the keys, or to the standard library."""
     root = (module or "").split(".")[0]
     return root in LIBRARIES or (root in sys.stdlib_module_names and root != "__main__")
 
@@ -256,7 +260,7 @@ def _is_libraries_code(function: types.FunctionType) -> bool:
     if not is_library(function.__module__):
         return False
     file = function.__code__.co_filename
-    if file.startswith("<"):  # written by a program: dataclasses, namedtuples; but not `python -c`
+    if file.startswith("<"):  # generated code (dataclasses, namedtuples), but not `python -c`
         return file.startswith("<frozen") or function.__name__.startswith("__")
     return _is_libraries_file(file)
 

@@ -1,4 +1,4 @@
-"""Names in, frozen TransformerBridge out."""
+"""Loading: a frozen TransformerBridge from a model's name, folder or file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sitelens.models.sources import DEFAULT_MODEL, check_device, hub_id
 from sitelens.models.tokenizers import first_line
 from sitelens.settings import checked_dtype, settings
 
-_loading = threading.RLock()  # transformers sets torch's default dtype, which is the process's, while it loads
+_loading = threading.RLock()  # while loading, transformers sets torch's default dtype, which is global
 
 
 @checked
-@torch.inference_mode(False)  # nothing could be trained through weights made there
+@torch.inference_mode(False)  # no gradient can flow through weights made in inference mode
 def load_model(
     name: str | Path | TransformerBridge | None = None,
     *,
@@ -39,18 +39,21 @@ def load_model(
 ) -> TransformerBridge:
     """A model with frozen weights and TransformerLens hook points.
 
-    `name` is a packaged model (default: "smollm2-135m"), a hub id, a name that TransformerLens knows ("gpt2",
-    "pythia-70m"), a local folder, a .gguf file, or a TransformerBridge, which is returned as it is. `dtype` defaults to
-    `sl.settings.dtype` or, where that is None, to float32 for GGUF weights and to the checkpoint's own otherwise;
-    `device` to a GPU where there is one. `device_map` ("auto", or as transformers takes it) spreads the layers over
-    several devices. `quantize="nf4"` loads 4-bit weights as the paper does for its large models (bitsandbytes, NF4,
-    double quantisation, computing in bfloat16 or in `dtype`). Python code that a model brings along is run with
-    `trust_remote_code` only, and a warning says so.
+    Args:
+        name: a packaged model (default: "smollm2-135m"), a hub id, a name that TransformerLens knows ("gpt2",
+            "pythia-70m"), a local folder, a .gguf file, or a TransformerBridge, which is returned unchanged.
+        dtype: of the weights; default: `sl.settings.dtype` or, if that is None, bfloat16 with `quantize`, else float32
+            for GGUF weights and the checkpoint's own dtype otherwise.
+        device: default: a GPU if there is one, else the CPU.
+        device_map: "auto", or any device map of transformers; distributes the layers over several devices.
+        quantize: "nf4" loads 4-bit weights as the paper does for its large models (bitsandbytes, NF4, double
+            quantization); the computation is in `dtype`.
+        trust_remote_code: run Python code that comes with the model, if any; a warning says so.
 
     Raises:
-        SitelensError: for an unknown model (with the nearest names), weights that cannot be had (with the command that
-            gets them), a model that brings code, a device that is not there, a quantisation that is not to be trusted,
-            or both `device` and `device_map`.
+        SitelensError: for an unknown model (with the nearest names), weights that cannot be obtained (with the command
+            that downloads them), a model that needs its own code without `trust_remote_code`, a device that does not
+            exist, an unsupported quantization, or both `device` and `device_map`.
 
     Example:
         >>> model = sl.load_model("smollm2-135m")  # doctest: +SKIP
@@ -80,7 +83,7 @@ def load_model(
         folder = name = hub_id(name)
     place = device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     if packed is not None and device_map is None:
-        device_map = {"": place}  # packed while it is loaded, where it is to lie
+        device_map = {"": place}  # weights are packed during loading, on their final device
     if trust_remote_code:
         warnings.warn(f"Python code that comes with the model {name} is run, if it brings any (trust_remote_code)",
                       SitelensWarning, stacklevel=2)  # fmt: skip
@@ -97,18 +100,19 @@ def _default_model(dtype: str | None) -> TransformerBridge:
 
 
 def default_model() -> TransformerBridge:
-    """The packaged default model in the dtype of the settings, loaded once per process and dtype."""
+    """The packaged default model, in the dtype of the settings; loaded once per process and dtype."""
     with _loading:
         return _default_model(settings.dtype)
 
 
 def resolve_model(model: ModelSource | None) -> Model:
-    """The model that an argument of a public function means: None is the default model, a name is loaded.
+    """The model for the `model` argument of a public function: None means the default model; a name is loaded.
 
-    A Model was checked at the door it came through, and is returned as it is.
+    A Model has been checked before and is returned unchanged.
 
     Raises:
-        SitelensError: as `load_model`, and for a bridge without per-head z hooks or in training mode.
+        SitelensError: as `load_model`, and for a bridge without per-head z hooks, with 8-bit weights, or in training
+            mode.
     """
     if isinstance(model, Model):
         return model
@@ -118,7 +122,7 @@ def resolve_model(model: ModelSource | None) -> Model:
 
 
 def _check_bridge(model: Model) -> None:
-    """Raise SitelensError if the heads of a bridge cannot be patched, or its passes are random."""
+    """Raise SitelensError if the heads of a bridge cannot be patched, or its forward passes are not deterministic."""
     network = model.network
     if z_hook(0) not in model.bridge.hook_dict:
         raise SitelensError(f"{model.name} has no hook point {z_hook(0)}: its heads cannot be patched")
@@ -133,7 +137,7 @@ def _check_bridge(model: Model) -> None:
 
 
 def _check_heads(model: Model) -> None:
-    """Raise SitelensError if the output projections read anything but n_heads vectors of d_head numbers."""
+    """Raise SitelensError if the input of an output projection is not n_heads vectors of d_head numbers."""
     _, heads, d_head = model.shape
     blocks: Any = model.bridge.blocks
     for layer, block in enumerate(blocks):
@@ -147,7 +151,7 @@ def _check_heads(model: Model) -> None:
 
 
 def _random_dropout(network: torch.nn.Module) -> str | None:
-    """The name of a module whose dropout is random now, in training mode and not zero; None if there is none."""
+    """The name of a module with active dropout (training mode, nonzero rate); None if there is none."""
     for name, module in network.named_modules():
         if module.training and (
             module.p > 0 if isinstance(module, torch.nn.modules.dropout._DropoutNd) else
@@ -176,7 +180,7 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
             network, type(network).__name__, hf_config=network.config, model_name=name,
             device=str(network.get_input_embeddings().weight.device),
         )  # fmt: skip
-    except Exception as error:  # each library below us raises its own kinds for what is no model
+    except Exception as error:  # each library raises its own exceptions if loading fails
         reason = first_line(error)
         if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
             raise SitelensError(
@@ -193,8 +197,8 @@ def _boot(folder: str | Path, name: str, options: dict[str, Any], device: Any) -
             "`hf auth login` and its license accepted on its hub page; without a network, give a local folder or use a "
             "packaged model: " + ", ".join(PACKAGED) + ")"
         ) from error
-    bridge.requires_grad_(False)  # after the bridge is built: it makes new parameters where q, k and v are fused
-    # Set only now: a tokenizer given to the builder is reloaded with a BOS token that the model may not know.
+    bridge.requires_grad_(False)  # after building the bridge, which makes new parameters if q, k and v are fused
+    # Set only now: a tokenizer passed to the builder is reloaded with a BOS token that the model may not know.
     model = Model(bridge)
     model.use_tokenizer(tokenizer)
     cfg = bridge.cfg

@@ -1,4 +1,4 @@
-"""The model as all of sitelens sees it: a TransformerBridge, and what is known of it."""
+"""The model as used within sitelens: a TransformerBridge with its tokenizer, shape and identity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class HeadShape(NamedTuple):
-    """How many layers a model has, how many heads per layer, and how many numbers per head."""
+    """The number of layers, the number of heads per layer, and the dimension of a head."""
 
     layers: int
     heads: int
@@ -33,13 +33,14 @@ class HeadShape(NamedTuple):
 
 @dataclass
 class _Memory:
-    """What has been learned of a bridge, for as long as it lives. Nothing in here may refer to the bridge itself.
+    """What has been computed about a bridge, kept as long as it lives. Nothing here may refer to the bridge itself.
 
-    tokenizer: the bridge's tokenizer, the one to be used, and, where the latter was made of the former, what that was
-        like then (`condition`).
-    rules: a tokenizer, its condition, and a digest of its rules.
-    results: what `Model.once` made.
-    lock: held by whoever runs the bridge itself with hooks of ours on it.
+    tokenizer: the bridge's tokenizer, the one to use and, if the latter is a changed copy of the former, its state at
+        that time (`condition`).
+    rules: a tokenizer, its state, and a digest of its rules.
+    identity: the latest identity of the network.
+    results: the results of `Model.once`.
+    lock: held while sitelens runs the bridge itself with its own hooks on it.
     """
 
     tokenizer: tuple[Any, Any, str | None] | None = None
@@ -55,13 +56,16 @@ _unchanged: ContextVar[tuple[TransformerBridge, Identity] | None] = ContextVar("
 
 
 class Model:
-    """A TransformerBridge with its tokenizer, shape, context, dtypes and fingerprint.
+    """A TransformerBridge with its tokenizer, shape, context length, dtypes and fingerprint.
 
-    `resolve_model` makes it once at every public door; within sitelens it is handed on. Models of one bridge are equal,
-    and share what has been learned of the bridge. That is kept for as long as the bridge lives, and learned anew where
-    the bridge has changed: weights edited in place and tokenizers replaced or edited are noticed.
+    Public functions make it with `resolve_model`; within sitelens it is passed on. Models of one bridge are equal and
+    share what has been computed about it. That is kept as long as the bridge lives and computed again if the bridge
+    changes: weights edited in place, and tokenizers replaced or edited, are noticed.
 
-    bridge: the TransformerBridge, as users hold it. cfg: its configuration. network: the Hugging Face network beneath.
+    Attributes:
+        bridge: the TransformerBridge, as users hold it.
+        cfg: its configuration.
+        network: its Hugging Face network.
     """
 
     __slots__ = ("_memory", "bridge", "cfg", "network")
@@ -75,7 +79,7 @@ class Model:
 
     @staticmethod
     def of(model: Model | TransformerBridge) -> Model:
-        """The model around a bridge; a Model as it is."""
+        """The Model of a bridge; a Model is returned unchanged."""
         return Model(model) if isinstance(model, TransformerBridge) else model
 
     def __eq__(self, other: object) -> bool:
@@ -92,12 +96,12 @@ class Model:
 
     @property
     def text_config(self) -> Any:
-        """The part of the network's configuration that speaks of the language model."""
+        """The part of the network's configuration that describes the language model."""
         return self.network.config.get_text_config()
 
     @property
     def name(self) -> str:
-        """What to call it in messages and tables."""
+        """The name used in messages and tables."""
         return str(getattr(self.cfg, "model_name", None) or type(self.network).__name__)
 
     @property
@@ -112,39 +116,39 @@ class Model:
 
     @property
     def d_vocab(self) -> int:
-        """How many tokens it has."""
+        """The number of tokens in the vocabulary."""
         return self.cfg.d_vocab
 
     @property
     def context_length(self) -> int | None:
-        """How many tokens a prompt may have, where the model says so."""
+        """The maximum number of tokens in a prompt, or None if the configuration does not say."""
         return getattr(self.text_config, "max_position_embeddings", None)
 
     @property
     def device(self) -> Any:
-        """Where its inputs go and its logits come from."""
+        """The device of its inputs and logits."""
         return self.cfg.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its activations: that of its embeddings, which no quantization packs."""
+        """The dtype of its activations, which is that of its embeddings (these are never quantized)."""
         return next(p.dtype for p in self.network.parameters() if p.is_floating_point())
 
     @property
     def computing_dtype(self) -> torch.dtype:
-        """The dtype in which alpha is kept and heads are mixed: float32, or the model's own where that is wider."""
+        """The dtype of alpha and of mixing: float32, or the model's own dtype if that is wider."""
         return torch.promote_types(self.dtype, torch.float32)
 
     # Its tokenizer
 
     @property
     def tokenizer(self) -> Any:
-        """The bridge's tokenizer, with the habit of a BOS token that its files give it.
+        """The bridge's tokenizer, which adds a BOS token only if its files say so.
 
         TransformerLens reloads a tokenizer so that it adds a BOS token whether or not the model was trained with one.
-        So where a bridge's tokenizer adds one, its files are loaded once more, and if they add none, a copy of the
-        tokenizer that adds none is used. All else is the bridge's own: vocabulary, special tokens, chat template. What
-        differs from the files is said once. A tokenizer without files is used as it is.
+        So if a bridge's tokenizer adds one and its files, loaded again, do not, a copy that adds none is used.
+        Everything else is the bridge's own: vocabulary, special tokens, chat template. A warning says once what differs
+        from the files. A tokenizer without files is used unchanged.
 
         Raises:
             SitelensError: if the bridge has no tokenizer.
@@ -162,12 +166,12 @@ class Model:
         return known[1]
 
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """Give the bridge a tokenizer that is to be used as it is, whatever its files say."""
+        """Give the bridge a tokenizer that is used unchanged, whatever its files say."""
         self.bridge.tokenizer = tokenizer
         self._memory.tokenizer = self.bridge.tokenizer, tokenizer, None
 
     def tokenization(self) -> str:
-        """A hexadecimal digest of what makes a text's tokens: rules, vocabulary, special tokens, chat template.
+        """A hexadecimal digest of everything that determines tokens: rules, vocabulary, special tokens, chat template.
 
         Raises:
             SitelensError: if the bridge has no tokenizer.
@@ -181,7 +185,7 @@ class Model:
     # What identifies it
 
     def identity(self) -> Identity:
-        """Its fingerprint and what that stands for. Every tensor is read, unless a block of `unchanged` is open."""
+        """Its fingerprint and the data behind it. Every tensor is read, except within a block of `unchanged`."""
         settled = _unchanged.get()
         if settled is not None and settled[0] is self.bridge:
             return settled[1]
@@ -189,55 +193,59 @@ class Model:
         return identity
 
     def fingerprint(self) -> str:
-        """A hexadecimal digest of all that it computes with (see `sitelens.fingerprint`)."""
+        """A hexadecimal digest of everything that it computes with (see `sitelens.fingerprint`)."""
         return self.identity().fingerprint
 
     def weights_digest(self) -> str:
-        """A hexadecimal digest of its parameters alone: the same on every machine, whatever the library versions.
+        """A hexadecimal digest of its parameters alone: the same on every machine and with all library versions.
 
-        A fingerprint also covers what libraries and processors compute when a model is loaded (rotary
-        frequencies, say).
+        The fingerprint also covers what libraries and processors compute when a model is loaded, such as rotary
+        frequencies.
         """
         return self.identity().weights
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Look once at the weights for all that the block asks of their fingerprint: for calls that edit none."""
+        """Context manager in which the weights are read once for all fingerprints; the block must not edit them."""
         with bound(_unchanged, (self.bridge, self.identity())):
             yield
 
-    # What others keep with it
+    # What other modules store with it
 
     @property
     def lock(self) -> threading.RLock:
-        """Held by whoever runs the bridge itself with hooks of ours on it."""
+        """Held while sitelens runs the bridge itself with its own hooks on it."""
         return self._memory.lock
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` gives, made at the first call with this name in the life of the bridge.
+        """The result of `make()`, computed at the first call with this name and kept as long as the bridge lives.
 
-        It must hang on the architecture alone, and hold neither the bridge nor its modules.
+        It must depend on the architecture only, and must not refer to the bridge or its modules.
         """
         results = self._memory.results
         return results[name] if name in results else results.setdefault(name, make())
 
 
-Bridge = TransformerBridge  # what users load and hold, and what their own conditions and methods are given
+Bridge = TransformerBridge  # what users load, and what their own conditions and methods receive
 ModelLike = Model | Bridge
-ModelSource = Model | Bridge | str | Path  # what public functions take: a name, a folder or a file, too
+ModelSource = Model | Bridge | str | Path  # what public functions accept: also a name, a folder or a file
 
 
 def z_hook(layer: int) -> str:
-    """The hook point of a layer's head outputs before the output projection, `[batch pos head d_head]`."""
+    """The hook point of a layer's z, the input of the output projection, `[batch pos head d_head]`."""
     return f"blocks.{layer}.attn.hook_z"
 
 
 def check_fit(what: str, made_for: str | None, shape: tuple[int, ...], model: ModelLike, origin: Any = None) -> None:
-    """Raise SitelensError unless an artifact made for the model with fingerprint `made_for` fits this one.
+    """Raise SitelensError unless an artifact fits the model.
 
-    `shape` begins with (layers, heads); None as fingerprint means made for any model of that shape. With its `origin`
-    (see `sitelens.models.provenance`), the same model in another precision, or the same weights under other library
-    versions or another configuration, is a warning.
+    Args:
+        what: the artifact, for messages.
+        made_for: fingerprint of the model that it was made with (None: any model of this shape).
+        shape: its (layers, heads, d_head), or the first of these that it has.
+        model: the model to check against.
+        origin: where it came from, if known (an `Origin`). With it, the same model in another precision, or the same
+            weights under another configuration or other library versions, only gives a warning.
     """
     model = Model.of(model)
     expected = model.shape[: len(shape)]

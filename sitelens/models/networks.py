@@ -1,4 +1,4 @@
-"""transformers' networks and tokenizers, loaded whole or refused: no weight missing, made up or left over."""
+"""Networks of transformers, loaded completely or rejected: no weight is missing, made up or left over."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from sitelens.progress import shows_bars
 
-# Tensors of a checkpoint that a network may leave out: masks and tables that it computes itself, and parts that have
-# no say in the next token's logits (vision and audio towers, heads for predicting several tokens at once).
+# Tensors of a checkpoint that a network may leave out: masks and tables that it computes itself, and parts that do not
+# affect the next token's logits (vision and audio towers, heads that predict several tokens at once).
 SPARE = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq|inv_freq|position_ids|masked_bias|(attn|attention|self_attn)\.bias)$"
     r"|(^|\.)(vision_tower|vision_model|visual|vision_embed_tokens|audio_tower|multi_modal_projector|embed_vision"
@@ -21,11 +21,11 @@ SPARE = re.compile(
 
 
 def load_network(place: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """A network from a folder, a hub id or (with `gguf_file`) a GGUF file; `options` go to transformers.
+    """A network from a folder, a hub id or (with `gguf_file`) a GGUF file; `options` are passed to transformers.
 
     Raises:
-        ValueError: if weights are missing (they would be random), have other shapes, or are left over.
-        Exception: whatever transformers raises for what is no model.
+        ValueError: if weights are missing (they would be random), have wrong shapes, or are left over.
+        Exception: whatever transformers raises if loading fails.
     """
     from transformers import AutoModelForCausalLM
 
@@ -38,10 +38,10 @@ def load_network(place: str | Path, *, trust_remote_code: bool = False, **option
 
 
 def check_whole(report: dict[str, Any]) -> None:
-    """Check transformers' report on what it loaded.
+    """Check the loading report of transformers.
 
     Raises:
-        ValueError: naming the weights that are missing, left over, or of another shape than the configuration says.
+        ValueError: if weights are missing, left over, or not of the shape in the configuration; the message names them.
     """
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"it has no weights {several(missing)}")
@@ -57,14 +57,14 @@ def check_whole(report: dict[str, Any]) -> None:
 
 
 def several(names: Sequence[str], most: int = 3) -> str:
-    """The first of some names, and how many there are more."""
+    """The first `most` names and the number of the others, as text."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers' own progress bars only where ours are shown (`shows_bars`)."""
+    """Context manager in which transformers shows its progress bars only if sitelens shows its own (`shows_bars`)."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Where a number came from: the command, the model's weights, the machine, and the versions of everything below us."""
+"""Provenance: the command, the model's weights, the machine and the library versions behind a number."""
 
 from __future__ import annotations
 
@@ -24,13 +24,19 @@ CPU_FACTS = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a selection, an embedding or a condition came from. What is not known is None.
+    """Where a selection, an embedding or a condition came from. Unknown entries are None.
 
-    model, revision, dtype, quantize: the model's name, its commit on the hub, the dtype of its activations, and "nf4"
-        or None. weights: a digest of its parameters.
-    task_digest, template, instruction, template_arguments: of the task, as its fields.
-    n_prompts, n_shots, seed: the prompts behind the task embedding.
-    created: the day (UTC). sitelens: the version.
+    Attributes:
+        model: the model's name.
+        revision: its commit on the hub.
+        dtype: dtype of its activations.
+        quantize: "nf4" or None.
+        weights: digest of its parameters.
+        task_digest: digest of the task.
+        template: of the task; likewise `instruction` and `template_arguments`.
+        n_prompts: number of prompts behind the task embedding; likewise `n_shots` and `seed`.
+        created: date (UTC).
+        sitelens: version of sitelens.
     """
 
     model: str | None = None
@@ -50,7 +56,7 @@ class Origin:
 
     @staticmethod
     def of(model: ModelLike, task: Task | None = None, **prompts: Any) -> Origin:
-        """Of what is made now with a model, for a task, from prompts (n_prompts, n_shots, seed)."""
+        """The origin of something made now with a model, for a task; `prompts` are n_prompts, n_shots and seed."""
         model = Model.of(model)
         about: dict[str, Any] = {}
         if task is not None:
@@ -58,7 +64,7 @@ class Origin:
                 "task_digest": task.digest, "template": task.template, "instruction": task.instruction,
                 "template_arguments": tuple(task.template_arguments),
             }  # fmt: skip
-        with model.unchanged():  # which reads the weights once
+        with model.unchanged():  # reads the weights once
             facts, weights = model_facts(model), model.weights_digest()
         return Origin(
             model=facts["name"], revision=facts["revision"], dtype=facts["dtype"], quantize=facts["quantize"],
@@ -68,7 +74,7 @@ class Origin:
 
     @staticmethod
     def shared(origins: Iterable[Origin | None]) -> Origin | None:
-        """What several have in common; None in all else."""
+        """The entries that all known origins have in common; the others are None. None if no origin is known."""
         known = [origin for origin in origins if origin is not None]
         if not known:
             return None
@@ -76,7 +82,7 @@ class Origin:
         return Origin(**{name: of[0] for name, of in values.items() if all(one == of[0] for one in of)})
 
     def other_precision(self, model: ModelLike) -> str | None:
-        """The recorded precision, if `model` is the same model by name and revision in another one; else None."""
+        """The recorded precision, in words, if `model` is the same (name, revision) in another one; else None."""
         now = model_facts(model)
         same = self.model is not None and (self.model, self.revision) == (now["name"], now["revision"])
         if not same or (self.dtype, self.quantize) == (now["dtype"], now["quantize"]):
@@ -85,7 +91,7 @@ class Origin:
                 f"(not in {now['quantize'] or now['dtype']}, as it is loaded now)")  # fmt: skip
 
     def same_model(self, other: Origin | None) -> bool:
-        """Whether two come from one model by name and revision, in whichever precision."""
+        """Whether both come from the same model by name and revision, in any precision."""
         return (
             other is not None
             and self.model is not None
@@ -94,15 +100,15 @@ class Origin:
 
 
 def model_label(origin: Origin | None, fingerprint: str | None) -> str:
-    """A few words for a repr: "model='smollm2-135m'", or the fingerprint's first digits where the name is not known."""
+    """A short text for a repr: "model='smollm2-135m'", or the fingerprint's first digits if the name is unknown."""
     name = origin.model if origin is not None and origin.model is not None else (fingerprint or "")[:8]
     return f"model={name!r}" if name else "any model"
 
 
 def model_facts(model: ModelLike) -> dict[str, Any]:
-    """Name, revision (the commit on the hub, where it is known), fingerprint, heads, dtype and quantize, as plain JSON.
+    """Plain JSON: name, revision (commit on the hub, if known), fingerprint, heads, dtype and quantize of a model.
 
-    The name of a folder or file comes without the path that leads there.
+    The name of a folder or file is given without its path.
     """
     model = Model.of(model)
     name, network = model.name, model.network
@@ -115,14 +121,19 @@ def model_facts(model: ModelLike) -> dict[str, Any]:
 
 
 def is_path(name: str) -> bool:
-    """Whether a model's name is that of a folder or file of this machine."""
+    """Whether a model's name is the path of a folder or file."""
     return name.endswith(".gguf") or name.startswith(("/", ".", "~")) or "\\" in name or Path(name).is_dir()
 
 
 def provenance(command: str, model: ModelLike, name: str | None = None) -> dict[str, Any]:
-    """As plain JSON: made_by, created (UTC), model (`model_facts`), versions, python, machine.
+    """How a result was made, as plain JSON: made_by, created (UTC), model (`model_facts`), versions, python, machine.
 
-    The machine is its processor, its GPU where the model lies on one, and the number of threads; it is not named.
+    The machine's own name is not recorded.
+
+    Args:
+        command: the command or function that made the result.
+        model: the model that was used.
+        name: a name for the model, instead of its own.
     """
     facts = model_facts(model)
     if name is not None:
@@ -138,13 +149,13 @@ def provenance(command: str, model: ModelLike, name: str | None = None) -> dict[
 
 
 def versions() -> dict[str, str]:
-    """The versions of sitelens and of the libraries that it rests on."""
+    """The versions of sitelens and of the libraries that it uses."""
     found = {name: metadata.version(name) for name in (*RECORDED, *filter(find_spec, IF_INSTALLED))}
     return dict(sorted(found.items())) | {"sitelens": __version__}
 
 
 def machine(model: Model) -> dict[str, Any]:
-    """What a model is computed on: processor, threads, and the GPU where it lies on one."""
+    """The hardware that a model runs on: processor, number of threads, and the GPU if it is on one."""
     try:
         lines = CPU_FACTS.read_text("utf-8", "replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""4-bit weights, as the paper loads its large models: NF4 with double quantisation, by bitsandbytes."""
+"""4-bit weights as the paper uses for its large models: NF4 with double quantization, by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_quantization(name: str) -> None:
 
 
 def nf4_config(dtype: torch.dtype) -> Any:
-    """The paper's 4-bit settings, computing in `dtype`."""
+    """The paper's 4-bit settings for transformers, with the computation in `dtype`."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -42,13 +42,15 @@ def nf4_config(dtype: torch.dtype) -> Any:
 
 
 def settle(network: nn.Module) -> None:
-    """Finish what bitsandbytes' loading leaves: experts in 4 bits, too, and weights that stay as they are.
+    """Finish 4-bit loading: quantize the experts as well, and keep the packed weights fixed.
 
-    transformers 5 keeps the experts of a layer fused in tensors that the loading passes over. They are packed where
-    they lie, so that loading needs the memory of the unpacked experts once. They are unpacked a layer at a time,
-    forward and, once more, backward: what is kept for the gradient are a layer's inputs.
-    On some processors a first forward pass without gradient would repack the weights with scales rounded to bfloat16:
-    other numbers than those of a pass with gradient, and other weights than were fingerprinted. That is turned off.
+    transformers 5 stores the experts of a layer in fused tensors that 4-bit loading skips. They are packed here in
+    place, so loading temporarily needs memory for the unpacked experts. They are unpacked one layer at a time in the
+    forward pass and again in the backward pass, so only a layer's inputs are kept for the gradient.
+
+    On some processors, a first forward pass without gradient would repack the weights with scales rounded to bfloat16.
+    Its results would differ from those of a pass with gradient, and its weights from those fingerprinted; so this is
+    turned off.
     """
     from bitsandbytes.nn.modules import Linear4bit
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
@@ -65,7 +67,7 @@ def settle(network: nn.Module) -> None:
 
 
 def _unpacked_anew(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """Run `forward` so that no unpacked weight is kept for the gradient; each is unpacked once a run."""
+    """Run `forward` so that no unpacked weight is kept for the gradient; each is unpacked once per run."""
 
     def run(*inputs: Any) -> Tensor:
         with parametrize.cached():

@@ -1,4 +1,4 @@
-"""What a model's name means where it is neither packaged nor a file, and whether a device is there."""
+"""Sources of models: the hub id that a name means, and whether a device exists."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from sitelens.models.gguf.converted import PACKAGED
 from sitelens.suggestions import did_you_mean
 
 DEFAULT_MODEL = "smollm2-135m"
-OWNERS = {  # ids without an owner, and as what the hub lists them today
+OWNERS = {  # ids without an owner, and their present ids on the hub
     "distilgpt2": "distilbert/distilgpt2",
     **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
 }
 
 
 def hub_id(name: str) -> str:
-    """The hub id that a name means: an owner/name as it is, or what TransformerLens calls so.
+    """The hub id that a name means: "owner/name" itself, or the id that TransformerLens uses for the name.
 
     Raises:
-        SitelensError: for any other name, with the nearest ones.
+        SitelensError: for any other name; the message suggests the nearest ones.
     """
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return next((official for official, others in MODEL_ALIASES.items() if name in others), name)
     if re.fullmatch(r"[\w.-]+", name) and _at_hand(name):
-        return name  # the hub knows some models by a name without an owner
+        return name  # some models on the hub have no owner in their id
     try:
         official = get_official_model_name(name)
     except ValueError:
@@ -42,7 +42,7 @@ def hub_id(name: str) -> str:
             f"unknown model {name!r}: {hint} "
             "Otherwise give a hub id (owner/name), a folder, or a .gguf file that exists"
         ) from None
-    if official.startswith("llama-"):  # TransformerLens's names for weights that lie on no hub
+    if official.startswith("llama-"):  # TransformerLens's names for weights that are not on the hub
         raise SitelensError(f"{official} are weights that Meta hands out: convert them with transformers and give the "
                             "folder, or take for example huggyllama/llama-7b")  # fmt: skip
     owned = OWNERS.get(official)
@@ -55,7 +55,7 @@ def _at_hand(name: str) -> bool:
 
 
 def check_device(device: Any, device_map: Any = None) -> None:
-    """Raise SitelensError for a device that does not exist, here or anywhere."""
+    """Raise SitelensError if a device, or one in a device map, is invalid or does not exist on this machine."""
     if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         places = []
     elif isinstance(device_map, Mapping):
@@ -79,13 +79,13 @@ def check_device(device: Any, device_map: Any = None) -> None:
 
 
 def _devices() -> str:
-    """The devices that there are, in words."""
+    """The available devices, in words."""
     there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     return f"there is {', '.join([*there, 'mps'] if torch.backends.mps.is_available() else there)}"
 
 
 def _works(device: torch.device) -> bool:
-    """Whether a number that is put on a device can be had back: not from "meta", nor where there is no such device."""
+    """Whether a number put on a device can be read back (not from "meta", nor from a device that does not exist)."""
     try:
         return torch.ones(1, device=device).item() == 1
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):

@@ -1,4 +1,4 @@
-"""Texts in, tokens out: as the model's own tokenizer writes them, never cut short, never with a second BOS."""
+"""Tokenization as by the model's own tokenizer: never truncated, and never with a second BOS token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from sitelens.errors import SitelensError, SitelensWarning
 from sitelens.store.digests import digest
 
-# Behind one of these a text goes on as it does behind a prompt, without the space that many tokenizers put in front of
-# a text's first word.
+# After one of these, a text is tokenized as after a prompt: without the space that many tokenizers put before the first
+# word of a text.
 BEGINNINGS = ("\n", "a", ":", ".", "A", "1")
-HABITS = (  # what a fast tokenizer has beside its rules
+HABITS = (  # settings of a fast tokenizer in addition to its rules
     "add_bos_token", "add_eos_token", "chat_template", "split_special_tokens", "clean_up_tokenization_spaces",
     "add_prefix_space",
 )  # fmt: skip
@@ -22,10 +22,10 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def encode(texts: Sequence[str], tokenizer: Any, special: bool = True) -> list[list[int]]:
-    """The tokens of each text.
+    """The token ids of each text.
 
-    With `special`, a beginning-of-sequence token stands where the tokenizer has the habit of adding one, and stands
-    once where the text begins with one already. Nothing is appended: prompts go on.
+    With `special`, a beginning-of-sequence token is added if the tokenizer does so by itself, but not twice if the text
+    already begins with one. Nothing is appended, because prompts are continued.
     """
     if not texts:
         return []
@@ -38,7 +38,7 @@ def encode(texts: Sequence[str], tokenizer: Any, special: bool = True) -> list[l
 
 
 def doubled(row: Sequence[int], before: Sequence[int]) -> int:
-    """How many tokens at the beginning of a row say once more what the tokenizer put `before` it."""
+    """The number of tokens at the beginning of a row that repeat the tokens `before` which the tokenizer prepended."""
     size, start = len(before), 0
     while size and list(row[start + size : start + 2 * size]) == list(before):
         start += size
@@ -46,7 +46,7 @@ def doubled(row: Sequence[int], before: Sequence[int]) -> int:
 
 
 def spans(text: str, tokenizer: Any, special: bool = True) -> list[tuple[int, int]]:
-    """Where in a text each token of `encode` stands; (0, 0) for one that the tokenizer adds. For fast tokenizers."""
+    """The (start, end) of each token of `encode` in the text; (0, 0) for added tokens. For fast tokenizers only."""
     found = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, **_WHOLE)
     row, places = found["input_ids"], found["offset_mapping"]
     if not special:
@@ -56,12 +56,12 @@ def spans(text: str, tokenizer: Any, special: bool = True) -> list[tuple[int, in
 
 
 def added(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and behind every text."""
+    """The special tokens that a tokenizer puts before and after every text."""
     for text in ("a", "1", ".", "the", "\n"):
         try:
             plain, whole = (_ids([text], tokenizer, special)[0] for special in (False, True))
         except SitelensError:
-            continue  # it does not know this sign
+            continue  # the tokenizer cannot read this character
         for start in range(len(whole) - len(plain) + 1):
             if plain and whole[start : start + len(plain)] == plain:
                 return whole[:start], whole[start + len(plain) :]
@@ -69,19 +69,26 @@ def added(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def continuation(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text that continues another one, whatever that ends in."""
+    """The tokens of a text that continues another one, independently of how that ends."""
     for beginning in BEGINNINGS:
         try:
             first, both = _ids([beginning, beginning + text], tokenizer, special=False)
         except SitelensError:
-            continue  # it does not know this sign
+            continue  # the tokenizer cannot read this character
         if first and both[: len(first)] == first and len(both) > len(first):
             return both[len(first) :]
     return _ids([text], tokenizer, special=False)[0]
 
 
 def as_in_files(given: Any, name: str) -> Any:
-    """A bridge's tokenizer with the BOS habit of its files; warns of what else differs, and of files not found."""
+    """A bridge's tokenizer, which adds a BOS token only if its files say so.
+
+    Warns of other differences from the files, and if they cannot be loaded although a BOS token is added.
+
+    Args:
+        given: the bridge's tokenizer.
+        name: the model's name, for warnings.
+    """
     place = str(getattr(given, "name_or_path", "") or "")
     if not place:
         return given
@@ -90,7 +97,7 @@ def as_in_files(given: Any, name: str) -> Any:
     before, _ = added(given)
     try:
         files = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the tokenizer's class raises
+    except Exception as error:  # each tokenizer class raises its own exceptions
         if before:
             warnings.warn(
                 f"the tokenizer of {name} could not be loaded anew from {place} ({first_line(error)}): it is used as "
@@ -111,7 +118,7 @@ def as_in_files(given: Any, name: str) -> Any:
 
 
 def without_added_bos(tokenizer: Any, files: Any) -> Any:
-    """A copy of a tokenizer that begins texts as another one does, which was loaded from its files."""
+    """A copy of a tokenizer that adds the same special tokens as `files`, the tokenizer loaded from its files."""
     own = copy.deepcopy(tokenizer)
     if getattr(own, "backend_tokenizer", None) is not None and getattr(files, "backend_tokenizer", None) is not None:
         own.backend_tokenizer.post_processor = files.backend_tokenizer.post_processor
@@ -123,9 +130,9 @@ def without_added_bos(tokenizer: Any, files: Any) -> Any:
 
 
 def differences(tokenizer: Any, files: Any) -> list[str]:
-    """In what a tokenizer differs from the one in its files, in words, but for its BOS and what TransformerLens sets.
+    """How a tokenizer differs from the one in its files, in words, apart from the BOS token that it adds.
 
-    TransformerLens gives a tokenizer that lacks an end-of-sequence, padding or beginning-of-sequence token another one.
+    Special tokens that the files lack do not count: TransformerLens sets missing EOS, padding and BOS tokens.
     """
     found = []
     ours, theirs = tokenizer.get_vocab(), files.get_vocab()
@@ -144,7 +151,7 @@ def differences(tokenizer: Any, files: Any) -> list[str]:
 
 
 def condition(tokenizer: Any) -> str:
-    """A digest of what a user may edit in a tokenizer; quick, so that of a vocabulary's rules it takes a sample."""
+    """A fast digest of what a user may edit in a tokenizer; the model's rules are only sampled."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     steps = [getattr(backend, step, None) for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -156,9 +163,9 @@ def condition(tokenizer: Any) -> str:
 
 
 def rules(tokenizer: Any) -> str:
-    """A digest of a tokenizer's vocabulary and rules, but for the padding and truncation of its last call."""
+    """A digest of a tokenizer's vocabulary and rules, without the padding and truncation settings of its last call."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # written in Python: its vocabulary, and what its class keeps beside it
+    if backend is None:  # a tokenizer written in Python: its vocabulary, merges and SentencePiece model
         merges = {str(pair): rank for pair, rank in getattr(tokenizer, "bpe_ranks", {}).items()}
         model = getattr(tokenizer, "sp_model", None)
         pieces = hashlib.sha256(model.serialized_model_proto()).hexdigest() if model is not None else ""
@@ -168,7 +175,7 @@ def rules(tokenizer: Any) -> str:
     backend.no_truncation()
     try:
         return hashlib.sha256(backend.to_str().encode()).hexdigest()
-    except Exception:  # rules written in Python, which interference.py hears
+    except Exception:  # rules written in Python, which `heard_in_tokenizer` detects
         return digest(tokenizer.get_vocab())
     finally:
         if padding is not None:
@@ -181,7 +188,7 @@ _PIECES = ("the", "\u0120the", "\u2581the", "hello", "Question", "internationali
 
 
 def _sample(backend: Any) -> list[Any]:
-    """How the model of a fast tokenizer divides some words, and its switches."""
+    """The switches of a fast tokenizer's model, and how it splits some words."""
     model: Any = getattr(backend, "model", None)
     if model is None:
         return []
@@ -190,7 +197,7 @@ def _sample(backend: Any) -> list[Any]:
     for piece in _PIECES:
         try:
             divided.append([token.id for token in model.tokenize(piece)])
-        except Exception:  # no token for what is unknown
+        except Exception:  # an unknown character, and no unk token
             divided.append([])
     return [type(model).__name__, switches, divided]
 
@@ -213,12 +220,12 @@ _WHOLE: dict[str, Any] = {"truncation": False, "padding": False, "verbose": Fals
 def _ids(texts: list[str], tokenizer: Any, special: bool) -> list[list[int]]:
     try:
         return tokenizer(texts, add_special_tokens=special, **_WHOLE)["input_ids"]
-    except Exception as error:  # each kind of tokenizer has its own
-        if len(texts) > 1:  # which one is it?
+    except Exception as error:  # each tokenizer class raises its own exceptions
+        if len(texts) > 1:  # find the text that fails
             return [_ids([text], tokenizer, special)[0] for text in texts]
         raise SitelensError(f"the tokenizer cannot read {texts[0][:200]!r}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind."""
+    """The first line of an error's message, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
