@@ -66,7 +66,7 @@ def decode(
         if not going or step == max_new_tokens - 1:
             break
         if len(going) < len(active):
-            index = torch.tensor(going)  # on the CPU: layers may lie on different devices
+            index = torch.tensor(going)  # on the CPU: layers may be on different devices
             active, mask, tokens = [active[place] for place in going], mask[index], tokens[index]
             if text is None:
                 cache.batch_select_indices(index)

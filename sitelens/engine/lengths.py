@@ -36,7 +36,7 @@ def within_context(task: Task, tokenizer: Any, room: int, n_shots: int) -> Task:
     alone = few_shot_prompt(task, [], everything[0], tokenizer)
     around = max(
         0, len(encode_prompts([alone.text], [alone], tokenizer)[0]) - sizes[0]
-    )  # what a chat template adds once
+    )  # tokens that are not repeated per item, such as those that a chat template adds once
     limit = (room - around) // (n_shots + 1)
     kept = iter(size <= limit for size in sizes)
     chosen = {split: tuple(item for item in items if next(kept)) for split, items in splits.items()}

@@ -70,7 +70,7 @@ def forward_bytes(model: Model, length: int) -> int:
     """Upper bound of the bytes that one row of a full forward pass without gradient needs, its prefix included."""
     config = model.cfg
     wide = 8 * config.d_model + 6 * config.n_heads * config.d_head + 4 * _d_mlp(model)
-    attention = ((config.n_layers + 5) * config.n_heads + 2) * length  # the bridge keeps every layer's weights
+    attention = ((config.n_layers + 5) * config.n_heads + 2) * length  # the bridge keeps attention patterns
     return prefix_bytes(model, length + 1) + length * (wide + attention) * max(4, _itemsize(model))
 
 

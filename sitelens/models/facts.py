@@ -97,7 +97,7 @@ class Facts:
         for key, value in vars(module).items():
             if key in _BESIDE or key in changing or _of_dropout(module, key):
                 continue
-            if not (key.startswith("_") and isinstance(module, PreTrainedModel)):  # notes for loading and saving
+            if not (key.startswith("_") and isinstance(module, PreTrainedModel)):  # only for loading and saving
                 described[key] = self.described(value, f"{name}.{key}")
         for key, value in changing.items():
             if value is not None:

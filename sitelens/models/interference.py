@@ -211,7 +211,7 @@ def _attention(model: TransformerBridge) -> str | None:
     return f"the attention function {name!r}" if function is not None and is_foreign(function) else None
 
 
-# Functions known to be a library's own. Weak references: the id of a deleted function may be reused.
+# Functions known to be a library's own; the weak references keep none of them alive.
 _libraries_own: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()
 
 

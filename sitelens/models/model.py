@@ -92,7 +92,7 @@ class Model:
         shape = self.shape
         return f"Model({self.name}: {shape.layers} layers x {shape.heads} heads, {str(self.dtype)[6:]})"
 
-    # What it is
+    # Name, shape and dtypes
 
     @property
     def text_config(self) -> Any:
@@ -139,7 +139,7 @@ class Model:
         """The dtype of alpha and of mixing: float32, or the model's own dtype if that is wider."""
         return torch.promote_types(self.dtype, torch.float32)
 
-    # Its tokenizer
+    # Tokenizer
 
     @property
     def tokenizer(self) -> Any:
@@ -182,7 +182,7 @@ class Model:
             known = memory.rules = tokenizer, state, rules(tokenizer)
         return digest([type(tokenizer).__name__, state, known[2]])[:32]
 
-    # What identifies it
+    # Identity
 
     def identity(self) -> Identity:
         """Its fingerprint and the data behind it. Every tensor is read, except within a block of `unchanged`."""
@@ -210,7 +210,7 @@ class Model:
         with bound(_unchanged, (self.bridge, self.identity())):
             yield
 
-    # What other modules store with it
+    # Lock and cached results of other modules
 
     @property
     def lock(self) -> threading.RLock:
