@@ -1,1 +1,1 @@
-"""Benchmarks: every figure is a ratio between two ways of doing the same work in one run (`make bench`)."""
+"""Benchmarks of speed and memory; every speed-up compares two ways of doing the same work in one run (`make bench`)."""

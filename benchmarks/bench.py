@@ -1,7 +1,7 @@
-"""`python -m benchmarks.bench [SECTION ...]`: the library against the plain way, on the packaged default model.
+"""`python -m benchmarks.bench [SECTION ...]`: speed-up over a plain implementation, on the packaged default model.
 
-Every figure is a ratio within one run: same items, same seeds, results checked equal before anything is timed. Tables
-are printed and written to benchmarks/results/.
+Every speed-up is a ratio of run times in the same run, with the same items and seeds and with results that are checked
+to be equal. Results are printed and written to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -35,14 +35,21 @@ NAMES = (
     "english-german", "english-spanish", "landmark-country", "person-occupation", "person-sport",
     "lowercase_first_letter", "product-company", "word_length", "next_item",
 )  # fmt: skip
-# A training in small: two validation prompts a step, as 400 steps with 8 validations of 100 have.
+# A short training with two validation prompts per step, as in 400 steps with 8 validations on 100 items.
 CONFIG = sl.TrainConfig(steps=60, eval_every=15, n_valid=30)
 SHORTER = sl.TrainConfig(steps=32, eval_every=4, n_valid=8)  # for long prompts; 8 validations, as by default
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table: the same work in two ways."""
+    """One row of the table: the run times of the same work in two implementations.
+
+    Attributes:
+        work: description of the work.
+        target: speed-up that should be reached.
+        plain: seconds of the plain implementation.
+        ours: seconds of sitelens.
+    """
 
     work: str
     target: float
@@ -51,13 +58,13 @@ class Figure:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the plain way."""
+        """The speed-up over the plain implementation."""
         return self.plain / self.ours
 
 
 @dataclass(frozen=True, eq=False)
 class Ground:
-    """What all benchmarks stand on: one set of weights, as a bridge and as a raw model."""
+    """The models of all benchmarks: the same weights as a TransformerBridge and in a plain implementation."""
 
     model: Bridge
     plain: Plain
@@ -73,7 +80,7 @@ class Ground:
         return Ground(model, Plain(raw.requires_grad_(False)))
 
     def prompts(self, task: sl.Task, split: str, n: int) -> list[tuple[list[int], int, Collection[int]]]:
-        """Token ids, the answer's first token, and that of every accepted answer, of the first items of a split."""
+        """Token ids, first token of the answer and first tokens of all accepted answers, for the first `n` items."""
         tokenizer = Model.of(self.model).tokenizer
         drawn = few_shot_prompts(task, task.split(split)[:n], 0, tokenizer)
         batch = tokenize(drawn, tokenizer, Model.of(self.model).context_length)
@@ -82,7 +89,7 @@ class Ground:
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """How long one call takes, with an empty cache, and what it gives."""
+    """The seconds that one call takes with an empty cache, and its result."""
     with tempfile.TemporaryDirectory() as folder, settings.using(cache_dir=Path(folder)):
         started = time.perf_counter()
         result = work()
@@ -90,7 +97,7 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def padded(task: sl.Task, words: int) -> sl.Task:
-    """The task with longer inputs: as many filler words before each."""
+    """The task with `words` filler words before each input."""
     from dataclasses import replace
 
     filler = " ".join(["and"] * words)
@@ -102,7 +109,7 @@ def padded(task: sl.Task, words: int) -> sl.Task:
 
 
 def vectors(ground: Ground, tasks: Sequence[sl.Task]) -> dict[str, sl.TaskEmbedding]:
-    """Task embeddings of few prompts, of the tasks as they are without filler words."""
+    """Embeddings of the tasks without filler words, from 5 prompts each."""
     return {task.name: sl.embed_task(sl.load_task(task.name), ground.model, n_prompts=5) for task in tasks}
 
 
@@ -115,7 +122,10 @@ def training(
     sample: int = 0,
     config: sl.TrainConfig = CONFIG,
 ) -> Figure:
-    """All tasks and seeds together against one after the other (or `sample` of those, times their number)."""
+    """Training all tasks and seeds together, against training them one after the other.
+
+    If `sample` is not 0, only that many of the separate trainings are timed, and their mean is multiplied.
+    """
     embeddings = vectors(ground, tasks)
     ours, results = seconds(
         lambda: sl.train_selections(tasks, ground.model, embeddings=embeddings, seeds=seeds, config=config)
@@ -139,7 +149,7 @@ def training(
 
 
 def check_equal(work: str, ours: sl.TrainResult, alpha: torch.Tensor, losses: list[float]) -> None:
-    """Rounding grows tenfold in about five steps of Adam: the first losses say whether both do the same."""
+    """Assert that the first losses and the alphas agree; rounding errors grow tenfold in about five steps of Adam."""
     apart = max(abs(a - b) for a, b in zip(ours.history["loss"][:8], losses[:8], strict=True))
     assert apart < 2e-3 * max(losses[:8]), f"{work}: losses of the first steps differ by up to {apart}"
     difference = float((alpha - ours.selection.alpha).abs().mean())
@@ -147,14 +157,14 @@ def check_equal(work: str, ours: sl.TrainResult, alpha: torch.Tensor, losses: li
 
 
 def one_task(ground: Ground) -> Iterator[Figure]:
-    """One task, short prompts."""
+    """Training of one task with short prompts."""
     task = sl.load_task("antonym")
-    training(ground, "", 0, [task], (1,))  # warm
+    training(ground, "", 0, [task], (1,))  # warm-up
     yield training(ground, "train_selection, one task, about 10 tokens", 1.3, [task], (0,))
 
 
 def together(ground: Ground, tokens: int, target: float, sample: int, config: sl.TrainConfig) -> Iterator[Figure]:
-    """Sixteen tasks together, with prompts of about so many tokens."""
+    """Training of sixteen tasks together, with prompts of about `tokens` tokens."""
     tasks = [sl.load_task(name) for name in NAMES]
     if tokens > 10:
         tasks = [padded(task, tokens - 10) for task in tasks]
@@ -163,7 +173,7 @@ def together(ground: Ground, tokens: int, target: float, sample: int, config: sl
 
 
 def many_seeds(ground: Ground) -> Iterator[Figure]:
-    """Five seeds of four tasks."""
+    """Training of four tasks with five seeds each."""
     tasks = [sl.load_task(name) for name in NAMES[:4]]
     yield training(ground, "5 seeds of 4 tasks together against 20 runs", 8, tasks, range(5), sample=5)
 
@@ -192,7 +202,7 @@ def grid(ground: Ground) -> Iterator[Figure]:
 
 
 def sample(ground: Ground, task: sl.Task, n: int) -> list[tuple[list[int], Collection[int]]]:
-    """The prompts of the items that `evaluate` takes for n_items, and their accepted answers."""
+    """Token ids and first tokens of accepted answers of the `n` test items that `evaluate` samples."""
     from sitelens.evaluation.evaluate import sample_items
 
     every = ground.prompts(task, "test", len(task.test))
@@ -200,7 +210,7 @@ def sample(ground: Ground, task: sl.Task, n: int) -> list[tuple[list[int], Colle
 
 
 def variants(ground: Ground) -> Iterator[Figure]:
-    """Twelve patching variants of one task."""
+    """Evaluation of twelve patching variants of one task."""
     task = sl.load_task("capitalize")
     mean_z = vectors(ground, [task])["capitalize"]
     shape = (ground.model.cfg.n_layers, ground.model.cfg.n_heads)
@@ -218,7 +228,7 @@ def variants(ground: Ground) -> Iterator[Figure]:
 
 
 def generation(ground: Ground) -> Iterator[Figure]:
-    """Exact match by generation."""
+    """Evaluation of exact match, which requires generation."""
     task, tokenizer = sl.load_task("capitalize"), Model.of(ground.model).tokenizer
     mean_z = vectors(ground, [task])["capitalize"]
     shape = (ground.model.cfg.n_layers, ground.model.cfg.n_heads)
@@ -235,12 +245,12 @@ def generation(ground: Ground) -> Iterator[Figure]:
     took, written = seconds(plain)
     texts = [tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip() for ids in written]
     same = sum(a == b for a, b in zip(texts, scores["predicted"], strict=True))
-    assert same >= 0.97 * len(texts), f"generation: only {same} texts are the same"  # near-ties may fall either way
+    assert same >= 0.97 * len(texts), f"generation: only {same} texts are the same"  # near-ties may differ
     yield Figure("exact-match evaluation by generation, 100 items", 5, took, ours)
 
 
 def embedding(ground: Ground) -> Iterator[Figure]:
-    """embed_task against a bare forward of the same tokens in batches without padding (its target is a limit)."""
+    """embed_task against bare forward passes over as many tokens without padding, which are a lower bound."""
     task = sl.load_task("antonym")
     tokenizer = Model.of(ground.model).tokenizer
     batch = tokenize(embedding_prompts(task, tokenizer, 50, 10, 0), tokenizer, Model.of(ground.model).context_length)
@@ -260,7 +270,7 @@ def embedding(ground: Ground) -> Iterator[Figure]:
 
 
 def cached(ground: Ground) -> Iterator[Figure]:
-    """A second call of what is cached (the ratio is to the 0.1 s that it may take)."""
+    """Second calls, whose results are cached; the ratio is relative to 0.1 s."""
     task = sl.load_task("antonym")
     tasks = [task, sl.load_task("capitalize")]
     config = sl.TrainConfig(steps=2, n_valid=2)
@@ -290,7 +300,7 @@ SECTIONS: dict[str, Callable[[Ground], Iterator[Figure]]] = {
 
 
 def machine() -> str:
-    """What this was measured on."""
+    """Processor, number of threads, operating system and versions."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -303,7 +313,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Run the sections named, or all of them."""
+    """Run the sections given on the command line, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], metavar="SECTION", help=", ".join(SECTIONS))
     options = parser.parse_args()
@@ -318,7 +328,7 @@ def main() -> None:
 
 
 def keep(section: str, figure: Figure) -> None:
-    """Put one line into benchmarks/results/against-plain.csv in the place of a former one of the same work."""
+    """Write one row to benchmarks/results/against-plain.csv, replacing an older row for the same work."""
     path = RESULTS / "against-plain.csv"
     row = {
         "section": section, "work": figure.work, "plain_seconds": round(figure.plain, 2),

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.curves`: time and extra memory against the number of tasks, of prompt tokens, of alphas.
+"""`python -m benchmarks.curves`: time and extra memory against the number of tasks, prompt tokens, and alphas.
 
-Writes benchmarks/results/curves.csv and curves.png. Time is per task (or per alpha), so that a flat line means that
-more of them cost no more each; extra memory is the peak of the process over what it held before, under one budget.
+Writes benchmarks/results/curves.csv and curves.png. Time is per task (or per alpha), so that a flat line means constant
+cost per task. Extra memory is the peak memory of the process minus its memory before, under a fixed memory budget.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ TASKS, TOKENS, ALPHAS = (1, 2, 4, 8, 16, 32, 57), (10, 30, 60, 120, 250, 500), (
 
 
 def kibibytes(field: str) -> float:
-    """One line of what Linux says of this process."""
+    """A memory field of this process in /proc/self/status, in KiB (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def measured(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds, and MiB of resident memory at the peak beyond what was resident before (Linux)."""
+    """Seconds, and peak resident memory minus resident memory before, in MiB (Linux)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the former peak
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = kibibytes("VmRSS")
     took, _ = seconds(work)
     return took, (kibibytes("VmHWM") - before) / 1024
 
 
 def embeddings(model: Bridge, tasks: list[sl.Task]) -> dict[str, sl.TaskEmbedding]:
-    """Random ones of about the right size: time does not depend on them."""
+    """Random embeddings of a realistic scale; run time does not depend on their values."""
     generator = torch.Generator().manual_seed(0)
     shape = Model.of(model).shape
     return {
@@ -58,13 +58,13 @@ def embeddings(model: Bridge, tasks: list[sl.Task]) -> dict[str, sl.TaskEmbeddin
 
 
 def train(model: Bridge, tasks: list[sl.Task]) -> Callable[[], Any]:
-    """A short training of all tasks together."""
+    """A function that trains all tasks together for a few steps."""
     vectors = embeddings(model, tasks)
     return lambda: sl.train_selections(tasks, model, embeddings=vectors, config=CONFIG)
 
 
 def points(model: Bridge) -> Iterator[dict[str, Any]]:
-    """Every point of the three curves."""
+    """The measured points of the three curves, as rows of curves.csv."""
     names = sl.list_tasks().query("source == 'built in'")["name"]
     built_in = [sl.load_task(name) for name in names]
     many = [built_in[i % len(built_in)] for i in range(max(TASKS))]
@@ -88,10 +88,10 @@ def points(model: Bridge) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print, and write the table and its picture."""
+    """Measure, print, and write the table and the figure."""
     sl.settings.progress, sl.settings.memory_budget = False, BUDGET
     model = sl.load_model()
-    measured(train(model, [sl.load_task("antonym")]))  # warm
+    measured(train(model, [sl.load_task("antonym")]))  # warm-up
     rows = []
     for point in points(model):
         rows.append(point)
@@ -105,7 +105,7 @@ def main() -> None:
 def draw(frame: pd.DataFrame) -> None:
     """Seconds per task or alpha above, extra memory and the budget below; one column per quantity varied."""
     names = list(dict.fromkeys(frame["against"]))
-    shared: Any = "columns"  # plotly annotates a bool, and takes words
+    shared: Any = "columns"  # plotly annotates it as bool, but accepts text
     figure: Any = make_subplots(
         rows=2, cols=len(names), shared_xaxes=shared, horizontal_spacing=0.07, vertical_spacing=0.06
     )

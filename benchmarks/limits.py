@@ -1,8 +1,9 @@
-"""`python -m benchmarks.limits`: the training step against what the machine can do at best.
+"""`python -m benchmarks.limits`: the time of a training step compared with the limits of the machine.
 
-At 16 and 64 rows: the step's time over that of its matrix products alone, forward and by the input, back to back over
-weights that no cache holds (at most 1 / 0.7). At one row: the time to read all weights twice, over the step's (at
-least 0.5). Medians of interleaved runs in one process.
+With 16 and 64 rows: time of the step divided by the time of its matrix products alone (forward, and backward with
+respect to the input), over weights too large for the processor's caches (should be at most 1 / 0.7). With one row: time
+to read all weights twice divided by the time of the step (should be at least 0.5). Times are medians of interleaved
+runs in one process.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ KINDS = {
 
 
 def timed(*works: Callable[[], object]) -> list[float]:
-    """The median seconds of each work, run in turn."""
+    """Median seconds of each function; the functions are run in turn."""
     found: list[list[float]] = [[] for _ in works]
     for _ in range(REPEATS + 2):
         for times, work in zip(found, works, strict=True):
@@ -45,7 +46,7 @@ def timed(*works: Callable[[], object]) -> list[float]:
 
 
 def profiled(step: Callable[[], object]) -> dict[str, float]:
-    """Shares of a step's time by what was run, of the profiler, whose own cost counts as Python's."""
+    """Fractions of the time of a step by kind of operator; the rest, including profiler overhead, counts as Python."""
     started = time.perf_counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(3):
@@ -59,7 +60,7 @@ def profiled(step: Callable[[], object]) -> dict[str, float]:
 
 
 def measured(rows: int, model: Bridge) -> dict[str, float]:
-    """One line of the table."""
+    """One row of the table: times in ms and their ratios for a step with `rows` rows."""
     weights = [p.detach() for p in model.original_model.parameters() if p.ndim == 2]
     task, tokenizer = sl.load_task("antonym"), Model.of(model).tokenizer
     layers, heads, d_head = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head

@@ -1,8 +1,8 @@
-"""The plain way, the yardstick: a raw Hugging Face model, whole prompts, batch 1, one task after the other.
+"""The plain implementation to compare with: a raw Hugging Face model, whole prompts, batch size 1, one task at a time.
 
-Logits of all positions, forward pre-hooks on the attention's output projections, gradients through the whole prompt,
-validation and evaluation by whole prompts: what a competent researcher writes in an afternoon. It shares no code with
-the library.
+Forward pre-hooks on the attention output projections, logits at all positions, gradients through the whole prompt, and
+whole prompts in validation and evaluation: what a competent researcher writes in an afternoon. It shares no code with
+sitelens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch import Tensor
 
 
 class Plain:
-    """A frozen causal language model of the Llama family, patched at the last token of a prompt."""
+    """A frozen causal language model of the Llama family, patched at the last token of a prompt.
+
+    In all methods, `alpha` is `[layer head]` and `mean_z` is `[layer head d_head]`.
+    """
 
     def __init__(self, network: Any) -> None:
         self.network = network
@@ -25,7 +28,7 @@ class Plain:
 
     @contextmanager
     def patched(self, alpha: Tensor, mean_z: Tensor) -> Any:
-        """z <- (1 - alpha) z + alpha mean_z at the last position of every layer, in the first forward pass only."""
+        """A context manager: z becomes (1 - alpha) z + alpha mean_z at the last token of the first forward pass."""
         done = [False] * len(self.projections)
 
         def hook_of(layer: int) -> Any:
@@ -47,7 +50,7 @@ class Plain:
                 handle.remove()
 
     def loss(self, ids: list[int], answer: int, alpha: Tensor, mean_z: Tensor) -> Tensor:
-        """Cross-entropy of the answer's first token."""
+        """Cross-entropy (nats) of the first token of the answer, `answer`, after the prompt `ids`."""
         with self.patched(alpha, mean_z):
             logits = self.network(torch.tensor([ids])).logits[0, -1]
         return torch.nn.functional.cross_entropy(logits[None], torch.tensor([answer]))
@@ -60,7 +63,15 @@ class Plain:
         mean_z: Tensor,
         eval_every: int,
     ) -> tuple[Tensor, list[float]]:
-        """Alpha of the best validation loss, and the loss of every step."""
+        """Train alpha with Adam; return the alpha with the lowest validation loss and the loss of every step.
+
+        Args:
+            prompts: token ids and first token of the answer, per training item.
+            valid: the same for validation items.
+            draws: index of the training item of every step.
+            mean_z: the task embedding.
+            eval_every: steps between validations.
+        """
         losses: list[float] = []
         logits = torch.zeros(mean_z.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([logits], lr=0.2)
@@ -81,7 +92,7 @@ class Plain:
 
     @torch.no_grad()
     def hits(self, prompts: Sequence[tuple[list[int], Collection[int]]], alpha: Tensor, mean_z: Tensor) -> list[bool]:
-        """Whether the most likely next token is the first of an accepted answer, prompt by prompt."""
+        """For each prompt, whether the most likely next token is the first token of an accepted answer."""
         found = []
         for ids, accepted in prompts:
             with self.patched(alpha, mean_z):
@@ -90,7 +101,7 @@ class Plain:
 
     @torch.no_grad()
     def generate(self, ids: list[int], alpha: Tensor, mean_z: Tensor, stops: set[int], tokens: int = 20) -> list[int]:
-        """Greedy decoding up to a stop token."""
+        """At most `tokens` greedily decoded tokens, up to a stop token."""
         with self.patched(alpha, mean_z):
             written = self.network.generate(
                 torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
