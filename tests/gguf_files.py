@@ -1,4 +1,4 @@
-"""Small GGUF files of random networks, laid out as llama.cpp's converter lays them out."""
+"""Small GGUF files of random networks, in the layout of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-# llama.cpp's architecture -> transformers' class and the options of its configuration
+# llama.cpp's architecture -> class of transformers and options of its configuration
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "granite": ("Granite", {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
@@ -58,7 +58,7 @@ def tokenizer() -> Any:
 
 
 def network(arch: str, seed: int = 0, **options: Any) -> Any:
-    """A random network of a family, its norms and biases random, too."""
+    """A random network of a family, with random norms and biases as well."""
     name, own = FAMILIES[arch]
     torch.manual_seed(seed)
     kind = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
@@ -71,7 +71,7 @@ def network(arch: str, seed: int = 0, **options: Any) -> Any:
 
 
 def content(net: Any, arch: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metadata (without the architecture's name before its keys) and tensors of a network."""
+    """Metadata (keys without the prefix of the architecture) and tensors of a network."""
     c = net.config
     heads = c.num_attention_heads
     values = {
@@ -135,10 +135,10 @@ def write(
     path: Path, net: Any, arch: str = "llama", *, change: Change | None = None,
     general: Mapping[str, Any] | None = None, parts: int = 1,
 ) -> Path:  # fmt: skip
-    """A GGUF file of a network with the tests' tokenizer, or several as llama.cpp's gguf-split writes them.
+    """Write a GGUF file of a network with the tests' tokenizer; return its path (of the first part if it is split).
 
-    `change` may edit metadata and tensors before; `general` are further metadata with their whole keys. Returns the
-    (first) file.
+    `change` may edit metadata and tensors first; `general` is further metadata with complete keys. Split files have
+    the layout of llama.cpp's gguf-split.
     """
     values, tensors = content(net, arch)
     if change is not None:
@@ -166,7 +166,7 @@ def write(
 
 def _tokens(arch: str) -> dict[str, Any]:
     own = tokenizer()
-    if arch.startswith("gemma"):  # by sentencepiece, with its bytes and no prefix space
+    if arch.startswith("gemma"):  # as in sentencepiece, with byte tokens and without a prefix space
         tokens = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "▁", "▁a"]
         tokens += [f"<unused{i}>" for i in range(len(own.get_vocab()) - len(tokens))]
         return {

@@ -1,4 +1,4 @@
-"""An interrupt (Ctrl-C) at every line that some functions run, one after the other."""
+"""Interruption (Ctrl-C) at every line of some functions, one line per run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import Any
 
 
 def at_every_line(work: Callable[[], Any], where: Sequence[Any], step: int = 1) -> Iterator[int]:
-    """Run `work` again and again, interrupted at the first, second, ... line inside of `where`; yields after each.
+    """Run `work` repeatedly, interrupted at the first, second, ... executed line inside `where`; yield after each run.
 
-    `where`: functions, classes or modules; a module stands for all code of its file. Ends after the first run that is
-    over before its line comes; fails if there was no line at all. `step` passes over lines, in long loops.
+    Ends when a run finishes before its line is reached; fails if no line was ever executed.
+
+    Args:
+        work: what to run.
+        where: functions, classes or modules; a module stands for all code in its file.
+        step: lines to advance per run; more than 1 for long loops.
     """
     codes, files = set[CodeType](), set[str]()
     for thing in where:
@@ -33,7 +37,7 @@ def at_every_line(work: Callable[[], Any], where: Sequence[Any], step: int = 1) 
 
 
 def _interrupted(work: Callable[[], Any], codes: set[CodeType], files: set[str], line: int) -> bool:
-    """Whether the interrupt came: whether so many lines were run."""
+    """Run `work` and interrupt it after `line` lines; return whether that many lines were executed."""
     left = line
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, with a word-level tokenizer made on the spot: no files, no network."""
+"""Tiny random models of every family, with a word-level tokenizer that is built in memory: no files, no network."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 FAMILIES = list(_FAMILIES)
-# For the tests that reach furthest only: the other model type that runs without its bridge, a single key head, a d_head
-# that does not divide d_model, and the models of the paper, shrunk.
+# For the most extensive tests only: the other model type that runs without its bridge, a single key head, a d_head that
+# does not divide d_model, and small versions of the models of the paper.
 _FAMILIES |= {
     "Qwen2": ("Qwen2ForCausalLM", _COMMON),
     "MultiQuery": ("LlamaForCausalLM", _COMMON | {"num_key_value_heads": 1}),
@@ -54,7 +54,7 @@ MORE_FAMILIES = [*_FAMILIES, *paper.CONFIGS]
 
 
 def tokenizer(bos: bool = False) -> Any:
-    """A tokenizer of whole words and single signs; a space goes with the word behind it, as in byte-level BPE."""
+    """A tokenizer of whole words and single characters; a space belongs to the following word, as in byte-level BPE."""
     signs = ["Q", "A", ":", "\n", "\n\n", " ", *"0123456789"]
     entries = ["<pad>", "<bos>", "<eos>", "<unk>", *signs, *WORDS, *(" " + word for word in WORDS)]
     model = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token="<unk>"))
@@ -79,7 +79,7 @@ def _network(family: str, dtype: torch.dtype, seed: int) -> Any:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         network = getattr(transformers, name)(config)
-    with torch.no_grad():  # larger than at a usual start, so that every head matters
+    with torch.no_grad():  # larger than a usual initialization, so that every head matters
         for weight in network.parameters():
             if weight.ndim > 1:
                 weight.mul_(4)
@@ -87,7 +87,7 @@ def _network(family: str, dtype: torch.dtype, seed: int) -> Any:
 
 
 def raw(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A Hugging Face model as it comes, with eager attention."""
+    """A Hugging Face model with eager attention."""
     network = copy.deepcopy(_network(family, dtype, seed))
     network.set_attn_implementation("eager")
     return network
@@ -99,7 +99,7 @@ def bridge(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, bos: 
 
 
 def bridged(network: Any, name: str, own: Any) -> Bridge:
-    """A TransformerBridge around a raw model, which it changes, with this tokenizer as its own."""
+    """A TransformerBridge with this tokenizer around a raw model, which is modified."""
     model = build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name=name)
     model.requires_grad_(False)
     Model.of(model).use_tokenizer(own)
@@ -107,7 +107,7 @@ def bridged(network: Any, name: str, own: Any) -> Bridge:
 
 
 def lent(family: str, dtype: torch.dtype = torch.float32) -> Iterator[Bridge]:
-    """A bridge that tests share, for a fixture to `yield from`: each test must hand it back without hooks."""
+    """A bridge shared by tests, for a fixture to `yield from`; each test must leave it without hooks."""
     model = _shared_bridge(family, dtype)
     yield model
     left = hooks_left(model)
@@ -119,14 +119,14 @@ _shared_bridge = functools.cache(bridge)
 
 
 def hooks_left(model: Bridge) -> list[str]:
-    """The hook points of a bridge on which something is installed."""
+    """The names of hook points that have hooks."""
     return [name for name, point in model.hook_dict.items() if point.has_hooks() or point._forward_hooks]
 
 
 def silence(patch: pytest.MonkeyPatch) -> None:
-    """Any forward pass of sitelens from now on is an AssertionError "the model was run".
+    """From now on, every forward pass by sitelens raises AssertionError "the model was run".
 
-    The model is left alone: where its `forward` is replaced, nothing is taken from the cache.
+    The model itself is unchanged, because results are not taken from the cache if its `forward` is replaced.
     """
 
     def fail(*_: Any, **__: Any) -> None:
@@ -138,16 +138,16 @@ def silence(patch: pytest.MonkeyPatch) -> None:
 
 
 def output_projections(network: Any) -> list[torch.nn.Module]:
-    """The attention output projection of every layer of a raw model; its input is z with heads side by side."""
+    """The attention output projections of a raw model, one per layer; their input is z with the heads concatenated."""
     ends = ("attn.c_proj", "attention.dense", "self_attn.o_proj")
     return [module for name, module in network.named_modules() if name.endswith(ends)]
 
 
 def raw_modules(model: Bridge) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The network's own modules under the names that they have without a bridge."""
+    """The modules of the network by the names that they have without a bridge."""
     yield from network_twin(model).named_modules()
 
 
 def task(name: str = "shift", n: int = 60, step: int = 1, **options: Any) -> Task:
-    """A task on the tokenizer's words: each word's answer stands `step` places on."""
+    """A task on the tokenizer's words; the answer of each word is the word `step` positions later."""
     return Task.from_pairs(name, [(WORDS[i], WORDS[(i + step) % len(WORDS)]) for i in range(n)], **options)

@@ -1,7 +1,7 @@
-"""What the library must compute, done the slow way on raw Hugging Face models and sharing no code with it.
+"""What the library must compute, done slowly on raw Hugging Face models, without sharing code with the library.
 
-One row at a time, whole prompts, no padding, no cache: forward pre-hooks on the attention output projections edit,
-or keep, the heads' outputs z at one position.
+One row at a time, whole prompts, no padding, no cache: forward pre-hooks on the attention output projections edit or
+record the heads' outputs z at one position.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def encode(text: str, bos: bool = False) -> list[int]:
 
 
 def mixed(z: Tensor, alpha: Tensor, vectors: Tensor, mixing: str = "convex") -> Tensor:
-    """The intervention itself on z `[head d_head]`."""
+    """The intervention on z `[head d_head]`; alpha is `[head]`."""
     weight = alpha.unsqueeze(-1)
     return (1 - weight) * z + weight * vectors if mixing == "convex" else z + weight * vectors
 
 
 @contextmanager
 def patched(network: Any, alpha: Tensor, vectors: Tensor, mixing: str = "convex", at: int = -1) -> Iterator[None]:
-    """All heads mixed at one position; alpha is `[layer head]`, vectors `[layer head d_head]`."""
+    """Within it, all heads are patched at position `at`; alpha is `[layer head]`, vectors `[layer head d_head]`."""
 
     def hook(layer: int) -> Callable[..., Any]:
         def act(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -53,14 +53,14 @@ def patched(network: Any, alpha: Tensor, vectors: Tensor, mixing: str = "convex"
 
 
 def logits(network: Any, ids: Ids) -> Tensor:
-    """`[vocab]` after the last token of one prompt, under whatever hooks are installed."""
+    """Logits `[vocab]` after the last token of one prompt, with whatever hooks are installed."""
     return network(torch.tensor([list(ids)]), use_cache=False).logits[0, -1]
 
 
 def patched_logits(
     network: Any, rows: Sequence[Ids], alpha: Iterable[Tensor], vectors: Iterable[Tensor], mixing: str = "convex"
 ) -> Tensor:
-    """`[row vocab]`, each row with its own alpha `[row layer head]` and vectors; differentiable in both."""
+    """Logits `[row vocab]`, differentiable in alpha `[row layer head]` and vectors `[row layer head d_head]`."""
     found = []
     for ids, row_alpha, row_vectors in zip(rows, alpha, vectors, strict=True):
         with patched(network, row_alpha, row_vectors, mixing):
@@ -70,7 +70,7 @@ def patched_logits(
 
 @torch.no_grad()
 def head_outputs(network: Any, rows: Sequence[Ids], heads: int) -> Tensor:
-    """z at the last token, `[row layer head d_head]`."""
+    """z at the last token of each row, `[row layer head d_head]`."""
     captured: list[Tensor] = []
     handles = [
         module.register_forward_pre_hook(lambda _, args: captured.append(args[0][0, -1].unflatten(-1, (heads, -1))))
@@ -85,7 +85,7 @@ def head_outputs(network: Any, rows: Sequence[Ids], heads: int) -> Tensor:
 
 @torch.no_grad()
 def greedy(network: Any, ids: Ids, new: int) -> list[int]:
-    """`new` greedy tokens, the whole text run again for each, under whatever hooks are installed; never stops early."""
+    """`new` greedy tokens, never stopping early; the whole text is run again for each token, with the current hooks."""
     text = list(ids)
     for _ in range(new):
         text.append(int(logits(network, text).argmax()))
@@ -95,20 +95,20 @@ def greedy(network: Any, ids: Ids, new: int) -> list[int]:
 def patched_greedy(
     network: Any, ids: Ids, new: int, alpha: Tensor, vectors: Tensor, mixing: str = "convex"
 ) -> list[int]:
-    """As `greedy`, with the heads mixed at the prompt's last token, and there only."""
+    """As `greedy`, with all heads patched at the last token of the prompt only."""
     with patched(network, alpha, vectors, mixing, at=len(ids) - 1):
         return greedy(network, ids, new)
 
 
 def text_of(ids: Ids, ends: Collection[int] = (2,)) -> str:
-    """Generated tokens up to one that ends the text or a newline behind a word, stripped, without special tokens."""
+    """The generated text up to an end token or the first newline after a word, stripped, without special tokens."""
     kept = itertools.takewhile(lambda token: token not in ends, ids)
     return micro.tokenizer().decode(list(kept), skip_special_tokens=True).strip().split("\n")[0].strip()
 
 
 @contextmanager
 def added_to_stream(network: Any, vector: Tensor, reach: slice) -> Iterator[None]:
-    """`vector` added to what the first layer leaves in the residual stream, at the positions of `reach`."""
+    """A context manager that adds `vector` to the residual stream after the first layer, at the positions `reach`."""
 
     def act(module: Any, args: Any, output: Any) -> Any:
         resid = (output if isinstance(output, Tensor) else output[0]).clone()

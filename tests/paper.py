@@ -1,4 +1,4 @@
-"""The configurations of the paper's models, as their hub repositories have them, and the same shrunk."""
+"""The configurations of the paper's models, as in their hub repositories, and smaller versions of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _GEMMA_VISION: dict[str, Any] = {
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
     "image_size": 896, "patch_size": 14, "vision_use_head": False,
 }  # fmt: skip
-# The class that a checkpoint is loaded as, and its configuration; base and instruction-tuned models share them.
+# The class and the configuration of a checkpoint, the same for base and instruction-tuned models.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-3.1-8B": ("LlamaForCausalLM", _LLAMA),
     "Llama-3.1-70B": (
@@ -65,7 +65,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def shrunk(name: str, vocab: int) -> tuple[str, dict[str, Any]]:
-    """The configuration with a quarter of the heads, a sixteenth of d_head and of the layers, all ratios kept.
+    """The configuration with a quarter of the heads and a sixteenth of d_head and of the layers, keeping all ratios.
 
     Gemma keeps one whole period of its layers (five with a sliding window, one without).
     """

@@ -1,4 +1,4 @@
-"""Ablated heads against raw models whose output projections get zeros or means in their place."""
+"""Ablated heads compared with raw models whose output projections get zeros or means instead of z."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_ablated_is_refused(arguments: Any, message: str, llama: 
         sl.Ablate(**({"heads": HEADS} | arguments)).patch(llama)
 
 
-# -- how heads are written --
+# -- how heads are specified --
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The shape of the code: imports point one way, files stay small, public names are documented, nothing is pickled."""
+"""The structure of the code: one-way imports, short files, documented public names, no pickles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BRIDGED = {  # may import transformer_lens
 }  # fmt: skip
 LONGEST = 320  # lines
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-FOLDERS = re.compile(r"(?<![\w.~-])/(?:home|tmp|root|Users|work|mnt|scratch)/")  # of somebody's machine
+FOLDERS = re.compile(r"(?<![\w.~-])/(?:home|tmp|root|Users|work|mnt|scratch)/")  # of a specific machine
 
 FILES = {
     path: module
@@ -34,7 +34,7 @@ MODULES = sorted(set(FILES.values()))
 
 
 def listed_modules() -> list[str]:
-    """The modules in the order of README's list, which says that each imports from those above it only."""
+    """The modules in the order of the list in README; each imports only from those above it."""
     block = re.search(r"\n    sitelens/\n((?: {6}.*\n)+)", (ROOT / "README.md").read_text("utf-8"))
     assert block
     return [line.split()[0].removesuffix("/").removesuffix(".py") for line in block.group(1).splitlines()]
@@ -55,7 +55,7 @@ def tree(path: Path) -> ast.Module:
 
 @functools.cache
 def imports(path: Path) -> set[str]:
-    """Dotted names of all that a file imports, wherever it does so."""
+    """Dotted names of everything that a file imports, anywhere in the file."""
     found = set()
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -85,17 +85,17 @@ def test_a_module_imports_from_those_above_it_in_the_readme_only(module: str):
 
 
 def test_the_imports_are_seen():
-    assert {"reports", "settings", "store", "tasks"} <= own_imports("cli")  # most of them inside of functions
+    assert {"reports", "settings", "store", "tasks"} <= own_imports("cli")  # most of them inside functions
     assert {"figures", "models"} <= own_imports("conditions")
 
 
 def test_no_two_files_import_each_other():
-    """Nor do longer circles of files; `__init__.py` files that hand names on count as the files behind them."""
+    """No longer cycles either; imports through an `__init__.py` count as imports of the files behind it."""
     names = {f"sitelens.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}": path for path in FILES}
     arrows = {name: {other for other in names if other != name and imports_file(path, other)} for name, path in
               names.items() if path.name != "__init__.py"}  # fmt: skip
     assert len(arrows) > 60
-    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which lists the circle
+    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, which lists the cycle
 
 
 def imports_file(path: Path, module: str) -> bool:
@@ -155,7 +155,7 @@ def test_no_tracked_file_names_a_folder_of_somebodys_machine():
     for name in listed.stdout.decode().split("\0")[:-1]:
         try:
             lines = (ROOT / name).read_text("utf-8").splitlines()
-        except (UnicodeDecodeError, FileNotFoundError):  # a picture, or removed just now
+        except (UnicodeDecodeError, FileNotFoundError):  # an image, or a file removed meanwhile
             continue
         found += [
             f"{name}:{number}: {line.strip()[:99]}" for number, line in enumerate(lines, 1) if FOLDERS.search(line)
@@ -172,7 +172,7 @@ def test_folders_of_somebodys_machine_are_seen():
 
 
 def lazy_and_typed() -> tuple[dict[str, str], dict[str, str]]:
-    """Name -> module of the public names, as loaded lazily and as type checkers see them."""
+    """Two dicts from public names to modules: as loaded lazily, and as type checkers see them."""
     lazy = {name: f"sitelens.{home}" for home, names in sitelens._EXPORTS.items() for name in names}
     [block] = [
         node
@@ -183,7 +183,7 @@ def lazy_and_typed() -> tuple[dict[str, str], dict[str, str]]:
     for node in block.body:
         assert isinstance(node, ast.ImportFrom)
         for alias in node.names:
-            assert alias.asname == alias.name  # else type checkers take it for private
+            assert alias.asname == alias.name  # otherwise type checkers treat it as private
             typed[alias.name] = str(node.module)
     return lazy, typed
 
@@ -211,7 +211,7 @@ def test_a_public_name_lives_in_its_home(name: str):
 
 
 def documented(value: Any) -> bool:
-    """Whether there is a docstring that somebody wrote (a dataclass makes its own)."""
+    """Whether a value has a written docstring (dataclasses generate one)."""
     text = inspect.getdoc(value if inspect.ismodule(value) or callable(value) else type(value)) or ""
     return bool(text) and not text.startswith(f"{getattr(value, '__name__', '')}(")
 

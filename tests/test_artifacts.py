@@ -1,4 +1,4 @@
-"""Saved files whose checksum is right and whose content is not: refused in words, or read as exactly what they say."""
+"""Saved files with a valid checksum but altered content are rejected with a clear message or read exactly."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def written(thing: Any, path: Path) -> Path:
 
 
 def saved(folder: Path) -> list[tuple[Artifact, Load]]:
-    """An artifact of each kind that users load, and what loads it."""
+    """An artifact of each kind that users load, with the function that loads it."""
     path = folder / "saved.safetensors"
     things: list[tuple[Any, Load]] = [
         (SELECTION, sl.HeadSelection.load),
@@ -97,7 +97,7 @@ def saved(folder: Path) -> list[tuple[Artifact, Load]]:
 
 
 def plain(artifact: Artifact) -> Any:
-    """What an artifact says, with integers apart from floats and true, and without what is null."""
+    """The content of an artifact with the type of each value, without null values."""
 
     def typed(value: Any) -> Any:
         if isinstance(value, dict):
@@ -160,7 +160,7 @@ TENSORS: list[Callable[[Tensor], Tensor]] = [
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all values within JSON."""
+    """The paths of all values in a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(place for key, one in inner for place in places(one, (*path, key)))]
 
@@ -222,7 +222,7 @@ def test_a_changed_file_is_refused_in_words_or_read_as_what_it_says(
         assert str(path) in found
         return
     said, read = plain(Artifact.load(path)), plain(Artifact.load(written(found, folder / "read.safetensors")))
-    if said != read:  # only what a file may leave out, or a whole number where a float is meant
+    if said != read:  # only optional values, or an integer in place of a float
         assert said[1] == read[1]
         assert json.loads(json.dumps(said[0])) == json.loads(json.dumps(read[0])) or _defaults(mutant, read[0])
 
@@ -231,7 +231,7 @@ _kinds: list[tuple[Artifact, Load]] = []
 
 
 def _defaults(mutant: Artifact, read: dict[str, Any]) -> bool:
-    """Whether what was read has every value that the file has; true and 1.0 are not 1."""
+    """Whether what was read contains every value in the file; true and 1.0 are not accepted as 1."""
 
     def within(small: Any, large: Any) -> bool:
         if isinstance(small, dict):
@@ -244,7 +244,7 @@ def _defaults(mutant: Artifact, read: dict[str, Any]) -> bool:
     return within(json.loads(json.dumps(mutant.meta)), read)
 
 
-# Headers that are no plain JSON
+# Headers that are not plain JSON
 
 
 def write(path: Path, header: str, tensors: dict[str, Tensor]) -> Path:
@@ -314,7 +314,7 @@ def test_a_run_json_that_is_none_is_refused_in_words(text: str, tmp_path: Path):
 
 
 def own(**options: Any) -> type[Condition]:
-    """A condition of one's own, as if it were defined in a module of this name."""
+    """A custom condition class, as if it were defined in a module of this name."""
 
     @dataclass(frozen=True, eq=False)
     class Mine(Condition, **options):
@@ -412,14 +412,14 @@ def test_files_of_the_first_edition_load(tmp_path: Path):
     assert torch.equal(Condition.load(adapters.save(tmp_path / "lora.safetensors")).weights["v.B"], WEIGHTS["v.B"])  # type: ignore[attr-defined]
 
 
-# What a saved one knows, and the same model in another precision
+# What a saved condition records, and the same model in another precision
 
 
 def test_a_trained_selection_and_its_embedding_know_where_they_come_from(tmp_path: Path):
     model, task = micro.bridge("Llama"), micro.task(instruction="Say the next.")
     embedding = sl.embed_task(task, model, n_prompts=3, n_shots=2, seed=4)
     config = sl.TrainConfig(steps=2, eval_every=1)
-    for _ in range(2):  # made, and from the cache
+    for _ in range(2):  # computed, then from the cache
         selection = sl.train_selection(task, model, embedding=embedding, config=config).selection
         for thing, load in ((embedding, sl.TaskEmbedding.load), (selection, sl.HeadSelection.load)):
             origin = load(thing.save(tmp_path / "one.safetensors")).origin

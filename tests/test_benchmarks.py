@@ -1,4 +1,4 @@
-"""Benchmarks as tasks: the real files read a second way, official and seeded splits, the hub, and every bad input."""
+"""Benchmarks: the real files parsed independently, official and seeded splits, the hub, and bad input."""
 
 from __future__ import annotations
 
@@ -53,25 +53,25 @@ LABELS = ["entailment", "neutral", "contradiction"]
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> None:
-    """No rows of another test's files or hub."""
+    """Rows of another test's files or hub are forgotten."""
     rows._loaded.cache_clear()
     rows._parsed.cache_clear()
 
 
 @pytest.fixture
 def unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever files hold is taken for upstream's."""
+    """No checksums: any file content is accepted."""
     monkeypatch.setattr(benchmarks, "_pins", dict)
 
 
 @pytest.fixture
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No local data folder."""
+    """No local data folder is set."""
     monkeypatch.delenv("SITELENS_DATA", raising=False)
 
 
 def written(path: Path, content: Any) -> Path:
-    """A file of bytes, text, JSON lines (a list) or JSON."""
+    """The path of a new file with bytes, text, or JSON Lines (from a list)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, list):
         content = "".join(json.dumps(row) + "\n" for row in content)
@@ -80,7 +80,7 @@ def written(path: Path, content: Any) -> Path:
 
 
 def inferences(n: int, split: str = "dev", **changed: Any) -> list[dict[str, Any]]:
-    """Rows as ANLI has them."""
+    """`n` rows in the format of ANLI."""
     return [
         {"uid": f"{i}", "premise": f"Premise {i} of {split}. ", "hypothesis": f" Guess {i}.", "label": i % 3, **changed}
         for i in range(n)
@@ -88,7 +88,7 @@ def inferences(n: int, split: str = "dev", **changed: Any) -> list[dict[str, Any
 
 
 def questions(n: int, category: str = "law", **changed: Any) -> list[dict[str, Any]]:
-    """Rows as MMLU-Pro has them, with three to five options."""
+    """`n` rows in the format of MMLU-Pro, with three to five options."""
     return [
         {"question": f"{category} {i}?", "options": [f" option {j}" for j in range(3 + i % 3)], "answer": "ABC"[i % 3],
          "category": category, **changed}
@@ -105,7 +105,7 @@ def items(task: Task) -> list[Example]:
 
 
 def as_split(examples: list[Example]) -> list[tuple[Example, ...]]:
-    """Train, valid and test of all items in their order, by the published split."""
+    """Train, valid and test items, by the published split of all items in order."""
     parts = function_vectors_split(len(examples))
     assert sorted(index for part in parts for index in part) == list(range(len(examples)))
     return [tuple(examples[i] for i in part) for part in parts]
@@ -154,7 +154,7 @@ def test_mmlu_pro_is_its_test_split_by_category(data_folder: Path):
 
 
 def sorted_as_upstream(task: Task) -> list[Example]:
-    """The items of a seeded split in the order they were split from."""
+    """The items of a seeded split in their original order."""
     order = [index for part in function_vectors_split(sum(sizes(task))) for index in part]
     return [item for _, item in sorted(zip(order, items(task), strict=True), key=lambda pair: pair[0])]
 
@@ -224,7 +224,7 @@ def test_the_file_of_mmlu_pro_is_parsed_once_and_anew_when_it_changed(tmp_path: 
 
 @pytest.fixture
 def copies(data_folder: Path, tmp_path: Path) -> Path:
-    """Copies of the real ANLI and MMLU-Pro files, which may be changed."""
+    """Copies of the real ANLI and MMLU-Pro files, which tests may change."""
     for place in ("anli/dev_r1.jsonl", "mmlu_pro/test.jsonl"):
         (tmp_path / place).parent.mkdir()
         shutil.copy(data_folder / place, tmp_path / place)
@@ -241,7 +241,7 @@ def test_a_flipped_bit_of_anli_never_gives_other_items_in_silence(copies: Path, 
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(7)
         path.write_bytes(content)
         with contextlib.suppress(SitelensError):
-            assert load_task("anli/r1") == task  # the bit was in a field that no item uses, such as the reason
+            assert load_task("anli/r1") == task  # the changed bit is in a field that is not used, such as the reason
 
 
 @pytest.mark.parametrize(
@@ -372,11 +372,11 @@ Hub = dict[tuple[str, str], list[dict[str, Any]]]
 
 @pytest.fixture
 def hub(no_data: None, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """A hub with the splits that a test puts there."""
+    """A fake hub that holds the splits that a test adds."""
     there: Hub = {}
 
     def load(address: str, split: str) -> datasets.Dataset:
-        return datasets.Dataset.from_list(there.pop((address, split)))  # a second time would be an error
+        return datasets.Dataset.from_list(there.pop((address, split)))  # loading it twice would be an error
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     return there
@@ -483,7 +483,7 @@ def test_a_changed_file_of_bbh_is_refused_by_its_checksum(data_folder: Path, tmp
 
 
 def damaged(rows_: list[dict[str, Any]], change: Callable[[dict[str, Any]], Any]) -> list[Any]:
-    """The rows with the third one changed."""
+    """The rows with the third row changed."""
     return [*rows_[:2], change(rows_[2]), *rows_[3:]]
 
 

@@ -1,4 +1,4 @@
-"""The built-in tasks: counts, answers checked by other means than those that made them, and a pinned hash."""
+"""The built-in tasks: counts, answers verified independently of the code that generates them, and a pinned hash."""
 
 import csv
 import hashlib
@@ -222,7 +222,7 @@ CALENDAR = (
 
 
 def number_of(word: str) -> int | None:
-    """The value of a number word."""
+    """The value of a cardinal number word; None for other words."""
     tens, _, ones = word.partition("-")
     if tens in TENS:
         value = 20 + 10 * TENS.index(tens)
@@ -231,7 +231,7 @@ def number_of(word: str) -> int | None:
 
 
 def cardinal_of(word: str) -> str:
-    """The number word under an ordinal word, or the word itself."""
+    """The cardinal number word for an ordinal number word; other words unchanged."""
     head, dash, end = word.rpartition("-")
     if end in ORDINAL_ENDS:
         end = ORDINAL_ENDS[end]
@@ -249,7 +249,7 @@ def roman_value(text: str) -> int:
 
 
 def reading(text: str) -> tuple[str, int] | None:
-    """The sequence a number, numeral or letter belongs to, and its place there."""
+    """The sequence that a number, numeral or letter belongs to, and its position there."""
     if text.isdigit():
         return "numeral", int(text)
     if found := re.fullmatch(r"(\d+)(st|nd|rd|th)", text):
@@ -267,7 +267,7 @@ def reading(text: str) -> tuple[str, int] | None:
 
 
 def is_step(one: str, two: str) -> bool:
-    """Whether two directly follows one."""
+    """Whether `two` directly follows `one`."""
     if f" {one.lower()} {two.lower()} " in CALENDAR:
         return one.istitle() == two.istitle()
     first, second = reading(one), reading(two)
@@ -318,7 +318,7 @@ def test_split_sizes():
             assert sum(sizes) == n and min(sizes) >= 0
 
 
-# Knowledge tasks, those whose table is there
+# Knowledge tasks, read from tables
 
 TABLES = sorted(DATA.glob("*.csv"))
 

@@ -1,4 +1,4 @@
-"""The list of models: the paper's twelve against their real configurations, without any weights."""
+"""The list of models: the paper's twelve models compared with their real configurations, without weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FACTS = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_head
 
 
 def network(name: str) -> Any:
-    """The whole model as it is on the hub, its weights on no device."""
+    """The complete model with its configuration on the hub, on the meta device (without weights)."""
     architecture, config = CONFIGS[name]
     kind = getattr(transformers, architecture)
     with torch.device("meta"):
@@ -30,7 +30,7 @@ def network(name: str) -> Any:
 
 
 def checkpoints(name: str) -> list[str]:
-    """The hub ids of the base and the instruction-tuned model."""
+    """The hub ids of the base model and the instruction-tuned model."""
     wanted = name.lower().split("-")
     return [hub_id for hub_id in PAPER if all(part in hub_id.lower().split("/")[1] for part in wanted)]
 

@@ -1,4 +1,4 @@
-"""Chat templates: where an answer begins, against an independent rendering; dates, arguments, instructions, errors."""
+"""Chat templates: where answers begin, by an independent rendering; dates, arguments, instructions, errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOTS, QUERY = [Example("aa", "ab"), Example("ac", "ad")], Example("ba", "bb", (
 
 ROLES = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<eos>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-# name -> template, what stands between the last question and the answer, and the answer as it is written
+# name -> template, text between the last question and the answer, and the answer as it appears
 SHAPES = {
     "newline before the answer": (ROLES + ASK, "<eos>\n<|assistant|>\n", "bb"),
     "space before the answer (Mistral)": (
@@ -68,7 +68,7 @@ UNUSUAL = {"a thought that content is stripped of (R1)"}
 
 
 def chatty(template: Any, bos: bool = False, space: bool = False) -> Any:
-    """A byte-level tokenizer with this chat template; with `space`, it puts a space before each text."""
+    """A byte-level tokenizer with this chat template; with `space`, it adds a space before each text."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     model.decoder = decoders.ByteLevel()
@@ -96,7 +96,7 @@ def turns(answer: str | None = None, system: str = "") -> list[dict[str, str]]:
 
 
 def rendered(template: Any, messages: list[dict[str, str]], day: str = "2024-07-26", **values: Any) -> str:
-    """A conversation by Jinja itself."""
+    """A conversation rendered directly by Jinja."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     clock = datetime.date.fromisoformat(day)
     text = template["default"] if isinstance(template, dict) else template

@@ -1,4 +1,4 @@
-"""The command line: help without heavy imports, every command, one-line errors, and run.json read again."""
+"""The command line: help without slow imports, every command, one-line errors, and runs repeated from run.json."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HEAVY = ("torch", "transformers", "transformer_lens", "pandas", "numpy", "plotly
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of one command."""
+    """Exit code, standard output and standard error of one command."""
     try:
         code = main(arguments)
     except SystemExit as stop:
@@ -46,7 +46,7 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def words(value: list[str] | str) -> str:
-    """The id of a list of options."""
+    """A test id from a list of command-line words."""
     return " ".join(value) if isinstance(value, list) else ""
 
 
@@ -59,7 +59,7 @@ def recorded(path: Path, config: RunConfig) -> Path:
     return path
 
 
-# Light
+# Imports
 
 
 def test_help_and_lists_import_nothing_heavy():
@@ -143,7 +143,7 @@ def test_options_are_written_out_and_a_mistyped_one_names_the_nearest(
     assert (code, out) == (2, "") and err.startswith("usage: sitelens") and said in err.splitlines()[-1]
 
 
-# An error that is not ours
+# Unexpected errors
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom\nmore"), RecursionError(), KeyError("x"), ZeroDivisionError("0")])
@@ -215,7 +215,7 @@ def test_models_lists_the_packaged_models(capsys: pytest.CaptureFixture[str]):
 
 @pytest.fixture
 def full_cache(own_cache: Path) -> Path:
-    """Two artifacts, a damaged one and a converted model."""
+    """A cache with two artifacts, a damaged artifact and a converted model."""
     store = default_store()
     store.put(Artifact("embedding", {"task": "antonym", "model": "0123456789abcdef"}, {"z": torch.zeros(9)}))
     store.put(Artifact("selection", {"task": "synonym", "model": "0123456789abcdef"}, {"a": torch.zeros(9)}))
@@ -295,7 +295,7 @@ def test_what_killed_runs_left_is_shown_apart_and_removed(capsys: pytest.Capture
         folder.mkdir()
         (folder / ".lock").touch()
         (folder / "model.gguf").write_bytes(bytes(1_000_000))
-    (full_cache / "models" / "tmp_notes12").mkdir()  # a user's own
+    (full_cache / "models" / "tmp_notes12").mkdir()  # the user's own folder
     out = outcome(capsys, "cache")[1]
     assert [line.split()[1] for line in out.splitlines() if line.startswith("model ")] == ["gguf-0123"]
     assert "4 folders of runs that were killed  4.0 MB" in out
@@ -322,7 +322,7 @@ def test_the_cache_folder_may_be_chosen(capsys: pytest.CaptureFixture[str], full
     assert str(tmp_path / "other" / "artifacts") in out and "nothing yet" in out
 
 
-# run: what is asked for
+# run: accepted arguments
 
 
 def test_run_options_become_a_configuration():
@@ -364,7 +364,7 @@ def test_again_reads_the_configuration_that_run_json_records(tmp_path: Path, con
     assert config_of("--again", str(path)) == config
 
 
-# run: what is refused
+# run: rejected arguments
 
 BROKEN_RUNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no config": lambda record: record.pop("config"),
@@ -403,7 +403,7 @@ def test_a_run_json_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str
 
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A micro model in place of any other; training must not be reached. Lists the models asked for."""
+    """Any model is replaced by a micro model, and training fails the test. Lists the requested models."""
     asked: list[str] = []
 
     def load_model(name: Any = None, **options: Any) -> Any:
@@ -489,7 +489,7 @@ def test_a_wrong_task_is_refused_in_one_line_before_a_model_is_loaded(
     arguments: list[str],
     named: str,
 ):
-    monkeypatch.setattr(sitelens.settings, "data_dir", sitelens.settings.data_dir)  # put back afterwards
+    monkeypatch.setattr(sitelens.settings, "data_dir", sitelens.settings.data_dir)  # restored afterwards
     code, out, err = outcome(capsys, "run", *arguments)
     assert (code, out) == (1, "")
     assert err.startswith("sitelens: ") and named in err and err.count("\n") == 1
@@ -535,7 +535,7 @@ def test_an_interrupt_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monk
 
 @pytest.mark.parametrize("command", ["tasks", "models"])
 def test_a_reader_that_leaves_early_is_no_error(monkeypatch: pytest.MonkeyPatch, command: str):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # else nothing is left to be written at exit
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # otherwise nothing is left to write at exit
     reading, writing = os.pipe()
     os.close(reading)
     process = subprocess.run(

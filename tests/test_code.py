@@ -1,4 +1,4 @@
-"""The digest of a user's code: equal for what computes the same, another for whatever changes what is computed."""
+"""The digest of a user's code: equal for equal computations, different for any change of the computation."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def above(limit: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """A function with a field."""
+    """A callable with a field."""
 
     limit: float
 

@@ -1,4 +1,4 @@
-"""compare: its table against fits and evaluations made one by one, its costs, its cache, its figure."""
+"""compare: its table compared with separate fits and evaluations; costs, cache and figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF files: exactly the network that they hold or a refusal by name; converted once, whole, between processes."""
+"""GGUF files: the exact network is loaded or the file is rejected by name; one complete conversion across processes."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def converted(file: Path) -> Any:
 
 
 def assert_same(file: Path, network: Any) -> Any:
-    """The converted file computes what the network does. Returns it."""
+    """Assert that the converted file computes what the network computes; return the converted model."""
     found = converted(file)
     torch.testing.assert_close(logits(found), logits(network), rtol=1e-5, atol=1e-5)
     return found
 
 
-# What a file holds is what is loaded
+# The content of a file is what is loaded
 
 
 @pytest.mark.parametrize("arch", gguf_files.FAMILIES)
@@ -114,7 +114,7 @@ WIDE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "
 
 
 def rebuilt(network: Any, arch: str, change: gguf_files.Change) -> Any:
-    """A network by the configuration that a file's metadata make, with the weights of the original."""
+    """The original weights with the configuration that is read from a file's metadata."""
     values, tensors = gguf_files.content(network, arch)
     change(values, tensors)
     whole = {f"{arch}.{key}": value for key, value in values.items()} | {"general.architecture": arch}
@@ -125,7 +125,7 @@ def rebuilt(network: Any, arch: str, change: gguf_files.Change) -> Any:
 
 
 def divisors(network: Any) -> np.ndarray:
-    """What llama.cpp's converter writes as rope_freqs: by how much the network's frequencies are smaller than plain."""
+    """The rope_freqs of llama.cpp's converter: standard frequencies divided by those of the network."""
     plain = network.config.rope_parameters["rope_theta"] ** -(np.arange(0, 64, 2) / 64)
     return plain / network.model.rotary_emb.inv_freq.double().numpy()
 
@@ -210,7 +210,7 @@ def test_factors_by_length_are_rebuilt(tokens: torch.Tensor):
     torch.testing.assert_close(logits(found, tokens), logits(network, tokens), rtol=1e-5, atol=1e-5)
 
 
-# What cannot be rebuilt is refused by name
+# What cannot be rebuilt is rejected by name
 
 
 REFUSED: dict[str, Any] = {
@@ -226,7 +226,7 @@ REFUSED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def plain() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """The metadata of a Llama, with their whole keys, and its tensors' shapes."""
+    """Metadata (with complete keys) and tensor shapes of a Llama."""
     values, tensors = gguf_files.content(gguf_files.network("llama"), "llama")
     whole = {f"llama.{key}": value for key, value in values.items()} | {"general.architecture": "llama"}
     return whole, {name: array.shape for name, array in tensors.items()}
@@ -399,7 +399,7 @@ def test_an_unknown_rule_for_cutting_texts_is_said(tmp_path: Path):
         gguf_folder(file)
 
 
-# Files that are none
+# Invalid files
 
 
 @pytest.mark.parametrize("name", ["nowhere.gguf", "~/nowhere.gguf"])
@@ -439,7 +439,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float):
 
 
 class Conversions:
-    """Counts how often a file is converted, and may slow that down or break it."""
+    """Counts conversions per file, and can slow them down or make them fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         self.read: list[str] = []
@@ -478,7 +478,7 @@ def gguf(tmp_path: Path, model_bytes: bytes) -> Path:
 
 @pytest.fixture(scope="module")
 def converted_bytes(model_bytes: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the file is converted to."""
+    """The folder that the file is converted to."""
     folder = tmp_path_factory.mktemp("converted")
     (folder / "tiny.gguf").write_bytes(model_bytes)
     with settings.using(cache_dir=folder):
@@ -598,11 +598,11 @@ def test_threads_that_load_at_once_convert_once(reader: Conversions, gguf: Path)
     assert len(reader.read) == 1 and found == reader.folders() * 4
 
 
-# What cannot be read is not damaged; what cannot be written costs nothing
+# Unreadable files are not treated as damaged; failed writes lose nothing
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: int) -> list[str]:
-    """From now on, files of this name cannot be opened for reading. Returns those that were asked for."""
+    """From now on, files with this name cannot be opened for reading. Returns the list of failed attempts."""
     real, asked = builtins.open, []
 
     def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
@@ -690,7 +690,7 @@ def test_a_cache_that_cannot_be_written_costs_no_model(
         folder = gguf_folder(gguf)
     assert reader.cache not in folder.parents and conversion.is_whole(folder)
     n = len(reader.read)
-    assert gguf_folder(gguf) == folder and len(reader.read) == n  # kept for this process, and said once
+    assert gguf_folder(gguf) == folder and len(reader.read) == n  # kept for this process, with one warning
 
 
 def test_a_whole_model_needs_no_lock(whole: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch):
@@ -706,7 +706,7 @@ def test_without_locks_a_model_is_converted_all_the_same(gguf: Path, monkeypatch
     lock = conversion.folder_of(hashlib.sha256(gguf.read_bytes()).hexdigest()).with_suffix(".lock")
     lock.parent.mkdir(parents=True)
     lock.touch()
-    os.utime(lock, (0, 0))  # left by a process of long ago
+    os.utime(lock, (0, 0))  # left by an earlier process
     monkeypatch.setattr(fcntl, "flock", refuses)
     assert conversion.is_whole(gguf_folder(gguf))
 
@@ -773,7 +773,7 @@ def test_a_model_that_is_a_link_is_used_and_its_target_never_removed(
         with pytest.warns(SitelensWarning, match="damaged"):
             assert gguf_folder(gguf) == folder
     else:
-        shutil.rmtree(tmp_path / "elsewhere")  # the link leads nowhere
+        shutil.rmtree(tmp_path / "elsewhere")  # the link is dangling
         assert gguf_folder(gguf) == folder
     assert conversion.is_whole(folder) and (tmp_path / "elsewhere").exists() is damaged
 
@@ -795,7 +795,7 @@ TINY = PackagedModel(
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, reader: Conversions, model_bytes: bytes) -> Conversions:
-    """A packaged model of two parts, neither installed."""
+    """A packaged model in two parts, neither of which is installed."""
     spec = dataclasses.replace(TINY, sha256=hashlib.sha256(model_bytes).hexdigest())
     monkeypatch.setitem(PACKAGED, "tiny", spec)
     return reader
@@ -823,7 +823,7 @@ def write_wheels(folder: Path, parts: tuple[bytes, ...]) -> None:
 
 
 class Pip:
-    """Stands in for pip: hands out wheels from a folder, or fails."""
+    """A replacement for pip that copies wheels from a folder, or fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, wheels: Path | None = None, error: str = "") -> None:
         self.asked: list[str] = []
@@ -863,7 +863,7 @@ def test_packages_that_are_not_installed_are_downloaded_once(
     for _ in range(2):
         assert packaged_folder("tiny") in tiny.folders()
     assert pip.asked == ["sitelens-tiny-a==1.0", "sitelens-tiny-b==1.0"]
-    assert len(tiny.folders()) == 1  # wheels and parts are gone
+    assert len(tiny.folders()) == 1  # wheels and parts are removed
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
-"""Examples in docstrings run and show what they say; every public function has one, except a list that only shrinks.
+"""Examples in docstrings run and give the output they show; every public function has an example.
 
 An example starts from these names: `sl` (sitelens), `model` (a tiny random Llama of 2 layers and 4 heads per layer,
-whose answers are nonsense: `tests/tiny.py`), `task` (the built-in task "country-capital"), `embedding` and `alpha` (its
-task embedding and head selection), `config` (a TrainConfig of 4 steps), `np` and `pd`. It runs in an empty folder; all
-examples share one cache. It should take milliseconds: a few prompts, shots and steps. `...` matches any text.
+whose answers are meaningless: `tests/tiny.py`), `task` (the built-in task "country-capital"), `embedding` and `alpha`
+(its task embedding and head selection), `config` (a TrainConfig of 4 steps), `np` and `pd`. It runs in an empty folder;
+all examples share one cache. It should take milliseconds: a few prompts, shots and steps. `...` matches any text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sitelens.tasks import SUITES
 from tests import tiny
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-# Public names that have no example yet. Write one, and remove the name here.
+# Public functions without an example; this must stay empty.
 MISSING: set[str] = set()
 
 
@@ -31,7 +31,7 @@ REGISTRIES = [SUITES, sl.METRICS, sl.STUDIES]
 
 
 def public() -> Iterator[tuple[str, Any]]:
-    """Name and object of each public function and class, as a user writes it (`heads.attention`)."""
+    """Name and object of each public function and class, with the name as users write it (`heads.attention`)."""
     for name in sl.__all__:
         value = getattr(sl, name)
         if inspect.ismodule(value):
@@ -47,7 +47,7 @@ def public() -> Iterator[tuple[str, Any]]:
 
 
 def docstrings(value: Any) -> Iterator[tuple[str, str]]:
-    """Suffix and docstring of a function, or of a class and of each public member that it defines."""
+    """Suffix and docstring of a function, or of a class and each of its public members."""
     yield "", inspect.getdoc(value) or ""
     for key, member in vars(value).items() if inspect.isclass(value) else ():
         if not key.startswith("_"):
@@ -61,13 +61,13 @@ EXAMPLES = {name + end: text for name, value in PUBLIC.items() for end, text in 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of all examples."""
+    """The cache shared by all examples."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
 def names(cache: Path) -> dict[str, Any]:
-    """The names from which every example starts."""
+    """The names that every example starts from."""
     model, task, config = tiny.model(), sl.load_task("country-capital"), tiny.CONFIG
     with sl.settings.using(cache_dir=cache, progress=False):
         embedding = sl.embed_task(task, model, n_prompts=4, n_shots=2)

@@ -1,4 +1,4 @@
-"""Evaluation against the oracle: scores, greedy continuations, conditions of one's own, metrics and their intervals."""
+"""Evaluation compared with the oracle: scores, greedy continuations, custom conditions, metrics, and intervals."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def raw(family: str) -> Any:
 
 @pytest.fixture
 def model(family: str) -> Iterator[Bridge]:
-    """Every family."""
+    """A model of each family."""
     yield from micro.lent(family)
 
 
 @pytest.fixture(params=["GPTNeoX", "Gemma3Text"])
 def one_of_two(request: pytest.FixtureRequest) -> str:
-    """Fused and separate projections of q, k and v; without and with a sliding window."""
+    """Two families: fused projections of q, k, v without sliding window; separate ones with a sliding window."""
     return request.param
 
 
@@ -93,12 +93,12 @@ def batch_of(texts: Sequence[str]) -> PromptBatch:
 
 
 def zero_shot(query: str) -> list[int]:
-    """Token ids of the published template without demonstrations."""
+    """Token ids of a zero-shot prompt in the published template."""
     return oracle.encode(f"Q: {query}\nA:")
 
 
 def ids_for(task: Task, condition: Condition) -> list[list[int]]:
-    """Each test item's prompt: by hand, or with demonstrations that are tested on their own below."""
+    """Token ids of the prompt of each test item."""
     if not condition.n_shots:
         return [zero_shot(item.input) for item in task.test]
     return [oracle.encode(text) for text in prompts(task, condition.n_shots)]
@@ -124,7 +124,7 @@ def task_of(test: Sequence[Example], name: str = "told") -> Task:
 
 
 def told_task(family: str) -> Task:
-    """A task of which the untouched model gets about half the items right: it was asked for their answers."""
+    """A task for which the untouched model gets about half the items right, made from its own answers."""
     items = []
     for word in micro.WORDS[:40]:
         token = micro.tokenizer().decode(oracle.greedy(raw(family), zero_shot(word), 1))
@@ -134,7 +134,7 @@ def told_task(family: str) -> Task:
 
 
 def assert_same_frame(left: pd.DataFrame, right: pd.DataFrame) -> None:
-    """Equal but for float32 rounding of log-probabilities."""
+    """Assert that frames are equal up to float32 rounding of log-probabilities."""
     pd.testing.assert_frame_equal(left.reset_index(drop=True), right.reset_index(drop=True), rtol=1e-5, atol=1e-6)
 
 
@@ -238,7 +238,7 @@ def test_seed_changes_demonstrations_only(gpt2: Bridge) -> None:
 
 
 def shown(text: str) -> tuple[list[str], str]:
-    """The inputs of a prompt's demonstrations, and its query."""
+    """The inputs of the demonstrations of a prompt, and its query."""
     *inputs, query = [line.removeprefix("Q: ") for line in text.splitlines() if line.startswith("Q: ")]
     return inputs, query
 
@@ -250,7 +250,7 @@ def prompts(task: Task, n_shots: int, seed: int = 0, places: Sequence[int] | Non
 
 def test_demonstrations_are_different_training_pairs_without_the_query() -> None:
     pairs = tuple(Example(micro.WORDS[i], micro.WORDS[i + 1]) for i in range(12))
-    task = Task("closed", "own", pairs, pairs, pairs)  # every query stands in train, too
+    task = Task("closed", "own", pairs, pairs, pairs)  # every query is in train as well
     for seed in range(5):
         for text in prompts(task, 11, seed):
             inputs, query = shown(text)
@@ -312,7 +312,7 @@ def test_generation_ends_at_a_newline(gpt2: Bridge) -> None:
     said = torch.tensor([oracle.encode(" ab")[0], oracle.encode("\n")[0]])
 
     def say(logits: Tensor, hook: Any) -> Tensor:
-        """The first row's text goes on and on, the second row's has a newline."""
+        """Makes the first text continue without end, and the second one contain a newline."""
         return torch.nn.functional.one_hot(said[: len(logits), None], logits.shape[-1]).float()
 
     with gpt2.hooks(fwd_hooks=[("unembed.hook_out", say)]):
@@ -365,12 +365,12 @@ def test_predictions_and_their_scores_are_the_oracles(family: str, model: Bridge
     assert 0 < hits["exact_match"] < hits["prefix_match"] < len(items)
 
 
-# -- conditions of one's own --
+# -- custom conditions --
 
 
 @dataclass(frozen=True, eq=False)
 class Everywhere(Condition):
-    """A vector added to the residual stream after the first layer, wherever and whenever its kind says."""
+    """Adds a vector to the residual stream after the first layer; subclasses restrict positions and scope."""
 
     vector: Tensor
     positions: ClassVar[Any] = "all"
@@ -398,7 +398,7 @@ class LastAndDecoded(Everywhere):
     positions = "last"
 
 
-# Which positions of a text each reaches, when its prompt has n tokens.
+# The positions of a text that each condition edits, if the prompt has n tokens.
 REACH: dict[type[Everywhere], Callable[[int], slice]] = {
     Everywhere: lambda n: slice(None),
     WholePrompt: lambda n: slice(0, n),
@@ -597,7 +597,7 @@ def test_an_answer_that_is_empty_after_normalization_is_an_error(gpt2: Bridge, i
 
 
 def scores_of(values: Mapping[tuple[str, str, int], Sequence[int]], first_item: int = 0) -> pd.DataFrame:
-    """A frame like `evaluate`'s: for each (task, condition, seed) the scores of items 0, 1, ..."""
+    """A frame in the format of `evaluate`: the scores of items 0, 1, ... by (task, condition, seed)."""
     rows = [
         (task, condition, "first_token", seed, item, score)
         for (task, condition, seed), scores in values.items()
@@ -629,7 +629,7 @@ def test_items_repeated_over_seeds_count_once() -> None:
 def test_seeds_that_differ_widen_the_interval() -> None:
     scores = {("t", "c", seed): [1] * (30 + 15 * seed) + [0] * (70 - 15 * seed) for seed in range(3)}
     row = sl.summarize(scores_of(scores)).iloc[0]
-    half = 4.302652729911275 * 0.15 / math.sqrt(3)  # Student's of three means that lie 0.15 apart
+    half = 4.302652729911275 * 0.15 / math.sqrt(3)  # Student's t interval of three means that are 0.15 apart
     assert row["mean"] == pytest.approx(0.45) and row["interval"] == "items and seeds"
     assert (row["low"], row["high"]) == pytest.approx((0.45 - half, 0.45 + half), abs=0.04)
 
@@ -670,14 +670,14 @@ def test_differences_are_paired_by_item() -> None:
     summary = sl.summarize(scores.sample(frac=1, random_state=0), against="a").set_index("condition")
     columns = ["difference", "difference_low", "difference_high"]
     same = [summary[column]["b"] for column in columns]
-    assert same == pytest.approx([0, -0.0523, 0.0523], abs=1e-4)  # fifty pairs alike, though each alone is uncertain
+    assert same == pytest.approx([0, -0.0523, 0.0523], abs=1e-4)  # fifty identical pairs
     assert summary.loc["c", "difference"] == 0.5
     assert summary.loc["c", "difference_low"] == pytest.approx(0.5 - 1.96 * math.sqrt(0.25 / 50), abs=0.03)
     assert all(pd.isna(summary[column]["a"]) for column in columns)
 
 
 def test_differences_pair_seeds_where_both_have_them() -> None:
-    """A shift that both conditions have under a seed leaves their difference alone."""
+    """A shift that a seed causes in both conditions does not affect their difference."""
     rng = np.random.default_rng(0)
     rows = {}
     for seed, p in enumerate((0.1, 0.5, 0.9)):
@@ -694,7 +694,7 @@ def test_differences_pair_seeds_where_both_have_them() -> None:
     single = scores[(scores["condition"] == "a") | (scores["seed"] == 1)]
     mixed = (
         sl.summarize(single, against="b").set_index("condition").loc["a"].to_dict()
-    )  # every seed of a against the one of b
+    )  # every seed of a against the single seed of b
     assert mixed["difference"] == pytest.approx(scores[scores["condition"] == "a"]["score"].mean()
                                                 - single[single["condition"] == "b"]["score"].mean())  # fmt: skip
     assert mixed["difference_high"] - mixed["difference_low"] > 0.9

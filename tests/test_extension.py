@@ -1,6 +1,6 @@
-"""A suite, a metric, a condition, a method or a study of a user's own file: it gets whatever sitelens's own get.
+"""A suite, metric, condition, method or study in a user's own file works wherever sitelens's own ones work.
 
-Every test runs a file outside of the package in a fresh process; the file uses public names only.
+Every test runs a file outside of the package in a new process; the file uses public names only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow  # each test starts a fresh process or several
+pytestmark = pytest.mark.slow  # each test starts one or more processes
 
 SUITE = '''
 import sitelens as sl
@@ -56,7 +56,7 @@ model = sl.load_model("model")
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model as a user would have it: a folder of the transformers library."""
+    """A tiny model as users have it: a folder in the format of the transformers library."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny.network().save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -65,13 +65,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(tmp_path: Path, model_folder: Path) -> Path:
-    """A user's folder with the model in it."""
+    """A user's folder that contains the model."""
     (tmp_path / "model").symlink_to(model_folder)
     return tmp_path
 
 
 def run(home: Path, *arguments: str, expect: int = 0) -> str:
-    """Standard output of a fresh Python in a user's folder."""
+    """Standard output of a new Python process in a user's folder."""
     environment = {**os.environ, "PYTHONPATH": f"{home}{os.pathsep}{ROOT}", "SITELENS_CACHE": str(home / "cache")}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=home, env=environment, capture_output=True, text=True, check=False
@@ -87,7 +87,7 @@ def run_file(home: Path, text: str) -> list[str]:
 
 
 def install(home: Path, group: str, name: str, value: str) -> None:
-    """Make the modules of the folder an installed package with one entry point."""
+    """Turn the modules in the folder into an installed package with one entry point."""
     folder = home / "mine-1.0.dist-info"
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
@@ -370,7 +370,7 @@ class Louder(sl.Condition):
 
 
 def artifacts(home: Path) -> dict[str, int]:
-    """The files of the cache, and when each was written."""
+    """The files in the cache, with their modification times."""
     return {path.name: path.stat().st_mtime_ns for path in (home / "cache").rglob("*.safetensors")}
 
 
@@ -393,7 +393,7 @@ print(result.scores["metric"].unique(), result.scores["score"].tolist())
     before = artifacts(home)
     assert first[0] == "['first_token', 'vowel']" and first[1].startswith("vowel [[")
     assert run_file(home, script) == first and artifacts(home) == before
-    # Another metric of the same name shares nothing with it.
+    # Another metric with the same name shares no cache entries with it.
     again = run_file(home, script.replace('VOWELS = "aeiou"', 'VOWELS = "bcdfghjklmnpqrstvwxyz"'))
     assert again[1:] != first[1:] and len(artifacts(home)) > len(before) and before.items() <= artifacts(home).items()
 

@@ -72,7 +72,7 @@ def test_static_files_are_written(ending: str, start: bytes, tmp_path: Path) -> 
 
 
 def layout_of(figure: go.Figure) -> Any:
-    """The layout of a figure, for which plotly has no types."""
+    """The layout of a figure, which plotly does not type."""
     return figure.layout
 
 
@@ -80,12 +80,12 @@ FOUR = ("antonym", "country-capital", "capitalize", "choose_first_of_3")
 ALL = tuple(f"fv/{name}" for name in sorted(FILES.registry))
 ACCURACY = "First-token accuracy"
 LOSS = "Cross-entropy (nats)"
-# Okabe and Ito's eight, but for yellow, which does not show on white; an olive of Tol's palette in its place.
+# The eight colors of Okabe and Ito, with yellow, which is hard to see on white, replaced by an olive of Tol's palette.
 SAFE = {"#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999933"}
 
 
 def rows(**values: Sequence[Any]) -> pd.DataFrame:
-    """All combinations, with numbers that a study might have measured, all different."""
+    """All combinations, with distinct plausible values."""
     frame = pd.DataFrame(list(product(*values.values())), columns=list(values))
     mean = np.random.default_rng(0).permutation(np.linspace(0, 1, len(frame)))
     low, high = np.clip(mean - 0.06, 0, 1), np.clip(mean + 0.05, 0, 1)
@@ -121,7 +121,7 @@ Point = tuple[str, str, float, float]  # panel or line, name, x, y
 
 @dataclass(frozen=True)
 class Case:
-    """A figure, a frame for it, and the points that it must show: (panel or line, name, x, y)."""
+    """A figure, a frame for it, and the points it must show: (panel or line, name, x, y)."""
 
     draw: Callable[..., go.Figure]
     frame: Callable[[Sequence[str]], pd.DataFrame]
@@ -131,7 +131,7 @@ class Case:
 
 
 def each(x: str, y: str, *name: str, suffix: str = "") -> Callable[[pd.DataFrame], list[Point]]:
-    """One point a row, named by the values of some columns."""
+    """A function that gives one point per row, named by the values of some columns."""
 
     def points(frame: pd.DataFrame) -> list[Point]:
         return [
@@ -273,7 +273,7 @@ CASES: dict[str, Case] = {
 
 
 def shown(figure: go.Figure) -> Iterator[tuple[str, Any]]:
-    """Every trace but bands and trees, with its panel's title."""
+    """Every trace except bands and trees, with the title of its panel."""
     titles = [a.text for a in layout_of(figure).annotations or () if a.text]
     for trace in figure.data:
         if trace.hoverinfo != "skip":
@@ -282,12 +282,12 @@ def shown(figure: go.Figure) -> Iterator[tuple[str, Any]]:
 
 
 def points_shown(figure: go.Figure) -> list[Point]:
-    """What a figure shows, in the terms of a Case."""
+    """The points that a figure shows, in the format of a Case."""
     names = layout_of(figure).yaxis.ticktext
     found = []
     for panel, trace in shown(figure):
         for x, y in zip(trace.x, trace.y, strict=True):
-            if names:  # dots: one line a task, shifted a little by what they are
+            if names:  # dots: one row per task, with a small shift per condition
                 assert abs(y - round(y)) < 0.5
                 found.append((names[round(y)], trace.name, x, 0.0))
             else:
@@ -304,7 +304,7 @@ def assert_same(found: list[Point], expected: list[Point], panels: bool) -> None
 
 
 def axis_titles(figure: go.Figure) -> tuple[str | None, str | None]:
-    """Those of one plot, or of all panels together."""
+    """The axis titles of a single plot, or the common ones of all panels."""
     own = layout_of(figure).xaxis.title.text, layout_of(figure).yaxis.title.text
     texts = [a.text for a in layout_of(figure).annotations or ()][-2:]
     x, y = texts if len(texts) == 2 else own
@@ -340,7 +340,7 @@ def test_a_figure_shows_the_numbers_of_its_study(name: str, tasks: tuple[str, ..
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every number and text of a figure, the template's own included, and where it stands."""
+    """Every number and text in a figure, including its template, with its path."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from leaves(inner, (*path, key))
@@ -452,7 +452,7 @@ class TestDots:
             figure = CASES[name].draw(CASES[name].frame(tasks))
             layout = layout_of(figure)
             longest = max(map(len, layout.yaxis.ticktext))
-            assert layout.margin.l >= 5.5 * longest + 8  # of Arial at 11 pixels a letter is about 5.5 wide
+            assert layout.margin.l >= 5.5 * longest + 8  # a letter in Arial at 11 pixels is about 5.5 pixels wide
             plot = layout.width - layout.margin.l - layout.margin.r
             assert plot >= 200
             assert all(5.5 * len(line) <= plot for line in layout.xaxis.title.text.split("<br>"))

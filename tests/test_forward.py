@@ -1,4 +1,4 @@
-"""Forward passes against the oracle: every family, both paths, gradients, hooks that go away, and what rows share."""
+"""Forward passes compared with the oracle: every family, both paths, gradients, removal of hooks, shared prefixes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from sitelens.models.model import Bridge, Model, z_hook
 from sitelens.settings import settings
 from tests import micro, oracle
 
-# Tokens of the prompts in a batch: across the sliding window, at its edge, inside it, and one token only.
+# Lengths of the prompts in a batch: longer than the sliding window, as long, shorter, and a single token.
 LENGTHS = (15, 9, micro.WINDOW, 4, 1)
 TEXTS = [" ".join(micro.WORDS[17 * i : 17 * i + length]) for i, length in enumerate(LENGTHS)]
 AMPLE = 2**30  # bytes: everything fits into one chunk
-EXACT = 5e-6  # share of the scale of logits or gradients; float32 rounding alone gives up to 3.3e-6
+EXACT = 5e-6  # relative to the scale of logits or gradients; float32 rounding alone gives up to 3.3e-6
 MIXINGS = ("convex", "additive")
 
 
@@ -44,7 +44,7 @@ def raw(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 @pytest.fixture
 def family(wide_family: str) -> str:
-    """Every shape there is: these tests carry all others."""
+    """All model families: the other tests rely on these."""
     return wide_family
 
 
@@ -60,7 +60,7 @@ def llama_bfloat16() -> Iterator[Bridge]:
 
 @pytest.fixture
 def gpt2_double() -> Iterator[Bridge]:
-    """The one family that computes in float64 throughout."""
+    """The only family that computes in float64 throughout."""
     yield from micro.lent("GPT2", torch.float64)
 
 
@@ -73,7 +73,7 @@ def ids_of(texts: Sequence[str]) -> list[list[int]]:
 
 
 def random_mix(model: Bridge, rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """An alpha and vectors, as large as the micro models' z, of its own for each row."""
+    """A separate alpha `[row layer head]` and vectors of the scale of the micro models' z for each row."""
     generator = torch.Generator().manual_seed(seed)
     layers, heads, d_head = Model.of(model).shape
     alpha = torch.rand(rows, layers, heads, generator=generator, dtype=dtype)
@@ -87,7 +87,7 @@ def last_logits(model: Bridge, batch: PromptBatch, edit: HeadEdit | None, budget
 
 
 def hooked_logits(model: Bridge, batch: PromptBatch, hooks: list[Any]) -> Tensor:
-    """Whole prompts by way of TransformerLens' own run_with_hooks: [row pos vocab]."""
+    """Logits `[row pos vocab]` of whole prompts by TransformerLens's run_with_hooks."""
     with torch.no_grad():
         return model.run_with_hooks(
             batch.tokens, fwd_hooks=hooks, attention_mask=batch.mask, position_ids=all_positions(batch.mask)
@@ -95,7 +95,7 @@ def hooked_logits(model: Bridge, batch: PromptBatch, hooks: list[Any]) -> Tensor
 
 
 def z_at_the_end(model: Bridge, batch: PromptBatch, hooks: Sequence[Any] = ()) -> Tensor:
-    """What the output projections get at the last token of left-padded prompts, after `hooks` have acted."""
+    """z at the last token of left-padded prompts after `hooks` have run, `[row layer head d_head]`."""
     seen: list[Tensor] = []
     reading = [
         (z_hook(layer), lambda z, hook: seen.append(z[:, -1].clone())) for layer in range(Model.of(model).shape[0])
@@ -110,7 +110,7 @@ def summed_loss(logits: Tensor) -> Tensor:
 
 
 def assert_close(found: Tensor, expected: Tensor, share: float = EXACT) -> None:
-    """Within a share of the largest expected value."""
+    """Assert that the maximum deviation is at most a share of the largest expected value."""
     assert found.shape == expected.shape
     assert ((found - expected).abs().max() / expected.abs().max()).item() <= share
 
@@ -125,7 +125,7 @@ def test_texts_have_the_lengths_they_are_named_for() -> None:
 @pytest.mark.parametrize("watched", [False, True])
 @pytest.mark.parametrize("mixing", MIXINGS)
 def test_prefix_path_gives_the_oracles_logits_and_gradients(family: str, mixing: Any, watched: bool) -> None:
-    """Both without the bridge, where the family allows it, and through it, where a hook listens."""
+    """Both without the bridge, if the family allows it, and through the bridge, if there is a hook."""
     model = micro.bridge(family)
     start, vectors = random_mix(model, len(TEXTS))
     untouched = oracle.patched_logits(raw(family), ids_of(TEXTS), 0 * start, vectors)
@@ -226,7 +226,7 @@ def test_alpha_one_with_another_prompts_z_gives_the_oracles_logits(family: str, 
     assert_close(logits, oracle.patched_logits(raw(family), ids_of(TEXTS), ones, others))
 
 
-# -- what an edit leaves alone --
+# -- what an edit does not change --
 
 
 def test_earlier_positions_and_earlier_layers_stay_the_same_to_the_bit(model: Bridge) -> None:
@@ -300,7 +300,7 @@ def test_prefix_is_never_written_to(model: Bridge) -> None:
 
 def test_decoding_goes_on_until_a_row_is_complete(llama: Bridge) -> None:
     class Fused:
-        """A tokenizer whose every token is a text with a newline in its middle."""
+        """A tokenizer in which every token is a text that contains a newline."""
 
         def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             assert skip_special_tokens
@@ -315,7 +315,7 @@ def test_decoding_goes_on_until_a_row_is_complete(llama: Bridge) -> None:
             assert texts == ["no\nyes" * min(enough, 3)] * len(TEXTS)
 
 
-# -- hooks go away --
+# -- hooks are removed --
 
 
 def test_hooks_are_gone_afterwards(model: Bridge) -> None:
@@ -546,7 +546,7 @@ def test_chunks_hold_every_row_once_shortest_first(lengths: list[int], **limits:
 
 
 def fits(lengths: list[int], budget: int, max_rows: int, max_tokens: int, same_length: bool) -> bool:
-    """Whether rows padded to the longest fit together."""
+    """Whether rows padded to the longest fit into one chunk."""
     rows, longest = len(lengths), max(lengths)
     if same_length and min(lengths) < longest:
         return False

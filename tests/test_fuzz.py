@@ -1,4 +1,4 @@
-"""Arguments and files that nobody meant: each works or is one line. Thousands of them under `-m slow`."""
+"""Random unusual arguments and files: each works or gives a one-line error. Thousands of them with `-m slow`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def how_many(few: int, many: int) -> Callable[[Any], Any]:
-    """A property with a few examples, and with many as a slow test."""
+    """Parametrize a property test with few examples, and with many as a slow test."""
 
     def mark(function: Any) -> Any:
         return pytest.mark.parametrize(
@@ -59,7 +59,7 @@ WORDS = st.one_of(ODD, ODD, st.text(max_size=12))
 
 
 def options_of(command: str) -> list[str]:
-    """Every option that a command takes."""
+    """All options of a command."""
     parser: Any = command_parser()
     [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return sorted(commands.choices[command]._option_string_actions)
@@ -85,7 +85,7 @@ def command_lines(draw: Any) -> list[str]:
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder to run in, with commands that check what can be checked without a model, and load none."""
+    """A folder in which commands check everything that needs no model, and then fail before loading one."""
 
     def stop(*_: Any, **__: Any) -> None:
         raise sl.SitelensError("a model would be loaded")
@@ -139,7 +139,7 @@ THINGS: list[Any] = [
 
 
 def values(*usual: Any) -> st.SearchStrategy[Any]:
-    """A usual value, or an odd one."""
+    """A usual value or an unusual one."""
     return st.one_of(st.sampled_from(list(usual)), st.sampled_from(range(len(THINGS))).map(THINGS.__getitem__))
 
 
@@ -181,7 +181,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, st.SearchStrategy[Any]]]] =
     "from_pairs": (sl.Task.from_pairs, {"name": values("t"), "pairs": values([("a", "b")] * 4), "seed": COUNT,
                                         "template": values("{input}: {output}\n"), "instruction": values("")}),
 }  # fmt: skip
-POSITIONAL = {"embed_task", "evaluate", "train_selections", "compare"}  # whose first argument is a task, or tasks
+POSITIONAL = {"embed_task", "evaluate", "train_selections", "compare"}  # first argument: a task, or tasks
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -1,4 +1,4 @@
-"""The figures of figures/ and the commands that make them: every one on a tiny model, with its data and origin."""
+"""The figures of figures/ and the commands that make them: each on a tiny model, with its data and provenance."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = TrainConfig(steps=4, eval_every=2, n_valid=4)
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Bridge:
-    """A micro model in place of any other."""
+    """Any model is replaced by a micro model."""
     model = micro.bridge("Llama")
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(gallery, "load_model", lambda *_, **__: model)

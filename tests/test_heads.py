@@ -1,4 +1,4 @@
-"""What single heads do, against raw Hugging Face models: direct logits, attention, roles and indirect effects."""
+"""Analyses of single heads compared with raw Hugging Face models: direct logits, attention, roles, indirect effects."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from sitelens.settings import settings
 from sitelens.tasks import Example, Task
 from tests import micro, oracle
 
-attention_module: Any = importlib.import_module("sitelens.heads.attention")  # the package has a function so named
+attention_module: Any = importlib.import_module("sitelens.heads.attention")  # the package has a function of this name
 LAYERS, HEADS = 2, 4
 ALL = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
 FIRST, INPUT, ANSWER, QUERY, TEMPLATE = ROLES
@@ -49,7 +49,7 @@ FIRST, INPUT, ANSWER, QUERY, TEMPLATE = ROLES
 
 @functools.cache
 def raw(family: str) -> Any:
-    """A raw model whose norms and biases matter: at a usual start they are all 1 and 0."""
+    """A raw model with random norms and biases, which are all 1 and 0 in a usual initialization."""
     network = micro.raw(family).requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for weight in network.parameters():
@@ -65,7 +65,7 @@ def _bridge(family: str) -> Bridge:
 
 @pytest.fixture
 def model(family: str) -> Iterator[Bridge]:
-    """Every family."""
+    """A model of each family."""
     yield _bridge(family)
     assert not micro.hooks_left(_bridge(family))
 
@@ -91,17 +91,17 @@ def embedding_for(model: Bridge, task: Task, **options: Any) -> TaskEmbedding:
 
 
 def by_head(frame: pd.DataFrame, name: str) -> Tensor:
-    """A column as `[layer head]`, whose rows must stand in this order."""
+    """A column of the frame as `[layer head]`; asserts that the rows are in this order."""
     assert list(zip(frame["layer"], frame["head"], strict=True)) == ALL
     return torch.tensor(frame[name].tolist()).reshape(LAYERS, HEADS)
 
 
-# Direct logits, by modules of the raw model and their inputs and outputs alone
+# Direct logits, from modules of the raw model and their inputs and outputs alone
 
 
 @contextmanager
 def recorded(modules: Sequence[torch.nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Input and output of each module at the last token, once a forward pass has run."""
+    """A list that, after the block, holds the input and output of each module at the last token of the last pass."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(i: int) -> Callable[..., None]:
@@ -126,7 +126,7 @@ def named(network: Any, pattern: str) -> list[torch.nn.Module]:
 
 
 def frozen(norm: torch.nn.Module, source: Tensor, output: Tensor) -> Callable[[Tensor], Tensor]:
-    """A norm as the linear map that it is at one input when its scale is held: no weight or epsilon is looked up."""
+    """The linear map that a norm is if its scale is fixed at one input; derived from input and output alone."""
     centered = isinstance(norm, torch.nn.LayerNorm)
     shift = norm(torch.zeros(1, len(source)))[0]  # what a LayerNorm adds
     gain = (output - shift) / (source - source.mean() if centered else source)
@@ -134,7 +134,7 @@ def frozen(norm: torch.nn.Module, source: Tensor, output: Tensor) -> Callable[[T
 
 
 class Parts:
-    """What each part of a raw model writes to the logits of one prompt, the norms' scales held."""
+    """The contribution of each part of a raw model to the logits of one prompt, with the norms' scales fixed."""
 
     def __init__(self, family: str, ids: Sequence[int]) -> None:
         network = self.network = raw(family)
@@ -159,14 +159,14 @@ class Parts:
         return self.network.lm_head(x) - self.nothing
 
     def from_stream(self, write: Tensor) -> Tensor:
-        """`[vocab]` for something that is written to the stream."""
+        """Contribution `[vocab]` of a vector in the residual stream."""
         return self.unembed(self.final(write))
 
     def from_attention(self, write: Tensor, layer: int) -> Tensor:
         return self.from_stream(self.after[layer](write) if self.after else write)
 
     def from_head(self, layer: int, head: int, z: Tensor) -> Tensor:
-        """`[vocab]` that a head writes with its output z: the projection run on it alone, less its bias."""
+        """Contribution `[vocab]` of a head with output z: the projection of z alone, without its bias."""
         alone = torch.zeros(HEADS, len(z))
         alone[head] = z
         project = self.projections[layer]
@@ -174,7 +174,7 @@ class Parts:
         return self.from_attention((project(alone.reshape(1, 1, -1)) - none)[0, 0], layer)
 
     def from_all_else(self) -> Tensor:
-        """`[vocab]`: embedding, MLPs, every bias."""
+        """Contribution `[vocab]` of embedding, MLPs and all biases."""
         biases = [p(torch.zeros(1, 1, self.z[0].numel()))[0, 0] for p in self.projections]
         total = self.from_stream(self.embedded) + self.constant + self.nothing
         for layer in range(LAYERS):
@@ -271,7 +271,7 @@ TEXTS = ["Q: aa\nA:", "Q: ba bb bc\nA: ca\n\nQ: cb cc\nA:", "Q: da\nA: db\n\nQ: 
 
 
 def test_attention_is_that_of_the_raw_model_whatever_the_rows_lengths(family: str, model: Bridge) -> None:
-    heads = [(1, 2), (0, 0), (1, 0), (1, 2)]  # in any order, and one twice
+    heads = [(1, 2), (0, 0), (1, 0), (1, 2)]  # in any order, one head twice
     batch = tokenize([Prompt(text, ()) for text in TEXTS], micro.tokenizer())
     with settings.using(memory_budget=1):  # one row at a time
         found = attention(batch, heads, model)
@@ -287,7 +287,7 @@ def test_attention_is_that_of_the_raw_model_whatever_the_rows_lengths(family: st
 
 
 def words(*pairs: tuple[str, str]) -> Task:
-    """A task whose training items are these, and whose only query is "aa"."""
+    """A task with these training items, whose only query is "aa"."""
     train = tuple(Example(*pair) for pair in pairs)
     query = (Example("aa", "ab"),)
     return Task("told", "test", train, query, query)
@@ -321,7 +321,7 @@ def special_tokenizer(template: str) -> Any:
 
 
 def byte_level() -> Any:
-    """A byte per token, as in GPT-2's vocabulary without merges; offsets leave out spaces, also of a lone space."""
+    """A byte-level tokenizer without merges, as for GPT-2; offsets exclude spaces, even a single space."""
     signs = sorted(pre_tokenizers.ByteLevel.alphabet())
     signs = [sign for sign in signs if sign in "QA:ĠĊabcdefg"]
     entries = {entry: i for i, entry in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *signs])}
@@ -379,7 +379,7 @@ def test_shares_of_attention_are_sums_by_role_over_the_embeddings_prompts(family
 
 
 def by_hand(text: str) -> list[str]:
-    """Roles in a prompt of the published template, found by its tokens: what follows "Q:" and "A:"."""
+    """The role of each token in a prompt of the published template, determined from what follows "Q:" and "A:"."""
     tokens = [micro.tokenizer().decode([i]) for i in oracle.encode(text)]
     last = max(i for i, token in enumerate(tokens) if token == "Q")
     roles, inside = [], TEMPLATE
@@ -474,12 +474,12 @@ def test_induction_scores_are_means_of_raw_attention(family: str, bos: bool, mon
 
 
 def test_an_induction_head_scores_one(gpt2: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patterns planted by hand: one head looks behind the first occurrence, one at the position before."""
+    """Attention set by hand: one head attends behind the first occurrence, one to the previous token."""
     length = 5
 
     def planted(rows: Tensor, model: Bridge, look: dict[str, Callable[[Tensor], None]]) -> None:
         width = rows.shape[1]
-        assert rows.min() > 3  # nothing special among the tokens
+        assert rows.min() > 3  # no special tokens
         for name, see in look.items():
             pattern = torch.zeros(len(rows), HEADS, width, width)
             pattern[:, :, torch.arange(width), 0] = 1
@@ -516,7 +516,7 @@ def test_rows_that_are_too_long_are_refused(gpt2: Bridge) -> None:
 
 
 def asked_by(task: Task, model: Bridge, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[pd.DataFrame, Any]:
-    """The effects, and the prompts that they were measured on."""
+    """The indirect effects, and the prompts on which they were measured."""
     batches = []
 
     def keep(*args: Any) -> Any:
@@ -597,7 +597,7 @@ def test_equal_answers_cannot_be_shuffled_and_are_no_endless_search(
     assert len(indirect_effects(task, gpt2, n_shots=0, **options)) == len(ALL)
 
 
-# Prompts of one's own
+# Custom prompts
 
 
 def test_a_text_or_a_list_of_texts_may_stand_for_a_batch(gpt2: Bridge) -> None:

@@ -1,4 +1,4 @@
-"""Names from outside in figures and pages: shown as they are, never run or taken for markup."""
+"""Names from outside in figures and pages: shown literally, never executed or interpreted as markup."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ DRAWN: dict[str, Callable[[str], Any]] = {
 
 
 def shown_texts(figure: Any) -> list[str]:
-    """Every text of a figure that Plotly would read, without our own tags and placeholders."""
+    """Every text of a figure that Plotly interprets, without our own tags and placeholders."""
     content = figure.to_plotly_json()
     texts = [str(text) for path, text in leaves([content["data"], content["layout"]]) if isinstance(text, str)]
     for trace in figure.data:  # arrays of texts
@@ -140,7 +140,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.title = ""
-        self.texts: list[str] = []  # of the picture
+        self.texts: list[str] = []  # of the image
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

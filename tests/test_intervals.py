@@ -1,4 +1,4 @@
-"""Intervals: their coverage by simulation, their closed forms by hand, and what holds of all of them."""
+"""Intervals: coverage by simulation, closed forms by hand, and general properties."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def logistic(x: Any) -> Any:
 
 
 def mean_chance(p: float, deviation: float) -> float:
-    """The mean of the chance whose logit is normal about that of p."""
+    """The mean probability of success if its logit is normally distributed around that of p."""
     return float((WEIGHTS * logistic(math.log(p / (1 - p)) + deviation * NODES)).sum() / WEIGHTS.sum())
 
 
@@ -52,10 +52,10 @@ def cells(tasks: tuple[int, ...], repeats: tuple[int, ...]) -> Iterator[tuple[fl
 
 
 def check_cell(p: float, n: int, tasks: int, repeats: int, size: float, rng: np.random.Generator) -> None:
-    """Coverage of means, of differences of nothing, and of differences of 0.1, within 0.93 to 0.97.
+    """Assert that intervals cover means, differences of 0 and differences of 0.1 in 93% to 97% of samples.
 
-    Above it only: where fewer than 15 hits, misses or differing pairs are expected; over three tasks away from 0.5; and
-    a little, up to 0.985, with several repeats of three tasks, or with two repeats.
+    Any higher coverage is accepted if fewer than 15 hits, misses or differing pairs are expected, and over three tasks
+    unless p is 0.5; up to 98.5% is accepted with several repeats of three tasks, or with two repeats.
     """
     samples = int(min(4000, max(300, size / (n * tasks * repeats))))
     shape = (samples, tasks, n, repeats)
@@ -92,7 +92,7 @@ def test_intervals_cover_what_they_say_everywhere(repeats: int) -> None:
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize("tasks", [3, 10, 50])
 def test_tasks_may_have_unequal_chances(p: float, tasks: int) -> None:
-    """Of fixed tasks the truth is the mean of their own chances; of sampled ones, that of all tasks."""
+    """The true value over fixed tasks is their mean probability; over sampled tasks, the mean of the population."""
     rng, samples, n = np.random.default_rng(0), 700, 50
     logits = math.log(p / (1 - p)) + rng.normal(0, 1, (samples, tasks, 1, 1))
     values = answers(rng, logistic(logits), (samples, tasks, n, 1))
@@ -113,7 +113,7 @@ def test_tasks_may_have_unequal_chances(p: float, tasks: int) -> None:
 )
 @pytest.mark.parametrize("deviation", [0.1, 0.3, 1.0])
 def test_repeats_may_have_effects_of_their_own(tasks: int, repeats: int, least: float, deviation: float) -> None:
-    """The truth is the mean over repeats that were not run, and over items that were not asked."""
+    """The true value is the mean over all possible repeats and items."""
     rng, samples, n = np.random.default_rng(1), 700, 50
     difficulty = rng.normal(0, 0.6, (samples, tasks, n, 1))
     shift = rng.normal(0, deviation, (samples, tasks, 1, repeats))
@@ -203,7 +203,7 @@ def test_what_repeats_add_is_the_analysis_of_variance_by_hand() -> None:
 
 
 def test_repeats_on_other_items_are_expected_to_differ_by_their_items() -> None:
-    """Over many samples without an effect of repeats, what is seen is about what is expected."""
+    """Without an effect of repeats, the observed variation is on average the expected one."""
     rng = np.random.default_rng(0)
     difficulty = rng.normal(0, 1.5, (20_000, 1, 12, 1))
     values = answers(rng, logistic(difficulty), (20_000, 1, 12, 3))

@@ -1,4 +1,4 @@
-"""Cache keys: what changes a computation changes its key, what does not leaves it, what no key can name is heard."""
+"""Cache keys: a change of a computation changes its key, other changes do not; a warning says what no key covers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def entries() -> list[Path]:
 
 
 def others(value: Any) -> list[Any]:
-    """Other values of a configuration's field."""
+    """Other values for a field of a configuration."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
@@ -72,20 +72,20 @@ def others(value: Any) -> list[Any]:
 
 
 def rebuilt(network: Any, field: str, value: Any) -> Any:
-    """The network with one field of its configuration changed, and the same weights; None where there is none."""
+    """The network with one configuration field changed and the same weights; None if that is impossible."""
     config = copy.deepcopy(network.config)
     try:
         setattr(config.get_text_config(), field, value)
         new = type(network)(config)
         new.load_state_dict(network.state_dict())
-    except Exception:  # no such value, or weights of another shape
+    except Exception:  # invalid value, or weights of another shape
         return None
     new.set_attn_implementation("eager")
     return new.eval()
 
 
 def walk(network: Any) -> tuple[set[str], set[str]]:
-    """The fields that change the logits where they are changed, and those of them with the facts unchanged."""
+    """The fields that change the logits, and those among them whose change leaves the facts in the key unchanged."""
     before, said = logits(network), facts(network)
     telling: set[str] = set()
     unseen: set[str] = set()
@@ -98,7 +98,7 @@ def walk(network: Any) -> tuple[set[str], set[str]]:
                 continue
             try:
                 changed = not torch.equal(logits(new), before)
-            except Exception:  # a value with which it does not run
+            except Exception:  # the network does not run with this value
                 continue
             if changed:
                 telling.add(field)
@@ -131,7 +131,7 @@ def test_bookkeeping_changes_neither_logits_nor_fingerprint():
     config, before, said = bridge.original_model.config, fingerprint(bridge), bridge(TOKENS)
     for field in sorted(BOOKKEEPING & set(vars(config))):
         if field not in ("dtype", "torch_dtype", "architectures", "id2label", "label2id", "return_dict"):
-            with contextlib.suppress(Exception):  # a field that takes no such value
+            with contextlib.suppress(Exception):  # the field does not accept this value
                 setattr(config, field, others(getattr(config, field))[0])
     assert torch.equal(bridge(TOKENS), said) and fingerprint(bridge) == before
 
@@ -238,7 +238,7 @@ def test_a_rotary_embedding_that_follows_the_prompt_keeps_its_fingerprint(kind: 
     bridge(TOKENS)
     assert fingerprint(bridge) == before
     stretched = model_key(Model.of(bridge))
-    assert (stretched != key) == (kind == "dynamic")  # whose frequencies stay stretched for middle lengths
+    assert (stretched != key) == (kind == "dynamic")  # its frequencies stay stretched for medium lengths
     bridge(TOKENS[:, :4])
     assert model_key(Model.of(bridge)) == key
 
@@ -359,11 +359,11 @@ def test_generated_scores_hang_on_the_tokens_that_end_a_text():
         assert len(entries()) == kinds
 
 
-# What no key can name
+# What no key covers
 
 
 def change(*args: Any, **options: Any) -> None:
-    """A hook that changes nothing; whether one does cannot be known."""
+    """A hook without effect; its effect cannot be known in advance."""
 
 
 class Mode(TorchFunctionMode):
@@ -381,7 +381,7 @@ def removed(handle: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str) -> Iterator[None]:
-    """An attribute of a module, class or file replaced by a function of the user's that does the same."""
+    """A context manager that replaces an attribute by an equivalent function of the user's."""
     before, own = getattr(owner, name), name in vars(owner)
 
     def mine(*args: Any, **options: Any) -> Any:
@@ -447,7 +447,7 @@ def test_what_a_key_cannot_name_is_heard_once_and_closes_the_store(what: str, mo
         assert what in str(warned[0].message)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            sl.embed_task(TASK, bridge, **SMALL)  # said once
+            sl.embed_task(TASK, bridge, **SMALL)  # warned once
             micro.silence(monkeypatch)
             with pytest.raises(AssertionError, match="the model was run"):
                 sl.embed_task(TASK, bridge, **SMALL)
@@ -503,7 +503,7 @@ def test_an_artifact_of_the_same_weights_fits_where_only_libraries_or_settings_d
     here, elsewhere, other = micro.bridge("Llama"), micro.bridge("Llama"), micro.bridge("Llama", seed=1)
     rotary: Any = next(module for module in elsewhere.original_model.modules() if hasattr(module, "inv_freq"))
     with torch.no_grad():
-        rotary.inv_freq[0] = torch.nextafter(rotary.inv_freq[0], torch.tensor(2.0))  # as another processor rounds
+        rotary.inv_freq[0] = torch.nextafter(rotary.inv_freq[0], torch.tensor(2.0))  # rounding as on another processor
     assert (
         sl.fingerprint(here) != sl.fingerprint(elsewhere)
         and Model.of(here).weights_digest() == Model.of(elsewhere).weights_digest()

@@ -1,4 +1,4 @@
-"""Memory: what a row is said to need is what it takes at most, and no call takes more than its budget."""
+"""Memory: estimates per row are upper bounds of actual use, and no call exceeds its budget."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def model_of(family: str, dtype: torch.dtype = torch.float32, vocabulary: int | None = None, layers: int = 2) -> Bridge:
-    """A model large enough that its activations outweigh all else, with random weights: always the same."""
+    """A model whose activations need more memory than anything else; always the same random weights."""
     options = OPTIONS[family] | {"n_layer" if family == "GPT2" else "num_hidden_layers": layers}
     size = vocabulary or len(micro.tokenizer())
     config = getattr(transformers, f"{family}Config")(vocab_size=size, pad_token_id=0, **options)
     name = type(micro.raw(family)).__name__
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)  # what it generates, and so what it takes, hangs on the weights
+        torch.manual_seed(0)  # what it generates, and thus the memory it needs, depends on the weights
         network = getattr(transformers, name)(config).to(dtype).eval()
     network.set_attn_implementation("eager")
     model = build_bridge_from_module(network, name, hf_config=config, model_name=family)
@@ -74,7 +74,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, vocabulary: int | 
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of the tensors that are made within it and still live: now, and at most so far."""
+    """Bytes of live tensors that were created inside the block: now, and at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,9 +103,9 @@ class Allocations(TorchDispatchMode):
 
 
 def peak(action: Callable[[], object]) -> int:
-    """Bytes that the tensors made by `action` take at most at one time."""
+    """Peak bytes of the tensors created by `action`."""
     with warnings.catch_warnings(), Allocations() as allocations:
-        warnings.filterwarnings("ignore", "the mode Allocations", SitelensWarning)  # it is heard, as any mode
+        warnings.filterwarnings("ignore", "the mode Allocations", SitelensWarning)  # it causes a warning, like any mode
         action()
     return allocations.peak
 
@@ -118,8 +118,8 @@ def test_live_bytes_are_counted_as_worked_out_by_hand() -> None:
         return torch.autograd.grad(hidden.sum(), start)[0]
 
     assert peak(lambda: start.detach().t()) == 0  # a view
-    assert peak(lambda: start.detach().clone().clone().clone()) == 2 * size  # one lives until the next is there
-    assert 4 * size <= peak(chain) <= 4 * size + 8  # two kept, a gradient taken in and a gradient given
+    assert peak(lambda: start.detach().clone().clone().clone()) == 2 * size  # each lives until the next one exists
+    assert 4 * size <= peak(chain) <= 4 * size + 8  # two kept tensors, an incoming and an outgoing gradient
 
 
 def prompts(rows: int, length: int, model: Bridge) -> PromptBatch:
@@ -131,7 +131,7 @@ def prompts(rows: int, length: int, model: Bridge) -> PromptBatch:
 
 
 class TestEstimates:
-    """Each estimate, times the rows of a batch, is an upper bound of what running it takes."""
+    """Each estimate, multiplied by the rows of a batch, is an upper bound of the memory that running it needs."""
 
     rows = 4
 
@@ -172,7 +172,7 @@ class TestEstimates:
         with Allocations() as allocations:
             full_logits(batch, Model.of(model))
             gc.collect()
-            # Of models with fused projections the bridge keeps one layer's attention weights.
+            # For models with fused projections the bridge keeps the attention weights of one layer.
             fused = family in ("GPT2", "GPTNeoX")
             assert allocations.now <= fused * 4 * model.cfg.n_heads * LONG**2 * model.cfg.n_layers
 
@@ -205,7 +205,7 @@ class TestEstimates:
 
 
 def task_of(name: str, length: int, n: int = 24) -> Task:
-    """Zero-shot prompts of `length` tokens."""
+    """A task whose zero-shot prompts have `length` tokens."""
     rng = random.Random(name)
     items = [Example(" ".join(rng.choices(micro.WORDS, k=length - 5)), micro.WORDS[i]) for i in range(n)]
     return Task(name, "own", tuple(items), tuple(items[:8]), tuple(items))
@@ -217,14 +217,14 @@ def vectors_of(model: Bridge, name: str) -> TaskEmbedding:
 
 
 def conditions_of(model: Bridge, n: int) -> Mapping[str, Condition]:
-    """Patched heads of many kinds, beside the untouched model."""
+    """`n` conditions with patched heads, and zero-shot."""
     embedding, shape = vectors_of(model, "any"), (model.cfg.n_layers, model.cfg.n_heads)
     patched = {f"patched {i}": PatchHeads(HeadSelection(torch.rand(shape)), embedding) for i in range(n)}
     return {"zero-shot": ZeroShot(), **patched}
 
 
 class TestBudget:
-    """With room enough a call takes more than the budget; under the budget it does not."""
+    """Without a limit a call needs more than the budget; with the budget it does not."""
 
     def check(self, call: Callable[[], object], budget: int) -> None:
         with settings.using(memory_budget=2**40):
@@ -255,7 +255,7 @@ class TestBudget:
         embeddings = {task.name: vectors_of(model, task.name) for task in tasks}
         seeds = iter(range(100))
 
-        def train() -> None:  # all validation prefixes together take more than half of it
+        def train() -> None:  # all validation prefixes together need more than half of it
             options = {"seeds": (next(seeds),), "config": TrainConfig(steps=1, n_valid=8)}
             train_selections(tasks, model, embeddings=embeddings, shared=True, **options)
 

@@ -1,4 +1,4 @@
-"""The methods: conditions against raw models, what each fit estimates, and all of them on every family."""
+"""The methods: conditions compared with raw models, what each fit estimates, and every method on every family."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.paper import CONFIGS
 
 TASK = micro.task("shift", 40)
 TEXTS = [" ".join(micro.WORDS[i : i + n]) for i, n in ((3, 7), (20, 4), (50, 12))]
-CLOSE = 2e-5  # share of the scale of logits
+CLOSE = 2e-5  # relative to the scale of logits
 SMALL: dict[str, dict[str, Any]] = {
     "many-shot": {"limit": 4},
     "FV": {"n_prompts": 3, "n_shots": 2, "n_effects": 2, "head_counts": (1, 3)},
@@ -58,7 +58,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def small(name: str, **changes: Any) -> Method:
-    """A method whose fit takes a moment."""
+    """A method with hyperparameters for a fit that takes only a moment."""
     return method_named(name, SMALL.get(name, {}) | changes)
 
 
@@ -72,7 +72,7 @@ def raw(family: str) -> Any:
 
 
 def logits_under(condition: Condition, model: Bridge, text: str) -> Tensor:
-    """Of the last token of a whole prompt, by way of the bridge's own forward pass."""
+    """Logits `[vocab]` after the last token of a whole prompt, by the bridge's own forward pass."""
     with torch.no_grad(), condition.applied(model):
         return model.forward(torch.tensor([oracle.encode(text)]))[0, -1]
 
@@ -171,7 +171,7 @@ def test_a_vector_in_the_stream_acts_as_a_raw_hook_and_in_every_step_if_asked(fa
 
 @contextmanager
 def replaced(network: Any, layer: int, vector: Tensor) -> Iterator[None]:
-    """A layer's output at the last position, by a raw forward hook."""
+    """A context manager that replaces a layer's output at the last position, by a hook on the raw model."""
     ends = (f".h.{layer}", f".layers.{layer}")
 
     def act(module: Any, args: Any, output: Any) -> Any:
@@ -197,7 +197,7 @@ def test_a_task_vector_replaces_the_state_as_a_raw_hook_does(family: str, model:
 
 
 def test_last_token_conditions_over_a_prefix_score_as_whole_prompts(model: Bridge) -> None:
-    """The evaluator's shared prefix against a condition that claims to touch all positions."""
+    """Evaluation with shared prefixes compared with a condition that claims to edit all positions."""
 
     class Anywhere(AddToStream):
         positions = "all"
@@ -243,7 +243,7 @@ def test_in_context_vectors_turn_and_keep_the_length() -> None:
 
 
 def test_the_direction_is_mean_plus_first_component_by_hand() -> None:
-    axis = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)  # all that the differences vary along
+    axis = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)  # all directions in which the differences vary
     mean = torch.tensor([[3.0, 4.0], [0.0, 2.0]], dtype=torch.float64)
     differences = torch.stack([mean + t * axis for t in (-1.0, 0.0, 1.0)])
     expected = torch.tensor([[3.0, 5.0], [0.0, 2.0]], dtype=torch.float64)
@@ -319,7 +319,7 @@ def test_a_full_mask_is_patching_with_alpha_one(llama: Bridge, scope: Any) -> No
         said: list[int] = []
         for step in range(3):
             at = len(ids) - 1 if scope == "prompt" else None
-            if at is None:  # earlier steps were patched, too
+            if at is None:  # earlier steps were patched as well
                 with patched_everywhere(network, embedding.mean_z, len(ids) - 1):
                     said.append(int(oracle.logits(network, [*ids, *said]).argmax()))
             else:
@@ -329,7 +329,7 @@ def test_a_full_mask_is_patching_with_alpha_one(llama: Bridge, scope: Any) -> No
 
 @contextmanager
 def patched_everywhere(network: Any, mean_z: Tensor, start: int) -> Iterator[None]:
-    """z replaced from a position on, by raw hooks on the output projections."""
+    """A context manager that replaces z from position `start` on, by hooks on the raw output projections."""
 
     def hook(vector: Tensor) -> Callable[..., Any]:
         def act(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -354,7 +354,7 @@ def patched_everywhere(network: Any, mean_z: Tensor, start: int) -> Iterator[Non
 
 
 def test_the_policy_gradient_is_that_of_the_expected_loss() -> None:
-    """Against the exact expectation over all masks of three heads."""
+    """Compared with the exact expectation over all masks of three heads."""
     logits = torch.tensor([[-0.5, 0.3, 0.8]])
     every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=3)))[:, None]
     losses = torch.tensor([2.0, 0.5, 1.0, 3.0, 0.2, 1.5, 0.7, 2.5])
@@ -378,7 +378,7 @@ def test_chances_are_clamped_and_equal_losses_weigh_nothing() -> None:
     few = masks[:32]
     gradient = mtv.policy_gradient(logits, few, torch.linspace(0, 1, 32))
     assert gradient[0, :2].tolist() == [0, 0] and gradient[0, 2] != 0
-    losses = torch.tensor([1.0, 1.0 + 1e-3]).repeat(16)  # as small as the floor: weighed half, not blown up
+    losses = torch.tensor([1.0, 1.0 + 1e-3]).repeat(16)  # as small as the floor: weight one half, not amplified
     weights = (losses - losses.mean()) / (losses.std() + 1e-3)
     expected = (weights * (few[:, 0, 2] - torch.sigmoid(logits[0, 2]))).mean()
     torch.testing.assert_close(mtv.policy_gradient(logits, few, losses)[0, 2], expected)
@@ -396,7 +396,7 @@ def test_the_policy_learns_which_head_matters() -> None:
 
 
 def test_weighted_writes_add_up_to_what_the_heads_write(model: Bridge) -> None:
-    """All weights one, and z a prompt's own: the attention layer's output, behind its norm if any, less its bias."""
+    """With weights 1 and a prompt's own z: the attention layer's output (after its norm, if any) minus its bias."""
     from sitelens.engine.capture import capture_z
     from sitelens.heads.attribution import head_outputs
 
@@ -429,7 +429,7 @@ def test_answers_are_scored_as_whole_texts_by_the_raw_model(family: str, model: 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_losses_of_rows_of_all_lengths_are_those_of_each_alone(family: str, dtype: torch.dtype) -> None:
-    if family == "Mixtral":  # its experts know no float64
+    if family == "Mixtral":  # its experts do not support float64
         dtype = torch.float32 if dtype == torch.float64 else dtype
     model = micro.bridge(family, dtype)
     rows = [(oracle.encode(text), n) for text, n in zip(TEXTS, (1, 3, 2), strict=True)]
@@ -489,7 +489,7 @@ def test_noise_has_no_gradient_of_its_own() -> None:
 
 def test_learned_task_vectors_are_the_same_under_any_memory_budget(llama: Bridge) -> None:
     method = small("LTV", n_steps=9)
-    sl.embed_task(TASK, llama, n_prompts=3, n_shots=2)  # in the cache for both
+    sl.embed_task(TASK, llama, n_prompts=3, n_shots=2)  # cached for both
     with metered() as spent:
         whole: Any = method.fit(TASK, llama)
     with metered() as in_parts, settings.using(memory_budget=1):
@@ -529,7 +529,7 @@ def test_demonstrations_are_five_of_each_label_or_ten_in_all() -> None:
 def test_the_learning_rate_rises_and_falls() -> None:
     rates = [cosine(step, 2, 12) for step in range(13)]
     assert rates[:3] == [0, 0.5, 1] and rates[6] == pytest.approx(0.5) and rates[12] == pytest.approx(0)
-    assert rates[3] == pytest.approx((1 + math.cos(math.pi * 3 / 12)) / 2)  # of all steps, not of those that are left
+    assert rates[3] == pytest.approx((1 + math.cos(math.pi * 3 / 12)) / 2)  # of all steps, not of the remaining ones
     assert all(b < a for a, b in itertools.pairwise(rates[2:]))
     assert cosine(0, 0, 12) == 1
 

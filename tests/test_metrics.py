@@ -1,4 +1,4 @@
-"""Metrics: a table of what each of them scores, where a generated text ends, labels, the warning about first tokens."""
+"""Metrics: a table of scores, the end of generated texts, labels, and the warning about shared first tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LINES = ending(QA_TEMPLATE, one_line=False)
 SEMICOLON, BAR, STOP = ending("{input}: {output}; "), ending("{input} -> {output} | "), ending("{input}: {output}. ")
 
 
-# Each metric, by examples: what is generated, what is accepted, the score.
+# Examples per metric: generated text, accepted answers, score.
 
 EXACT: list[tuple[str, str | tuple[str, ...], Any, int]] = [
     (" cold", "cold", QA, 1),
@@ -158,7 +158,7 @@ def test_a_text_called_complete_has_the_score_of_every_longer_one(pieces: list[s
     assert len(set(scores)) <= 1
 
 
-TOKENS = [  # the model's token and its text, the accepted ones, first_token, first_token_ignore_case
+TOKENS = [  # the model's token and its text, accepted ones, scores of first_token and first_token_ignore_case
     (7, " cold", {7: " cold"}, 1, 1),
     (8, " Cold", {7: " cold"}, 0, 1),
     (8, "cold", {7: " cold"}, 0, 1),
@@ -217,13 +217,13 @@ def test_metrics_are_given_once():
 
 
 def path_hook(model: Bridge, pieces: Sequence[str]) -> tuple[str, Any]:
-    """A hook that makes the model generate these pieces, one token each, whatever the prompt."""
+    """A hook that makes the model generate these pieces, one token each, for any prompt."""
     tokens = [model.tokenizer.get_vocab()[piece] for piece in pieces]
     step = iter(range(1000))
 
     def say(logits: Tensor, hook: Any) -> Tensor:
         forced = torch.full_like(logits, -9.0)
-        if not logits.shape[1]:  # a prefix, of which nothing is unembedded
+        if not logits.shape[1]:  # a prefix, for which no logits are computed
             return forced
         forced[:, -1, tokens[min(next(step), len(tokens) - 1)]] = 9.0
         return forced
@@ -284,7 +284,7 @@ def test_a_chat_answer_ends_at_the_special_token_of_its_turn():
 
 
 def labeled(start: int) -> tuple[Example, ...]:
-    """Twelve words from `start` on, each with one of three labels."""
+    """Twelve words from index `start` on, each with one of three labels."""
     return tuple(map(Example, micro.WORDS[start : start + 12], ["ab", "cd", "ef"] * 4))
 
 
@@ -396,11 +396,11 @@ def test_many_tasks_share_one_warning(llama: Bridge):
     assert [str(entry.message)[: len(text)] for entry in said] == [text]
 
 
-# Logits that are no numbers
+# Logits that are NaN
 
 
 def spoilt(after: str) -> Bridge:
-    """A Llama whose logits are no numbers once it reads a word."""
+    """A Llama whose logits are NaN once it reads a certain word."""
     network = micro.raw("Llama")
     with torch.no_grad():
         network.model.embed_tokens.weight[micro.tokenizer().get_vocab()[after]] = float("nan")

@@ -1,4 +1,4 @@
-"""Models: fingerprints, tokenizers, what can be loaded, and what is refused."""
+"""Models: fingerprints, tokenizers, what can be loaded, and what is rejected."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def saved(folder: Path, family: str = "Llama", seed: int = 0, bos: bool = False)
 
 
 def bare_bridge(tokenizer: Any = None) -> Bridge:
-    """A bridge as a user boots it, without sitelens."""
+    """A bridge as users create it, without sitelens."""
     network = micro.raw("Llama")
     bridge = build_bridge_from_module(network, type(network).__name__, hf_config=network.config, model_name="bare")
     bridge.tokenizer = tokenizer
@@ -49,7 +49,7 @@ def bare_bridge(tokenizer: Any = None) -> Bridge:
 
 
 def hub_with(home: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> Path:
-    """A hub cache in which a tiny GPT-2 lies under each of these names."""
+    """A hub cache that contains a tiny GPT-2 under each of these names."""
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
@@ -62,7 +62,7 @@ def hub_with(home: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> Path:
 
 
 def with_code(folder: Path, mark: Path) -> None:
-    """Let a model folder bring Python code for its configuration, model and tokenizer that leaves a mark when run."""
+    """Add Python code for configuration, model and tokenizer to a model folder; running it would create `mark`."""
     (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\nraise ValueError('enough')\n")
     for name, auto in (
         ("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Net"}),
@@ -106,7 +106,7 @@ def test_a_tokenizer_is_known_by_its_rules_and_template_and_not_by_how_it_was_ca
     assert Model.of(same).tokenization() == known != Model.of(prepending).tokenization()
     Model.of(first).tokenizer(["aa", "aa bb"], padding=True, truncation=True, max_length=8)
     assert Model.of(first).tokenization() == known
-    assert Model.of(first).tokenizer.backend_tokenizer.padding is not None  # it is left as it was
+    assert Model.of(first).tokenizer.backend_tokenizer.padding is not None  # it is unchanged
     chatty = copy.deepcopy(Model.of(same).tokenizer)
     chatty.chat_template = "{{ messages[0].content }}"
     Model.of(same)._memory.tokenizer = same.tokenizer, chatty, None
@@ -218,13 +218,13 @@ def test_weights_made_in_inference_mode_have_their_fingerprint():
 def test_the_tokenizer_of_a_loaded_model_keeps_its_habit_of_bos(tmp_path: Path, bos: bool):
     folder = saved(tmp_path / "model", bos=bos)
     theirs = TransformerBridge.boot_transformers(str(folder))
-    assert theirs.tokenizer("ab")["input_ids"][0] == 1  # TransformerLens adds one in any case
+    assert theirs.tokenizer("ab")["input_ids"][0] == 1  # TransformerLens always adds one
     with contextlib.nullcontext() if bos else pytest.warns(SitelensWarning, match="begins each text with '<bos>'"):
         _ = Model.of(theirs).tokenizer
-    for bridge in (load_model(folder), theirs):  # said once
+    for bridge in (load_model(folder), theirs):  # warned once
         assert Model.of(bridge).tokenizer("ab")["input_ids"] == [1] * bos + micro.tokenizer()("ab")["input_ids"]
     assert load_model(folder).cfg.default_prepend_bos is bos
-    assert theirs.tokenizer("ab")["input_ids"][0] == 1  # and the user's own is left as it was
+    assert theirs.tokenizer("ab")["input_ids"][0] == 1  # and the user's own tokenizer is unchanged
 
 
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
@@ -382,7 +382,7 @@ def test_code_beside_a_model_of_a_known_kind_is_not_run(tmp_path: Path, monkeypa
     folder, mark = saved(tmp_path / "model"), tmp_path / "mark"
     plain = {name: (folder / name).read_text() for name in ("config.json", "tokenizer_config.json")}
     with_code(folder, mark)
-    for name, text in plain.items():  # but for auto_map
+    for name, text in plain.items():  # except for auto_map
         own = json.loads((folder / name).read_text())["auto_map"]
         (folder / name).write_text(json.dumps(json.loads(text) | {"auto_map": own}))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
@@ -523,7 +523,7 @@ def cut_weights(folder: Path) -> None:
         cut_weights,
         edit_config(model_type="nonsense"),
         edit_config(hidden_size=64),
-        edit_config(num_hidden_layers=3),  # a layer of it would be random
+        edit_config(num_hidden_layers=3),  # one of its layers would be random
     ],
     ids=[
         "no config", "config no JSON", "empty config", "no weights", "empty weights", "tokenizer no JSON",
@@ -538,7 +538,7 @@ def test_a_folder_that_is_no_whole_model_is_refused(tmp_path: Path, damage: Call
 
 
 def weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], name: str = "model.safetensors") -> None:
-    """Change a folder's weights."""
+    """Change the weights in a folder."""
     content = load_file(folder / name)
     change(content)
     save_file(content, folder / name, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""Passes on twins: nothing of the model is touched, whoever listens is heard, the weights of the moment count."""
+"""Passes on twins: the model is not modified, the user's hooks run, and the current weights are used."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_unknown_families_run_through_the_bridge() -> None:
 
 @pytest.mark.parametrize("whose", ["network", "block"])
 def test_hooks_of_ours_act_also_where_the_user_replaced_a_forward(whose: str) -> None:
-    """Her function calls the model's own modules, which no twin can change."""
+    """The user's function calls the model's own modules, which a twin cannot change."""
     model = micro.bridge("Llama")
     part: Any = model.original_model if whose == "network" else model.blocks[1].original_component
     original = part.forward
@@ -193,12 +193,12 @@ def test_what_another_thread_caches_is_its_own_passes_only() -> None:
     def ours(block: Any, args: Any) -> None:
         if not seen:
             seen.append(1)
-            logits_of(model)  # as another thread would, in the middle of the user's pass
+            logits_of(model)  # as another thread might, during the user's pass
 
     model.add_hook("blocks.0.hook_resid_pre", lambda x, hook: None)
     expected = model.run_with_cache(torch.tensor([[5, 6]]))[1]
     model.reset_hooks()
-    model.blocks[0].register_forward_pre_hook(ours)  # on the bridge: it runs inside of the user's pass
+    model.blocks[0].register_forward_pre_hook(ours)  # on the bridge: it runs inside the user's pass
     found = model.run_with_cache(torch.tensor([[5, 6]]))[1]
     assert seen and all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -1,4 +1,4 @@
-"""The notebooks, each run from top to bottom with smaller settings on the real model, without an error or a warning."""
+"""Each notebook runs from top to bottom with smaller settings on the real model, without errors or warnings."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ SMALLER = {
     ),
 }
 EXPECTED = (
-    "the heads are generic to these tasks",  # said of a training that is too short on purpose
-    "first token",  # of real tasks many answers share theirs
-    "choreographer",  # logs what it cannot read of the browser's messages; a picture that fails is an error
+    "the heads are generic to these tasks",  # from trainings that are too short on purpose
+    "first token",  # many answers of real tasks share first tokens
+    "choreographer",  # it logs browser messages that it cannot parse; a failing image is an error
 )
 
 
@@ -74,7 +74,7 @@ def test_a_notebook_is_committed_with_its_outputs(path: Path) -> None:
     assert outputs and all(output.output_type in ("execute_result", "display_data", "stream") for output in outputs)
     shown = [output.data for output in outputs if "data" in output]
     plots = [data for data in shown if "application/vnd.plotly.v1+json" in data]
-    assert plots and all("image/png" in data for data in plots)  # also seen where no script runs
+    assert plots and all("image/png" in data for data in plots)  # visible even if no script runs
     assert not any(output.get("name") == "stderr" for output in outputs)
 
 

@@ -1,4 +1,4 @@
-"""Commands look at outputs and tools before the work, and lose no result to a file that cannot be written."""
+"""Commands check outputs and tools before computing, and lose no results to a file that cannot be written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENOSPC = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A micro model in place of any other. Lists the models asked for."""
+    """Any model is replaced by a micro model. Lists the requested models."""
     names: list[Any] = []
 
     def load_model(name: Any = None, **_: Any) -> Any:

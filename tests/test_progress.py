@@ -1,4 +1,4 @@
-"""Progress: bars in a terminal, lines elsewhere, nothing where it is switched off."""
+"""Progress: bars in a terminal, lines elsewhere, nothing if it is switched off."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sitelens.settings import settings
 
 
 class Clock:
-    """A time that tests set."""
+    """A replacement for the module `time`, set by tests."""
 
     now = 0.0
 
@@ -25,7 +25,7 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def usual_settings() -> Iterator[None]:
-    """Progress as a user meets it, where nothing is set."""
+    """Progress with default settings."""
     with settings.using(progress=None):
         yield
 
@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def shares(job: Job, done: list[float]) -> list[float]:
-    """The job's share after each of these shares of the present stage."""
+    """The job's fraction done after each of these fractions of the current stage."""
     seen = []
     for share in done:
         with portion(0.0, share):
@@ -93,7 +93,7 @@ def test_without_a_terminal_each_stage_is_a_line_with_the_time_left(clock: Clock
             with portion(0.0, 1 / 3):
                 pass
             clock.now = 35.0
-            with portion(0.0, 2 / 3):  # said once
+            with portion(0.0, 2 / 3):  # written once
                 pass
             clock.now = 65.0
         with job.stage("score"):
@@ -134,7 +134,7 @@ def test_a_failed_job_does_not_say_that_it_is_done(capsys: pytest.CaptureFixture
     with pytest.raises(ZeroDivisionError), Job("run", ["a"]) as job, job.stage("a"):
         _ = 1 / 0
     assert capsys.readouterr().err == "sitelens: run: a\n"
-    with progress.progress(2, "letters") as bar:  # the job is no longer told
+    with progress.progress(2, "letters") as bar:  # the job no longer receives progress
         bar.update(2)
     assert bar.done == 2 and job._share == 0
 

@@ -1,4 +1,4 @@
-"""Prompts: the template to the character, chat templates, special tokens, padding, answers and demonstrations."""
+"""Prompts: exact template text, chat templates, special tokens, padding, answers and demonstrations."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pieces(ids: Sequence[int] | Tensor, tokenizer: Any) -> list[str]:
 
 
 def merging_tokenizer() -> Any:
-    """A tokenizer in which a colon, a space and letters are one token."""
+    """A tokenizer in which a colon, a space and letters form one token."""
     tokenizer = micro.tokenizer()
     pattern = Regex(r"\n\n|\n|: [a-z]+|[a-z]+|[QA:]|[0-9]| ")
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")

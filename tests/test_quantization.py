@@ -1,4 +1,4 @@
-"""4-bit weights on the CPU: every family loads, trains and answers; fast and full path agree; 8 bits are refused."""
+"""4-bit weights on the CPU: every family loads, trains and answers; both paths agree; 8-bit weights are rejected."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tests import micro, oracle, paper
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
-PACKED = ["Llama-3.1-70B", "Mixtral-8x7B", "Qwen3-32B"]  # those that the paper loads in 4 bits
+PACKED = ["Llama-3.1-70B", "Mixtral-8x7B", "Qwen3-32B"]  # the families that the paper loads in 4 bits
 TEXTS = ["Q: ab\nA:", "Q: ab cd ef gh ba\nA:", "Q: gh\nA: ha\n\nQ: ab\nA:"]
-CLOSE = 0.02  # of the logits' scale: bfloat16 has 8 bits, and z and logits pass several roundings
+CLOSE = 0.02  # relative to the scale of the logits: bfloat16 has 8 bits, and z and logits are rounded several times
 
 
 def folder(place: Path, family: str) -> Path:
@@ -99,7 +99,7 @@ def test_experts_are_packed_to_what_bitsandbytes_makes_of_them(packed: Bridge) -
 @needs_bitsandbytes
 @pytest.mark.parametrize("family", PACKED)
 def test_packed_weights_give_what_they_unpack_to(family: str, tmp_path: Path) -> None:
-    """Logits and gradients of alpha against a plain model with the unpacked weights, computed in float32."""
+    """Logits and gradients of alpha compared with a plain float32 model with the unpacked weights."""
     from bitsandbytes import functional
 
     packed = load_model(folder(tmp_path / "model", family), quantize="nf4", dtype="float32")
@@ -177,7 +177,7 @@ def test_device_and_device_map_do_not_go_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["Llama-3.1-8B", "Mixtral-8x7B", "gemma-3-4b"])
 def test_what_dispatches_a_model_to_devices_changes_no_number(family: str) -> None:
-    """accelerate's hooks on every module, as with several GPUs, though all of them place it on the CPU here."""
+    """With accelerate's hooks on every module, as with several GPUs, but with all modules on the CPU."""
     from accelerate import dispatch_model
 
     network = dispatch_model(micro.raw(family), {"": "cpu"}, main_device=cast(Any, "cpu"), force_hooks=True)

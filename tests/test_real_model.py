@@ -1,4 +1,4 @@
-"""The packaged model, really trained and evaluated: what must show, the main job, the README's example."""
+"""The packaged model, really trained and evaluated: expected results, the standard experiment, README's example."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests import micro, oracle
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:.*first token"),  # of real tasks many answers share theirs
+    pytest.mark.filterwarnings("ignore:.*first token"),  # many answers of real tasks share first tokens
 ]
 ROOT = Path(__file__).parent.parent
 FV_TASKS = ("fv/antonym", "fv/country-capital", "fv/capitalize", "fv/choose_first_of_3")
@@ -32,13 +32,13 @@ FV_TASKS = ("fv/antonym", "fv/country-capital", "fv/capitalize", "fv/choose_firs
 
 @pytest.fixture(autouse=True)
 def model(packaged_model: Bridge) -> Bridge:
-    """The packaged model, over the shared cache."""
+    """The packaged model, with the shared cache."""
     return packaged_model
 
 
 @pytest.fixture
 def fv_runs(model: Bridge, data_folder: Path) -> dict[tuple[str, int], sl.TrainResult]:
-    """The four tasks of PROTOCOL's table with the paper's settings, country-capital under five seeds."""
+    """Four tasks with the paper's settings, country-capital with five seeds."""
     with settings.using(data_dir=data_folder):
         runs = sl.train_selections(["fv/country-capital"], model, seeds=range(5))
         return runs | sl.train_selections([task for task in FV_TASKS if task != "fv/country-capital"], model)
@@ -135,7 +135,7 @@ def test_the_command_writes_all_of_a_run_and_makes_it_again(
     assert all((out / name).exists() for name in [*record["files"], "antonym.html", "plotly.min.js"])
     alpha = sl.HeadSelection.load(out / "antonym.selection.safetensors")
     alpha.check_fits(model)
-    with settings.using(cache_dir=sl.settings.cache() / "again"):  # nothing is taken from the first run but run.json
+    with settings.using(cache_dir=sl.settings.cache() / "again"):  # only run.json is taken from the first run
         (sl.settings.cache()).mkdir()
         (sl.settings.cache() / "models").symlink_to(sl.settings.cache().parent / "models")
         again = tmp_path / "again"
@@ -148,7 +148,7 @@ def test_the_command_writes_all_of_a_run_and_makes_it_again(
 def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
     model: Bridge, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The main job of a whole benchmark, with small settings; a second call runs no model."""
+    """A suite with small settings; a second call runs no model."""
     words = ["suite", "builtin", "--tasks", "capitalize", "choose_first_of_3", "antonym", "--n-prompts", "5", "--steps",
              "60", "--eval-every", "20", "--n-valid", "10", "--n-items", "20", "--no-progress"]  # fmt: skip
     assert cli.main([*words, "--out", str(tmp_path / "first")]) == 0

@@ -1,4 +1,4 @@
-"""The main job on a micro model: every condition, the files it writes, and making it again."""
+"""run on a micro model: every condition, the files it writes, and repeating it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def config(task_file: str) -> RunConfig:
 @pytest.fixture
 def report(task_file: str) -> RunReport:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sl.SitelensWarning)  # a random model may have any gap
+        warnings.simplefilter("ignore", sl.SitelensWarning)  # a random model may have a large gap
         return run(config(task_file), micro.bridge("Llama"))
 
 
@@ -127,7 +127,7 @@ def test_other_weights_than_a_run_json_records_are_warned_of(tmp_path: Path) -> 
 
 
 def parsed(command: str) -> RunConfig:
-    """The configuration that a shell and the command line make of a command."""
+    """The configuration that a shell and the command line parse from a command."""
     program, *words = shlex.split(command)
     assert program == "sitelens"
     return run_config(command_parser().parse_args(words))

@@ -1,4 +1,4 @@
-"""Every result has the same face: frame, summary, tables, figure, save and load, whatever the names in it are."""
+"""Every result has the same interface: frame, summary, tables, figure, save and load, for any names in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RECORD: dict[str, Any] = {"made_by": "sl.function", "tasks": list(NAMES), "seed"
 
 
 def answers(conditions: tuple[str, ...]) -> pd.DataFrame:
-    """Four answers for each task and condition."""
+    """Four answers per task and condition."""
     rows = [
         {"item": item, "score": (item + place) % 2, "task": task, "condition": condition, "metric": "first_token",
          "seed": 0, "training_seed": 0, "model": NAMES[1]}
@@ -82,7 +82,7 @@ def verification() -> sl.Verification:
 
 @functools.cache
 def report() -> sl.RunReport:
-    """Two small tasks, one of which is called as the table is."""
+    """Two small tasks, one of which has the same name as the table."""
     config = sl.RunConfig(tasks=("one", "two"), n_prompts=2, n_shots=1, n_items=3, draws=2, k=1, model=NAMES[1])
     frames = [answers(("SITE", "hard", "random")).assign(metric=metric) for metric in ("first_token", "exact_match")]
     scores = pd.concat(frames, ignore_index=True).assign(draw=pd.array([None] * (2 * len(frames[0])), "Int64"))
@@ -110,7 +110,7 @@ def result(request: pytest.FixtureRequest) -> Result:
 
 
 class Page(HTMLParser):
-    """The tags and texts of a piece of HTML."""
+    """The tags and texts in a piece of HTML."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

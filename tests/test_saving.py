@@ -1,4 +1,4 @@
-"""How figures are written: whole pages beside a whole plotly.min.js; missing or dying tools in one clear message."""
+"""Writing of figures: pages complete with plotly.min.js; one clear message for missing or crashing tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores kept on disk: the rows of evaluate to the bit, no model run twice, and nothing confused with anything else."""
+"""Cached scores: identical to the rows of evaluate, without running a model twice or mixing up entries."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def other_item(task: Task) -> Task:
 
 
 def edited(**changes: Any) -> Callable[[], Condition]:
-    """The patched condition with something changed in its selection or embedding."""
+    """The patched condition with a change in its selection or embedding."""
 
     def make() -> Condition:
         condition = patch()
@@ -134,7 +134,7 @@ def test_other_weights_are_scored_anew() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Shouting(sl.ZeroShot):
-    """A condition of a user's own that depends on more than its fields."""
+    """A custom condition that depends on more than its fields."""
 
     def fwd_hooks(self, model: ModelLike) -> list[Hook]:
         return [("ln_final.hook_out", lambda tensor, hook=None: tensor * LOUDNESS)]
@@ -163,11 +163,11 @@ def test_a_condition_of_ones_own_is_kept_by_what_it_computes(model: Bridge, monk
     pd.testing.assert_frame_equal(again, quiet)
     monkeypatch.setattr(f"{__name__}.LOUDNESS", Half())
     score_conditions(TASK, both, Model.of(model), n_items=4)
-    assert len(files()) == 3  # an object whose content cannot be told: nothing is kept
+    assert len(files()) == 3  # an object without a digest: nothing is cached
 
 
 class Half:
-    """Something that multiplies."""
+    """An object that tensors can be multiplied by."""
 
     def __rmul__(self, tensor: Any) -> Any:
         return tensor * 0.5

@@ -1,4 +1,4 @@
-"""Head selections: what is derived from alpha keeps its promises for every alpha, and files give it back."""
+"""Head selections: properties of everything derived from alpha, and exact saving and loading."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def selections_with_heads(draw: st.DrawFn) -> tuple[HeadSelection, set[Head]]:
 
 
 def chosen(selection: HeadSelection) -> set[Head]:
-    """The heads at 1, where all others are at 0."""
+    """The heads at 1; asserts that all others are at 0."""
     assert set(selection.alpha.flatten().tolist()) <= {0.0, 1.0}
     return {(layer, head) for layer, head in selection.alpha.nonzero().tolist()}
 
@@ -281,7 +281,7 @@ class TestFiles:
     def test_what_was_loaded_is_independent_of_its_file(self, tmp_path: Path) -> None:
         path = HeadSelection(torch.full((8, 8), 0.75)).save(tmp_path / "alpha.safetensors")
         loaded = HeadSelection.load(path)
-        path.write_bytes(bytes(path.stat().st_size))  # in place, as `cp` does
+        path.write_bytes(bytes(path.stat().st_size))  # overwritten in place, as by `cp`
         assert (loaded.alpha == 0.75).all()
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ class TestFigureAndFrame:
         figure: Any = HeadSelection(torch.rand(3, 5)).heatmap()
         (trace,) = figure.data
         assert [part in trace.hovertemplate for part in ("layer %{y}", "head %{x}", "alpha %{z")] == [True] * 3
-        assert trace.x is None and trace.y is None  # so x and y count heads and layers from 0
+        assert trace.x is None and trace.y is None  # so that x and y are heads and layers, counted from 0
         assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("Head", "Layer")
 
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Settings: for the process by assignment, for one context by `using`; what is wrong is said at once."""
+"""Settings: process-wide by assignment, for one context by `using`; errors are raised immediately."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One model, many users: threads, hooks of the user's own, interrupts, and all that must be as it was afterwards."""
+"""One model, many users: threads, the user's own hooks, interrupts, and state that must be restored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sitelens.models.model import Bridge, Model, z_hook
 from sitelens.tasks import Task
 from tests import interruption, micro, oracle
 
-# What is computed under hooks of the user's is not cached, and this is said.
+# What is computed with the user's hooks is not cached, and a warning says so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*neither taken from the cache:sitelens.errors.SitelensWarning")
 TASK = micro.task(n=30)
 CONFIG = sl.TrainConfig(steps=3, eval_every=2, n_valid=4)
@@ -48,13 +48,13 @@ Work = Callable[[Bridge], Any]
 
 
 def whole(model: Bridge, ids: list[int]) -> Tensor:
-    """The user's own forward pass over one whole prompt, with whatever hooks of hers."""
+    """Logits `[vocab]` after one prompt, by the user's own forward pass over the whole prompt with the user's hooks."""
     with torch.no_grad():
         return model.forward(torch.tensor([ids]))[0, -1]
 
 
 def logprobs(model: Bridge, n: int = 3) -> list[float]:
-    """What zero-shot evaluation must give, from the user's own passes."""
+    """The expected log-probabilities of zero-shot evaluation, from the user's own passes."""
     found = []
     for item in TASK.test[:n]:
         logits = whole(model, oracle.encode(f"Q: {item.input}\nA:")).log_softmax(-1)
@@ -91,7 +91,7 @@ def adapters(model: Bridge) -> LowRank:
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
 def test_threads_and_the_users_own_passes_do_not_disturb_each_other(family: str) -> None:
-    """Each thread has its own work on the one model; every result is what it is alone."""
+    """Each thread does different work on the same model; every result is the same as alone."""
     model = micro.bridge(family)
     task = micro.task(n=12)
     ids = oracle.encode("ab cd ef")
@@ -126,7 +126,7 @@ def test_threads_and_the_users_own_passes_do_not_disturb_each_other(family: str)
 
 
 def applied(model: Bridge, ids: list[int]) -> list[Any]:
-    """The user's own passes with conditions applied to her model, in this thread."""
+    """The user's own passes with conditions applied to the model, in the current thread."""
     results = []
     for condition in (added(model), adapters(model)):
         with condition.applied(model):
@@ -150,11 +150,11 @@ def test_an_applied_condition_is_in_effect_in_its_own_thread_only() -> None:
     assert not micro.hooks_left(model)
 
 
-# Hooks of the user's own
+# The user's own hooks
 
 
 def at_the_end(z: Tensor, hook: Any) -> Tensor:
-    """Written for whole prompts: it acts at their last position."""
+    """A hook written for whole prompts: it edits their last position."""
     z = z.clone()
     z[:, -1] += 1.0
     return z
@@ -195,7 +195,7 @@ def mean_z(model: Bridge) -> Tensor:
 
 
 def greedy(model: Bridge, text: str, new: int) -> str:
-    """The whole text run again for each token."""
+    """Greedy decoding that runs the whole text again for each token."""
     ids = oracle.encode(text)
     start = len(ids)
     for _ in range(new):
@@ -205,7 +205,7 @@ def greedy(model: Bridge, text: str, new: int) -> str:
 
 @pytest.mark.parametrize("make", [patch, lambda model: patch(model, "generation"), added, adapters])
 def test_conditions_and_the_users_hooks_act_together(make: Callable[[Bridge], sl.Condition]) -> None:
-    """At the prompt's end, or also at the tokens behind it, as each condition does without other hooks."""
+    """At the last token of the prompt, or also at decoded tokens, as each condition does without other hooks."""
     model = micro.bridge("Llama")
     condition = make(model)
     ids = oracle.encode("Q: ab\nA:")
@@ -216,7 +216,7 @@ def test_conditions_and_the_users_hooks_act_together(make: Callable[[Bridge], sl
     task = replace(TASK, test=(item,))
     found = sl.evaluate(task, {"c": condition}, model)["logprob"].tolist()
     assert found == pytest.approx([expected[oracle.encode(" cd")[0]].item()], abs=1e-5)
-    # The hook above means a place of the prompt, so whole texts and texts that go on token by token are alike.
+    # The hook above edits a position of the prompt, so decoding with and without a cache must agree.
     together = sl.generate(["Q: ab\nA:"], condition, model, max_new_tokens=4)
     model.reset_hooks()
     network.Passes(Model.of(model))
@@ -225,7 +225,7 @@ def test_conditions_and_the_users_hooks_act_together(make: Callable[[Bridge], sl
 
 
 class ReferenceHook:
-    """Generation with TransformerLens's own hooks on the whole text; ours act where the condition says."""
+    """Generation with TransformerLens's own hooks on the whole text; the condition acts only at its own positions."""
 
     def __init__(self, condition: sl.Condition, model: Bridge, length: int) -> None:
         self.condition, self.model, self.length = condition, model, length
@@ -257,7 +257,7 @@ class ReferenceHook:
 
 
 def test_training_goes_through_whole_prompts_where_the_user_listens() -> None:
-    """An edit of every layer's z at the last position, which is overwritten by ours where alpha is 1."""
+    """The user's hook edits the last position of the residual stream before the first layer."""
     model = micro.bridge("Llama", torch.float64)
     embedding = sl.embed_task(TASK, model, n_prompts=3, n_shots=2)
     free = sl.train_selection(TASK, model, embedding=embedding, config=CONFIG)
@@ -288,7 +288,7 @@ def test_a_head_cannot_be_attributed_under_the_users_hooks() -> None:
         sl.heads.head_attribution(TASK, model, n_items=2, n_shots=1)
 
 
-# As it was before
+# State is restored
 
 
 @contextmanager
@@ -328,7 +328,7 @@ def snapshot(model: Bridge) -> dict[str, Any]:
 
 
 def is_the_bridges(module: nn.Module) -> bool:
-    """A block's norms get hooks of the bridge's own at its first pass."""
+    """Whether a module has hooks that the bridge adds itself, to the norms of blocks, in its first pass."""
     return any("transformer_lens" in hook.__module__ for hook in module._forward_pre_hooks.values())
 
 
@@ -365,9 +365,9 @@ CALLS: dict[str, Work] = {
     [*(("Llama", name) for name in CALLS), *(("GPT2", name) for name in ("evaluate", "train", "LoRA"))],
 )
 def test_every_call_leaves_all_as_it_was(family: str, name: str, unchecked: None) -> None:
-    """Also a model whose weights are trainable and have gradients, and a mode that the caller has chosen."""
+    """Even if weights are trainable and have gradients, and the caller has set a mode."""
     model = micro.bridge(family)
-    model.forward(torch.tensor([[5, 6]]))  # after which the bridge has wired its own hooks
+    model.forward(torch.tensor([[5, 6]]))  # after this the bridge has installed its own hooks
     for place, weight in enumerate(model.original_model.parameters()):
         if weight.is_floating_point() and place % 2:
             weight.requires_grad_(True)
@@ -379,7 +379,7 @@ def test_every_call_leaves_all_as_it_was(family: str, name: str, unchecked: None
 
 @pytest.mark.parametrize("name", ["evaluate", "train", "LoRA", "LTV", "I2CL", "MTV", "attribution"])
 def test_a_failing_call_leaves_all_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
-    """Out of memory in the second forward pass."""
+    """The second forward pass runs out of memory."""
     model = micro.bridge("Llama")
     model.forward(torch.tensor([[5, 6]]))
     kind: Any = type(model.original_model)
@@ -457,7 +457,7 @@ def test_dropout_in_training_mode_is_noticed_in_any_module(family: str) -> None:
 
 @pytest.mark.slow
 def test_an_interrupt_at_any_line_does_no_harm(llama: Bridge) -> None:
-    """Ctrl-C at every line of the passes, and of what puts the user's own hooks on and off."""
+    """Ctrl-C at every line of forward passes and of the code that adds and removes the user's hooks."""
     ids = oracle.encode("ab cd ef")
     llama.forward(torch.tensor([ids]))
     before = whole(llama, ids)

@@ -1,4 +1,4 @@
-"""Similarity of alphas: measures worked by hand, ceiling and floor, and the permutation test against every order."""
+"""Similarity of alphas: measures computed by hand, ceiling and floor, and the permutation test against all orders."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def random_alphas(seeds: Sequence[int] = (0, 1)) -> Alphas:
 
 
 def of(alphas: Alphas, monkeypatch: pytest.MonkeyPatch, model: Bridge, **options: Any) -> HeadSimilarity:
-    """Similarity of given alphas instead of trained ones."""
+    """The similarity of given alphas instead of trained ones."""
     with monkeypatch.context() as patch:
         runs = {key: sl.TrainResult(value, pd.DataFrame(), sl.TrainConfig()) for key, value in alphas.items()}
         patch.setattr(similarity, "train_selections", lambda *_, **__: runs)
@@ -174,7 +174,7 @@ def test_one_seed_has_no_ceiling(monkeypatch: pytest.MonkeyPatch, model: Bridge)
 
 
 def test_the_floor_permutes_all_heads_or_those_of_a_layer(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
-    """Alphas that are one value a layer: no order within a layer changes them, and all orders can be counted."""
+    """Alphas are constant within layers, so that permutations within layers change nothing; all others are counted."""
     layered = {(name, 0): alpha(*[high] * 4, *[low] * 4) for name, high, low in (("a", 0.9, 0.1), ("b", 0.7, 0.2))}
     found = of(layered, monkeypatch, model, n_permutations=3000, k=4)
     floor = found.floor.set_index(["measure", "permuted"])["similarity"]
@@ -196,7 +196,7 @@ def test_the_floor_permutes_all_heads_or_those_of_a_layer(monkeypatch: pytest.Mo
 
 
 def test_the_floor_compares_two_alphas_never_one_with_itself(monkeypatch: pytest.MonkeyPatch, model: Bridge) -> None:
-    """Two alphas of which one varies within its second layer alone: r is fixed wherever they are not the same."""
+    """Only one of two alphas varies within a layer, so that r between them does not depend on the permutation."""
     flat, varied = alpha(*[0.9] * 4, *[0.1] * 4), alpha(*[0.9] * 4, 0.0, 0.1, 0.2, 0.3)
     floor = of({("a", 0): flat, ("b", 0): varied}, monkeypatch, model, n_permutations=200).floor
     here = floor[(floor["measure"] == "pearson") & (floor["permuted"] == "within layers")]["similarity"]
@@ -293,7 +293,7 @@ def test_p_is_uniform_where_there_is_nothing() -> None:
 
 
 def test_p_is_honest_where_tasks_differ_as_a_whole() -> None:
-    """Rows with levels of their own correlate across cells by chance far more often than independent cells would."""
+    """Rows with different means correlate across cells by chance far more often than independent cells would."""
 
     def levelled(seed: int) -> np.ndarray:
         return np.random.default_rng(seed).normal(size=(8, 1)) + 0.1 * noise(8, seed + 5000)
@@ -349,7 +349,7 @@ def test_without_anything_that_varies_there_is_neither_r_nor_p(y: np.ndarray) ->
 
 
 def grid_of(shares: np.ndarray, names: Sequence[str], own: Sequence[float] | None = None) -> sl.TransferMatrix:
-    """A grid with zero-shot 0.1 and these shares of the own gain, which is 0.8 unless it is said."""
+    """A transfer matrix with zero-shot accuracy 0.1 and these shares of the own gain (0.8 by default)."""
     gain = np.array(own or [0.8] * len(names))
     frame = 0.1 + shares * gain
     np.fill_diagonal(frame, 0.1 + gain)

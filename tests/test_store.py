@@ -1,4 +1,4 @@
-"""Artifacts on disk come back as they were written, or not at all, whoever writes and whatever breaks."""
+"""Artifacts are read exactly as written or not at all, with concurrent processes and after any damage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES = [
 ]  # fmt: skip
 SMALL = Artifact("embedding", {"task": 'é"\n', "n": 3}, {"z": torch.arange(3.0)}, {"model": "m"})
 KILLED_ENTRIES = 3
-LARGE = 200_000  # elements, so that a kill often falls into the middle of a write
+LARGE = 200_000  # elements, so that a kill often interrupts a write
 
 quick = hypothesis.settings(
     deadline=None, max_examples=60, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -76,7 +76,7 @@ def numbered(n: int, size: int = 64) -> Artifact:
 
 
 def stored(store: Store, artifact: Artifact) -> Path:
-    """The file of an artifact that the store could write."""
+    """The path of an artifact, which the store must be able to write."""
     path = store.put(artifact)
     assert path is not None
     return path
@@ -89,7 +89,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(scope="module")
 def workers() -> Any:
-    """Processes that have torch imported already, forked from a clean one."""
+    """A multiprocessing context whose processes start with torch already imported, forked from a clean process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_store"])
     return context
@@ -99,7 +99,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-# What is written is what is read
+# What is read equals what was written
 
 
 @quick
@@ -309,14 +309,14 @@ def test_a_file_is_a_json_header_and_raw_numbers(tmp_path: Path):
     assert header.keys() == {"__metadata__", "z"}
     assert json.loads(header["__metadata__"]["sitelens"])["spec"] == SMALL.spec
     assert header["z"] == {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
-    assert content[8 + length :] == SMALL.tensors["z"].numpy().tobytes()  # nothing more: no pickle
+    assert content[8 + length :] == SMALL.tensors["z"].numpy().tobytes()  # nothing else: no pickle
 
 
-# What cannot be read is not damaged, what cannot be written costs nothing
+# Unreadable files are not treated as damaged; failed writes lose nothing
 
 
 def broken_open(monkeypatch: pytest.MonkeyPatch, error: int, mode: str = "r") -> None:
-    """Artifacts cannot be opened any more, for reading ("r") or writing ("x")."""
+    """From now on, artifacts cannot be opened for reading ("r") or writing ("x")."""
     real = builtins.open
 
     def opened(file: Any, how: str = "r", *arguments: Any, **options: Any) -> Any:
@@ -365,7 +365,7 @@ def test_a_good_artifact_that_takes_a_damaged_ones_place_just_then_stays(store: 
 
     def replaced(source: Any, target: Any) -> None:
         if str(target).endswith(DAMAGED):
-            path.write_bytes(good)  # another process is quicker than the setting aside
+            path.write_bytes(good)  # another process replaces the file first
         replace(source, target)
 
     with monkeypatch.context() as raced:
@@ -512,7 +512,7 @@ def test_a_killed_writer_leaves_nothing_half_written(store: Store, workers: Any)
     assert files(store.root) == []
 
 
-# Looking and clearing
+# Listing and clearing
 
 
 def test_entries_lists_what_is_there(store: Store):

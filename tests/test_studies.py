@@ -1,4 +1,4 @@
-"""Studies on a micro model: what each frame holds, its numbers made again by hand, and what is refused."""
+"""Studies on a micro model: the content of each frame, its numbers recomputed by hand, and rejected input."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ MEASURED = ["mean", "low", "high", "n", "loss"]
 
 @pytest.fixture(scope="module")
 def model() -> Bridge:
-    """In float64, so that a batch and its parts give the same alpha."""
+    """A Llama in float64, so that alpha is the same for a batch and for its parts."""
     return micro.bridge("Llama", torch.float64)
 
 
 @pytest.fixture(scope="module")
 def tasks(model: Bridge) -> list[sl.Task]:
-    """Two tasks of which the untouched model knows about every other item, so that accuracies differ."""
+    """Two tasks for which the untouched model gets about every other item right, so that accuracies differ."""
     found = []
     for name, offset in (("one", 0), ("two", 40)):
         inputs = [micro.WORDS[(i + offset) % 96] for i in range(56)]
@@ -55,7 +55,7 @@ def tasks(model: Bridge) -> list[sl.Task]:
 
 
 class TrainedAnewError(Exception):
-    """Raised in place of training or evaluation, to show that nothing was found in the cache."""
+    """Raised in place of training or evaluation, to show that a result was not in the cache."""
 
 
 def refuse_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def refuse_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained(task: sl.Task, model: Bridge, config: sl.TrainConfig = CONFIG) -> tuple[sl.TaskEmbedding, TrainResult]:
-    """The task's embedding under the seed of OPTIONS, and what is trained on it, nothing taken from the cache."""
+    """The task's embedding with the seed of OPTIONS, and the result of training on it without the cache."""
     default_store().clear("selection")
     vector = sl.embed_task(task, model, seed=OPTIONS["seed"])
     return vector, sl.train_selection(task, model, embedding=vector, config=config)
@@ -76,7 +76,7 @@ def trained(task: sl.Task, model: Bridge, config: sl.TrainConfig = CONFIG) -> tu
 def assert_measured(
     row: pd.Series, task: sl.Task, condition: Condition, model: Bridge, mean: str = "mean", **more: Any
 ) -> None:
-    """A row's accuracy and loss are those of evaluating the condition by itself."""
+    """Assert that a row's accuracy and loss are those of a separate evaluation of the condition."""
     scores = sl.evaluate(task, {"it": condition}, model, **{**OPTIONS, **more})
     (summary,) = sl.summarize(scores).to_dict("records")
     ends = ("low", "high") if mean == "mean" else (f"{mean}_low", f"{mean}_high")
@@ -87,7 +87,7 @@ def assert_measured(
 
 
 def only(frame: pd.DataFrame, **facts: Any) -> pd.Series:
-    """The one row with these facts."""
+    """The only row with these values."""
     for name, value in facts.items():
         frame = frame[frame[name] == value]
     (row,) = (row for _, row in frame.iterrows())
@@ -392,8 +392,8 @@ class TestSeedVariance:
         deviations = ["prompt_sd", "training_sd", "residual_sd", "total_sd"]
         assert found.columns.tolist() == ["task", "mean", *deviations, "item_se"]
         assert found["task"].tolist() == ["b", "a"]
-        # Means over the other seed are 0.3 and 0.7, and 0.4 and 0.6: variance d^2 / 2, where d is how much two differ.
-        # They explain all of the table, so nothing is left.
+        # Means over the other seed are 0.3 and 0.7, and 0.4 and 0.6: variance d^2 / 2, where d is their difference.
+        # They explain the whole table, so the residual is 0.
         by_hand = [0.5, 0.08**0.5, 0.02**0.5, 0, 0.1**0.5, 0.05]
         assert found.iloc[0, 1:].tolist() == pytest.approx(by_hand, abs=1e-9)
         assert found.iloc[1, 1:].tolist() == pytest.approx([0.5, 0, 0, 0, 0, 0.1])
@@ -539,7 +539,7 @@ def test_checkpoints_are_the_step_of_lowest_validation_loss_and_the_final_one(
             assert row["step"] == step and row["valid_loss"] == pytest.approx(valid[step], abs=1e-8)
             assert_measured(row, task, sl.PatchHeads(result.selection, vector), model)
     steps = frame.pivot(index="task", columns="checkpoint", values="step")
-    assert (steps["best"] < steps["last"]).any()  # else the two say nothing of one another
+    assert (steps["best"] < steps["last"]).any()  # otherwise the comparison would mean nothing
 
 
 class TestAlphaDistribution:
@@ -594,7 +594,7 @@ class TestCosts:
         tokens = frame.pivot(index="prompts", columns="method", values="tokens")
         rng = random.Random("sitelens/training/shift/1")
         drawn = {rng.randrange(len(task.train)) for _ in range(CONFIG.steps)}
-        # Prefixes once, of the items drawn and of 4 validation items; the last token at 4 steps and 2 validations.
+        # Prefixes of the sampled items and of 4 validation items, once; the last token in 4 steps and 2 validations.
         preparing = 3 * (2 * 8 + 6) + 5 * len(drawn) + 4 + 5 * 4 + 2 * 4
         for count in (1, 5, 30):
             expected = {"zero-shot": 6 * count, "2-shot": 22 * count, "SITE, prepared": 6 * count,
@@ -642,7 +642,7 @@ class TestHeadOverlap:
         return lambda *rest, **options: [Prepared(micro.task("one"), vector, result)]
 
     def overlap(self, alpha: list[list[float]], k: int, model: Bridge, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
-        """head_overlap of planted alpha and scores."""
+        """head_overlap of alpha and scores that are set by hand."""
         induction = pd.DataFrame({"induction": [0.9, 0.8, 0.1, 0.7, 0.6, 0.5, 0.4, 0.3], "previous_token": range(8)})
         monkeypatch.setattr(heads_study, "prepare", self.prepared(alpha))
         monkeypatch.setattr(heads_study, "induction_scores", lambda *rest, **options: induction)

@@ -1,4 +1,4 @@
-"""Did you mean: the known names that are near an unknown one."""
+"""Suggestions ("did you mean"): the known names that are similar to an unknown one."""
 
 from __future__ import annotations
 

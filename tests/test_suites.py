@@ -1,4 +1,4 @@
-"""Suites on micro models: what a suite gives is what each task gives by itself, whole or after an interruption."""
+"""Suites on micro models: a suite gives the same results as its tasks one by one, with or without an interruption."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load(name: str) -> Task:
 
 
 class Micro(sl.Suite):
-    """A suite of micro tasks, in the place of the large one of its name."""
+    """A suite of micro tasks that replaces the real suite of the same name."""
 
     name = "bbh"
 
@@ -72,7 +72,7 @@ def model() -> Iterator[Bridge]:
 
 @pytest.fixture(autouse=True)
 def suite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite "bbh" is three micro tasks in two groups, and one whose data cannot be had."""
+    """The suite "bbh" consists of three micro tasks in two groups, and one task whose data are unavailable."""
     monkeypatch.setitem(SUITES.own, "bbh", Micro([*TASKS, "four"]))
 
 
@@ -228,7 +228,7 @@ def start(cache: Path, out: Path, together: int) -> subprocess.Popen[bytes]:
 
 
 def artifacts(cache: Path) -> dict[str, int]:
-    """The finished files and when they were written."""
+    """The finished files in the cache, with their modification times."""
     return {str(p.relative_to(cache)): p.stat().st_mtime_ns for p in sorted(cache.rglob("*.safetensors"))}
 
 
@@ -292,7 +292,7 @@ def test_answers_that_begin_alike_are_counted(model: Bridge, monkeypatch: pytest
     assert found["shared"] == sum(" " in item.output for item in task.test) / len(task.test) > 0
 
 
-# What is written
+# Written files
 
 
 def test_everything_is_written_with_its_origin(model: Bridge, tmp_path: Path) -> None:

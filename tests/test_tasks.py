@@ -1,4 +1,4 @@
-"""Tasks: the published splits, checksums, downloads, built-in tasks, own tasks and every bad input."""
+"""Tasks: published splits, checksums, downloads, built-in tasks, users' own tasks, and all kinds of bad input."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_data_folder_that_is_not_there_is_named(tmp_path: Path):
 
 @pytest.fixture
 def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that is served as the authors' repository would be; there is no local data."""
+    """A folder that is served in place of the authors' repository; there is no local data folder."""
     folder = tmp_path / "upstream"
     folder.mkdir()
 
@@ -241,7 +241,7 @@ def test_an_unknown_checksum_is_recorded_once_and_enforced_afterwards(upstream: 
 
     [kept] = own_cache.rglob("squad_val.json")
     written(kept, [*LISTED, {"input": "a", "output": "b"}])
-    assert load_task("fv/squad_val") == first  # fetched anew
+    assert load_task("fv/squad_val") == first  # downloaded again
 
     written(served, [*LISTED, {"input": "a", "output": "b"}])
     kept.unlink()
@@ -348,7 +348,7 @@ def test_an_unknown_split_is_refused():
         load_task("antonym").split("dev")
 
 
-# Own tasks
+# Users' own tasks
 
 
 @pytest.mark.parametrize(

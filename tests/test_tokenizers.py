@@ -1,4 +1,4 @@
-"""Texts as tokens: BOS once, nothing appended, nothing cut, and answers as they go on behind a prompt."""
+"""Tokenization: exactly one BOS token, nothing appended or truncated, and answers as they continue a prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests import micro
 
 
 def sentencepiece(fallback: bool = False) -> Any:
-    """A tokenizer that writes a space as part of the word behind it, and one before each text, as Llama's does."""
+    """A tokenizer that attaches a space to the following word and adds one before each text, like that of Llama."""
     words = [
         "<pad>",
         "<bos>",
@@ -90,7 +90,7 @@ def test_a_tokenizer_that_knows_no_letter_a_still_shows_its_bos():
     for kind in (
         models.BPE(ids, []),
         models.WordLevel(ids),
-    ):  # the one leaves out what it does not know, the other fails
+    ):  # one omits unknown text, the other fails
         model = Tokenizer(kind)
         model.pre_tokenizer = pre_tokenizers.Whitespace()
         model.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
@@ -161,7 +161,7 @@ def test_a_normalizer_acts_on_prompt_and_answer_alike():
 
 
 def test_white_space_at_the_end_of_a_prompt_is_written_as_before_a_word():
-    """As GPT-2's does, this tokenizer makes one token of blank lines at the end of a text, and two before a word."""
+    """Like GPT-2's, this tokenizer encodes blank lines as one token at the end of a text, and as two before a word."""
     from tests.test_chat import chatty
 
     tokenizer = chatty(None)

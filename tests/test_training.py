@@ -1,4 +1,4 @@
-"""Training of alpha: the same numbers however it is batched, those of a plain implementation, and the heads planted."""
+"""Training of alpha: independent of batching, equal to a plain implementation, and able to find planted heads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def worded(name: str, step: int = 1, n: int = 30, **options: Any) -> Task:
 
 
 def vectors(model: Bridge, *tasks: Task, model_id: str | None = None) -> dict[str, TaskEmbedding]:
-    """A random embedding for each task."""
+    """A random embedding for each task, by name."""
     shape = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head
     found = {}
     for task in tasks:
@@ -59,7 +59,7 @@ def vectors(model: Bridge, *tasks: Task, model_id: str | None = None) -> dict[st
 
 
 def double(family: str) -> Bridge:
-    """A micro model in float64; the default kernel of a mixture of experts has no such precision."""
+    """A micro model in float64, which the default kernel for mixtures of experts does not support."""
     model = micro.bridge(family, torch.float64)
     if family.startswith("Mixtral"):
         network: Any = model.original_model
@@ -68,7 +68,7 @@ def double(family: str) -> Bridge:
 
 
 def anew(tasks: Sequence[Task], model: Bridge, **options: Any) -> Results:
-    """Selections that are trained, whatever is cached."""
+    """Selections trained without results from the cache."""
     default_store().clear("selection")
     return train_selections(tasks, model, embeddings=vectors(model, *tasks), **options)
 
@@ -120,7 +120,7 @@ class TestHowItIsBatchedChangesNothing:
         prefixes, rows = counted.prefixes, counted.most_rows
         assert prefixes[None] == 2  # one for all training items, one for all validation items
         assert 2 < prefixes[few] < prefixes[1]
-        assert prefixes[1] >= 6 + 2 * 6  # windows of one step at most, validation items one by one
+        assert prefixes[1] >= 6 + 2 * 6  # windows of at most one step, validation items one by one
         assert rows[1] == 1 and rows[None] == 6
 
     @pytest.mark.parametrize("family", ["GPT2", "Llama", "Gemma3Text"])
@@ -160,12 +160,12 @@ def scaled(embedding: TaskEmbedding, factor: float) -> TaskEmbedding:
 
 
 class TestJobs:
-    """Any mixture of tasks, embeddings, seeds and inits."""
+    """Arbitrary mixtures of tasks, embeddings, seeds and initializations."""
 
     one, two = worded("one", 3), worded("two", 11, n=40)
 
     def mixture(self, model: Bridge) -> list[TrainJob]:
-        """Tasks with an embedding of their own and with others, seeds and inits in no order, and a shared alpha."""
+        """Jobs with matching and other embeddings, various seeds and initializations, and one shared alpha."""
         found = vectors(model, self.one, self.two)
         first, second = found["one"], found["two"]
         return [
@@ -244,7 +244,7 @@ class TestJobs:
 
 
 class Counted:
-    """How many prefix computations and how large last-token batches a training under some budget needs."""
+    """Counts prefix computations and the largest last-token batch of trainings, by memory budget."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.prefixes: dict[int | None, int] = {}
@@ -264,13 +264,13 @@ class Counted:
         monkeypatch.setattr(LastToken, "__call__", counted_call)
 
     def each(self, *budgets: int) -> Iterator[int | None]:
-        """No budget of one's own first, then each of those given; what follows is counted under it."""
+        """First no budget (None), then each of those given; trainings are counted under the current one."""
         for self.budget in (None, *budgets):
             yield self.budget
 
 
 class Plain:
-    """SITE's training as one would write it down: a raw model, whole prompts one at a time, hooks on o_proj."""
+    """SITE's training in the simplest form: a raw model, whole prompts one at a time, hooks on o_proj."""
 
     def __init__(
         self, network: Any, members: Mapping[Task, Tensor], config: TrainConfig, seed: int, start: Tensor
@@ -307,7 +307,7 @@ class Plain:
         return cross_entropy(logits, torch.tensor([answer]))
 
     def assert_agrees(self, result: TrainResult, step: int) -> None:
-        """The result's history is this one's, and its alpha that of `step`."""
+        """Assert that a result has the history of this training, and its alpha after `step`."""
         torch.testing.assert_close(result.selection.alpha, self.alphas[step], rtol=0, atol=1e-8)
         np.testing.assert_allclose(result.history["loss"], self.loss, rtol=0, atol=1e-8)
         valid = result.history.set_index("step")["valid_loss"].dropna()
@@ -378,7 +378,7 @@ class TestAgainstAPlainImplementation:
 
 
 def random_start(model: Bridge, task: Task, seed: int) -> Tensor:
-    """The alpha at which a random init starts: after one step too small to move it."""
+    """The alpha of a random initialization, after one step that is too small to change it."""
     config = TrainConfig(steps=1, lr=1e-14, n_valid=1, init="random")
     return anew([task], model, seeds=(seed,), config=config)[task.name, seed].selection.alpha
 
@@ -407,11 +407,11 @@ def test_a_shared_random_start_does_not_depend_on_the_order_of_its_tasks() -> No
 class TestPlantedHeads:
     """A Llama whose weights are set by hand, for three tasks over the same four inputs.
 
-    The residual stream has a direction for each input (0 to 3), each task (4 to 6) and all other tokens (7), and
-    every head writes its z straight to these. Attention is uniform, the MLPs are silent, and answer (input, task)
-    is read off as 2 * (input direction + task direction). Heads 0 and 1 of layer 0 copy the input: each of their z
-    is 1.5 at its direction. In a task's embedding two planted heads hold its own direction, all others that of
-    another task; so the planted heads belong at 1, and all others, the copying ones included, at 0.
+    The residual stream has a dimension for each input (0 to 3), each task (4 to 6) and all other tokens (7), and every
+    head writes its z directly to these dimensions. Attention is uniform and the MLPs are zero; the logit of the answer
+    to (input, task) is 2 * (input dimension + task dimension). Heads 0 and 1 of layer 0 copy the input: their z is 1.5
+    in its dimension. In the embedding of a task, two planted heads have the dimension of the task, all others that of
+    another task; so training should set the planted heads to 1, and all others, including the copying ones, to 0.
     """
 
     inputs = tuple(micro.WORDS[:4])
@@ -432,7 +432,7 @@ class TestPlantedHeads:
                 embed[token[f" {word}"]] = torch.eye(32, dtype=torch.float64)[i]
             for layer in range(2):
                 weights[f"model.layers.{layer}.self_attn.o_proj.weight"][:8] = torch.eye(8).repeat(1, 4)
-            copying = weights["model.layers.0.self_attn.v_proj.weight"]  # of two query heads in a group
+            copying = weights["model.layers.0.self_attn.v_proj.weight"]  # shared by two query heads per group
             copying[:4, :4] = torch.eye(4) * 1.5 * 6 / math.sqrt(32)  # six tokens; the norm scales by sqrt(32)
             for task in range(3):
                 for i in range(4):
@@ -456,7 +456,7 @@ class TestPlantedHeads:
         return TaskEmbedding(mean_z, self.names[which], None, 1, 0, 0)
 
     def logits(self, model: Bridge, which: int, alpha: Tensor) -> dict[str, float]:
-        """The logits of the first item's answer, of another task's, of another item's, and of a sign."""
+        """Logits of the first item's answer, of another task's answer, of another item's answer, and of a sign."""
         prompts = few_shot_prompts(self.task(which), self.task(which).test[:1], 0, model.tokenizer)
         batch = tokenize(prompts, model.tokenizer)
         assert batch.lengths == [6]
@@ -524,7 +524,7 @@ class TestHistory:
 
 
 class TrainedAnewError(Exception):
-    """Raised in place of training, to show that nothing was found in the cache."""
+    """Raised in place of training, to show that a result was not in the cache."""
 
 
 def refuse_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -571,7 +571,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 class TestCache:
     @pytest.fixture
     def call(self) -> dict[str, Any]:
-        """The arguments of a training, which has been done."""
+        """The arguments of a training that is already in the cache."""
         model, task = micro.bridge("GPT2"), worded("cached")
         call = {"task": task, "model": model, "embedding": vectors(model, task)[task.name], "config": ONE}
         train_selection(**call)
@@ -690,13 +690,13 @@ class TestBadInput:
 
 
 class TestLossThatIsNoNumber:
-    """Nothing is kept of a training that meets one, and its error says where."""
+    """A training whose loss becomes NaN stores nothing, and its error says where that happened."""
 
     word = micro.WORDS[40]
 
     @pytest.fixture
     def model(self) -> Bridge:
-        """A model that does not bear one word."""
+        """A model whose logits are NaN after one word."""
         model = micro.bridge("Llama")
         with torch.no_grad():
             network: Any = model.original_model
@@ -704,7 +704,7 @@ class TestLossThatIsNoNumber:
         return model
 
     def task(self, name: str, split: str | None = None) -> Task:
-        """Nine items of known words; the third of one split is the one that the model does not bear."""
+        """Nine items of known words; the third item of `split` contains the word that gives NaN."""
         items = tuple(Example(word, micro.WORDS[60]) for word in micro.WORDS[:9])
         task = Task(name, "own", items, items, items)
         return (
@@ -752,7 +752,7 @@ class TestLossThatIsNoNumber:
 class TestUndecidedAlpha:
     @pytest.fixture(autouse=True)
     def undecided(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Training that leaves five of eight alphas in the middle."""
+        """Training is replaced by one that leaves five of eight alphas near the middle."""
         alpha = torch.tensor([[0.0, 0.1, 0.9, 0.5], [0.11, 0.89, 0.3, 0.7]])
 
         def train_runs(
@@ -795,7 +795,7 @@ class TestInterruptions:
     CONFIG = TrainConfig(steps=24, eval_every=6, n_valid=3, lr=0.5)
 
     def interrupted(self, model: Bridge, at: int, monkeypatch: pytest.MonkeyPatch) -> Results:
-        """Trained in two goes: the first ends in its step `at`, the second goes on."""
+        """Results of a training that is interrupted in step `at` and then resumed."""
         monkeypatch.setattr(training_state, "KEEP_SECONDS", 0)
         tasks, steps = [worded("one"), worded("two", 5)], []
         step = training_state.Record.step

@@ -1,4 +1,4 @@
-"""Transfer matrices on micro models: each cell is one evaluation, and what is derived from the cells."""
+"""Transfer matrices on micro models: each cell is one evaluation; quantities derived from the cells."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def traces(figure: Any, kind: str) -> list[Any]:
 
 
 def drawn_names(figure: Any) -> list[str]:
-    """The tasks down the side, which must be those across."""
+    """The names on the vertical axis of the heatmap; asserts that those on the horizontal axis are the same."""
     (heatmap,) = traces(figure, "heatmap")
     names = [str(row[0]).split("<br>")[0] for row in heatmap.text]
     axes = [figure.layout[name] for name in figure.layout if str(name).startswith(("xaxis", "yaxis"))]
@@ -201,7 +201,7 @@ def test_a_heatmap_says_what_was_swapped(swap: Swap, side: str) -> None:
     assert side in written and f"Transfer of {swap}: m" in written and "Exact-match accuracy" in written
 
 
-# What is given, kept and refused
+# Given, cached and rejected parts
 
 
 def fast(model: Bridge, tasks: Sequence[Any] = TASKS, **options: Any) -> sl.TransferMatrix:
@@ -209,7 +209,7 @@ def fast(model: Bridge, tasks: Sequence[Any] = TASKS, **options: Any) -> sl.Tran
 
 
 def given(model: Bridge, made_for: str | None = None) -> dict[str, Any]:
-    """Random embeddings and selections by task name."""
+    """Random embeddings and selections, by name of the task."""
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"embeddings": {}, "selections": {}}
     for task in TASKS:
@@ -289,7 +289,7 @@ def test_what_was_made_for_another_model_is_refused(what: str, model: Bridge) ->
 
 
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tasks that are evaluated from now on."""
+    """The names of the tasks that are evaluated from now on."""
     names: list[str] = []
     real = scoring.evaluate
 

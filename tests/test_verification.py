@@ -1,4 +1,4 @@
-"""verify: that it passes what is right, notices what is wrong, and says in words what is not supported."""
+"""verify: passes correct models, detects faults, and says what is not supported."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def results(model: Bridge) -> dict[str, str]:
 def test_every_architecture_holds_in_all_that_it_supports(name: str) -> None:
     expected = {check: UNSUPPORTED if check in NOT_SUPPORTED.get(name, ()) else OK for check in CHECKS}
     assert results(zoo.bridge(name)) == expected
-    assert not micro.hooks_left(zoo.bridge(name)) or name.startswith("OPT")  # whose bridge keeps some of its own
+    assert not micro.hooks_left(zoo.bridge(name)) or name.startswith("OPT")  # its bridge has some hooks of its own
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -128,7 +128,7 @@ def test_a_fault_is_noticed(fault: Any, check: str, llama: Bridge, monkeypatch: 
         fault(patch)
         report = verify(llama, task=micro.task())
     found = report.frame.set_index("check").loc[check].to_dict()
-    if fault is wrong_gain:  # contributions that do not add up are what every function refuses
+    if fault is wrong_gain:  # every function rejects contributions that do not add up
         assert found["result"] == UNSUPPORTED and "miss the logits by 0.1%" in found["detail"]
     else:
         assert not report.ok and check in report.failures

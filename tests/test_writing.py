@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, under safe names; text from outside never acts as markup or formula."""
+"""Files are written completely or not at all, under safe names; outside text never acts as markup or formula."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ texts = st.text(st.characters(exclude_categories=()), max_size=200)
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every flush to the disk fails."""
+    """Every flush to disk fails."""
 
     def fail(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""The way from a head to the logits in many architectures, against hooks and arithmetic on the raw models."""
+"""From a head to the logits in many architectures, compared with hooks and arithmetic on the raw models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_attribution_is_what_the_logit_loses_without_the_head_all_else_held(name
     batch = tokenize([prompt], micro.tokenizer())
     held = zoo.Held(name, batch.tokens[0].tolist())
     scale = float((held.logits * held.unembedded).sum() / held.unembedded.pow(2).sum())
-    scale = 1.0 if name == "Gemma 2" else scale  # which caps its logits: attribution is before the cap
+    scale = 1.0 if name == "Gemma 2" else scale  # it caps its logits; attribution is computed before the cap
     answer = int(batch.answer[0])
     expected = torch.stack([
         scale * ((lost := held.unembedded - held.without(layer, head))[answer] - lost.mean())
@@ -77,7 +77,7 @@ def test_a_write_that_passes_a_norm_needs_a_prompt() -> None:
 
 # -- attention --
 
-UNSEEN = {"OPT"}  # whose bridge runs attention without showing its pattern
+UNSEEN = {"OPT"}  # its bridge computes attention without exposing the pattern
 
 
 @pytest.mark.parametrize("name", architectures)
@@ -91,7 +91,7 @@ def test_attention_is_that_of_the_raw_model_or_refused(name: str) -> None:
     found = attention([text, "Q: aa\nA:"], heads, model)
     for row, one in ((0, text), (1, "Q: aa\nA:")):
         ids = torch.tensor([micro.tokenizer()(one)["input_ids"]])
-        if not name.startswith("Falcon"):  # which computes other logits when asked for its attention
+        if not name.startswith("Falcon"):  # its logits change if attention weights are requested
             weights = zoo.attentions(name, ids)
             expected = torch.stack([weights[layer][0, head, -1] for layer, head in heads])
             torch.testing.assert_close(found[row, :, -ids.shape[1] :], expected, rtol=1e-4, atol=1e-5)
@@ -130,7 +130,7 @@ def test_a_bridge_that_shows_no_attention_is_refused_everywhere() -> None:
 
 @pytest.mark.parametrize("name", architectures)
 def test_icv_and_i2cl_change_what_a_module_adds_to_the_stream(name: str) -> None:
-    """By hooks on the raw model: behind the modules, or, where these add the stream inside, behind their last layer."""
+    """Compared with hooks on the raw model: after each module, or after its last layer if it adds the stream itself."""
     model = zoo.bridge(name)
     ids = torch.tensor([micro.tokenizer()("Q: aa\nA:")["input_ids"]])
     generator = torch.Generator().manual_seed(0)

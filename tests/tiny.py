@@ -1,4 +1,4 @@
-"""A tiny random model that knows the words of a few built-in tasks: docstring examples run on it in milliseconds."""
+"""A tiny random model that knows the words of a few built-in tasks, so that docstring examples take milliseconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATTERN = r"\n\n|\n| ?[^\s:,]+|[:,]| "  # a space goes with the word behind it, 
 
 
 def tokenizer() -> Any:
-    """A tokenizer of the whole words and signs that the prompts of `TASKS` are made of."""
+    """A tokenizer of whole words and the signs that occur in the prompts of `TASKS`."""
     tasks = map(load_task, TASKS)
     pairs = [pair for task in tasks for pair in (*task.train, *task.valid, *task.test)]
     texts = ["Q: \nA: \n\n", *(text for pair in pairs for text in (pair.input, *pair.answers))]
@@ -36,7 +36,7 @@ def tokenizer() -> Any:
 
 
 def network() -> Any:
-    """A Llama of 2 layers and 4 heads per layer with random weights, of the transformers library."""
+    """A transformers Llama with 2 layers, 4 heads per layer and random weights."""
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2,

@@ -1,7 +1,7 @@
-"""Tiny random models of many architectures, and what their heads write, by hooks and arithmetic on the raw model alone.
+"""Tiny random models of many architectures, and the output of their heads, computed from the raw models alone.
 
-The configurations are those whose way from a head to the logits, or whose attention, differs: multipliers, caps, norms
-of every kind, parallel blocks, blocks that add the residual stream inside, sinks, windows, latent attention, experts.
+The configurations differ in attention or in the path from a head to the logits: multipliers, caps, norms of every
+kind, parallel blocks, blocks that add the residual stream inside, sinks, windows, latent attention, experts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.3, "logits_scaling": 2.0}
 
-# name -> (class, options). Those of FAST run with every test; the rest are as cheap, but many.
+# name -> (class, options). Those in FAST always run; the others are as cheap, but numerous.
 ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("LlamaForCausalLM", B),
     "Llama with biases": ("LlamaForCausalLM", B | {"attention_bias": True, "mlp_bias": True}),
@@ -90,11 +90,11 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "HunYuan": ("HunYuanDenseV1ForCausalLM", B | {"head_dim": 8}),
     "LFM2, attention only": ("Lfm2ForCausalLM", B | {"layer_types": ["full_attention", "full_attention"]}),
 }  # fmt: skip
-# Of these no number may be given: what they are refused with.
+# Models that must be rejected, with a part of the error message.
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    # The bridge knows no final norm where the embeddings are projected.
+    # The bridge finds no final norm if embeddings are projected.
     "OPT, projected": ("OPTForCausalLM", _OPT | {"word_embed_proj_dim": 16}, "miss the logits by"),
-    # What a hook gives back to its last norm loses a dimension.
+    # The result of a hook on its last norm loses a dimension.
     "OPT, norms behind": ("OPTForCausalLM", _OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}, "held"),
     "DeepSeek 3, wide values": ("DeepseekV3ForCausalLM", _MLA | {"q_lora_rank": 8, "v_head_dim": 12}, "heads of 8"),
 }
@@ -107,7 +107,7 @@ NORMS = re.compile(r"(^|\.)(?!.*(attn|attention)\.)\w*(norm|ln_)\w*$")
 
 @functools.cache
 def raw(name: str) -> Any:
-    """A raw model whose norms and biases matter, with the tokenizer of `micro`."""
+    """A raw model with random norms and biases, and with the tokenizer of `micro`."""
     kind, options = (ZOO | {name: (kind, options) for name, (kind, options, _) in REFUSED.items()})[name]
     config = getattr(transformers, kind).config_class(
         vocab_size=len(micro.tokenizer()), pad_token_id=0, bos_token_id=1, eos_token_id=2, **options
@@ -134,7 +134,7 @@ def named(network: Any, pattern: re.Pattern[str]) -> dict[str, nn.Module]:
 
 
 def projections(network: Any) -> list[nn.Module]:
-    """The output projection of every layer's attention; its input is z with heads side by side."""
+    """The attention output projections, one per layer; their input is z with the heads concatenated."""
     return list(named(network, PROJECTION).values())
 
 
@@ -144,7 +144,7 @@ def blocks(network: Any) -> list[nn.Module]:
 
 
 def outputs(network: Any) -> tuple[list[nn.Module], list[nn.Module]]:
-    """What gives the output of every layer's attention and MLP, before it is added to the residual stream."""
+    """The modules that compute the output of attention and MLP of every layer, before it is added to the stream."""
     inside = {"BloomForCausalLM": "both", "MptForCausalLM": "mlp", "OPTForCausalLM": "mlp"}.get(type(network).__name__)
     attention = projections(network)
     ends = r"\.(dense_4h_to_h|down_proj|fc2)$" if inside else r"\.(mlp|ffn|feed_forward|block_sparse_moe)$"
@@ -153,7 +153,7 @@ def outputs(network: Any) -> tuple[list[nn.Module], list[nn.Module]]:
 
 @torch.no_grad()
 def logits_with_outputs(name: str, ids: Tensor, changes: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
-    """Last-token logits of the raw model with what some modules give changed."""
+    """Logits `[vocab]` after the last token of the raw model, with the outputs of some modules changed."""
 
     def hook(module: nn.Module, args: Any, y: Any) -> Any:
         return (changes[module](y[0]), *y[1:]) if isinstance(y, tuple) else changes[module](y)
@@ -168,14 +168,14 @@ def logits_with_outputs(name: str, ids: Tensor, changes: dict[nn.Module, Callabl
 
 @torch.no_grad()
 def attentions(name: str, ids: Tensor) -> list[Tensor]:
-    """Every layer's attention weights `[row head pos pos]` as the raw model gives them."""
+    """Attention weights `[row head pos pos]` of every layer, as the raw model returns them."""
     network = copy.deepcopy(raw(name))
     network.set_attn_implementation("eager")
     return network(ids, output_attentions=True, use_cache=False).attentions
 
 
 def frozen(norm: Any, name: str, x: Tensor, architecture: str) -> Callable[[Tensor], Tensor]:
-    """A norm with its scale held at x, by its weights: Gemma and Nemotron keep theirs less one, OLMo has none."""
+    """A norm with its scale fixed at x, from its weights: Gemma and Nemotron store them minus 1, OLMo has none."""
     weight = getattr(norm, "weight", None)
     weight = torch.ones(x.shape[-1]) if weight is None else weight
     if architecture.startswith(("Gemma", "Nemotron")):
@@ -194,7 +194,7 @@ def frozen(norm: Any, name: str, x: Tensor, architecture: str) -> Callable[[Tens
 
 
 class Held:
-    """One prompt of a raw model, of which all can be held at the last token but what heads give."""
+    """One prompt of a raw model, in which everything at the last token except the heads can be held fixed."""
 
     def __init__(self, name: str, ids: Sequence[int]) -> None:
         self.name, self.network, self.ids = name, raw(name), torch.tensor([list(ids)])
@@ -219,7 +219,7 @@ class Held:
         self.heads = bridge(name).cfg.n_heads
 
     def without(self, layer: int, head: int, z: Tensor | None = None) -> Tensor:
-        """What the unembedding gives where a head's output at the last token is `z`, or nothing."""
+        """The unembedding's result if the output of a head at the last token is `z` (None: zero)."""
         module = list(self.z)[layer]
         edited = self.z[module].clone()
         own = edited[0, -1].view(self.heads, -1)
@@ -227,7 +227,7 @@ class Held:
         return self._with({module: edited})
 
     def writes(self, layer: int, head: int, z: Tensor, behind: nn.Module) -> Tensor:
-        """What changes at the last token of a block's output where a head gives `z` instead of nothing."""
+        """The change in the output of a block at the last token, if the output of a head is `z` instead of zero."""
         module = list(self.z)[layer]
         states = []
         for value in (z, torch.zeros_like(z)):

@@ -1,8 +1,8 @@
 # pyright: strict, reportMissingTypeStubs=false, reportUnnecessaryTypeIgnoreComment=true
-"""A user's program that calls every public function. It is read by pyright alone, in strict mode, and never run.
+"""A user's program that calls every public function. It is only read by pyright, in strict mode, and never run.
 
 `assert_type` states the type that a caller sees; a name or type that is not fully known is an error. So is an `ignore`
-comment without an error to ignore: the mistakes at the end must be noticed.
+comment without an error to ignore, which shows that the mistakes at the end are detected.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sitelens import figures, heads, studies
 
 
 def notebook(folder: Path) -> None:
-    """The program of the README."""
+    """The example of the README."""
     model = sl.load_model(dtype="float32")
     assert_type(sl.Model.of(model), sl.Model)
     assert_type(sl.fingerprint(model), str)
@@ -59,7 +59,7 @@ def notebook(folder: Path) -> None:
 
 
 def tasks() -> None:
-    """Tasks, suites and models by name, and of one's own."""
+    """Tasks, suites and models by name, and custom ones."""
     assert_type(sl.list_tasks(), pd.DataFrame)
     assert_type(sl.list_models(), pd.DataFrame)
     assert_type(sl.load_tasks(["antonym", "synonym"]), list[sl.Task])
@@ -81,7 +81,7 @@ def tasks() -> None:
 
 
 def across_tasks(folder: Path) -> None:
-    """Heads compared over tasks, methods and whole suites."""
+    """Heads compared across tasks, methods and whole suites."""
     names = ["antonym", "synonym", "capitalize"]
     config = sl.TrainConfig(steps=100, seed=1)
     results = sl.train_selections(names, seeds=(0, 1), config=config)
@@ -111,7 +111,7 @@ def across_tasks(folder: Path) -> None:
 
 
 def methods() -> None:
-    """A method of one's own, beside ours."""
+    """A custom method next to built-in ones."""
 
     @dataclass(frozen=True, kw_only=True)
     class Mine(sl.Method):
@@ -124,7 +124,7 @@ def methods() -> None:
 
 
 def single_heads(embedding: sl.TaskEmbedding, selection: sl.HeadSelection) -> None:
-    """What a head attends to and writes."""
+    """What a single head attends to and writes."""
     assert_type(heads.attention("Q: hot\nA:", ["L10H6"]), Tensor)
     assert_type(heads.attention_example("antonym", ["L10H6"]), pd.DataFrame)
     assert_type(heads.attention_roles("antonym", selection.ranking()[:5]), pd.DataFrame)
@@ -188,7 +188,7 @@ def analyses(embedding: sl.TaskEmbedding, one: sl.HeadSelection, other: sl.HeadS
 
 
 def own_study(folder: Path) -> None:
-    """A study of one's own, and its figure."""
+    """A custom study and its figure."""
 
     @sl.study(caption="Accuracy without demonstrations.", figure=figures.dots, tasks=["antonym"])
     def zero_shot(tasks: list[sl.Task], model: sl.Model, *, n_items: int) -> pd.DataFrame:
@@ -200,7 +200,7 @@ def own_study(folder: Path) -> None:
 
 
 def metrics() -> None:
-    """A metric of one's own."""
+    """A custom metric."""
     assert_type(sl.METRICS["first_token"], sl.Metric)
     contains = sl.Metric("contains", lambda output, target: target.answers[0] in output.text, generates=True)
     assert_type(sl.register_metric(contains), sl.Metric)
@@ -208,12 +208,12 @@ def metrics() -> None:
 
 
 def refused(error: sl.SitelensError, warning: sl.SitelensWarning) -> tuple[ValueError, UserWarning]:
-    """What sitelens raises and warns of."""
+    """The error and the warning class of sitelens."""
     return error, warning
 
 
 def mistakes(selection: sl.HeadSelection, embedding: sl.TaskEmbedding) -> None:
-    """What pyright must not let pass."""
+    """Mistakes that pyright must report."""
     sl.embed_tasks("antonym")  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     sl.embed_task("antonym", n_promts=50)  # pyright: ignore[reportCallIssue]
     sl.embed_task("antonym", n_prompts="50")  # pyright: ignore[reportArgumentType]
