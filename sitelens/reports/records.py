@@ -92,7 +92,12 @@ def _precision(name: str, model: ModelLike) -> list[str]:
 
 
 def recorded_precision(record: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str | None]:
-    """The dtype and quantization to load the model of a run.json with: those in `given` if any, else those recorded."""
+    """The dtype and quantization with which to load the model of a run.json.
+
+    Args:
+        record: the content of the run.json.
+        given: options of the user; if it has a dtype or quantization, these are used instead of the recorded ones.
+    """
     names = ("dtype", "quantize")
     if any(given.get(name) is not None for name in names):
         return {name: given.get(name) for name in names}
@@ -111,7 +116,7 @@ def warn_of_changes(path: str | Path, model: ModelLike, tasks: Iterable[Task] = 
 
 
 def changes(record: Mapping[str, Any], model: ModelLike, tasks: Iterable[Task]) -> list[str]:
-    """The differences from a run.json, one line each: in weights, model, tokenizer, versions and tasks."""
+    """Differences between a run.json (`record`) and the present model, tokenizer, versions and tasks, one line each."""
     found: list[str] = []
     now = model_facts(model)
     before = _object(record, "model")

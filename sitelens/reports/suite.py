@@ -119,7 +119,7 @@ def run_suite(
 def check_suite(
     suite: str | Suite, *, tasks: Sequence[str] | None, metric: str | Metric, n_items: int | None
 ) -> list[str]:
-    """The names of the tasks that `run_suite` would run; checks its arguments without a model.
+    """The names of the tasks that `run_suite` would run with these arguments, which are checked without a model.
 
     Raises:
         SitelensError: for an unknown suite, metric or task, or an invalid n_items.

@@ -1,1 +1,1 @@
-"""What holds on a model, checked against the raw network."""
+"""Verification of a model: the library's computations compared with the raw Hugging Face network."""

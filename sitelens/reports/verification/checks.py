@@ -1,4 +1,4 @@
-"""The checks, each of one kind of computation against the raw network."""
+"""The checks of `verify`: each compares one kind of computation with the raw Hugging Face network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _tokens(subject: Subject) -> Finding:
 
 
 def _bridge(subject: Subject) -> Finding:
-    """Against the attention that transformers takes by default: a bridge computes its own."""
+    """The bridge's logits, compared with the default attention of transformers, since a bridge has its own."""
     sdpa = bool(getattr(subject.model.network, "_supports_sdpa", False))
     network = subject.raw("sdpa" if sdpa else "eager")
     with torch.no_grad():
@@ -59,7 +59,7 @@ def _prefix(subject: Subject) -> Finding:
 
 
 def _edit(subject: Subject) -> tuple[Finding, Finding]:
-    """Logits and gradient under a random mixture of every head with another prompt's z."""
+    """Logits and gradient of alpha, with every head patched at a random alpha with the z of another prompt."""
     model = subject.model
     layers, heads, _ = model.shape
     device, generator = model.device, torch.Generator().manual_seed(subject.seed)
@@ -91,7 +91,7 @@ def _edit(subject: Subject) -> tuple[Finding, Finding]:
 
 @contextmanager
 def _mixed(subject: Subject, network: Any, alpha: Tensor, vectors: Tensor) -> Iterator[None]:
-    """The raw network with every head mixed at the last token."""
+    """A context manager that patches every head of the raw network at the last token."""
 
     def hook(layer: int) -> Callable[..., Any]:
         def act(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -114,7 +114,7 @@ def _mixed(subject: Subject, network: Any, alpha: Tensor, vectors: Tensor) -> It
 
 
 def _generation(subject: Subject) -> Finding:
-    """Greedy texts, cached and padded, against the raw network run anew for each token."""
+    """Greedy decoding with cache and padding, compared with running the raw network again for each token."""
     tokenizer, network = subject.model.tokenizer, subject.raw()
     ends = end_tokens(subject.model, tokenizer)
     found = generate(list(subject.batch.texts), None, subject.model, max_new_tokens=NEW_TOKENS, stop=None)
@@ -122,7 +122,7 @@ def _generation(subject: Subject) -> Finding:
     with torch.no_grad():
         for text, ids in zip(found, subject.ids, strict=True):
             said: list[int] = []
-            agreed: str | None = None  # up to where two tokens are as likely, within the limit: after that all is right
+            agreed: str | None = None  # the text before the first tie of two tokens; any text after it is right
             while len(said) < NEW_TOKENS:
                 logits = network(ids, use_cache=False).logits[0, -1].to(subject.dtype)
                 first, second = logits.topk(2).values.tolist()
@@ -167,7 +167,7 @@ def _attribution(subject: Subject) -> Finding:
 
 
 def _stream(subject: Subject) -> Finding:
-    """A vector added behind a layer in the middle."""
+    """The logits with a vector added to the residual stream after a middle layer."""
     model, layer = subject.model, subject.model.shape.layers // 2
     vector = torch.randn(1, model.d_model, generator=torch.Generator().manual_seed(subject.seed))
 
@@ -187,7 +187,7 @@ def _stream(subject: Subject) -> Finding:
 
 
 def _outputs(subject: Subject) -> Finding:
-    """What attention and MLP add, halved in every layer."""
+    """The logits with the outputs of attention and MLP halved in every layer."""
     model = subject.model
     points = [point for part in INNER for point in output_hooks(part, model)]
     inside = sorted({point.split(".")[2] for point in points if point.count(".") > 3})

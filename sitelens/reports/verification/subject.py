@@ -1,4 +1,4 @@
-"""A model under examination: its prompts, the raw network, and by how much numbers may differ."""
+"""Subject: a model to verify, with prompts, the raw network, and the tolerance of comparisons."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ from sitelens.heads.direct import tolerance
 from sitelens.models.model import Model
 from sitelens.tasks import Task
 
-SHOTS = (3, 2, 1)  # demonstrations of the prompts, which so differ in length
+SHOTS = (3, 2, 1)  # demonstrations per prompt, so that prompts differ in length
 NEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: the error and its limit where numbers were compared, and words."""
+    """The outcome of a check.
+
+    Attributes:
+        detail: the outcome in words.
+        error: the largest difference, relative to the scale of what is compared; NaN if no numbers are compared.
+        limit: the largest error that passes; NaN if no numbers are compared.
+        right: False if the check fails for another reason.
+    """
 
     detail: str = ""
     error: float = float("nan")
@@ -39,7 +46,7 @@ class Finding:
 
 @dataclass(eq=False)
 class Subject:
-    """A model under examination, the prompts, and what the raw network makes of them."""
+    """A model to verify, with few-shot prompts of `task` and the results of the raw network for them."""
 
     model: Model
     task: Task
@@ -56,20 +63,28 @@ class Subject:
 
     @cached_property
     def ids(self) -> list[Int[Tensor, "1 pos"]]:
-        """Each prompt alone."""
+        """Token ids of each prompt, without padding."""
         rows = zip(self.batch.tokens, self.batch.mask, strict=True)
         return [tokens[mask][None].to(self.model.device) for tokens, mask in rows]
 
     @cached_property
     def names(self) -> dict[int, list[str]]:
-        """The names that the modules which the bridge wraps have in the raw network, by the module's id."""
+        """Names in the raw network of the modules that the bridge wraps, by id of the module."""
         found: dict[int, list[str]] = {}
         for name, module in self.model.network.named_modules(remove_duplicate=False):
             found.setdefault(id(module), []).append(name.replace("._original_component", ""))
         return found
 
     def module(self, network: Any, point: str) -> nn.Module:
-        """The raw network's module at one of the bridge's components."""
+        """The module of the raw network that corresponds to a component of the bridge.
+
+        Args:
+            network: the raw network.
+            point: name of the component, such as "blocks.0.attn.o".
+
+        Raises:
+            SitelensError: if the raw network has no such module.
+        """
         wrapped: Any = self.model.bridge.get_submodule(point)
         for name in self.names.get(id(wrapped.original_component), []):
             try:
@@ -79,12 +94,12 @@ class Subject:
         raise SitelensError(f"{point} of {self.model.name} is not found in the raw network")
 
     def raw(self, attention: str = "eager") -> Any:
-        """The raw network."""
+        """The raw network, with this attention implementation of transformers."""
         return network_twin(self.model.bridge, attention)
 
     @cached_property
     def logits(self) -> Float[Tensor, "row vocab"]:
-        """Of the raw network."""
+        """Logits of the raw network after the last token of each prompt."""
         network = self.raw()
         with torch.no_grad():
             return torch.cat([network(ids, use_cache=False).logits[:, -1] for ids in self.ids]).to(self.dtype)
@@ -95,7 +110,7 @@ class Subject:
 
     @cached_property
     def limit(self) -> float:
-        """By how much, as a share of the scale, numbers may differ."""
+        """The largest difference that passes, relative to the scale (see `sitelens.reports.verification.verify`)."""
         if self.model.dtype in (torch.float32, torch.float64):
             return tolerance(self.model)
         mask = self.batch.mask.to(self.model.device)
@@ -112,6 +127,6 @@ class Subject:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the expected values' spread about their mean."""
+    """The largest difference, relative to the largest deviation of the expected values from their mean."""
     scale = (expected - expected.mean(-1, keepdim=True)).abs().max().clamp(min=1e-30)
     return float((found.to(expected) - expected).abs().max() / scale)

@@ -1,10 +1,10 @@
-"""verify: which of this library's computations hold on a model, each compared with the raw Hugging Face network.
+"""verify: compares this library's computations on a model with the raw Hugging Face network.
 
 The raw network runs one whole prompt at a time, without padding, cache or hook points; heads are edited by a pre-hook
-on the attention output projection. Numbers agree if they differ by at most 1e-4 of the scale of the logits in float32.
-Narrower dtypes round differently when sums are taken in another order: there the limit is four times what the raw
-network itself differs by between a prompt alone and padded in a batch, or four times the dtype's spacing at one if that
-is more (0.03 in bfloat16), and at most 0.1 in bfloat16 and 0.02 in float16.
+on the attention output projection. In float32, numbers agree if they differ by at most 1e-4 of the scale of the logits.
+Narrower dtypes round differently if sums are computed in another order. For them the limit is four times the difference
+that padding a prompt in a batch makes in the raw network itself, at least four times the spacing of the dtype at 1
+(0.03 in bfloat16), and at most 0.1 in bfloat16 and 0.02 in float16.
 """
 
 from __future__ import annotations
@@ -37,14 +37,13 @@ OK, FAILS, UNSUPPORTED = "ok", "fails", "not supported"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Verification(Result):
-    """What holds on a model. As text it is a table; `ok` says whether nothing fails.
+    """The outcome of all checks on a model; `print` shows it as a table.
 
     Attributes:
-        model: its name and dtype.
+        model: name and dtype of the model.
         frame: one row per check: check, result ("ok", "fails", or "not supported" by the architecture), error (the
-            largest difference, as a share of the scale of what is compared), limit, and detail, what was found in
-            words.
-        record: how it was made.
+            largest difference, relative to the scale of what is compared), limit (of the error), and detail (in words).
+        record: how it was made, as plain JSON.
     """
 
     kind: ClassVar[str] = "verification"
@@ -55,12 +54,12 @@ class Verification(Result):
 
     @property
     def ok(self) -> bool:
-        """Whether no check fails. What an architecture does not support is refused with the same words when used."""
+        """Whether no check fails. Unsupported computations do not count; using them raises the error in `detail`."""
         return not (self.frame["result"] == FAILS).any()
 
     @property
     def failures(self) -> list[str]:
-        """The checks that fail."""
+        """The names of the checks that fail."""
         return self.frame.loc[self.frame["result"] == FAILS, "check"].tolist()
 
     def __str__(self) -> str:
@@ -73,12 +72,12 @@ class Verification(Result):
         return "\n".join(lines)
 
     def summary(self) -> pd.DataFrame:
-        """How many checks have each result: result, checks."""
+        """The number of checks per result; columns: result, checks."""
         counts = self.frame["result"].value_counts(sort=False)
         return counts.rename_axis("result").rename("checks").reset_index()
 
     def tables(self) -> list[Table]:
-        """One row per check."""
+        """One table with one row per check."""
         numbers = {
             name: ["" if math.isnan(value) else f"{value:.0e}" for value in self.frame[name]]
             for name in ("error", "limit")
@@ -88,7 +87,7 @@ class Verification(Result):
         return [Table(cells, f"What holds on {self.model}.", note)]
 
     def figure(self, title: str | None = None) -> go.Figure:
-        """The largest difference of each check over its limit (dashed at 1)."""
+        """The error of each check divided by its limit; a dashed line marks 1."""
         rows = self.frame.assign(share=self.frame["error"] / self.frame["limit"])
         labels = {"share": "Largest difference, as a share of its limit"}
         title = title or ""
@@ -97,7 +96,7 @@ class Verification(Result):
         )
 
     def description(self) -> dict[str, Any]:
-        """What it is in a few words, for its repr."""
+        """The entries of its repr."""
         return {"model": self.model, "checks": len(self.frame), "failures": self.failures}
 
     def __repr__(self) -> str:
@@ -108,12 +107,17 @@ class Verification(Result):
 
 
 def verify(model: ModelSource | None = None, *, task: Task | str = "antonym", seed: int = 0) -> Verification:
-    """Whether this library's fast paths are exact on a model, and which methods its architecture supports.
+    """Check on a model that this library's fast paths are exact, and which methods the architecture supports.
 
-    Compared with the raw Hugging Face network on three few-shot prompts of `task`: the bridge's logits, prefixes and
-    padding, an edit of all heads with its gradient, generated text, the residual stream and the outputs of attention
-    and MLP (on which the methods act), attention patterns, direct logit attribution; and how the tokenizer begins a
-    text. Nothing is cached.
+    Compares with the raw Hugging Face network, on three few-shot prompts: the logits of the bridge, prefixes and
+    padding, an edit of all heads and its gradient, generated text, edits of the residual stream and of the outputs of
+    attention and MLP (which the methods use), attention patterns, and direct logit attribution. Also checks how the
+    tokenizer begins a text, and whether query and value projections exist for LoRA. Nothing is cached.
+
+    Args:
+        model: a model or its name; the default model if None.
+        task: the task of the prompts, whose queries are validation items.
+        seed: decides demonstrations and random edits.
 
     Raises:
         SitelensError: if the model cannot be used at all.
@@ -134,7 +138,7 @@ def verify(model: ModelSource | None = None, *, task: Task | str = "antonym", se
             result = OK if found.holds else FAILS
         except SitelensError as problem:
             result, detail = UNSUPPORTED, str(problem)
-        except Exception as problem:  # whatever a library below us raises: that is what is to be found out
+        except Exception as problem:  # any error of an underlying library is a failed check
             result, detail = FAILS, f"{type(problem).__name__}: {problem}".splitlines()[0]
         rows.append((name, result, error, limit, detail))
     frame = pd.DataFrame(rows, columns=["check", "result", "error", "limit", "detail"])
