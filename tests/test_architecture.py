@@ -90,7 +90,7 @@ def test_the_imports_are_seen():
 
 
 def test_no_two_files_import_each_other():
-    """No longer cycles either; imports through an `__init__.py` count as imports of the files behind it."""
+    """Longer import cycles are not allowed either; an `__init__.py` counts as the files it imports names from."""
     names = {f"sitelens.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}": path for path in FILES}
     arrows = {name: {other for other in names if other != name and imports_file(path, other)} for name, path in
               names.items() if path.name != "__init__.py"}  # fmt: skip

@@ -474,7 +474,7 @@ def test_induction_scores_are_means_of_raw_attention(family: str, bos: bool, mon
 
 
 def test_an_induction_head_scores_one(gpt2: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention set by hand: one head attends behind the first occurrence, one to the previous token."""
+    """Attention set by hand: one head attends to the token after the first occurrence, one to the previous."""
     length = 5
 
     def planted(rows: Tensor, model: Bridge, look: dict[str, Callable[[Tensor], None]]) -> None:

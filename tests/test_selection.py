@@ -250,7 +250,7 @@ class TestDerived:
     def test_alpha_itself_never_changes(self, verb: str, selection: HeadSelection) -> None:
         before = selection.alpha.clone()
         derived = DERIVATIONS[verb][0](selection)
-        derived.alpha.fill_(0.125)  # nor is its memory shared
+        derived.alpha.fill_(0.125)  # its memory is not shared
         assert torch.equal(selection.alpha, before)
 
     @quick
