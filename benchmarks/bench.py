@@ -36,8 +36,8 @@ NAMES = (
     "lowercase_first_letter", "product-company", "word_length", "next_item",
 )  # fmt: skip
 # A short training with two validation prompts per step, as in 400 steps with 8 validations on 100 items.
-CONFIG = sl.TrainConfig(steps=60, eval_every=15, n_valid=30)
-SHORTER = sl.TrainConfig(steps=32, eval_every=4, n_valid=8)  # for long prompts; 8 validations, as by default
+CONFIG = sl.TrainConfig(n_steps=60, eval_every=15, n_valid=30)
+SHORTER = sl.TrainConfig(n_steps=32, eval_every=4, n_valid=8)  # for long prompts; 8 validations, as by default
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def cached(ground: Ground) -> Iterator[Figure]:
     """Second calls, whose results are cached; the ratio is relative to 0.1 s."""
     task = sl.load_task("antonym")
     tasks = [task, sl.load_task("capitalize")]
-    config = sl.TrainConfig(steps=2, n_valid=2)
+    config = sl.TrainConfig(n_steps=2, n_valid=2)
     with tempfile.TemporaryDirectory() as folder, settings.using(cache_dir=Path(folder)):
         calls: dict[str, Callable[[], Any]] = {
             "embed_task": lambda: sl.embed_task(task, ground.model, n_prompts=2),

@@ -28,7 +28,7 @@ from sitelens.models.model import Bridge, Model
 from sitelens.settings import parse_bytes
 
 BUDGET = "512MiB"
-CONFIG = sl.TrainConfig(steps=20, eval_every=10, n_valid=16)
+CONFIG = sl.TrainConfig(n_steps=20, eval_every=10, n_valid=16)
 TASKS, TOKENS, ALPHAS = (1, 2, 4, 8, 16, 32, 57), (10, 30, 60, 120, 250, 500), (1, 2, 4, 16, 64, 256)
 
 

@@ -284,13 +284,14 @@ def test_a_header_that_is_none_is_refused_in_words(header: str, tmp_path: Path):
 # run.json
 
 
-RUN: dict[str, Any] = {"tasks": ["a"], "n_prompts": 5, "train": {"steps": 3, "init": 0.5}, "metrics": ["first_token"]}
+RUN: dict[str, Any] = {"tasks": ["a"], "n_prompts": 5, "train": {"n_steps": 3, "init": 0.5}, "metrics": ["first_token"]}
 RUNS: list[tuple[dict[str, Any], str]] = [
     ({"tasks": "antonym"}, "tasks"), ({"tasks": [1]}, "tasks"), ({"n_prompts": True}, "n_prompts"),
     ({"n_prompts": 5.0}, "n_prompts"), ({"n_prompts": "5"}, "n_prompts"), ({"more": 1}, "more"), ({"k": 0}, "k"),
-    ({"train": []}, "train"), ({"train": {"steps": 2.5}}, "steps"), ({"train": None}, "train"), ({"model": 3}, "model"),
-    ({"train": {"init": "zero"}}, "init"), ({"train": {"lr": True}}, "lr"), ({"metrics": [None]}, "metrics"),
-    ({"train": {"mixing": "loud"}}, "mixing"), ({"seed": 2**80}, "seed"), ({"train": {"seed": None}}, "seed"),
+    ({"train": []}, "train"), ({"train": {"n_steps": 2.5}}, "n_steps"), ({"train": None}, "train"),
+    ({"model": 3}, "model"), ({"train": {"init": "zero"}}, "init"), ({"train": {"lr": True}}, "lr"),
+    ({"metrics": [None]}, "metrics"), ({"train": {"mixing": "loud"}}, "mixing"), ({"seed": 2**80}, "seed"),
+    ({"train": {"seed": None}}, "seed"),
 ]  # fmt: skip
 
 
@@ -418,7 +419,7 @@ def test_files_of_the_first_edition_load(tmp_path: Path):
 def test_a_trained_selection_and_its_embedding_know_where_they_come_from(tmp_path: Path):
     model, task = micro.bridge("Llama"), micro.task(instruction="Say the next.")
     embedding = sl.embed_task(task, model, n_prompts=3, n_shots=2, seed=4)
-    config = sl.TrainConfig(steps=2, eval_every=1)
+    config = sl.TrainConfig(n_steps=2, eval_every=1)
     for _ in range(2):  # computed, then from the cache
         selection = sl.train_selection(task, model, embedding=embedding, config=config).selection
         for thing, load in ((embedding, sl.TaskEmbedding.load), (selection, sl.HeadSelection.load)):
@@ -462,7 +463,7 @@ def changes_in_the_store() -> list[tuple[str, Callable[[Artifact], Artifact]]]:
 def test_what_the_store_holds_of_another_content_is_made_anew():
     model, task = micro.bridge("Llama"), micro.task()
     options: dict[str, Any] = {"n_items": 3}
-    config = sl.TrainConfig(steps=2, eval_every=1)
+    config = sl.TrainConfig(n_steps=2, eval_every=1)
 
     def all_kinds() -> list[Any]:
         embedding = sl.embed_task(task, model, n_prompts=2, n_shots=1)

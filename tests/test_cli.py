@@ -101,7 +101,7 @@ def test_help_shows_the_defaults_of_the_library(capsys: pytest.CaptureFixture[st
     assert config_of("antonym") == RunConfig(tasks=("antonym",))
     text = " ".join(outcome(capsys, "run", "--help")[1].split())
     train = TrainConfig()
-    for default in (train.steps, train.lr, train.eval_every, train.n_valid, RunConfig(tasks=()).model):
+    for default in (train.n_steps, train.lr, train.eval_every, train.n_valid, RunConfig(tasks=()).model):
         assert f"(default: {default})" in text
 
 
@@ -116,7 +116,7 @@ def test_the_command_is_installed():
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["train"], ["tasks", "--nonsense"], ["run", "antonym", "--steps", "many"], ["cache", "--clear", "x"]],
+    [[], ["train"], ["tasks", "--nonsense"], ["run", "antonym", "--n-steps", "many"], ["cache", "--clear", "x"]],
 )
 def test_a_wrong_command_line_shows_the_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]):
     code, out, err = outcome(capsys, *arguments)
@@ -126,7 +126,7 @@ def test_a_wrong_command_line_shows_the_usage(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "antonym", "--step", "3"], "there is no option '--step': did you mean --steps"),
+        (["run", "antonym", "--n-step", "3"], "there is no option '--n-step': did you mean --n-steps"),
         (["run", "antonym", "--metric=first_token"], "there is no option '--metric': did you mean --metrics"),
         (["transfer", "antonym", "synonym", "--nitems", "5"], "did you mean --n-items"),
         (["cache", "--verbos"], "there is no option '--verbos': did you mean --verbose?"),
@@ -327,13 +327,13 @@ def test_the_cache_folder_may_be_chosen(capsys: pytest.CaptureFixture[str], full
 
 def test_run_options_become_a_configuration():
     line = (
-        "antonym mine.csv --model m --n-prompts 3 --n-shots 2 --steps 7 --lr 0.1 --batch-size 4 --eval-every 5 "
+        "antonym mine.csv --model m --n-prompts 3 --n-shots 2 --n-steps 7 --lr 0.1 --batch-size 4 --eval-every 5 "
         "--n-valid 6 --checkpoint last --init random --mixing additive --train-seed 8 --n-items 0 --k 9 --draws 1 "
         "--seed 10 --template chat --metrics exact_match first_token exact_match --instruction Hm "
         "--template-arg enable_thinking=false day=1=1 n=3"
     )
     train = TrainConfig(
-        steps=7, lr=0.1, batch_size=4, eval_every=5, n_valid=6, checkpoint="last", init="random", mixing="additive",
+        n_steps=7, lr=0.1, batch_size=4, eval_every=5, n_valid=6, checkpoint="last", init="random", mixing="additive",
         seed=8,
     )  # fmt: skip
     assert config_of(*line.split()) == RunConfig(
@@ -372,7 +372,7 @@ BROKEN_RUNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no train": lambda record: record["config"].pop("train"),
     "unknown field": lambda record: record["config"].update(color="red"),
     "unknown training field": lambda record: record["config"]["train"].update(color="red"),
-    "steps 0": lambda record: record["config"]["train"].update(steps=0),
+    "n_steps 0": lambda record: record["config"]["train"].update(n_steps=0),
 }
 
 
@@ -429,7 +429,7 @@ def task_file(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--n-steps", "0"], "n_steps must be at least 1, got 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--eval-every", "-1"], "eval_every must be at least 1, got -1"),
         (["--n-valid", "0"], "n_valid must be at least 1, got 0"),
@@ -473,7 +473,7 @@ def test_a_bad_value_is_refused_in_one_line_before_training(
         (["nowhere.json"], "there is no task file nowhere.json"),
         (["fv/antonym", "--data", "nowhere"], "the data folder nowhere does not exist"),
         (["antonym", "--again", "run.json"], "give tasks and options or --again run.json, not both: tasks"),
-        (["--steps", "3", "--seed", "1", "--again", "run.json"], "not both: steps, seed"),
+        (["--n-steps", "3", "--seed", "1", "--again", "run.json"], "not both: n_steps, seed"),
         (["--again", "nowhere.json"], "there is no file nowhere.json"),
         (["--instruction", "Hm", "--again", "run.json"], "not both: instruction"),
         (["antonym", "--template-arg", "a=1"], "template arguments are for the template 'chat'"),
@@ -557,7 +557,7 @@ def test_compare_prints_a_table_and_writes_figure_numbers_and_origin(
     task = tmp_path / "shift.json"
     pairs = zip(micro.WORDS[:30], micro.WORDS[1:31], strict=True)
     task.write_text(json.dumps([{"input": a, "output": b} for a, b in pairs]))
-    options = ["--methods", "zero-shot", "SITE", "--set", "SITE.steps=2", "SITE.n_prompts=2", "SITE.n_shots=2"]
+    options = ["--methods", "zero-shot", "SITE", "--set", "SITE.n_steps=2", "SITE.n_prompts=2", "SITE.n_shots=2"]
     arguments = ["compare", str(task), *options, "--model", str(folder), "--n-items", "4", "--out", str(out)]
     code, printed, _ = outcome(capsys, *arguments)
     assert code == 0 and "zero-shot" in printed and "SITE" in printed and "seconds to fit" in printed
@@ -565,7 +565,7 @@ def test_compare_prints_a_table_and_writes_figure_numbers_and_origin(
     rows = (out / "comparison.csv").read_text().splitlines()
     assert len(rows) == 3 and rows[2].startswith("shift,SITE,")
     origin = json.loads((out / "comparison.json").read_text())
-    assert origin["made_by"].startswith("sitelens compare") and origin["methods"]["SITE"]["steps"] == 2
+    assert origin["made_by"].startswith("sitelens compare") and origin["methods"]["SITE"]["n_steps"] == 2
     assert (out / "comparison.html").exists()
 
 

@@ -122,6 +122,13 @@ def test_means_over_tasks() -> None:
     )
 
 
+def test_nothing_to_compare_is_an_error(model: Bridge) -> None:
+    with pytest.raises(SitelensError, match="give at least one method"):
+        sl.compare([micro.task()], [], model)
+    with pytest.raises(SitelensError, match="give at least one task"):
+        sl.compare([], ["zero-shot"], model)
+
+
 def test_unknown_methods_are_named_with_the_nearest(model: Bridge) -> None:
     with pytest.raises(SitelensError, match=r"did you mean .*LoRA"):
         compare([TASK], ["lora"], model)

@@ -48,7 +48,7 @@ class Mine(sl.Suite):
 '''
 
 RUN = """
-training = {"steps": 2, "eval_every": 1, "n_valid": 2}
+training = {"n_steps": 2, "eval_every": 1, "n_valid": 2}
 small = {"methods": [sl.methods.SITE(n_prompts=2, n_shots=2, **training)], "n_shots": 2, "n_items": 4}
 model = sl.load_model("model")
 """
@@ -401,7 +401,7 @@ print(result.scores["metric"].unique(), result.scores["score"].tolist())
 def test_a_metric_of_an_installed_package_is_known_by_name(home: Path) -> None:
     (home / "laboratory.py").write_text(METRIC)
     install(home, "sitelens.metrics", "vowel", "laboratory:vowel")
-    sizes = ["--n-prompts", "2", "--n-shots", "2", "--steps", "2", "--n-items", "4", "--draws", "1"]
+    sizes = ["--n-prompts", "2", "--n-shots", "2", "--n-steps", "2", "--n-items", "4", "--draws", "1"]
     words = ["run", "antonym", "--model", "model", "--metrics", "vowel", *sizes]
     assert "vowel" in run(home, "-m", "sitelens.cli", *words)
 

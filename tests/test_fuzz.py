@@ -48,7 +48,7 @@ def how_many(few: int, many: int) -> Callable[[Any], Any]:
 ODD = st.sampled_from([
     "", " ", "0", "-1", "1", "3", "2.5", "1e9", "9" * 5000, "nan", "inf", "-inf", "many", "None", "null", "true",
     "first_token", "heads", "random", "best", "'", '"', "\\", "\0", "\n", "\ud83d", "💥", "x" * 3000, "../..", "/", "~",
-    "~nobody/x", "a=b", "=", "--", "-", "-x", "--steps", "{input}{output}", "{input} {output}", "{", "chat", "a.b=c",
+    "~nobody/x", "a=b", "=", "--", "-", "-x", "--n-steps", "{input}{output}", "{input} {output}", "{", "chat", "a.b=c",
     "LTV.n_steps=100", "LTV.step=100", "FV.scope=generation", "FV.scope=7", "SITE.lr=NaN", "SITE=1",
     "LoRA.learning_rates=[1,\"x\"]",
     "LoRA.rank=" + "[" * 3000, "x=" + "9" * 5000, "enable_thinking=false", "strftime_now=9", "1GiB", "-1GiB",
@@ -97,7 +97,7 @@ def idle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SITELENS_TRACEBACK", "1")
     (tmp_path / "shift.csv").write_text("input,output\n" + "".join(f"w{i},v{i}\n" for i in range(30)))
-    (tmp_path / "broken.json").write_text('{"config": {"tasks": [[]], "train": {"steps": [1]}, "metrics": 3}}')
+    (tmp_path / "broken.json").write_text('{"config": {"tasks": [[]], "train": {"n_steps": [1]}, "metrics": 3}}')
     return tmp_path
 
 
@@ -128,13 +128,14 @@ def test_every_command_line_ends_in_an_exit_code(idle: Path, examples: int):
 NUMBERS: list[Any] = [
     0, 1, 2, 3, -1, True, 2.0, 2.5, float("nan"), float("inf"), -0.0, 10**30, np.int64(2), np.int8(1), np.uint8(2),
     np.float32(0.1), np.float64(2), np.array(2), np.array([2]), np.array([[1]]), torch.tensor(2), torch.tensor(0.5),
-    "2", "many", "", None, [], [2], {}, {"steps": 1}, object(), 1j, b"2", range(2), np.arange(2), {0, 1}, Ellipsis, int,
+    "2", "many", "", None, [], [2], {}, {"n_steps": 1}, object(), 1j, b"2", range(2), np.arange(2), {0, 1}, Ellipsis,
+    int,
 ]  # fmt: skip
 THINGS: list[Any] = [
     *NUMBERS, "prompt", "generation", "test", "first_token", ["first_token"], "exact", "\ud83d", "x" * 3000, Path("."),
     sl,
     torch.nn.Linear(1, 1), sl.ZeroShot(), sl.ZeroShot, {"z": sl.ZeroShot()}, {"": None}, {1: sl.ZeroShot()},
-    sl.TrainConfig(steps=1), "antonym", ["antonym"], ["antonym", "antonym"], np.array(["a", "b"]), lambda: None,
+    sl.TrainConfig(n_steps=1), "antonym", ["antonym"], ["antonym", "antonym"], np.array(["a", "b"]), lambda: None,
 ]  # fmt: skip
 
 
@@ -149,11 +150,11 @@ def tiny() -> Iterator[Bridge]:
 
 
 TASK = micro.task("shift", n=20)
-SMALL = sl.TrainConfig(steps=1, eval_every=1, n_valid=2)
+SMALL = sl.TrainConfig(n_steps=1, eval_every=1, n_valid=2)
 COUNT = values(1, 2)
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, st.SearchStrategy[Any]]]] = {
     "TrainConfig": (sl.TrainConfig, {
-        "steps": COUNT, "lr": values(0.1), "batch_size": COUNT, "eval_every": COUNT, "n_valid": COUNT, "seed": COUNT,
+        "n_steps": COUNT, "lr": values(0.1), "batch_size": COUNT, "eval_every": COUNT, "n_valid": COUNT, "seed": COUNT,
         "init": values("random", 0.5), "checkpoint": values("best"), "mixing": values("convex"),
     }),
     "RunConfig": (sl.RunConfig, {

@@ -22,7 +22,7 @@ from sitelens.tasks import builtin
 from tests import micro
 
 ROOT = Path(__file__).parents[1]
-SMALL = TrainConfig(steps=4, eval_every=2, n_valid=4)
+SMALL = TrainConfig(n_steps=4, eval_every=2, n_valid=4)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_the_transfer_command_prints_and_writes_the_matrix(
     task_files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    options = ["--n-prompts", "2", "--n-shots", "2", "--steps", "3", "--n-items", "5", "--swap", "both"]
+    options = ["--n-prompts", "2", "--n-shots", "2", "--n-steps", "3", "--n-items", "5", "--swap", "both"]
     assert main(["transfer", *task_files, *options, "--out", str(out), "--no-progress"]) == 0
     printed = capsys.readouterr().out
     grid = sl.TransferMatrix.load(out / "transfer.safetensors")
@@ -110,7 +110,7 @@ def test_the_transfer_command_prints_and_writes_the_matrix(
         "transfer.safetensors", "plotly.min.js",
     }  # fmt: skip
     record: dict[str, Any] = json.loads((out / "transfer.json").read_text())
-    assert record["train"]["steps"] == 3 and "--swap both" in record["made_by"]
+    assert record["train"]["n_steps"] == 3 and "--swap both" in record["made_by"]
 
 
 def test_the_committed_figures_have_their_data_and_their_origin() -> None:

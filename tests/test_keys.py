@@ -250,7 +250,7 @@ def test_a_rotary_embedding_that_follows_the_prompt_keeps_its_fingerprint(kind: 
 def test_work_leaves_the_key_as_it_was(family: str):
     bridge = micro.bridge(family)
     before = model_key(Model.of(bridge))
-    config = sl.TrainConfig(steps=1, eval_every=1)
+    config = sl.TrainConfig(n_steps=1, eval_every=1)
     sl.train_selection(TASK, bridge, embedding=sl.embed_task(TASK, bridge, **SMALL), config=config)
     sl.evaluate(TASK, ZERO, bridge, n_items=2, metrics=("exact_match",))
     assert model_key(Model.of(bridge)) == before and heard(bridge) is None
@@ -456,7 +456,7 @@ def test_what_a_key_cannot_name_is_heard_once_and_closes_the_store(what: str, mo
 
 
 def test_an_ablated_model_never_takes_nor_leaves_what_a_clean_one_computes():
-    config = sl.TrainConfig(steps=3, eval_every=1)
+    config = sl.TrainConfig(n_steps=3, eval_every=1)
 
     def results(bridge: Bridge) -> list[torch.Tensor]:
         embedding = sl.embed_task(TASK, bridge, **SMALL)

@@ -244,7 +244,7 @@ class TestBudget:
         seeds = iter(range(100))
 
         def train() -> None:
-            config = TrainConfig(steps=2, eval_every=1, batch_size=batch_size, n_valid=4)
+            config = TrainConfig(n_steps=2, eval_every=1, batch_size=batch_size, n_valid=4)
             options = {"seeds": (next(seeds),), "config": config}
             train_selections(tasks, model, embeddings=embeddings, **options)
 
@@ -256,7 +256,7 @@ class TestBudget:
         seeds = iter(range(100))
 
         def train() -> None:  # all validation prefixes together need more than half of it
-            options = {"seeds": (next(seeds),), "config": TrainConfig(steps=1, n_valid=8)}
+            options = {"seeds": (next(seeds),), "config": TrainConfig(n_steps=1, n_valid=8)}
             train_selections(tasks, model, embeddings=embeddings, shared=True, **options)
 
         self.check(train, 9 * MIB)

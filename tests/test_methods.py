@@ -53,7 +53,7 @@ SMALL: dict[str, dict[str, Any]] = {
             "learning_rates": (0.1,)},
     "LoFiT": {"epochs": 1, "n_heads": 2},
     "LoRA": {"n_steps": 3, "learning_rates": (1e-2,)},
-    "SITE": {"n_prompts": 3, "n_shots": 2, "steps": 3, "n_valid": 4},
+    "SITE": {"n_prompts": 3, "n_shots": 2, "n_steps": 3, "n_valid": 4},
 }  # fmt: skip
 
 

@@ -344,7 +344,7 @@ def test_answers_that_are_no_set_of_labels_are_warned_of(llama: Bridge):
 
 # The warning about shared first tokens
 
-CONFIG = sl.TrainConfig(steps=2, eval_every=1, n_valid=2)
+CONFIG = sl.TrainConfig(n_steps=2, eval_every=1, n_valid=2)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ SMALLER = {
     'SUITE, TASKS = "fv57", None': 'SUITE, TASKS = "builtin", ["antonym", "capitalize", "choose_first_of_3"]',
     "suite = sl.run_suite(SUITE, tasks=TASKS, **SETTINGS)": (
         "suite = sl.run_suite(SUITE, tasks=TASKS, **SETTINGS, methods=["
-        "sl.methods.SITE(steps=6, eval_every=3, n_valid=4, n_prompts=4)])"
+        "sl.methods.SITE(n_steps=6, eval_every=3, n_valid=4, n_prompts=4)])"
     ),
     'grid = sl.transfer_matrix(list(suite.tasks["task"]), **SETTINGS | {"n_items": 50})': (
         'grid = sl.transfer_matrix(list(suite.tasks["task"]), n_items=6, n_prompts=4, '
-        "config=sl.TrainConfig(steps=6, eval_every=3, n_valid=4))"
+        "config=sl.TrainConfig(n_steps=6, eval_every=3, n_valid=4))"
     ),
     "in SAMPLES.items()": 'in {"builtin": {"tasks": ["synonym"]}}.items()',
     '"n_items": 100': '"n_items": 6',
@@ -28,7 +28,7 @@ SMALLER = {
     "N_ITEMS = 50": "N_ITEMS = 6",
     "N_ITEMS, N_SHOTS = 100, 10": "N_ITEMS, N_SHOTS = 6, 4",
     "n_prompts=50, n_shots=10": "n_prompts=4, n_shots=4",
-    "sl.TrainConfig()": "sl.TrainConfig(steps=6, eval_every=3, n_valid=4)",
+    "sl.TrainConfig()": "sl.TrainConfig(n_steps=6, eval_every=3, n_valid=4)",
     'TASKS = ["antonym", "country-capital", "capitalize", "choose_first_of_3"]': 'TASKS = ["antonym", "capitalize"]',
     'TASKS = ["antonym", "country-capital"]': 'TASKS = ["antonym", "capitalize"]',
     'TASKS = list(sl.STUDIES["transfer"].tasks)': 'TASKS = ["antonym", "capitalize", "choose_first_of_3"]',
@@ -46,7 +46,7 @@ SMALLER = {
         'METHODS, N_ITEMS = ["zero-shot", "10-shot", "TV",'
     ),
     '                    sl.methods.LTV(n_steps=100), "LoFiT", "LoRA", "SITE"], 100': (
-        "sl.methods.SITE(steps=6, eval_every=3, n_valid=4, n_prompts=4)], 6"
+        "sl.methods.SITE(n_steps=6, eval_every=3, n_valid=4, n_prompts=4)], 6"
     ),
 }
 EXPECTED = (

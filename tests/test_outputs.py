@@ -25,7 +25,7 @@ from sitelens.reports import gallery
 from sitelens.reports.run import RunConfig, RunReport, run
 from tests import micro
 
-SMALL = ["--n-prompts", "2", "--n-shots", "1", "--steps", "2", "--n-items", "2", "--draws", "1", "--k", "1"]
+SMALL = ["--n-prompts", "2", "--n-shots", "1", "--n-steps", "2", "--n-items", "2", "--draws", "1", "--k", "1"]
 ENOSPC = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -200,7 +200,7 @@ NAMES = [
 def report(tmp_path_factory: pytest.TempPathFactory) -> RunReport:
     folder = tmp_path_factory.mktemp("tasks")
     files = tuple(task_file(folder, name, f"t{i}") for i, name in enumerate(NAMES))
-    train = sl.TrainConfig(steps=2, eval_every=2, n_valid=2)
+    train = sl.TrainConfig(n_steps=2, eval_every=2, n_valid=2)
     config = RunConfig(tasks=files, n_prompts=2, n_shots=1, n_items=2, draws=1, k=1, train=train)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sl.SitelensWarning)

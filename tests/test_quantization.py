@@ -53,7 +53,7 @@ def test_a_model_in_four_bits_does_everything(packed: Bridge) -> None:
     task = micro.task()
     embedding = sl.embed_task(task, packed, n_prompts=3, n_shots=2)
     result = sl.train_selection(
-        task, packed, embedding=embedding, config=sl.TrainConfig(steps=6, eval_every=3, n_valid=3)
+        task, packed, embedding=embedding, config=sl.TrainConfig(n_steps=6, eval_every=3, n_valid=3)
     )
     alpha = result.selection.alpha
     assert alpha.dtype == torch.float32 and (alpha - 0.5).abs().max() > 0.1
@@ -140,7 +140,7 @@ def test_no_unpacked_expert_is_kept_for_the_gradient(packed: Bridge) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        sl.train_selection(task, packed, embedding=embedding, config=sl.TrainConfig(steps=2, eval_every=2, n_valid=2))
+        sl.train_selection(task, packed, embedding=embedding, config=sl.TrainConfig(n_steps=2, eval_every=2, n_valid=2))
     experts = micro.raw("Mixtral-8x7B").model.layers[0].mlp.experts
     assert 0 < largest < experts.down_proj[0].numel()
 
@@ -183,7 +183,7 @@ def test_what_dispatches_a_model_to_devices_changes_no_number(family: str) -> No
     network = dispatch_model(micro.raw(family), {"": "cpu"}, main_device=cast(Any, "cpu"), force_hooks=True)
     assert sum(hasattr(module, "_hf_hook") for module in network.modules()) > 5
     spread, plain = micro.bridged(network, family, micro.tokenizer()), micro.bridge(family)
-    task, config = micro.task(), sl.TrainConfig(steps=4, eval_every=2, n_valid=2)
+    task, config = micro.task(), sl.TrainConfig(n_steps=4, eval_every=2, n_valid=2)
     found = []
     for model in (plain, spread):
         with settings.using(cache_dir=settings.cache() / str(len(found))):

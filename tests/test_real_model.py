@@ -97,7 +97,7 @@ def test_fv_tasks_show_what_the_protocol_says(
 
 
 def test_one_task_alone_gives_the_same_alpha_as_in_a_batch(model: Bridge) -> None:
-    config = sl.TrainConfig(steps=12, eval_every=6, n_valid=8)
+    config = sl.TrainConfig(n_steps=12, eval_every=6, n_valid=8)
     vectors = {name: sl.embed_task(name, model, n_prompts=3, n_shots=3) for name in ("antonym", "capitalize")}
     together = sl.train_selections(list(vectors), model, embeddings=vectors, config=config)
     with settings.using(cache_dir=sl.settings.cache() / "alone"):
@@ -114,7 +114,7 @@ def test_the_command_writes_all_of_a_run_and_makes_it_again(
         "5",
         "--n-shots",
         "4",
-        "--steps",
+        "--n-steps",
         "40",
         "--eval-every",
         "20",
@@ -149,8 +149,9 @@ def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
     model: Bridge, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A suite with small settings; a second call runs no model."""
-    words = ["suite", "builtin", "--tasks", "capitalize", "choose_first_of_3", "antonym", "--n-prompts", "5", "--steps",
-             "60", "--eval-every", "20", "--n-valid", "10", "--n-items", "20", "--no-progress"]  # fmt: skip
+    words = ["suite", "builtin", "--tasks", "capitalize", "choose_first_of_3", "antonym", "--n-prompts", "5",
+             "--n-steps", "60", "--eval-every", "20", "--n-valid", "10", "--n-items", "20",
+             "--no-progress"]  # fmt: skip
     assert cli.main([*words, "--out", str(tmp_path / "first")]) == 0
     first = capsys.readouterr().out
     assert "| condition | abstractive (2 tasks, n=40) | extractive (1 task, n=20) | all (3 tasks, n=60) |" in first
@@ -165,7 +166,7 @@ def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
 
 
 def test_a_benchmark_with_long_prompts_runs(model: Bridge, data_folder: Path) -> None:
-    site = sl.methods.SITE(n_prompts=2, n_shots=3, steps=4, eval_every=2, n_valid=3)
+    site = sl.methods.SITE(n_prompts=2, n_shots=3, n_steps=4, eval_every=2, n_valid=3)
     found = sl.run_suite("bbh", model, tasks=["bbh/date_understanding"], methods=[site], n_items=3, n_shots=3)
     assert found.scores["item"].nunique() == 3
     assert found.tasks["dropped"].tolist() == [0] and len(found.left_out) == 26

@@ -26,7 +26,7 @@ from sitelens.reports.records import changes, run_command, warn_of_changes
 from sitelens.reports.run import RunConfig, RunReport, _warn_about_gaps, run, run_conditions
 from tests import micro
 
-SMALL = sl.TrainConfig(steps=6, eval_every=3, n_valid=4)
+SMALL = sl.TrainConfig(n_steps=6, eval_every=3, n_valid=4)
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def parsed(command: str) -> RunConfig:
 
 
 TRAINS = st.fixed_dictionaries({
-    "steps": st.sampled_from([400, 3]), "lr": st.sampled_from([0.2, 1e-5, 0.1 + 0.2]),
+    "n_steps": st.sampled_from([400, 3]), "lr": st.sampled_from([0.2, 1e-5, 0.1 + 0.2]),
     "init": st.sampled_from([0.5, "random", 0.25]), "checkpoint": st.sampled_from(["best", "last"]),
     "mixing": st.sampled_from(["convex", "additive"]), "seed": st.sampled_from([0, 4]),
     "batch_size": st.sampled_from([1, 2]), "eval_every": st.sampled_from([50, 2]), "n_valid": st.sampled_from([100, 2]),

@@ -31,7 +31,7 @@ from tests import interruption, micro, oracle
 # What is computed with the user's hooks is not cached, and a warning says so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*neither taken from the cache:sitelens.errors.SitelensWarning")
 TASK = micro.task(n=30)
-CONFIG = sl.TrainConfig(steps=3, eval_every=2, n_valid=4)
+CONFIG = sl.TrainConfig(n_steps=3, eval_every=2, n_valid=4)
 SMALL: dict[str, dict[str, Any]] = {
     "ManyShot": {"limit": 2},
     "FV": {"n_prompts": 3, "n_shots": 2, "n_effects": 2, "head_counts": (2,)},

@@ -116,7 +116,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
 
 def test_pairs_are_of_the_trained_alphas(model: Bridge) -> None:
-    config = sl.TrainConfig(steps=6, eval_every=3, n_valid=4, lr=1.0)
+    config = sl.TrainConfig(n_steps=6, eval_every=3, n_valid=4, lr=1.0)
     vectors = {task.name: sl.embed_task(task, model, n_prompts=3, n_shots=2) for task in TASKS}
     options: dict[str, Any] = {"seeds": (1, 0), "embeddings": vectors, "config": config}
     found = head_similarity(TASKS, model, n_permutations=5, **options)

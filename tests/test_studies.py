@@ -30,7 +30,7 @@ from sitelens.studies import patching
 from sitelens.studies.common import Prepared, head_counts_up_to
 from tests import micro
 
-CONFIG = sl.TrainConfig(steps=4, eval_every=2, n_valid=4, lr=1.0, seed=1)
+CONFIG = sl.TrainConfig(n_steps=4, eval_every=2, n_valid=4, lr=1.0, seed=1)
 OPTIONS: dict[str, Any] = {"n_items": 7, "seed": 2}
 MEASURED = ["mean", "low", "high", "n", "loss"]
 
@@ -527,7 +527,7 @@ class TestLossPath:
 def test_checkpoints_are_the_step_of_lowest_validation_loss_and_the_final_one(
     model: Bridge, tasks: list[sl.Task]
 ) -> None:
-    config = replace(CONFIG, steps=6, lr=4.0)
+    config = replace(CONFIG, n_steps=6, lr=4.0)
     frame = studies.checkpoints(tasks, model, config=config, **OPTIONS)
     for task in tasks:
         for kind in ("best", "last"):
@@ -558,7 +558,7 @@ class TestAlphaDistribution:
             self.assert_histogram(frame[frame["task"] == task.name], trained(task, model)[1].selection.alpha)
 
     def test_by_layer(self, model: Bridge, tasks: list[sl.Task]) -> None:
-        config = replace(CONFIG, steps=8, lr=2.0)
+        config = replace(CONFIG, n_steps=8, lr=2.0)
         frame = studies.alpha_distribution(tasks, model, by="layer", config=config, **OPTIONS)
         for task in tasks:
             for layer, alpha in enumerate(trained(task, model, config)[1].selection.alpha.tolist()):
@@ -572,9 +572,9 @@ class TestAlphaDistribution:
         frame = studies.alpha_distribution(tasks, model, by="step", steps=(1, 3), config=CONFIG, **OPTIONS)
         assert frame["step"].drop_duplicates().tolist() == [1, 3]
         for task in tasks:
-            long = trained(task, model, replace(CONFIG, steps=5))[1].history
+            long = trained(task, model, replace(CONFIG, n_steps=5))[1].history
             for step in (1, 3):
-                _, result = trained(task, model, replace(CONFIG, steps=step, checkpoint="last"))
+                _, result = trained(task, model, replace(CONFIG, n_steps=step, checkpoint="last"))
                 part = frame[(frame["task"] == task.name) & (frame["step"] == step)]
                 self.assert_histogram(part, result.selection.alpha)
                 for column in ("loss", "mean_alpha"):  # a longer training draws the same items up to here
@@ -593,7 +593,7 @@ class TestCosts:
         assert len(frame) == 12 and (frame["seconds"] > 0).all() and len(task.test) < 30
         tokens = frame.pivot(index="prompts", columns="method", values="tokens")
         rng = random.Random("sitelens/training/shift/1")
-        drawn = {rng.randrange(len(task.train)) for _ in range(CONFIG.steps)}
+        drawn = {rng.randrange(len(task.train)) for _ in range(CONFIG.n_steps)}
         # Prefixes of the sampled items and of 4 validation items, once; the last token in 4 steps and 2 validations.
         preparing = 3 * (2 * 8 + 6) + 5 * len(drawn) + 4 + 5 * 4 + 2 * 4
         for count in (1, 5, 30):
@@ -698,7 +698,7 @@ class TestHeadOverlap:
 
 
 def test_shared_attention_compares_what_both_tasks_attend_to(model: Bridge, tasks: list[sl.Task]) -> None:
-    three, config = [*tasks, micro.task("three", step=5)], replace(CONFIG, steps=10)
+    three, config = [*tasks, micro.task("three", step=5)], replace(CONFIG, n_steps=10)
     options: dict[str, Any] = {"n_prompts": 3, "n_shots": 2}
     frame = studies.shared_attention(three, model, config=config, **options, **OPTIONS)
     pairs = frame[["task_a", "task_b"]].drop_duplicates().to_numpy().tolist()

@@ -34,8 +34,8 @@ from tests import micro
 ROOT = Path(__file__).parents[1]
 TASKS = {name: micro.task(name, step=step) for name, step in (("one", 1), ("two", 2), ("three", 3))}
 GROUPS = {"one": "left", "two": "right", "three": "left"}
-CONFIG = sl.TrainConfig(steps=6, eval_every=3, n_valid=3, lr=1.0)
-SITE = sl.methods.SITE(n_prompts=3, n_shots=2, steps=6, eval_every=3, n_valid=3, lr=1.0)
+CONFIG = sl.TrainConfig(n_steps=6, eval_every=3, n_valid=3, lr=1.0)
+SITE = sl.methods.SITE(n_prompts=3, n_shots=2, n_steps=6, eval_every=3, n_valid=3, lr=1.0)
 SMALL: dict[str, Any] = {
     "methods": [SITE], "n_shots": 2, "n_items": 6,
 }  # fmt: skip
@@ -201,7 +201,7 @@ def test_a_suites_bar_moves_within_a_batch_of_trainings(model: Bridge, monkeypat
     monkeypatch.setattr(
         training_state.Record, "step", lambda self, *values: (shares.append(jobs[0]._share), step(self, *values))[1]
     )
-    run_suite("bbh", model, **{**SMALL, "methods": [replace(SITE, steps=100)]})
+    run_suite("bbh", model, **{**SMALL, "methods": [replace(SITE, n_steps=100)]})
     assert len(shares) == 100 and shares == sorted(shares) and len(set(shares)) == 100
     assert jobs[0]._share == pytest.approx(1)
 
@@ -302,7 +302,7 @@ def test_everything_is_written_with_its_origin(model: Bridge, tmp_path: Path) ->
     assert {path.name for path in paths} | {"plotly.min.js"} == {path.name for path in folder.iterdir()}
     record = json.loads((folder / "suite-bbh.json").read_text())
     assert record["made_by"] == "sitelens suite bbh" and record["left_out"] == found.left_out
-    assert record["tasks"] == list(TASKS) and record["methods"]["SITE"]["steps"] == 6
+    assert record["tasks"] == list(TASKS) and record["methods"]["SITE"]["n_steps"] == 6
     assert [row["mean"] for row in record["table"]] == pytest.approx(found.summary()["mean"].tolist(), abs=1e-4)
     summary = pd.read_csv(folder / "suite-bbh.csv")
     assert summary["mean"].tolist() == pytest.approx(found.frame["mean"].tolist())

@@ -36,8 +36,8 @@ from sitelens.tasks import Example, Task
 from tests import micro, oracle
 
 Results = dict[tuple[str, int], TrainResult]
-SHORT = TrainConfig(steps=10, eval_every=4, n_valid=3)
-ONE = TrainConfig(steps=1, n_valid=2)
+SHORT = TrainConfig(n_steps=10, eval_every=4, n_valid=3)
+ONE = TrainConfig(n_steps=1, n_valid=2)
 
 
 def worded(name: str, step: int = 1, n: int = 30, **options: Any) -> Task:
@@ -107,7 +107,7 @@ class TestHowItIsBatchedChangesNothing:
     def test_the_memory_budget_changes_no_number(
         self, family: str, shared: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        model, config = double(family), TrainConfig(steps=6, batch_size=3, eval_every=3, n_valid=3)
+        model, config = double(family), TrainConfig(n_steps=6, batch_size=3, eval_every=3, n_valid=3)
         options: dict[str, Any] = {"config": config, "shared": shared}
         counted = Counted(monkeypatch)
         few = 3 * 8 * prefix_bytes(Model.of(model), 9)  # a third of it holds the prefixes of eight prompts
@@ -125,7 +125,7 @@ class TestHowItIsBatchedChangesNothing:
 
     @pytest.mark.parametrize("family", ["GPT2", "Llama", "Gemma3Text"])
     def test_float32_agrees_to_a_thousandth_and_in_every_clear_head(self, family: str) -> None:
-        model, config = micro.bridge(family), TrainConfig(steps=40, eval_every=20, n_valid=3)
+        model, config = micro.bridge(family), TrainConfig(n_steps=40, eval_every=20, n_valid=3)
         alone = one_by_one(self.tasks, model, (0,), config)
         budget = 3 * 8 * prefix_bytes(Model.of(model), 9)
         with settings.using(memory_budget=budget):
@@ -282,7 +282,7 @@ class Plain:
         self.loss: list[float] = []
         self.valid: dict[int, float] = {}
         self.alphas: dict[int, Tensor] = {}
-        for step in range(1, config.steps + 1):
+        for step in range(1, config.n_steps + 1):
             drawn = [
                 (task.train[draws[task].randrange(len(task.train))], embedding)
                 for task, embedding in members.items()
@@ -294,7 +294,7 @@ class Plain:
             optimizer.step()
             self.loss.append(sum(loss.item() for loss in losses) / len(losses))
             self.alphas[step] = torch.sigmoid(logits.detach())
-            if step % config.eval_every == 0 or step == config.steps:
+            if step % config.eval_every == 0 or step == config.n_steps:
                 checks = [(item, e) for task, e in members.items() for item in task.valid[: config.n_valid]]
                 found = [self.item_loss(item, self.alphas[step], embedding).item() for item, embedding in checks]
                 self.valid[step] = sum(found) / len(found)
@@ -317,7 +317,7 @@ class Plain:
 
 class TestAgainstAPlainImplementation:
     task, other = worded("plain", 3), worded("other", 17)
-    config = TrainConfig(steps=30, eval_every=8, n_valid=3, seed=4)
+    config = TrainConfig(n_steps=30, eval_every=8, n_valid=3, seed=4)
 
     def pair(self, family: str, config: TrainConfig, alpha: Tensor | float = 0.5) -> tuple[Plain, TrainResult]:
         model = double(family)
@@ -351,7 +351,7 @@ class TestAgainstAPlainImplementation:
         plain.assert_agrees(result, plain.best)
 
     def test_the_losses_of_a_batch_are_summed_and_reported_as_their_mean(self) -> None:
-        plain, result = self.pair("GPTNeoX", replace(self.config, batch_size=3, steps=12))
+        plain, result = self.pair("GPTNeoX", replace(self.config, batch_size=3, n_steps=12))
         plain.assert_agrees(result, plain.best)
 
     def test_alpha_may_start_elsewhere(self) -> None:
@@ -379,7 +379,7 @@ class TestAgainstAPlainImplementation:
 
 def random_start(model: Bridge, task: Task, seed: int) -> Tensor:
     """The alpha of a random initialization, after one step that is too small to change it."""
-    config = TrainConfig(steps=1, lr=1e-14, n_valid=1, init="random")
+    config = TrainConfig(n_steps=1, lr=1e-14, n_valid=1, init="random")
     return anew([task], model, seeds=(seed,), config=config)[task.name, seed].selection.alpha
 
 
@@ -395,7 +395,7 @@ def test_a_random_start_depends_on_task_and_seed() -> None:
 
 def test_a_shared_random_start_does_not_depend_on_the_order_of_its_tasks() -> None:
     model, tasks = double("GPT2"), [worded("one"), worded("two")]
-    config = TrainConfig(steps=1, lr=1e-14, n_valid=1, init="random")
+    config = TrainConfig(n_steps=1, lr=1e-14, n_valid=1, init="random")
     first, again = (
         anew(order, model, seeds=(0,), config=config, shared=True)["one", 0].selection.alpha
         for order in (tasks, tasks[::-1])
@@ -485,7 +485,7 @@ class TestPlantedHeads:
     def test_training_finds_the_planted_heads_of_every_task(self, model: Bridge) -> None:
         tasks = [self.task(which) for which in range(3)]
         embeddings = {task.name: self.embedding(which) for which, task in enumerate(tasks)}
-        results = train_selections(tasks, model, embeddings=embeddings, config=TrainConfig(steps=80))
+        results = train_selections(tasks, model, embeddings=embeddings, config=TrainConfig(n_steps=80))
         for which, task in enumerate(tasks):
             alpha = results[task.name, 0].selection.alpha.clone()
             rows, columns = zip(*self.planted[which], strict=True)
@@ -495,7 +495,7 @@ class TestPlantedHeads:
 
 
 class TestHistory:
-    config = TrainConfig(steps=7, eval_every=3, n_valid=3, checkpoint="last", lr=0.9)
+    config = TrainConfig(n_steps=7, eval_every=3, n_valid=3, checkpoint="last", lr=0.9)
 
     @pytest.fixture
     def result(self) -> TrainResult:
@@ -551,7 +551,7 @@ def with_task(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 CHANGES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "seed": with_config(seed=1),
     "lr": with_config(lr=0.1),
-    "steps": with_config(steps=2),
+    "n_steps": with_config(n_steps=2),
     "batch size": with_config(batch_size=2),
     "interval": with_config(eval_every=1),
     "n_valid": with_config(n_valid=1),
@@ -641,7 +641,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("steps", 0, "TrainConfig.steps must be at least 1, got 0"),
+            ("n_steps", 0, "TrainConfig.n_steps must be at least 1, got 0"),
             ("batch_size", 0, "TrainConfig.batch_size must be at least 1, got 0"),
             ("eval_every", 0, "TrainConfig.eval_every must be at least 1, got 0"),
             ("n_valid", -1, "TrainConfig.n_valid must be at least 1, got -1"),
@@ -715,7 +715,7 @@ class TestLossThatIsNoNumber:
         return list(cache.glob("artifacts/selection/*"))
 
     def test_it_is_named_with_task_seed_and_step(self, model: Bridge, own_cache: Path) -> None:
-        tasks, config = [self.task("sound"), self.task("broken", "train")], replace(SHORT, steps=40)
+        tasks, config = [self.task("sound"), self.task("broken", "train")], replace(SHORT, n_steps=40)
         first: dict[int, int] = {}
         for seed in (0, 1):
             rng = random.Random(f"sitelens/training/broken/{seed}")
@@ -745,7 +745,7 @@ class TestLossThatIsNoNumber:
         )
         before = full_logits(batch, Model.of(model))
         with pytest.raises(SitelensError, match="is nan"):
-            anew([self.task("broken", "train")], model, config=replace(SHORT, steps=40))
+            anew([self.task("broken", "train")], model, config=replace(SHORT, n_steps=40))
         assert torch.equal(full_logits(batch, Model.of(model)), before)
 
 
@@ -758,8 +758,8 @@ class TestUndecidedAlpha:
         def train_runs(
             runs: Sequence[Any], tasks: Any, vectors: Any, model: Any, config: TrainConfig, *rest: Any
         ) -> Any:
-            history = torch.zeros(config.steps, 5, dtype=torch.float64)
-            history[:, 0] = torch.arange(1, config.steps + 1)
+            history = torch.zeros(config.n_steps, 5, dtype=torch.float64)
+            history[:, 0] = torch.arange(1, config.n_steps + 1)
             return ({"alpha": alpha, "history": history} for _ in runs)
 
         monkeypatch.setattr(training, "train_runs", train_runs)
@@ -769,7 +769,7 @@ class TestUndecidedAlpha:
             anew([worded("one")], micro.bridge("GPT2"))
 
     def test_is_no_surprise_after_a_short_training(self) -> None:
-        result = anew([worded("one")], micro.bridge("GPT2"), config=TrainConfig(steps=399))
+        result = anew([worded("one")], micro.bridge("GPT2"), config=TrainConfig(n_steps=399))
         assert result["one", 0].selection.fraction_saturated == 0.375
 
 
@@ -779,7 +779,7 @@ class TestTheModelIsLeftAlone:
         model, task = micro.bridge(family), worded("one")
         model.requires_grad_(trainable)
         before = {name: value.clone() for name, value in model.original_model.state_dict().items()}
-        anew([task], model, config=replace(SHORT, steps=3))
+        anew([task], model, config=replace(SHORT, n_steps=3))
         for name, value in model.original_model.state_dict().items():
             assert torch.equal(value, before[name]), name
         assert all(p.grad is None and p.requires_grad == trainable for p in model.original_model.parameters())
@@ -792,7 +792,7 @@ class TestTheModelIsLeftAlone:
 
 
 class TestInterruptions:
-    CONFIG = TrainConfig(steps=24, eval_every=6, n_valid=3, lr=0.5)
+    CONFIG = TrainConfig(n_steps=24, eval_every=6, n_valid=3, lr=0.5)
 
     def interrupted(self, model: Bridge, at: int, monkeypatch: pytest.MonkeyPatch) -> Results:
         """Results of a training that is interrupted in step `at` and then resumed."""

@@ -24,7 +24,7 @@ from sitelens.tasks import list_tasks
 from tests import micro
 
 TASKS = [micro.task(name, step=step) for name, step in (("one", 1), ("two", 2), ("three", 3))]
-SMALL = sl.TrainConfig(steps=8, eval_every=4, n_valid=4, lr=1.0)
+SMALL = sl.TrainConfig(n_steps=8, eval_every=4, n_valid=4, lr=1.0)
 
 
 @pytest.fixture(scope="module")

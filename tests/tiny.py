@@ -16,7 +16,7 @@ from sitelens.tasks import load_task
 from tests import micro
 
 TASKS = ["antonym", "capitalize", "choose_first_of_3", "country-capital", "present-past", "synonym"]
-CONFIG = TrainConfig(steps=4, eval_every=2, n_valid=4)
+CONFIG = TrainConfig(n_steps=4, eval_every=2, n_valid=4)
 PATTERN = r"\n\n|\n| ?[^\s:,]+|[:,]| "  # a space belongs to the following word, as in byte-level BPE
 
 

@@ -111,7 +111,7 @@ def _train_config(options: argparse.Namespace) -> TrainConfig:
     from sitelens.methods.site.config import TrainConfig
 
     return TrainConfig(
-        steps=options.steps, lr=options.lr, batch_size=options.batch_size, eval_every=options.eval_every,
+        n_steps=options.n_steps, lr=options.lr, batch_size=options.batch_size, eval_every=options.eval_every,
         n_valid=options.n_valid, checkpoint=options.checkpoint, mixing=options.mixing, seed=options.train_seed,
         init=options.init if options.init == "random" else number(options.init, "--init"),
     )  # fmt: skip

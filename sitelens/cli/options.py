@@ -152,7 +152,7 @@ def template_options(parser: argparse.ArgumentParser) -> None:
 
 def _training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=int, default=400, help="Adam steps")
+    group.add_argument("--n-steps", type=int, default=400, help="optimizer steps")
     group.add_argument("--lr", type=float, default=0.2, help="learning rate")
     group.add_argument("--batch-size", type=int, default=1, help="training items per step")
     group.add_argument("--eval-every", metavar="STEPS", type=int, default=50, help="steps between validations")

@@ -11,7 +11,7 @@ from sitelens.suggestions import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser without abbreviations (`--step` for `--steps`) that suggests options similar to a wrong one.
+    """An argument parser without abbreviations (`--n-step` for `--n-steps`) that suggests near options.
 
     The parsers of the commands (subparsers) are of this class as well.
     """

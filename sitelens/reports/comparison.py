@@ -61,7 +61,8 @@ def compare(
         seed: decides prompts, training items and test items.
 
     Raises:
-        SitelensError: for an unknown method, two methods with the same label, or an error while fitting a method.
+        SitelensError: for no task, no method or an unknown one, two methods with the same label, or an error while
+            fitting a method.
 
     Example:
         >>> comparison = sl.compare([task], ["zero-shot", sl.methods.FewShot(n_shots=2)], model, n_items=4)
@@ -69,7 +70,12 @@ def compare(
         [['zero-shot', 4], ['2-shot', 4]]
     """
     chosen = methods_by_label(methods)
-    loaded, model = [cap_training_items(task) for task in load_tasks(tasks)], resolve_model(model)
+    if not chosen:
+        raise SitelensError('give at least one method, for example ["SITE", sl.methods.LTV(n_steps=100)]')
+    loaded = [cap_training_items(task) for task in load_tasks(tasks)]
+    if not loaded:
+        raise SitelensError("give at least one task")
+    model = resolve_model(model)
     rows: list[dict[str, Any]] = []
     frames: list[pd.DataFrame] = []
     for fitted, scores, seconds in _cells(loaded, chosen, model, n_items, seed):

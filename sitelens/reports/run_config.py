@@ -67,4 +67,7 @@ class RunConfig:
         where, content = f"{path} is no run.json of sitelens: config", read_record(path)["config"]
         if "train" not in content:
             raise SitelensError(f"{where}: train is missing")
+        train = content["train"]
+        if isinstance(train, dict) and "steps" in train and "n_steps" not in train:  # its name in version 0.1
+            content = {**content, "train": {"n_steps" if key == "steps" else key: train[key] for key in train}}
         return unpacked(RunConfig, content, {}, where)

@@ -301,7 +301,7 @@ def alpha_distribution(
     loaded = some_tasks(tasks)
     rows: list[dict[str, Any]] = []
     for step in steps if by == "step" else (None,):
-        chosen = config if step is None else replace(config, steps=step, checkpoint="last")
+        chosen = config if step is None else replace(config, n_steps=step, checkpoint="last")
         for item in prepare(loaded, model, chosen, sample):
             alpha = item.selection.alpha
             if by == "layer":

@@ -18,7 +18,7 @@ class Training:
     """Hyperparameters of training alpha; the defaults are the paper's.
 
     Attributes:
-        steps: Adam steps.
+        n_steps: Adam steps.
         lr: learning rate of Adam.
         batch_size: training items per step.
         eval_every: steps between two measurements of the validation loss.
@@ -30,7 +30,7 @@ class Training:
         mixing: "convex", as published, or "additive".
     """
 
-    steps: Count = 400
+    n_steps: Count = 400
     lr: Positive = 0.2
     batch_size: Count = 1
     eval_every: Count = 50
@@ -46,7 +46,7 @@ class TrainConfig(Training):
     """Hyperparameters and seed of training alpha; the defaults are the paper's.
 
     Attributes:
-        steps: Adam steps.
+        n_steps: Adam steps.
         lr: learning rate of Adam.
         batch_size: training items per step.
         eval_every: steps between two measurements of the validation loss.

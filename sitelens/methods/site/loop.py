@@ -55,7 +55,7 @@ class Run:
     def draws(self, task: Task, config: TrainConfig) -> list[list[int]]:
         """Indices of the training items of a task in each step; they depend on the task's name and the seed only."""
         rng = random.Random(f"sitelens/training/{task.name}/{self.seed}")
-        return [[rng.randrange(len(task.train)) for _ in range(config.batch_size)] for _ in range(config.steps)]
+        return [[rng.randrange(len(task.train)) for _ in range(config.batch_size)] for _ in range(config.n_steps)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ def train_runs(
     """
     budget = settings.budget()
     groups = _groups(runs, tasks, model, config, budget // 2)
-    with progress(len(groups) * config.steps, _label(runs, tasks)) as bar:
+    with progress(len(groups) * config.n_steps, _label(runs, tasks)) as bar:
         for group in groups:
             yield from _train_group(group, tasks, embeddings, model, config, budget, bar)
 
@@ -134,7 +134,7 @@ def _train_group(
                 optimizer.step()
                 alpha = torch.sigmoid(logits.detach())
                 record.step(step, _mean_by_run(losses, rows.run, len(runs)), alpha)
-                if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+                if (step + 1) % config.eval_every == 0 or step + 1 == config.n_steps:
                     measured, _ = validation.losses(alpha, valid_rows, losses_of, gradient=False)
                     _check_finite(measured, valid_rows, runs, tasks, step, "validation loss")
                     record.validation(step, _mean_by_run(measured, valid_rows.run, len(runs)), alpha)

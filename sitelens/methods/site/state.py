@@ -27,7 +27,7 @@ class Record:
     """History of a training, and each run's alpha at its best (or last) checkpoint so far."""
 
     def __init__(self, runs: int, config: TrainConfig, alpha: Float[Tensor, "run layer head"]) -> None:
-        self.history = torch.full((config.steps, runs, len(HISTORY)), torch.nan, dtype=torch.float64)
+        self.history = torch.full((config.n_steps, runs, len(HISTORY)), torch.nan, dtype=torch.float64)
         self.best = torch.full((runs,), torch.inf, dtype=torch.float64)
         self.alpha = alpha
         self._keep_last = config.checkpoint == "last"

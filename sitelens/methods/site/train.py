@@ -197,7 +197,7 @@ def train_jobs(
                 trained = train_runs(runs, used, vectors, model, config)
                 for i, tensors in zip(batch, trained, strict=True):
                     how = jobs[i].config
-                    provenance = f"SITE, {how.checkpoint} of {how.steps} steps, seed {how.seed}"
+                    provenance = f"SITE, {how.checkpoint} of {how.n_steps} steps, seed {how.seed}"
                     selection = HeadSelection(tensors["alpha"], "", None, provenance, _origin(jobs[i], model))
                     _, meta = packed(selection)
                     yield i, (tensors, {name: meta[name] for name in ("provenance", "origin")})
@@ -262,11 +262,11 @@ def _result(artifact: Artifact, config: TrainConfig, shape: tuple[int, int]) -> 
     steps = history[:, HISTORY.index("step")]
     known = torch.isfinite(history).all(0) | torch.tensor([name == "valid_loss" for name in HISTORY])
     if (
-        tuple(history.shape) != (config.steps, len(HISTORY))
+        tuple(history.shape) != (config.n_steps, len(HISTORY))
         or not known.all()
-        or steps.tolist() != list(range(1, config.steps + 1))
+        or steps.tolist() != list(range(1, config.n_steps + 1))
     ):
-        raise SitelensError(f"{artifact.where}: history is none of {config.steps} steps")
+        raise SitelensError(f"{artifact.where}: history is none of {config.n_steps} steps")
     if tuple(selection.alpha.shape) != shape:
         raise SitelensError(f"{artifact.where}: alpha has the shape {tuple(selection.alpha.shape)}")
     frame = pd.DataFrame(history.numpy(), columns=list(HISTORY)).astype({"step": int})
@@ -275,7 +275,7 @@ def _result(artifact: Artifact, config: TrainConfig, shape: tuple[int, int]) -> 
 
 def _warn_if_undecided(result: TrainResult) -> None:
     share, selection = result.selection.fraction_saturated, result.selection
-    if share < FEW_BINARY and result.config.steps >= TrainConfig().steps:
+    if share < FEW_BINARY and result.config.n_steps >= TrainConfig().n_steps:
         warnings.warn(
             f"task {selection.task!r}, seed {result.config.seed}: only {share:.0%} of alpha is within 0.1 of 0 or 1 "
             "after training; more steps may help, or the task gives a conflicting signal",

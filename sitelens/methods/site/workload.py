@@ -38,7 +38,7 @@ def _of_task(
     n_test = min(len(task.test), n_items or len(task.test))
     return {
         "embed": n_prompts * item * (n_shots + 1),
-        "train": config.steps * config.batch_size * (item + STEP_TOKENS),
+        "train": config.n_steps * config.batch_size * (item + STEP_TOKENS),
         "prompt": n_test * item * (n_shots + 2),
         "patch": n_test * item,
     }
