@@ -204,7 +204,7 @@ def mutants(draw: st.DrawFn, artifacts: list[tuple[Artifact, Load]]) -> tuple[Ar
 CHECKS = HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much, HealthCheck.large_base_example
 
 
-@hypothesis_settings(max_examples=250, deadline=None, suppress_health_check=CHECKS)
+@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=CHECKS)
 @given(data=st.data())
 def test_a_changed_file_is_refused_in_words_or_read_as_what_it_says(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

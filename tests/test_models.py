@@ -118,6 +118,7 @@ def test_a_tokenizer_is_known_by_its_rules_and_template_and_not_by_how_it_was_ca
     assert len({known, larger, Model.of(first).tokenization()}) == 3
 
 
+@pytest.mark.slow
 def test_a_fingerprint_is_the_same_in_another_process():
     code = "from tests import micro; from sitelens import fingerprint; print(fingerprint(micro.bridge('Llama')))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
