@@ -13,8 +13,11 @@ export HF_HUB_OFFLINE ?= 1
 demo: .venv/.installed
 	$(BIN)/sitelens run antonym country-capital capitalize choose_first_of_3 --out figures/demo --progress
 
+# The slow tests on small models run side by side; the real model and the notebooks use both cores themselves.
+REAL := tests/test_real_model.py tests/test_notebooks.py
 test: check test-fast
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --numprocesses auto $(addprefix --ignore=,$(REAL))
+	$(BIN)/python -m pytest -m slow $(REAL)
 
 # One process per core: the models are so small that a process cannot use two.
 test-fast: .venv/.installed
