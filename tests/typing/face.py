@@ -83,7 +83,7 @@ def tasks() -> None:
 def across_tasks(folder: Path) -> None:
     """Heads compared across tasks, methods and whole suites."""
     names = ["antonym", "synonym", "capitalize"]
-    config = sl.TrainConfig(steps=100, seed=1)
+    config = sl.TrainConfig(n_steps=100, seed=1)
     results = sl.train_selections(names, seeds=(0, 1), config=config)
     assert_type(results, dict[tuple[str, int], sl.TrainResult])
     grid = assert_type(sl.transfer_matrix(names, swap="heads"), sl.TransferMatrix)
