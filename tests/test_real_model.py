@@ -149,9 +149,9 @@ def test_the_suite_command_makes_a_table_and_goes_on_where_it_was(
     model: Bridge, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A suite with small settings; a second call runs no model."""
-    words = ["suite", "builtin", "--tasks", "capitalize", "choose_first_of_3", "antonym", "--n-prompts", "5",
-             "--n-steps", "60", "--eval-every", "20", "--n-valid", "10", "--n-items", "20",
-             "--no-progress"]  # fmt: skip
+    small = ["SITE.n_prompts=5", "SITE.n_steps=60", "SITE.eval_every=20", "SITE.n_valid=10"]
+    words = ["suite", "builtin", "--tasks", "capitalize", "choose_first_of_3", "antonym", "--set", *small,
+             "--n-items", "20", "--no-progress"]  # fmt: skip
     assert cli.main([*words, "--out", str(tmp_path / "first")]) == 0
     first = capsys.readouterr().out
     assert "| condition | abstractive (2 tasks, n=40) | extractive (1 task, n=20) | all (3 tasks, n=60) |" in first
