@@ -13,7 +13,7 @@ from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.base import Scope
 from sitelens.conditions.embedding import TaskEmbedding
 from sitelens.conditions.streams import AddToStream
-from sitelens.engine.batches import PromptBatch
+from sitelens.engine.batches import PromptBatch, task_batch
 from sitelens.engine.capture import LastTokenCapture, same_length_chunks
 from sitelens.engine.forward import check_finite, full_logits
 from sitelens.engine.network import Passes
@@ -22,7 +22,6 @@ from sitelens.errors import SitelensError, warned_once
 from sitelens.heads.attribution import head_outputs
 from sitelens.heads.effects import indirect_effects
 from sitelens.methods.base import Method
-from sitelens.methods.items import prompts_of
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import Model, ModelSource, z_hook
@@ -82,7 +81,7 @@ class FV(Method):
         shown = few_shot_prompts(
             task, queries, self.n_shots, model.tokenizer, seed, "function-vector", range(self.n_prompts)
         )
-        batch = prompts_of(shown, task, model)
+        batch = task_batch(task, shown, model)
         mean_z = _mean_z(batch, model, self.correct_only)
         made_for, origin = (
             model.fingerprint(),

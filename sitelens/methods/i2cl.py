@@ -12,12 +12,13 @@ from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, Positive, Seed, Share
 from sitelens.conditions.base import Condition
 from sitelens.conditions.streams import MODULES, LinearCombination, combining, output_points
+from sitelens.engine.batches import task_batch
 from sitelens.engine.capture import mean_states
 from sitelens.engine.network import Passes
 from sitelens.engine.prompts import Prompt, few_shot_prompt
 from sitelens.errors import warned_once
 from sitelens.methods.base import Method
-from sitelens.methods.items import prompts_of, shuffled_batches, zero_shot
+from sitelens.methods.items import shuffled_batches, zero_shot
 from sitelens.methods.losses import next_loss
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import ModelSource
@@ -86,7 +87,7 @@ class I2CL(Method):
             shown.append(Prompt(prompt.text + prompt.answers[0] + "\n", (), prompt.special_tokens))
         layers = model.shape.layers
         points = output_points(model)
-        context = mean_states(prompts_of(shown, task, model), points, model).reshape(layers, len(MODULES), -1)
+        context = mean_states(task_batch(task, shown, model), points, model).reshape(layers, len(MODULES), -1)
         batch = zero_shot(task, items, model)
         rows = [(ids, len(ids) - 1, [answer]) for ids, answer in zip(batch.ids, batch.answer.tolist(), strict=True)]
         device = model.device

@@ -12,10 +12,11 @@ from torch.nn.functional import normalize
 from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, Seed
 from sitelens.conditions.streams import InContextVector, stream_hook
+from sitelens.engine.batches import task_batch
 from sitelens.engine.capture import states_in_float64
 from sitelens.engine.prompts import Prompt
 from sitelens.methods.base import Method
-from sitelens.methods.items import prompts_of, shuffled_batches
+from sitelens.methods.items import shuffled_batches
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import ModelSource
@@ -66,7 +67,7 @@ class ICV(Method):
         items = [task.train[i] for i in places]
         points = ["blocks.0.hook_resid_pre", *(stream_hook(layer) for layer in range(model.shape.layers))]
         said, asked = (
-            states_in_float64(prompts_of([Prompt(text, ()) for text in texts], task, model), points, model)
+            states_in_float64(task_batch(task, [Prompt(text, ()) for text in texts], model), points, model)
             for texts in ([item.output for item in items], [item.input for item in items])
         )
         directions = direction(said - asked)[1:].to(torch.float32)

@@ -36,11 +36,6 @@ def zero_shot(task: Task, items: Sequence[Example], model: Model) -> PromptBatch
     return zero_shot_batch([(task, item) for item in items], model, f"task {task.name!r}")
 
 
-def prompts_of(prompts: Sequence[Any], task: Task, model: Model) -> PromptBatch:
-    """The prompts, tokenized as one batch; checks that each fits the model's context."""
-    return task_batch(task, prompts, model)
-
-
 def shuffled_batches(items: Sequence[Any], steps: int, size: int, key: str) -> Iterator[list[int]]:
     """Yields the item indices of each batch; every item is used once before any is used again.
 
@@ -65,7 +60,7 @@ def prompts_with_answers(task: Task, items: Sequence[Example], model: Model) -> 
     """Per item: token ids of the zero-shot prompt followed by its full answer, and the number of answer tokens."""
     tokenizer = model.tokenizer
     prompts = [few_shot_prompt(task, [], item, tokenizer) for item in items]
-    batch = prompts_of(prompts, task, model)
+    batch = task_batch(task, prompts, model)
     first = [(i, prompt.answers[0]) for i, prompt in enumerate(prompts)]
     answers = [answer for answer, _ in answer_tokens(prompts, batch.ids, first, tokenizer)]
     return [(prompt + answer, len(answer)) for prompt, answer in zip(batch.ids, answers, strict=True)]

@@ -21,6 +21,7 @@ from sitelens.checks.values import Count, CountOrZero, Positive, Seed
 from sitelens.conditions.base import Condition
 from sitelens.conditions.embedding import embed_task, embedding_prompts
 from sitelens.conditions.streams import AddToStream, added, at_last_token, stream_hook
+from sitelens.engine.batches import task_batch
 from sitelens.engine.forward import Hook, check_finite, last_logits
 from sitelens.engine.memory import chunks, prefix_bytes, step_cost
 from sitelens.engine.network import Passes
@@ -30,7 +31,7 @@ from sitelens.errors import warned_once
 from sitelens.heads.attribution import head_outputs
 from sitelens.heads.effects import shuffled_labels
 from sitelens.methods.base import Method
-from sitelens.methods.items import prompts_of, shuffled_batches
+from sitelens.methods.items import shuffled_batches
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import ModelSource
@@ -94,14 +95,14 @@ class LTV(Method):
         embedding = embed_task(task, model, n_prompts=self.n_prompts, n_shots=self.n_shots, seed=seed)
         device = model.device
         measured = embedding_prompts(task, model.tokenizer, self.n_prompts, self.n_shots, seed)
-        writes = head_outputs(embedding.mean_z, model, prompts_of(measured, task, model)).to(device)
+        writes = head_outputs(embedding.mean_z, model, task_batch(task, measured, model)).to(device)
         prompts = []
         for i in range(self.n_pool):
             query = task.train[i % len(task.train)]
             shown = draw_demonstrations(task, self.pool_shots, query, seed, "ltv", i)
             key = f"ltv/{task.name}/{seed}/{i}"
             prompts.append(few_shot_prompt(task, shuffled_labels(shown, key), query, model.tokenizer))
-        batch = prompts_of(prompts, task, model)
+        batch = task_batch(task, prompts, model)
         budget = settings.budget() // 2  # half for prefixes, half for the passes that use them
         whole = self.n_pool * prefix_bytes(model, max(batch.lengths)) <= budget
         pool = PrefixCache.of(batch, model, budget) if whole else None

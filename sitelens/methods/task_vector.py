@@ -11,11 +11,11 @@ from sitelens.checks.arguments import checked
 from sitelens.checks.values import Count, CountOrZero, Seed
 from sitelens.conditions.base import Scope
 from sitelens.conditions.streams import ReplaceStream, stream_hook
+from sitelens.engine.batches import task_batch
 from sitelens.engine.capture import mean_states
 from sitelens.engine.prompts import few_shot_prompt
 from sitelens.errors import SitelensError
 from sitelens.methods.base import Method
-from sitelens.methods.items import prompts_of
 from sitelens.methods.validation import best_on_valid
 from sitelens.models.loading import resolve_model
 from sitelens.models.model import ModelSource
@@ -70,7 +70,7 @@ class TV(Method):
             *shown, dummy = rng.sample(task.train, self.n_shots + 1)
             prompts.append(few_shot_prompt(task, shown, dummy, model.tokenizer))
         layers = range(model.shape.layers)
-        means = mean_states(prompts_of(prompts, task, model), [stream_hook(layer) for layer in layers], model)
+        means = mean_states(task_batch(task, prompts, model), [stream_hook(layer) for layer in layers], model)
         made_for, origin = (
             model.fingerprint(),
             Origin.of(model, task, n_prompts=self.n_sets, n_shots=self.n_shots, seed=seed),
