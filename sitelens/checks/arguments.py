@@ -27,10 +27,9 @@ class Arguments:
 
     Args:
         target: the function or dataclass.
-        also: a dataclass whose fields the function accepts as further keywords.
     """
 
-    def __init__(self, target: Callable[..., Any], also: type | None = None) -> None:
+    def __init__(self, target: Callable[..., Any]) -> None:
         self.name = target.__name__
         self.prefix = f"{self.name}." if inspect.isclass(target) else ""
         function = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
@@ -44,7 +43,7 @@ class Arguments:
             if parameter.kind is parameter.VAR_KEYWORD:
                 unpacked = get_args(hint)[0] if get_origin(hint) is typing.Unpack else None
                 if unpacked is None:
-                    self.open = also is None
+                    self.open = True
                 else:
                     origin = vars(sys.modules[unpacked.__module__])
                     self.hints |= {key: _resolved(value, origin) for key, value in unpacked.__annotations__.items()}
@@ -52,8 +51,6 @@ class Arguments:
                 self.hints[parameter.name] = hint
                 if parameter.kind is not parameter.KEYWORD_ONLY and parameter.name != "self":
                     self.positional.append(parameter.name)
-        if also is not None:
-            self.hints = {**arguments_of(also).hints, **self.hints}
         self.hints.pop("self", None)
 
     def bound(self, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -81,21 +78,19 @@ class Arguments:
                 bound.arguments[name] = self._converted(name, value)
         return bound.args, bound.kwargs
 
-    def options(self, title: str, values: Mapping[str, Any], reserved: tuple[str, ...] = ()) -> dict[str, Any]:
+    def options(self, title: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments for a later call, converted to plain values.
 
         Args:
             title: name of the function in messages.
             values: the keyword arguments.
-            reserved: parameters that must not be among them.
 
         Raises:
             SitelensError: for an unknown option, suggesting similar names, or a value that cannot be used.
         """
-        known = [name for name in self.hints if name not in reserved]
         for name in values:
-            if name in reserved or (name not in known and not self.open):
-                raise SitelensError(f"{title} has no option {str(name)!r}: {_nearest(str(name), known)}")
+            if name not in self.hints and not self.open:
+                raise SitelensError(f"{title} has no option {str(name)!r}: {_nearest(str(name), self.hints)}")
         return {name: converted(f"{title}.{name}", value, self.hints.get(name, Any)) for name, value in values.items()}
 
     def _converted(self, name: str, value: Any) -> Any:
@@ -110,44 +105,35 @@ class Arguments:
             raise SitelensError(f"{error}; the order is {order}, or give arguments by name") from None
 
 
-@typing.overload
-def checked(target: T, *, also: type | None = None) -> T: ...
-@typing.overload
-def checked(*, also: type) -> Callable[[T], T]: ...
-def checked(target: Any = None, *, also: type | None = None) -> Any:
+def checked(target: T) -> T:
     """Decorate a public function or dataclass so that its arguments are checked against their annotations.
 
     Args:
         target: the function or dataclass.
-        also: a dataclass whose fields the function accepts as further keywords.
     """
-    if target is None:
-        return lambda target: checked(target, also=also)
-    is_class = inspect.isclass(target)
-    function = target.__init__ if is_class else target
+    decorated: Any = target
+    is_class = inspect.isclass(decorated)
+    function = decorated.__init__ if is_class else decorated
     arguments: list[Arguments] = []
 
     @functools.wraps(function)
     def wrapper(*args: Any, **keywords: Any) -> Any:
         if not arguments:  # at the first call, because annotations may refer to later definitions
-            arguments.append(Arguments(target, also))
+            arguments.append(Arguments(decorated))
         args, keywords = arguments[0].bound(args, keywords)
         return function(*args, **keywords)
 
     if is_class:
         wrapper.__no_type_check__ = True  # type: ignore[attr-defined] # it accepts more than its annotations say
-        target.__init__ = wrapper
+        decorated.__init__ = wrapper
         return target
-    wrapper.also = also  # type: ignore[attr-defined]
-    return wrapper
+    return typing.cast(T, wrapper)
 
 
 @functools.cache
 def arguments_of(target: Callable[..., Any]) -> Arguments:
     """The parameters of a function or dataclass, decorated or not."""
-    if inspect.isclass(target):
-        return Arguments(target)
-    return Arguments(inspect.unwrap(target), getattr(target, "also", None))
+    return Arguments(target if inspect.isclass(target) else inspect.unwrap(target))
 
 
 def _is_misplaced(value: Any) -> bool:
